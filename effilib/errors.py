@@ -1,0 +1,29 @@
+"""The two errors of effilib that a person is meant to read: one clear sentence each."""
+
+import difflib
+
+
+class BadInput(ValueError):
+    """Something that the user gave cannot be used. The message names the thing and the choices."""
+
+
+class NoEffect(RuntimeError):
+    """A method matched nothing in the model. Silence here would be measured as "no speed-up"."""
+
+
+def choose(kind, value, choices):
+    """Return `value` if it is one of `choices`; else raise `BadInput` with the choices and a near miss.
+
+    >>> choose("preset", "quikc", ["quick", "study"])
+    Traceback (most recent call last):
+    effilib.errors.BadInput: unknown preset 'quikc': choose one of quick, study (did you mean 'quick'?)
+    """
+    choices = list(choices)
+    if value in choices:
+        return value
+    names = [str(c) for c in choices]
+    near = difflib.get_close_matches(str(value), names, n=3)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if len(names) > 20:  # nobody reads fifty names: the nearest ones, and how many there are
+        names = [*(near or names[:10]), f"... ({len(names)} in all)"]
+    raise BadInput(f"unknown {kind} {value!r}: choose one of {', '.join(names)}{hint}")

@@ -1,0 +1,15 @@
+"""One module per method, named as the field names it; `Info` is what notebooks' headers, the report and the README say of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is added)."""
+
+    name: str
+    name_de: str
+    chapter: str
+    paper: str
+    claim: str
+    cost_model: str

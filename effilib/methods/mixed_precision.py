@@ -1,0 +1,160 @@
+"""Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): fp16 products, fp32 master weights, a scaled loss.
+
+Half the bits halve the traffic, and processors with native 16-bit products do twice as many of them or more. fp16 has 10
+bits of mantissa and a least positive number of 2^-24, so two things get lost without care: an update smaller than
+2^-11 of its weight (hence master weights in fp32), and gradients below 2^-25 (hence the loss is multiplied by S, which
+multiplies every gradient by exactly S). bf16 has fp32's range and needs no scaling; it still needs the master weights.
+
+Real speed comes from `Recipe.precision` (autocast). This module shows the numerics: it *emulates* fp16 by rounding, so that
+it runs anywhere; emulation costs time, so nothing is timed with it. The paper used constant scales; growing and backing
+off is the later scheme of NVIDIA and PyTorch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from effilib.errors import NoEffect
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="Mixed precision",
+    name_de="Halbierung der Bits",
+    chapter="3.2",
+    paper="Micikevicius et al. 2017, arXiv:1710.03740",
+    claim="Training with 16-bit products reaches fp32's accuracy with the same hyper-parameters; operations that are bound by bandwidth or "
+    "arithmetic run 2-6x faster on Volta.",
+    cost_model="Same FLOPs, half the bytes; products at the processor's 16-bit rate; weights are cast once a step.",
+)
+
+
+def round_to(x, dtype=torch.float16):
+    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow 0."""
+    return x.to(dtype).to(x.dtype)
+
+
+class Round(torch.autograd.Function):
+    """Rounds a tensor going forward and its gradient coming back: what storing both in fp16 does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return round_to(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return round_to(dy)
+
+
+class HalfConv2d(nn.Conv2d):
+    """fp16 operands, fp32 accumulation, fp16 result; the same for dX and dW."""
+
+    def forward(self, x):
+        return Round.apply(self._conv_forward(Round.apply(x), Round.apply(self.weight), self.bias))
+
+
+class HalfLinear(nn.Linear):
+    """As `HalfConv2d`."""
+
+    def forward(self, x):
+        return Round.apply(nn.functional.linear(Round.apply(x), Round.apply(self.weight), self.bias))
+
+
+class HalfBatchNorm2d(nn.BatchNorm2d):
+    """Reads and writes fp16, computes its statistics in fp32 (section 3.3)."""
+
+    def forward(self, x):
+        return Round.apply(super().forward(x))
+
+
+HALF = {nn.Conv2d: HalfConv2d, nn.Linear: HalfLinear, nn.BatchNorm2d: HalfBatchNorm2d}
+FULL = {half: full for full, half in HALF.items()}
+
+
+def emulate_fp16_(model, on=True):
+    """Turn the convolutions, linear layers and BatchNorms of `model` into emulated fp16 (or back), in place.
+
+    Parameters and names stay. Returns how many layers changed; raises `NoEffect` if none did.
+    """
+    kinds = HALF if on else FULL
+    changed = [m for m in model.modules() if type(m) in kinds]
+    for m in changed:
+        m.__class__ = kinds[type(m)]
+    if not changed:
+        raise NoEffect(f"mixed precision: no convolution or linear layer of {type(model).__name__} matched")
+    return len(changed)
+
+
+class LossScaler:
+    """The loss scale S: skip the step and shrink S where a gradient overflowed, grow S after `interval` clean steps.
+
+    scale: S at the beginning; a power of two costs no mantissa bits. growth = backoff = 1 keeps it constant, as the paper does.
+    skip: whether a step with a non-finite gradient is left out.
+    """
+
+    def __init__(self, scale=2.0**16, growth=2.0, backoff=0.5, interval=2000, skip=True):
+        self.S, self.growth, self.backoff, self.interval, self.skip = float(scale), growth, backoff, interval, skip
+        self.clean = self.skipped = 0
+        self.finite = True
+
+    def scale(self, loss):
+        return self.S * loss
+
+    def unscale_(self, optimizer):
+        """g <- g / S, before anything looks at gradients (clipping, weight decay, a method)."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(grads, self.S)
+        self.finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(grads))
+
+    def step(self, optimizer):
+        if self.finite or not self.skip:
+            optimizer.step()
+
+    def update(self):
+        self.clean = self.clean + 1 if self.finite else 0
+        if not self.finite:
+            self.S *= self.backoff
+            self.skipped += self.skip
+        elif self.clean and self.clean % self.interval == 0:
+            self.S *= self.growth
+
+    def state_dict(self):
+        return {"S": self.S, "clean": self.clean, "skipped": self.skipped}
+
+    def load_state_dict(self, state):
+        self.S, self.clean, self.skipped = state["S"], state["clean"], state["skipped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision(Method):
+    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`.
+
+    master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the beginning
+    (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every step is taken as it comes.
+    """
+
+    master: bool = True
+    scale: float = 2.0**16
+    dynamic: bool = True
+    interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
+
+    def on_fit_start(self, run):
+        run.state[self] = {"layers": emulate_fp16_(run.model)}
+        factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}
+        run.scaler = LossScaler(self.scale, **factors, interval=self.interval, skip=self.dynamic)
+
+    def on_step_end(self, run):
+        if not self.master:
+            with torch.no_grad():
+                for p in run.model.parameters():
+                    p.copy_(round_to(p))
+                    for buffer in run.optimizer.state[p].values():
+                        if isinstance(buffer, torch.Tensor):
+                            buffer.copy_(round_to(buffer))
+
+    def on_fit_end(self, run):
+        run.log(
+            self, f"S ended at {run.scaler.S:g}, {run.scaler.skipped} steps were skipped", scale=run.scaler.S, skipped=run.scaler.skipped
+        )
+        emulate_fp16_(run.model, on=False)

@@ -1,0 +1,245 @@
+"""The networks: plain `nn.Module`s whose widths and depths are explicit lists, so that surgery is legible.
+
+`describe(model)` reads the lists back from the layers themselves, also after surgery, and `build` makes the network anew.
+A user's own network comes by its import path: `"torchvision.models:resnet18"` or `"mine.py:net"`.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effilib.errors import BadInput, choose
+
+
+def conv3x3(c_in, c_out, stride=1, bias=False):
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He et al. 2015, option B)."""
+
+    def __init__(self, c_in, c_out, stride=1, inner=None):
+        super().__init__()
+        inner = inner or c_out
+        self.conv1, self.bn1 = conv3x3(c_in, inner, stride), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = conv3x3(inner, c_out), nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """ResNet of the CIFAR family (He et al. 2015, section 4.2): a 3x3 stem, stages at 1, 1/2, 1/4 ... of the size, average pooling.
+
+    widths: channels of each stage. blocks: residual blocks of each stage; or, per stage, the list of the blocks' inner widths.
+    stem: channels of the stem (default: those of the first stage).
+    """
+
+    def __init__(self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None):
+        super().__init__()
+        if len(widths) != len(blocks):
+            raise BadInput(f"resnet: {len(widths)} widths but {len(blocks)} depths; give one of each per stage")
+        c = stem or widths[0]
+        self.stem, self.bn = conv3x3(channels, c), nn.BatchNorm2d(c)
+        self.stages = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
+            inners = [width] * depth if isinstance(depth, int) else depth
+            stage = nn.Sequential()
+            for j, inner in enumerate(inners):
+                stage.append(Block(c, width, stride=2 if i and not j else 1, inner=inner))
+                c = width
+            self.stages.append(stage)
+        self.head = nn.Linear(c, classes)
+        initialize_(self)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
+
+    def settings(self):
+        return {
+            "widths": [s[-1].conv2.out_channels for s in self.stages],
+            "blocks": [[b.conv1.out_channels for b in s] for s in self.stages],
+            "stem": self.stem.out_channels,
+        }
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm (Simonyan & Zisserman 2014): stages of 3x3 convolutions, 2x2 max pooling between, average pooling at the end.
+
+    widths: per stage, the list of its layers' channels.
+    """
+
+    def __init__(self, classes, channels=3, widths=((32,), (64,), (128, 128)), bn=True):
+        super().__init__()
+        self.features = nn.Sequential()
+        c = channels
+        for i, stage in enumerate(widths):
+            if i:
+                self.features.append(nn.MaxPool2d(2))
+            for width in [stage] if isinstance(stage, int) else stage:
+                self.features.append(conv3x3(c, width, bias=not bn))
+                if bn:
+                    self.features.append(nn.BatchNorm2d(width))
+                self.features.append(nn.ReLU(inplace=True))
+                c = width
+        self.head = nn.Linear(c, classes)
+        initialize_(self)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+    def settings(self):
+        widths = [[]]
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                widths.append([])
+            elif isinstance(layer, nn.Conv2d):
+                widths[-1].append(layer.out_channels)
+        return {"widths": widths, "bn": any(isinstance(m, nn.BatchNorm2d) for m in self.features)}
+
+
+def resnet(classes, channels=3, **settings):
+    """`ResNet` with the given widths and blocks."""
+    return ResNet(classes, channels, **settings)
+
+
+def vgg(classes, channels=3, **settings):
+    """`VGG` with the given widths."""
+    return VGG(classes, channels, **settings)
+
+
+def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
+    """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage."""
+    return VGG(classes, channels, widths=[[w] for w in widths], bn=bn)
+
+
+NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
+
+
+def initialize_(model):
+    """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as PyTorch does."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.zeros_(m.bias)
+
+
+@contextlib.contextmanager
+def seeded(seed, device="cpu"):
+    """Inside, PyTorch's global generator starts from `seed`; outside, it is as if nothing had been drawn.
+
+    Layers' constructors and dropout know no generator of their own: this is the one place that touches the global one.
+    """
+    cuda = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
+        torch.random.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def build(network, classes, shape, *, seed=0, device="cpu", **settings):
+    """Make a network and check that it fits the data.
+
+    network: a name of `NETWORKS` or a user's `"module:function"` or `"file.py:function"`, called with the number of classes.
+    shape: (C, H, W) of the images. seed: of the initial weights; the same seed gives the same weights.
+    Raises `BadInput` if the network is unknown, cannot be made, or does not take such images to (N, classes) logits.
+    """
+    if network in NETWORKS:
+
+        def make():
+            return NETWORKS[network](classes, shape[0], **settings)
+    elif ":" in network:
+        function = find(network)
+        settings = settings | _channels(function, shape[0])
+
+        def make():
+            return _call(function, classes, settings)
+    else:
+        choose("network", network, [*NETWORKS, "an import path such as torchvision.models:resnet18 or mine.py:net"])
+    with seeded(seed):
+        try:
+            model = make()
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"network {network} cannot be made: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise BadInput(f"network {network} returned {type(model).__name__}, expected a torch.nn.Module")
+        fits(model, network, classes, shape)
+    return model.to(device)
+
+
+def fits(model, network, classes, shape):
+    """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes)."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != shape[0]:
+        raise BadInput(f"network {network} takes {first.in_channels} input channels, but the images have {shape[0]} (C, H, W = {shape})")
+    try:
+        with torch.no_grad():
+            was = model.training
+            logits = model.eval()(torch.zeros(2, *shape))
+            model.train(was)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise BadInput(f"network {network} cannot take images of C, H, W = {shape}: {str(error).splitlines()[0]}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise BadInput(f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})")
+
+
+def find(network):
+    """The function behind `"module:function"` or `"file.py:function"`."""
+    place, _, name = network.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).expanduser()
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except (ImportError, OSError) as error:
+        raise BadInput(f"network {network}: cannot import {place} ({error})") from error
+    functions = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+    return getattr(module, choose(f"network in {place}", name, functions))
+
+
+def _parameters(function):
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return {}
+
+
+def _channels(function, channels):
+    """The keyword by which a user's function takes the number of input channels, if it has one."""
+    names = [n for n in ("channels", "in_channels", "in_chans") if n in _parameters(function)]
+    return {names[0]: channels} if names else {}
+
+
+def _call(function, classes, settings):
+    parameters = _parameters(function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "num_classes" in parameters or (takes_any and "classes" not in parameters):
+        return function(num_classes=classes, **settings)
+    return function(classes, **settings)
+
+
+def describe(model):
+    """Widths and depths of one of our networks as they are now, JSON-able; {} for a user's own."""
+    return model.settings() if isinstance(model, ResNet | VGG) else {}

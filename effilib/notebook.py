@@ -1,0 +1,186 @@
+"""What a notebook calls first and last: resolve the parameters, show what was measured, write the record.
+
+book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, network=network, seeds=seeds)
+...
+book.record(comparison, figure=figure, caption="...")
+"""
+
+import ast
+import inspect
+import io
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+from effilib import clock, experiment, paths, provenance, series
+from effilib.errors import BadInput, choose
+from effilib.statistics import SHARED, SMOKE
+from effilib.tasks import Task
+from effilib.tasks import task as make_task
+
+
+def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **own):
+    """Check the parameters and return the notebook's `Book`. own: the notebook's further parameters.
+
+    Raises `BadInput` in the notebook's first second for a parameter that it does not have, or a value of another type.
+    """
+    defaults = dict(preset="", dataset="", network="", seeds=0, device="auto")
+    values = dict(preset=preset, dataset=dataset, network=network, seeds=seeds, device=device)
+    given = injected()
+    for parameter in given:
+        choose(f"parameter of {name}", parameter, [*defaults, *own])
+    for parameter, value in values.items():
+        if type(value) is not type(defaults[parameter]):
+            kind = type(defaults[parameter]).__name__
+            raise BadInput(f"parameter {parameter} of {name} is {value!r} ({type(value).__name__}), expected {kind}")
+    if seeds < 0:
+        raise BadInput(f"parameter seeds of {name} is {seeds}, expected 0 (the preset's) or more")
+    clock.steady_memory()
+    task = make_task(preset, dataset, network, device=device, **({"seeds": seeds} if seeds else {}))
+    out = os.environ.get("EFFILIB_OUT")
+    folder = paths.make(Path(out) if out else paths.results() / "play" / name)
+    return Book(name=name, task=task, parameters={**values, **own}, folder=folder, begun=clock.now())
+
+
+def injected():
+    """Names of the parameters that papermill passed: those assigned in the cell that it puts in."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    cells = [c for c in (shell.user_ns.get("In", []) if shell else []) if c.startswith("# Parameters")]
+    return [t.id for c in cells for node in ast.parse(c).body if isinstance(node, ast.Assign) for t in node.targets]
+
+
+@dataclass(kw_only=True)
+class Book:
+    """A notebook that runs: its task, and where its results go."""
+
+    name: str
+    task: Task
+    parameters: dict
+    folder: Path
+    begun: float
+    shown: list = field(default_factory=list)
+
+    @property
+    def preset(self):
+        return self.task.preset
+
+    @property
+    def smoke(self):
+        """Whether this is a test of the notebook, not a measurement."""
+        return self.preset == "smoke"
+
+    @cached_property
+    def dataset(self):
+        """The task's data set, loaded when it is first used."""
+        return self.task.load()
+
+    @cached_property
+    def chapter(self):
+        return series.chapter(self.name)
+
+    def settings(self):
+        """The resolved parameters and the machine, as a table."""
+        import pandas as pd
+
+        t, d, r, m = self.task, self.dataset, self.task.recipe, clock.machine(self.task.device)
+        network = f"{t.network} {t.widths}" if t.widths else t.network
+        images = " / ".join(f"{len(getattr(d, s))} {s}" for s in ("train", "decide", "validation", "test"))
+        recipe = f"{r.epochs:g} epochs, batch {r.batch_size}, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}"
+        precision = experiment.resolve_precision(r.precision, t.device)
+        target = f"{t.target:g} % validation accuracy" if t.target else "from a pilot run"
+        bf16 = " ".join(m["bf16"]) or "no native bf16"
+        rows = {
+            "preset": t.preset + (" (not a measurement)" if self.smoke else ""),
+            "data": f"{d.name} {d.shape}, {images}" + (f" ({d.note})" if d.note else ""),
+            "network": network,
+            "recipe": f"{recipe}, {precision}, {r.memory_format}",
+            "target": f"{target}, margin {t.margin:g} points",
+            "seeds": str(t.seeds),
+            "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, torch {m['torch']}",
+            "results": self._short(self.folder),
+        }
+        return pd.DataFrame({"": rows.values()}, index=list(rows))
+
+    @staticmethod
+    def _short(folder):
+        base = paths.results()
+        return f"results/{folder.relative_to(base)}" if folder.is_relative_to(base) else folder.name
+
+    def show(self, figure, caption):
+        """Show a figure with a caption that says what to see."""
+        from IPython.display import Image, Markdown, display
+
+        display(Image(png(figure), width=int(figure.get_figwidth() * 100)), Markdown(f"*{caption}*"))
+
+    def record(self, comparison=None, *, figure, caption, headline="", verdicts=(), notes=()):
+        """The notebook's last act: write history.csv, figure.png and, last, record.json with `status: complete`.
+
+        comparison: a `Comparison` (or several; the first has the headline). headline: the arm whose verdict stands in the
+        scoreboard (default: the first method). verdicts: more `Verdict`s to record. Returns the record.
+        """
+        comparisons = [] if comparison is None else list(comparison) if isinstance(comparison, list | tuple) else [comparison]
+        found = [v for c in comparisons if not c.illustration for v in c.verdicts()] + list(verdicts)
+        main = next((v for v in found if v.arm == headline), found[0] if found else None)
+        info, m = self.chapter.info, clock.machine(self.task.device)
+        record = {
+            "schema": 1,
+            "status": "complete",
+            "notebook": self.name,
+            "chapter": self.chapter.number,
+            "title": self.chapter.title,
+            "title_de": self.chapter.title_de,
+            "paper": info.paper if info else "",
+            "claim": info.claim if info else "",
+            "preset": self.preset,
+            "dataset": self.dataset.name,
+            "network": self.task.network,
+            "parameters": self.parameters,
+            "task": provenance.settings(comparisons[0].task if comparisons else self.task),
+            "machine": m,
+            "commit": provenance.commit(),
+            "date": clock.date(),
+            "duration_s": round(clock.now() - self.begun, 1),
+            "shared_machine": experiment.shared_machine(),
+            "headline": main.record() if main else None,
+            "verdicts": [v.record() for v in found],
+            "caption": caption,
+            "notes": self._notes(comparisons, notes),
+        }
+        if comparisons:
+            import pandas as pd
+
+            history = pd.concat([c.history() for c in comparisons], ignore_index=True).drop_duplicates()
+            paths.write(self.folder / "history.csv", history.to_csv(index=False, float_format="%.6g"))
+        paths.write(self.folder / "figure.png", png(figure))
+        paths.write(self.folder / "record.json", record)
+        return record
+
+    def _notes(self, comparisons, notes):
+        conditions = [SMOKE] if self.smoke else [SHARED] if experiment.shared_machine() else []
+        note = [self.dataset.note] if self.dataset.note else []
+        return [*conditions, *note, *(n for c in comparisons for n in c.notes()), *notes]
+
+
+def source(*things):
+    """The source of functions and classes, coloured: a chapter shows its method in full view."""
+    from IPython.display import Code
+
+    return Code("\n\n".join(inspect.getsource(t).rstrip() for t in things), language="python")
+
+
+def header(info):
+    """What a method's `Info` says, as a table."""
+    import pandas as pd
+
+    words = {f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)}
+    return pd.DataFrame({"": words.values()}, index=list(words))
+
+
+def png(figure):
+    """A matplotlib figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

@@ -1,0 +1,43 @@
+"""A line that says how far long work has come: in a notebook it is rewritten in place, in a terminal a line each."""
+
+import sys
+
+from effilib.clock import now
+
+
+class Progress:
+    """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time that is left."""
+
+    KEEP = 6
+
+    def __init__(self, title, total):
+        self.title, self.total, self.count, self.begun, self.lines = title, total, 0, now(), []
+        self.handle = None
+        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+            from IPython.display import display
+
+            self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def done(self, line, count=1):
+        """Note that `count` of the total is done; `line` says what."""
+        self.count += count
+        left = (now() - self.begun) / self.count * (self.total - self.count)
+        head = f"{self.title}: {self.count} of {self.total}" + (
+            f", about {say_seconds(left)} left" if left else f", {say_seconds(now() - self.begun)}"
+        )
+        self.lines.append(line)
+        if self.handle:
+            text = "\n".join([head, *self.lines[-self.KEEP :]])
+            self.handle.update({"text/plain": text}, raw=True)
+        else:
+            print(f"{head}: {line}", flush=True)
+
+
+def say_seconds(seconds):
+    """ "3.4 s", "48 s", "5 min", "2 h 5 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,487 @@
+"""What a person reads: an executed notebook as one HTML page, a folder of results as one scoreboard.
+
+Every page is a single file without scripts and without remote addresses: pictures are data URIs, formulas are MathML.
+How the pages look is in `pages/`, whose templates escape what comes from records and errors; here is what they say.
+"""
+
+import base64
+import html as markup
+import io
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from xml.etree import ElementTree
+
+import effilib
+from effilib import paths
+from effilib.errors import BadInput
+
+# ---------------------------------------------------------------------------------------------------- the scoreboard
+
+SCHEMA = 1
+BADGES = {  # verdict or status -> tone (its colour in style.css), symbol
+    "faster at equal accuracy": ("good", "✓"),
+    "faster but less accurate": ("mixed", "±"),
+    "slower": ("bad", "▼"),
+    "no speed-up": ("none", "="),
+    "inconclusive": ("none", "?"),
+    "target missed": ("bad", "✗"),
+    "smoke: not a measurement": ("none", "○"),
+    "shared machine: no verdict": ("none", "○"),
+    "failed": ("failed", "✗"),
+    "unreadable": ("failed", "✗"),
+    "not run": ("none", "○"),
+}
+SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
+SHARED = "Shared machine: other notebooks ran at the same time, so there is no verdict on times."
+
+RECORD_TEXT = ("chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "commit", "date", "caption")
+VERDICT_TEXT = ("arm", "against", "quantity", "verdict", "claim_reproduced", "text")
+VERDICT_NUMBERS = ("ratio", "low", "high", "n", "accuracy_difference", "accuracy_low")
+EMPTY = {
+    **dict.fromkeys(("notebook", "status", "reason", "report", *RECORD_TEXT, "machine", *VERDICT_TEXT), ""),
+    **dict.fromkeys((*VERDICT_NUMBERS, "seconds")),
+    "shared_machine": False,
+}
+UNEXPECTED = (TypeError, ValueError, AttributeError, OverflowError)  # what values of the wrong type raise here
+
+
+def scoreboard_rows(folder, notebooks=()):
+    """What is known about each notebook of a folder of results, in the order of the chapters.
+
+    folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`.
+    notebooks: names that get a row even where nothing was run, such as `["02_overview", ...]`.
+    Returns a list of flat dicts with the same keys, ready for `pandas.DataFrame`. `status` is "complete", "failed",
+    "unreadable" or "not run", and `reason` says why it is not complete. Nothing that a file contains raises.
+    """
+    folder = Path(folder)
+    found = {file.parent.name for name in ("record.json", "run.json") for file in folder.glob(f"*/{name}")}
+    return [_row(folder / name) for name in sorted(found | set(notebooks), key=_chapter_order)]
+
+
+def table(rows):
+    """Rows of the scoreboard as a `pandas.DataFrame` of ready text, for a notebook to show."""
+    import pandas  # a runner that only renders need not wait for it
+
+    return pandas.DataFrame(
+        {
+            "chapter": row["chapter"],
+            "method": row["title"],
+            "speed-up": speedup(row) or row["text"] or "—",
+            "accuracy difference": "—" if row["accuracy_difference"] is None else f"{row['accuracy_difference']:+.1f} points",
+            "verdict": row["verdict"] or ("—" if row["status"] == "complete" else row["status"]),
+            "claim reproduced": row["claim_reproduced"] or "—",
+            "machine": row["machine"] or "—",
+        }
+        for row in rows
+    )
+
+
+def speedup(row):
+    """A row's measured ratio as text: "1.34x [1.29, 1.40]", or "" where there is none."""
+    if row["ratio"] is None:
+        return ""
+    interval = "" if None in (row["low"], row["high"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['ratio']:.2f}x{interval}"
+
+
+def _chapter_order(name):
+    """`03_2_x` before `03_10_y` before `10_z`: by the numbers that a notebook's name begins with."""
+    return [int(number) for number in re.findall(r"\d+", re.match(r"[\d_]*", name)[0])] or [math.inf], name
+
+
+def _from_name(name):
+    """What a notebook's name alone tells: `03_2_mixed_precision` is chapter 3.2, "Mixed precision"."""
+    number, title = re.match(r"([\d_]*)(.*)", name).groups()
+    chapter = ".".join(str(int(n)) for n in re.findall(r"\d+", number))
+    return {"notebook": name, "chapter": chapter, "title": title.replace("_", " ").capitalize() or name}
+
+
+def _row(folder):
+    """One row. Its files may be missing, half-written or nonsense: then the row says so."""
+    row = EMPTY | _from_name(folder.name)
+    try:
+        row |= _read(folder)
+    except UNEXPECTED as error:
+        row |= {"status": "unreadable", "reason": _unexpected(error)}
+    return row | {"report": f"{folder.name}/report.html" if (folder / "report.html").exists() else ""}
+
+
+def _unexpected(error):
+    return str(error) if isinstance(error, BadInput) else f"record.json does not hold what was expected: {error}"
+
+
+def _read(folder):
+    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result, whatever lies there."""
+    run, record = _json(folder / "run.json"), _json(folder / "record.json")
+    if run is None and record is None:
+        return {"status": "not run", "reason": "not run"}
+    if run is not None and run.get("status") != "complete":
+        return {"status": "failed", "reason": _text(run.get("reason")) or "no reason given", "date": _text(run.get("date"))}
+    if record is None:
+        raise BadInput("record.json is missing, though the run ended well")
+    if record.get("schema") != SCHEMA:
+        raise BadInput(f"record.json has schema {record.get('schema')!r}; this effilib reads schema {SCHEMA}")
+    if record.get("status") != "complete":
+        return {"status": "failed", "reason": "record.json does not say complete: the notebook did not reach its end"}
+    return {"status": "complete", **_facts(record), **_verdict(record.get("headline") or {})}
+
+
+def _json(file):
+    """A JSON object, None where there is no such file. Raises `BadInput` where it is damaged."""
+    content = paths.read_json(file)
+    if file.exists() and not isinstance(content, dict):
+        raise BadInput(f"{file.name} is damaged or only half-written")
+    return content
+
+
+def _facts(record):
+    machine = record.get("machine") or {}
+    return {
+        **{key: _text(record[key]) for key in RECORD_TEXT if record.get(key)},
+        "machine": _text(machine.get("summary")),
+        "seconds": _number(record.get("duration_s")),
+        "shared_machine": bool(record.get("shared_machine")),
+    }
+
+
+def _verdict(verdict):
+    """A record's headline, or one of its verdicts, as plain columns: text, and finite numbers or None."""
+    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT} | {key: _number(verdict.get(key)) for key in VERDICT_NUMBERS}
+    if any(row[key] is not None and row[key] <= 0 for key in ("ratio", "low", "high")):
+        raise BadInput(f"record.json has a speed-up that is not a positive factor: {speedup(row)}")
+    return row | {"n": row["n"] and int(row["n"])}
+
+
+def _text(value):
+    return "" if value is None else str(value)
+
+
+def _number(value):
+    return None if value is None or not math.isfinite(float(value)) else float(value)
+
+
+def index(folder):
+    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its path."""
+    folder = Path(folder)
+    rows = scoreboard_rows(folder)
+    for row in rows:
+        row |= _badge(row) | {"thumbnail": _thumbnail(folder / row["notebook"] / "figure.png")}
+    counts = [row["status"] for row in rows]
+    content = _page(
+        "index.html",
+        title="Time-efficient training of CNNs",
+        facts=[*_distinct(rows, "dataset", "preset", "machine"), *_date(max((row["date"] for row in rows), default=""))] or [folder.name],
+        complete=counts.count("complete"),
+        failed=counts.count("failed") + counts.count("unreadable"),
+        notes=_warnings(rows),
+        ticks=_place(rows),
+        rows=rows,
+    )
+    return paths.write(folder / "index.html", content)
+
+
+def _badge(row):
+    tone, symbol = BADGES.get(row["verdict"] or row["status"], ("none", "·"))
+    return {"tone": tone, "symbol": symbol}
+
+
+def _warnings(rows):
+    smoke = any(row["preset"] == "smoke" for row in rows)
+    shared = any(row["shared_machine"] for row in rows)
+    return [note for note, applies in ((SMOKE, smoke), (SHARED, shared)) if applies]
+
+
+def _distinct(rows, *keys):
+    """For each key the values that occur, joined, without the empty ones."""
+    values = [", ".join(dict.fromkeys(row[key] for row in rows if row[key])) for key in keys]
+    return [value for value in values if value]
+
+
+def _date(date):
+    """A record's date for people, to the minute; an empty list where there is none."""
+    return [date[:16].replace("T", " ") + " UTC"] if date else []
+
+
+def _place(rows, width=200, margin=14, limit=32):
+    """Give each row with a ratio its place on a log axis that all rows share, in pixels. Returns the axis' ticks."""
+    values = [row[key] for row in rows for key in ("ratio", "low", "high") if row[key]]
+    low, high = max(min(values, default=1) / 1.1, 1 / limit), min(max(values, default=1) * 1.1, limit)
+    low, high = math.log2(min(low, 0.45)), math.log2(max(high, 2.2))
+
+    def x(value):
+        return value and round(margin + (width - 2 * margin) * (min(max(math.log2(value), low), high) - low) / (high - low), 1)
+
+    for row in rows:
+        row["plot"] = row["ratio"] and {key: x(row[key]) for key in ("ratio", "low", "high")}
+    step = 1 if high - low < 5 else 2
+    return [{"value": 2.0**power, "x": x(2.0**power)} for power in range(-10, 11, step) if low <= power <= high]
+
+
+def _thumbnail(file, width=320):
+    """A picture as a small data URI; "" where there is none or it is damaged."""
+    from PIL import Image  # comes with matplotlib
+
+    try:
+        with Image.open(file) as picture:
+            small = picture.convert("RGBA")
+    except (OSError, ValueError, SyntaxError):
+        return ""
+    small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+    small.thumbnail((width, 2 * width))
+    buffer = io.BytesIO()
+    small.quantize(64).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _page(template, **content):
+    """Fill a template of `pages/`. Whatever is not marked as HTML is escaped."""
+    import jinja2
+    from markupsafe import Markup
+
+    pages = jinja2.Environment(loader=jinja2.PackageLoader("effilib", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    style = Markup(_source("style.css"))
+    return pages.get_template(template).render(style=style, kind=template.split(".")[0], version=effilib.__version__, **content)
+
+
+def _source(name):
+    return resources.files("effilib").joinpath("pages", name).read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- one report
+
+
+def render(notebook, html, record=None, failure=None):
+    """Write an executed notebook as one HTML file that opens offline, can be mailed and needs no script.
+
+    notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if there is one.
+    failure: why the run failed; shown on top, and then even an unreadable notebook gives a page. Returns `html`'s path.
+    Raises `BadInput` if the notebook can't be read and no failure was given.
+    """
+    import nbformat
+
+    html = Path(html).absolute()
+    try:
+        executed = nbformat.read(notebook, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        if not failure:
+            why = getattr(error, "strerror", None) or "it is damaged, or not a notebook"
+            raise BadInput(f"cannot read the notebook {notebook}: {why}") from error
+        executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")])
+    row, notes, verdicts = EMPTY | _from_name(html.parent.name), [], []
+    heading = _take_heading(executed, row["chapter"])
+    try:
+        row |= {"title": heading or row["title"], **_facts(record or {})}
+        notes = [_text(note) for note in (record or {}).get("notes") or []]
+        verdicts = [EMPTY | _verdict(verdict) for verdict in _verdicts(record or {})]
+    except UNEXPECTED as error:
+        notes.append(_unexpected(error))
+    cells = _cells(executed, Path(notebook).absolute().parent)
+    content = _page(
+        "report.html",
+        row=row,
+        title=row["title"],
+        facts=_run_facts(row) or [html.parent.parent.name],
+        failure=failure,
+        notes=[*_warnings([row]), *notes],
+        ticks=_place(verdicts),
+        verdicts=[verdict | _badge(verdict) for verdict in verdicts],
+        cells=cells,
+        failing_cell='id="failing-cell"' in cells,
+    )
+    return paths.write(html, content)
+
+
+def _run_facts(row):
+    seconds = [f"{row['seconds']:.0f} s"] if row["seconds"] else []
+    commit = [f"commit {row['commit'][:10]}"] if row["commit"] else []
+    return [*_distinct([row], "dataset", "preset", "machine"), *_date(row["date"]), *seconds, *commit]
+
+
+def _verdicts(record):
+    """Every arm's verdict; of a record without that list its headline; of a chapter that measures nothing none."""
+    return record.get("verdicts") or [headline for headline in [record.get("headline")] if headline]
+
+
+def _take_heading(notebook, chapter):
+    """Remove and return the notebook's first heading, which the page's header shows; remove papermill's, which the banner replaces."""
+    notebook.cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    cell = next(iter(notebook.cells), None)
+    heading = cell and cell.cell_type == "markdown" and re.match(r"\s*#[ \t]+(.*)\n?", cell.source)
+    if not heading:
+        return ""
+    cell.source = cell.source[heading.end() :]
+    return heading[1].strip().removeprefix(chapter).lstrip(" .:·-")
+
+
+def _cells(notebook, folder):
+    """The cells of a notebook as HTML. `folder` is where relative pictures in its prose are looked for."""
+    from markupsafe import Markup
+    from nbconvert import HTMLExporter  # takes a second to import
+    from nbconvert.preprocessors import TagRemovePreprocessor
+    from traitlets.config import Config
+
+    kinds = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]  # no scripts, no widgets
+    exporter = HTMLExporter(
+        template_name="basic",
+        raw_template=_source("cells.html"),
+        embed_images=True,
+        exclude_anchor_links=True,
+        config=Config({"NbConvertBase": {"display_data_priority": kinds}}),
+    )
+    tags = {"remove_cell_tags": {"remove-cell"}, "remove_input_tags": {"remove-input"}, "remove_all_outputs_tags": {"remove-output"}}
+    exporter.register_preprocessor(TagRemovePreprocessor(**tags), enabled=True)
+    formulas = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _hide_formulas(cell.source, formulas)
+        for output in cell.get("outputs", []):
+            for kind in ("text/markdown", "text/latex"):
+                if kind in output.get("data", {}):
+                    output.data[kind] = _hide_formulas(output.data[kind], formulas)
+    body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder)}})
+    return Markup(_offline(_show_formulas(body, formulas)))
+
+
+def _offline(html):
+    """Take out of a notebook's HTML what runs or loads: scripts, frames, remote pictures and styles. Tables get a box to scroll in."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for element in soup(["script", "iframe", "object", "embed", "link", "meta", "base", "form"]):
+        if element.name in ("script", "iframe", "object", "embed"):
+            element.insert_before(_left_out(soup, "interactive output: open the notebook"))
+        element.decompose()
+    for element in soup.find_all(True):
+        for name, value in list(element.attrs.items()):
+            value = str(value).strip()
+            loads = name in ("src", "srcset", "poster", "background", "data", "xlink:href") or (name == "href" and element.name != "a")
+            if name.startswith("on") or (loads and not value.startswith(("data:", "#"))) or value.lower().startswith("javascript:"):
+                del element[name]
+                if element.name == "img" and name == "src":
+                    element.replace_with(_left_out(soup, f"picture {value}"))
+            elif name == "style":
+                element[name] = _offline_style(value)
+            elif name == "href":  # another notebook of the series is its report here
+                element[name] = re.sub(r"^(?:\./)?([\w-]+)\.ipynb(?=#|$)", r"../\1/report.html", value)
+    for style in soup("style"):
+        style.string = _offline_style(style.string or "")
+    for element in soup("table"):
+        element.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+    return str(soup)
+
+
+def _left_out(soup, what):
+    note = soup.new_tag("span", attrs={"class": "left-out"})
+    note.string = f"[left out of this page: {what}]"
+    return note
+
+
+def _offline_style(css):
+    return re.sub(r"""(?i)@import[^;]*;?|url\(\s*['"]?(?!data:|#|['"])[^)]*\)""", "", css)
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+# Code comes first, so that a dollar sign in it is never taken for a formula; so does a dollar sign that is escaped.
+FORMULA = re.compile(
+    r"""
+      (?P<fence>^[ \t>]*(?P<marks>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t>]*(?P=marks)|\Z))
+    | (?P<span>(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`))
+    | (?P<escaped>\\\$)
+    | \$\$(?P<dollars>.+?)\$\$
+    | \\{1,2}\[(?P<brackets>(?:(?!\n\s*\n).)+?)\\{1,2}\]
+    | (?P<environment>\\begin\{(?P<name>[a-z]+\*?)\}.+?\\end\{(?P=name)\})
+    | \\{1,2}\((?P<parentheses>(?:(?!\n\s*\n).)+?)\\{1,2}\)
+    | \$(?![\s$])(?P<dollar>(?:[^$\\`\n]|\\.|\n(?!\s*\n))+?)(?<!\s)\$(?!\d)
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+HIDDEN = "\ue000{}\ue001"  # private characters, which Markdown leaves alone
+
+
+def _hide_formulas(text, formulas):
+    """Replace each formula of a Markdown text by a placeholder, lest underscores and backslashes be taken for Markdown."""
+
+    def hide(match):
+        if match["fence"] or match["span"] or match["escaped"]:
+            return match[0]
+        formulas.append((match[0], match))
+        return HIDDEN.format(len(formulas) - 1)
+
+    return FORMULA.sub(hide, text)
+
+
+def _show_formulas(html, formulas):
+    """Put MathML for the placeholders; in code and inside tags the formula's source."""
+
+    def show(match):
+        if not match["number"]:
+            return re.sub("\ue000(\\d+)\ue001", lambda hidden: markup.escape(formulas[int(hidden[1])][0]), match[0])
+        found = formulas[int(match["number"])][1]
+        block = found["dollars"] or found["brackets"] or found["environment"]
+        return mathml(block or found["parentheses"] or found["dollar"], display=bool(block))
+
+    return re.sub("(?s)<pre.*?</pre>|<code.*?</code>|<[^>]*>|\ue000(?P<number>\\d+)\ue001", show, html)
+
+
+BIG = r"(\\(?:big|Big|bigg|Bigg)[lrm]?)"
+REWRITES = (  # what latex2mathml does not know, in words that it does
+    (r"\\label\{[^}]*\}|\\(?:nonumber|notag)\b", ""),
+    (r"\\(begin|end)\{(?:aligned|split|align|eqnarray|equation)\*?\}(?:\[[tbc]\])?", r"\\\1{align*}"),
+    (r"\\(begin|end)\{(?:gathered|gather|multline)\*?\}", r"\\\1{matrix}"),
+    (r"\\(?:operatorname\*?|mathrm)\s*\{([^{}\\]*)\}", r"\\text{\1}"),
+    (r"\\operatorname\*?\s*\{arg\\[,;]\s*(max|min)\}", r"\\arg\1"),
+    (rf"{BIG}\\[lr]?(?:Vert|\|)", r"\1‖"),
+    (rf"{BIG}\\[lr]?vert", r"\1|"),
+    (r"\\mathbb\s*\{?1\}?", "\U0001d7d9"),
+)
+CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
+LIMITS = {"max", "min", "sup", "inf", "lim", "arg\u2009max", "arg\u2009min"}  # what stands under them in a display
+
+
+def mathml(latex, display=False):
+    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never lost."""
+    from latex2mathml.converter import convert
+
+    source = latex.strip()
+    for pattern, replacement in REWRITES:
+        source = re.sub(pattern, replacement, source)
+    try:
+        text = convert(source, display="block" if display else "inline")
+        math = ElementTree.fromstring(text.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', ""))
+        for element in math.iter():
+            _mend(element, display)
+    except Exception:  # latex2mathml stumbles in many ways
+        html = f'<code class="latex">{markup.escape(latex.strip())}</code>'
+    else:
+        math.set("alttext", latex.strip())
+        html = ElementTree.tostring(math, encoding="unicode")
+    return f'<span class="formula">{html}</span>' if display else html
+
+
+def _mend(element, display):
+    """Correct what latex2mathml writes and browsers show badly. Raises ValueError where a formula was not understood."""
+    text = element.text or ""
+    if len(element) != CHILDREN.get(element.tag, len(element)) or "\\" in text or element.get("linebreak"):
+        raise ValueError(f"<{element.tag}> is not whole")
+    if element.tag == "mo" and len(element):  # \mathop{...}
+        element.tag = "mrow"
+    if display and element.tag in ("msub", "msup") and element[0].text in LIMITS:
+        element.tag = {"msub": "munder", "msup": "mover"}[element.tag]
+    if element.tag == "mo" and text in ("‖", "|"):  # norms: no space inside, and tall only where \left or \big asks for it
+        element.attrib.update(lspace="0", rspace="0", stretchy=element.get("stretchy", "false"))
+    if element.tag == "mover" and element[1].text == "\u2015":  # \overline: few fonts stretch the bar
+        element.tag = "mrow"
+        element.set("class", "overline")
+        del element[1]
+    if element.tag == "mi" and text == "~":  # \sim
+        element.tag, element.text = "mo", "\u223c"
+    if element.tag == "mi" and "\u27f0" <= text <= "\u27ff":  # \iff and other long arrows
+        element.tag = "mo"
+    if element.tag in ("mi", "mo") and len(text) > 1 and text.replace("\u2009", "").isalpha():  # \log, \max
+        element.tag = "mi"
+        element.set("class", "function")
+    if element.get("width") == "negativethinmathspace":
+        element.set("width", "-0.167em")

@@ -1,0 +1,426 @@
+"""One training loop for every chapter, readable on one screen (`train`), and the hooks by which a method takes part.
+
+All of a method's work is inside the clock. Outside: evaluation for the record, counting, logging, warm-up.
+"""
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+from effilib import checkpoint as checkpoints
+from effilib import cost, models
+from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
+from effilib.data import Batches
+from effilib.errors import BadInput, choose
+
+EVALUATIONS = 20  # of the validation set in a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to 0."""
+
+    epochs: float = 10  # a fraction ends in mid-epoch
+    batch_size: int = 128
+    lr: float = 0.1  # the highest of the schedule
+    schedule: str = "linear"  # to 0; or "cosine" to 0, or "constant"
+    warmup: float = 0.2  # share of the steps
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augmentation: str = "auto"  # the data set's; or "none", "crop", "crop+flip"
+    precision: str = "auto"  # bf16 where the machine has it natively, else fp32; or "fp32", "tf32", "bf16", "fp16" (CUDA)
+    memory_format: str = "channels_last"  # or "contiguous"
+    compile: bool = False
+
+    def __post_init__(self):
+        choose("schedule", self.schedule, ("linear", "cosine", "constant"))
+        choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
+        choose("memory format", self.memory_format, ("channels_last", "contiguous"))
+        for name in ("epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"recipe: {name} is {getattr(self, name)}, it must be above 0")
+
+    def lr_at(self, step, steps):
+        """Learning rate of step 0, 1, ..., steps - 1."""
+        rise = self.warmup * steps
+        if step < rise:
+            return self.lr * (step + 1) / (math.floor(rise) + 1)
+        left = (steps - step) / (steps - rise)  # 1 -> 0
+        return self.lr * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
+
+
+class Method:
+    """What takes part in training. A frozen dataclass of settings; its state lives in `run.state[self]`, made in `on_fit_start`.
+
+    Override what is needed; every hook takes the `Run`. Hooks are called in the order of the methods.
+    """
+
+    def on_fit_start(self, run):
+        """Before the first step: install, convert layers, make the state."""
+
+    def on_epoch_start(self, run):
+        """Before an epoch's first step."""
+
+    def on_batch(self, run, x, y):
+        """Return the (x, y) to train on: x (N, C, H, W), y (N,)."""
+        return x, y
+
+    def loss_terms(self, run):
+        """Return a scalar to add to the loss (`run.logits`, `run.loss` are there), or None."""
+
+    def on_after_backward(self, run):
+        """Gradients are there, unscaled; the optimizer has not stepped."""
+
+    def on_step_end(self, run):
+        """The optimizer has stepped."""
+
+    def on_epoch_end(self, run):
+        """After an epoch's last step, before its evaluation."""
+
+    def on_fit_end(self, run):
+        """After the last step, before the last evaluation: leave a plain model behind."""
+
+
+HOOKS = [name for name in vars(Method) if name.startswith("on_") or name == "loss_terms"]
+
+
+class Run:
+    """What a method sees of the training that it takes part in."""
+
+    def __init__(self, model, dataset, recipe, methods, seed):
+        self.model, self.dataset, self.recipe, self.methods, self.seed = model, dataset, recipe, methods, seed
+        self.device = dataset.device
+        self.decide = dataset.decide  # the split that a method may read
+        self.precision = resolve_precision(recipe.precision, self.device)
+        self.state = {}  # method -> its state; goes into checkpoints
+        self.events = []  # what methods did, in words: goes into the history
+        self.clock = Stopwatch(self.device)
+        self.generators = {m: stream(seed, f"method {i}") for i, m in enumerate(methods)}
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+            weight_decay=recipe.weight_decay, fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.step = self.epoch = self.steps = 0  # done so far, and in all
+        self.logits = self.loss = None
+        self._kind = "step"
+        self.structures = 0  # how often the structure changed
+        self.compile()
+        self._hooks = {h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)] for h in HOOKS}
+
+    @property
+    def lr(self):
+        """Learning rate of this step."""
+        return self.recipe.lr_at(self.step, self.steps)
+
+    @property
+    def kind(self):
+        """The kind of work that the clock runs for. Setting it ends what ran so far under the old kind; a step's end resets it.
+
+        A kind that recurs in an epoch has a median of its own; one-off work, e.g. "reconfigure", is never capped.
+        """
+        return self._kind
+
+    @kind.setter
+    def kind(self, kind):
+        self.clock.lap(self._kind)
+        self._kind = kind
+
+    def generator(self, method):
+        """The method's own random stream (on the CPU), so that its draws do not shift the order of the data."""
+        return self.generators[method]
+
+    def log(self, method, text, **values):
+        """Note what a method did, for the history: a sentence and plain values."""
+        self.events.append({"step": self.step, "epoch": self.epoch, "method": type(method).__name__, "text": text, **values})
+
+    def call(self, hook):
+        """Call a hook of every method that has it; its time is its own segment."""
+        if self._hooks[hook]:
+            self.kind = hook
+            for f in self._hooks[hook]:
+                f(self)
+            self.kind = "step"
+
+    def restructure(self, change):
+        """Change the structure in mid-training: the one way to do it.
+
+        `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with exactly the
+        model's parameters. Compiled graphs and the count of FLOPs follow here. Timed as "reconfigure", never capped.
+        Raises `ValueError` if the optimizer and the model differ afterwards.
+        """
+        before, self.kind = self._kind, "reconfigure"
+        self.model = change(self.model, self.optimizer) or self.model
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if len(held) != len(set(held)) or set(held) != set(self.model.parameters()):
+            raise ValueError("after a change of structure the optimizer must hold exactly the model's parameters")
+        self.structures += 1
+        self.compile()
+        self.kind = before
+
+    def compile(self):
+        self.forward = torch.compile(self.model) if self.recipe.compile else self.model
+
+    def autocast(self):
+        return autocast(self.precision, self.device)
+
+    def train_step(self, x, y, forward):
+        """Forward, backward, update; the learning rate of this step."""
+        for hook in self._hooks["on_batch"]:
+            x, y = hook(self, x, y)
+        with self.autocast():
+            self.logits = forward(x)
+        loss = F.cross_entropy(self.logits.float(), y, label_smoothing=self.recipe.label_smoothing)
+        self.loss = loss.detach()
+        for hook in self._hooks["loss_terms"]:
+            term = hook(self)
+            if term is not None:
+                loss = loss + term
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        for hook in self._hooks["on_after_backward"]:
+            hook(self)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_factor", 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        for hook in self._hooks["on_step_end"]:
+            hook(self)
+
+
+@dataclass
+class History:
+    """What a training run did and cost. `a + b` is one run after the other, on one clock."""
+
+    rows: list = field(default_factory=list)  # per evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
+    steps: int = 0
+    seconds: float = 0.0  # stalled steps capped
+    raw_seconds: float = 0.0
+    timed: int = 0  # recurring segments
+    capped: int = 0  # ... of which were capped
+    kinds: dict = field(default_factory=dict)  # kind -> {count, seconds, median}
+    flops: float = 0.0  # of all training steps, products only
+    memory: dict = field(default_factory=dict)  # bytes: parameters, optimizer, saved, peak (CUDA)
+    test_accuracy: float | None = None  # %, read once, at the end
+    warm_up: float = 0.0  # seconds, outside the clock
+    events: list = field(default_factory=list)
+    diverged: bool = False
+    structure: dict = field(default_factory=dict)
+    precision: str = ""
+
+    @property
+    def accuracy(self):
+        """Last validation accuracy in %."""
+        return self.rows[-1]["accuracy"]
+
+    @property
+    def step_seconds(self):
+        """Median seconds of a training step."""
+        return self.kinds["step"]["median"]
+
+    def __add__(self, other):
+        later = {"seconds": self.seconds, "step": self.steps, "epoch": self.rows[-1]["epoch"] if self.rows else 0}
+        rows = self.rows + [{k: v + later.get(k, 0) for k, v in row.items()} for row in other.rows]
+        events = self.events + [{k: v + later[k] if k in ("step", "epoch") else v for k, v in e.items()} for e in other.events]
+        kinds = dict(self.kinds)
+        for kind, k in other.kinds.items():
+            mine = kinds.get(kind, {"count": 0, "seconds": 0.0})
+            kinds[kind] = {"count": mine["count"] + k["count"], "seconds": mine["seconds"] + k["seconds"], "median": k["median"]}
+        summed = {
+            n: getattr(self, n) + getattr(other, n) for n in ("steps", "seconds", "raw_seconds", "timed", "capped", "flops", "warm_up")
+        }
+        memory = {k: max(self.memory.get(k, 0), other.memory.get(k, 0)) for k in {**self.memory, **other.memory}}
+        return replace(other, rows=rows, events=events, kinds=kinds, memory=memory, diverged=self.diverged or other.diverged, **summed)
+
+
+def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evaluations=EVALUATIONS, progress=None):
+    """Train `model` in place on `dataset` and return its `History`.
+
+    methods: `Method`s, called in order. seed: of data order, dropout and the methods' draws (the initial weights are the
+    caller's). The same seed and number of threads give bit-equal weights on a CPU. checkpoint: a file, written after every
+    epoch; if it is there, training goes on from it. evaluations: of the validation set. progress: called with a dict after each.
+
+    Raises `BadInput` for a batch larger than the training split, or a precision that the machine does not have.
+    """
+    with models.seeded(stream(seed, "dropout").initial_seed(), dataset.device), backend(recipe, dataset.device):
+        steady_memory()
+        layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[recipe.memory_format]
+        saved = checkpoints.read(checkpoint)
+        model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
+        batches = Batches(dataset, recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
+        run = Run(model, dataset, recipe, tuple(methods), seed)
+        run.steps = max(1, round(recipe.epochs * len(batches)))
+        marks = {round(run.steps * i / evaluations) for i in range(1, evaluations + 1)}
+        history = History(precision=run.precision)
+        history.warm_up = warm_up(run, next(iter(Batches(dataset, recipe.batch_size, stream(seed, "warm-up")))), layout)
+        flops = {}  # of a step, by structure
+        losses, pending = [], []  # losses since the last evaluation; rows whose time is read at the epoch's end
+
+        def evaluated():
+            with run.clock.paused():
+                row = {"step": run.step, "epoch": run.step / len(batches), "lr": run.lr if run.step < run.steps else 0.0}
+                row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
+                row["loss"], row["accuracy"] = evaluate(run.model, dataset, "validation", run.precision)
+                history.diverged |= bool(losses) and not math.isfinite(row["train_loss"])
+                pending.append((len(run.clock.laps), row))
+                losses.clear()
+            if progress:
+                progress({**row, "steps": run.steps, "seconds": run.clock.seconds})
+
+        run.clock.start()
+        run.call("on_fit_start")
+        if saved:
+            checkpoints.restore(saved, checkpoint, run, history, batches)
+        else:
+            evaluated()
+        for epoch in itertools.count(run.epoch):
+            run.epoch = epoch
+            run.call("on_epoch_start")
+            for x, y in itertools.islice(batches, run.steps - run.step):
+                x = x.contiguous(memory_format=layout)
+                if run.structures in flops:
+                    run.train_step(x, y, run.forward)
+                    run.clock.lap(run._kind)
+                else:  # one counted step per structure; the clock takes its kind's median for it
+                    with run.clock.paused(), cost.Counter(run.model.parameters()) as count:
+                        run.train_step(x, y, run.model)
+                    run.clock.lap(run._kind, substitute=True)
+                    flops[run.structures] = count.flops
+                    history.memory = memory(run, count.saved_bytes, history.memory)
+                run._kind = "step"
+                run.step += 1
+                history.flops += flops[run.structures]
+                losses.append(run.loss)
+                if run.step == run.steps:
+                    break
+                if run.step in marks:
+                    evaluated()
+            last = run.step == run.steps or history.diverged
+            run.call("on_epoch_end")
+            if last:
+                run.call("on_fit_end")
+                if not history.diverged:
+                    evaluated()
+            seconds = [run.clock.seconds, *run.clock.end_epoch()]
+            history.rows += [{**row, "seconds": seconds[laps]} for laps, row in pending]
+            pending.clear()
+            if last:
+                break
+            checkpoints.save(checkpoint, run, history, batches)
+        return finish(run, history)
+
+
+def warm_up(run, batch, layout):
+    """Run forward and backward once on random labels before the clock starts, and undo what that changed. Returns seconds.
+
+    Kernels are chosen, and graphs compiled, at the first call of a shape; nothing is learned.
+    """
+    buffers = copy.deepcopy(dict(run.model.named_buffers()))
+    with elapsed() as seconds, models.seeded(0, run.device):
+        x, y = batch
+        for _ in range(2):
+            with run.autocast():
+                loss = F.cross_entropy(run.forward(x.contiguous(memory_format=layout)).float(), y.roll(1))
+            loss.backward()
+    run.optimizer.zero_grad()
+    with torch.no_grad():
+        for name, b in run.model.named_buffers():
+            b.copy_(buffers[name])
+    return seconds()
+
+
+@torch.no_grad()
+def evaluate(model, dataset, split, precision="fp32"):
+    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation", "test")."""
+    was, total, correct = model.training, 0.0, 0
+    model.eval()
+    part = getattr(dataset, split)
+    with autocast(precision, dataset.device):
+        for x, y in dataset.batches(part):
+            logits = model(x).float()
+            total += F.cross_entropy(logits, y, reduction="sum").double()
+            correct += (logits.argmax(1) == y).sum()
+    model.train(was)
+    return float(total) / len(part), 100 * float(correct) / len(part)
+
+
+def finish(run, history):
+    clock = run.clock
+    history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
+    history.timed, history.capped = clock.steps, clock.capped
+    history.kinds = {k: {"count": len(s), "seconds": sum(s), "median": sorted(s)[len(s) // 2]} for k, s in clock.kinds.items()}
+    history.events, history.structure = run.events, models.describe(run.model)
+    history.test_accuracy = evaluate(run.model, run.dataset, "test", run.precision)[1]
+    return history
+
+
+def memory(run, saved, before):
+    """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's structures."""
+    state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()]
+    now = {"parameters": cost.size_bytes(run.model.parameters()), "optimizer": cost.size_bytes(state), "saved": saved}
+    if run.device.type == "cuda":
+        now["peak"] = torch.cuda.max_memory_allocated(run.device)
+    return {k: max(v, before.get(k, 0)) for k, v in now.items()}
+
+
+def stream(seed, name):
+    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def native_bf16(device="cpu"):
+    """Whether bf16 products are native here: avx512_bf16 or amx_bf16, CUDA from compute capability 8.0."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def resolve_precision(precision, device="cpu"):
+    """ "auto" -> "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do at speed."""
+    cuda = torch.device(device).type == "cuda"
+    if precision in ("fp16", "tf32") and not cuda:
+        raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (fp16 is emulated in chapter 3.2)")
+    return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def autocast(precision, device):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def backend(recipe, device):
+    """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe says so."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, *[recipe.precision != "fp32"] * 2
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def can_compile(device="cpu"):
+    """Why `torch.compile` cannot work here, in words; "" if it can."""
+    if torch.device(device).type == "cuda" or any(shutil.which(c) for c in ("g++", "clang++", "c++")):
+        return ""
+    return "torch.compile needs a C++ compiler (g++ or clang++), and there is none on this machine"
+
+
+def settings(recipe):
+    """A recipe as a plain dict."""
+    return asdict(recipe)

@@ -1,0 +1,522 @@
+"""The runner, with real papermill runs of tiny notebooks, real kernels that die, and real signals."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from effilib import clock, paths, runner
+from effilib.errors import BadInput
+
+PARAMETERS = """
+preset = ""
+dataset = ""
+epochs = 3  # of training = passes over the data
+lr: float = 0.1
+amp: bool | None = False
+widths = [16, 32]
+network = "resnet"
+"""
+
+RECORD = """
+import json, os, pathlib
+out = pathlib.Path(os.environ["EFFILIB_OUT"])
+record = {"schema": 1, "status": "complete", "preset": preset, "dataset": dataset, "duration_s": 1.0, "headline": None, "verdicts": []}
+record |= {"epochs": epochs, "network": network, "shared_machine": os.environ.get("EFFILIB_SHARED") == "1"}
+(out / "record.json").write_text(json.dumps(record))
+"""
+
+# Writes down its kernel and a process that hides in a session of its own, and goes on once there is a file `go`.
+WAIT = """
+import json, os, pathlib, subprocess, time
+hidden = subprocess.Popen(["sleep", "600"], start_new_session=True)
+here = pathlib.Path({here!r})
+(here / "pids.new").write_text(json.dumps([os.getpid(), os.getppid(), hidden.pid]))
+(here / "pids.new").rename(here / "pids.json")
+while not (here / "go").exists():
+    time.sleep(0.05)
+hidden.kill()
+"""
+
+
+def write_notebook(path, *code, parameters=PARAMETERS, record=RECORD):
+    """A notebook in the layout of the series: title, parameters, some code, the record."""
+    new = nbformat.v4
+    tagged = [new.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}), *map(new.new_code_cell, code)]
+    tagged += [new.new_code_cell(record.strip(), metadata={"tags": ["record"]})] if record else []
+    cells = [new.new_markdown_cell(f"# Title of {path.stem}"), *tagged]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new.new_notebook(cells=cells), path)
+    return path
+
+
+def status(folder, name):
+    return paths.read_json(folder / name / "run.json")["status"]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """Results go to a folder of the test's own."""
+    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def folder(results):
+    """The results of a series with the preset smoke on its data set."""
+    return results / "smoke-mnist5k"
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    return tmp_path / "notebooks"
+
+
+@pytest.fixture
+def run(notebooks):
+    """Call the runner on the test's notebooks."""
+    return lambda *selectors, **settings: runner.run(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+
+
+@pytest.fixture
+def plan(notebooks):
+    return lambda *selectors, **settings: runner.plan(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+
+
+def command(notebooks, within="true"):
+    """The command line as a process, after a command of the shell's."""
+    line = ["bash", "-c", f'{within}; exec "$@"', "bash", sys.executable, "-m", "effilib", "run"]
+    line += ["--preset", "smoke", "--notebooks", str(notebooks)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=paths.root())
+
+
+def wait_for(condition, seconds=60):
+    end = clock.now() + seconds
+    while not condition():
+        assert clock.now() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# A series in which nearly everything goes wrong: run once, looked at by several tests
+
+WRONG = {
+    "03_1_killed": ("import os\nos.kill(os.getpid(), 9)", "its kernel was killed or crashed in the cell `import os`"),
+    "03_2_slow": ("while True: pass", "the cell `while True: pass` took longer than the 3 s of --timeout"),
+    "03_3_raising": ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
+    "03_4_bad_input": ("from effilib.errors import BadInput\nraise BadInput('give it a name')", "give it a name"),
+    "03_5_full_disk": ("open('/dev/full', 'w', 1).write('x\\n')", "OSError: [Errno 28] No space left on device"),
+    "03_6_no_record": ("epochs", "it wrote no complete record.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """(exit code, folder, lines printed) of a run with two jobs at a time."""
+    where = tmp_path_factory.mktemp("wrong")
+    for name, (code, _) in WRONG.items():
+        write_notebook(where / "notebooks" / f"{name}.ipynb", code, record="" if "no_record" in name else RECORD)
+    for name in ("02_good", "10_good"):
+        write_notebook(where / "notebooks" / f"{name}.ipynb")
+    with pytest.MonkeyPatch.context() as patch, (where / "said").open("w+") as said:
+        patch.setenv("EFFILIB_RESULTS", str(where / "results"))
+        patch.setattr(sys, "stdout", said)
+        code = runner.run(notebooks=where / "notebooks", preset="smoke", jobs=2, timeout=3)
+        said.seek(0)
+        return code, where / "results" / "smoke-mnist5k", said.read().splitlines()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_failure_has_its_reason(wrong, name):
+    code, folder, said = wrong
+    run = paths.read_json(folder / name / "run.json")
+    assert code == 1
+    assert run["status"] == "failed"
+    assert run["reason"].startswith(WRONG[name][1])
+    assert f"  {name}: {run['reason']}" in said
+    assert not (folder / name / "record.json").exists()
+    assert WRONG[name][1].split("`")[0] in (folder / name / "report.html").read_text()
+
+
+def test_the_rest_goes_on(wrong):
+    _, folder, said = wrong
+    assert {status(folder, "02_good"), status(folder, "10_good")} == {"complete"}
+    assert {file.name for file in (folder / "02_good").iterdir()} == {"notebook.ipynb", "report.html", "record.json", "run.json"}
+    assert f"{2} complete, {len(WRONG)} failed" in said
+    assert said[-1] == f"report: {folder / 'index.html'}"
+    assert all(name in (folder / "index.html").read_text() for name in [*WRONG, "02_good", "10_good"])
+
+
+def test_two_jobs_share_the_machine(wrong):
+    assert json.loads((wrong[1] / "02_good" / "record.json").read_text())["shared_machine"] is True
+
+
+def test_chapter_10_runs_last(wrong):
+    ended = [line.split(":")[0] for line in wrong[2] if ": complete in" in line or ": failed after" in line]
+    assert sorted(ended[:-1]) == ["02_good", *WRONG]
+    assert ended[-1] == "10_good"
+
+
+def test_no_process_and_no_half_result_is_left(wrong):
+    folder = wrong[1]
+    assert not list((folder / ".partial").iterdir())
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
+
+
+# One notebook over several runs
+
+
+def test_up_to_date_changed_failed_and_mended(notebooks, folder, run, plan, tmp_path, capsys):
+    flag = tmp_path / "fail"
+    code = f"import pathlib\nassert not pathlib.Path({str(flag)!r}).exists(), 'as asked'"
+    write_notebook(notebooks / "04_1_x.ipynb", code)
+    assert run(parameters=[("epochs", "07")], name="mine") == 0
+    folder = folder.with_name("mine")
+    record = paths.read_json(folder / "04_1_x" / "record.json")
+    assert (record["epochs"], record["preset"], record["dataset"], record["shared_machine"]) == (7, "smoke", "mnist5k", False)
+    first = (folder / "04_1_x" / "report.html").stat().st_mtime_ns
+
+    capsys.readouterr()
+    assert run(parameters=[("epochs", "7")], name="mine") == 0
+    assert "04_1_x: up to date" in capsys.readouterr().out
+    assert (folder / "04_1_x" / "report.html").stat().st_mtime_ns == first
+
+    flag.touch()
+    assert run(parameters=[("epochs", "8")], name="mine") == 1  # what came out of epochs=7 stays
+    assert paths.read_json(folder / "04_1_x" / "record.json") == record
+    assert (folder / "04_1_x" / "report.html").stat().st_mtime_ns == first
+    state = paths.read_json(folder / "04_1_x" / "run.json")
+    assert state["status"] == "failed"
+    assert state["reason"] == "AssertionError: as asked (the earlier result is kept; see failed/ for this run)"
+    assert "as asked" in (folder / "failed" / "04_1_x" / "report.html").read_text()
+
+    flag.unlink()
+    assert run(parameters=[("epochs", "8")], name="mine") == 0
+    assert paths.read_json(folder / "04_1_x" / "record.json")["epochs"] == 8
+    assert not (folder / "failed" / "04_1_x").exists()
+
+
+def test_key_follows_cells_parameters_and_files(notebooks, plan, tmp_path):
+    write_notebook(notebooks / "04_1_x.ipynb", "1 + 1")
+    (tmp_path / "mine.py").write_text("net = 1")
+
+    def key():
+        return runner.run_key(*plan(parameters=[("network", f"{tmp_path}/mine.py:net")]))
+
+    before = key()
+    content = nbformat.read(notebooks / "04_1_x.ipynb", as_version=4)
+    content.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
+    nbformat.write(content, notebooks / "04_1_x.ipynb")
+    assert key() == before  # outputs do not count
+    (tmp_path / "mine.py").write_text("net = 2")
+    assert key() != before
+    (tmp_path / "mine.py").write_text("net = 1")
+    write_notebook(notebooks / "04_1_x.ipynb", "1 + 2")
+    assert key() != before
+
+
+def test_a_shared_machine_never_replaces_better_times(notebooks, plan):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (alone,) = plan()
+    shared = replace(alone, shared=True)
+    alone.results.mkdir(parents=True)
+    (alone.results / "report.html").touch()
+    paths.write(alone.results / "record.json", {"status": "complete"})
+    for job, good_for in ((alone, [alone, shared]), (shared, [shared])):
+        paths.write(alone.results / "run.json", {"status": "complete", "key": runner.run_key(job)})
+        assert [job for job in (alone, shared) if runner.up_to_date(job)] == good_for
+
+
+def test_chapter_10_is_stale_when_another_result_changed(notebooks, folder, plan):
+    for name in ("04_1_x", "10_all"):
+        write_notebook(notebooks / f"{name}.ipynb")
+    other, last = plan()
+    before = runner.run_key(other), runner.run_key(last)
+    (folder / "04_1_x").mkdir(parents=True)
+    paths.write(folder / "04_1_x" / "record.json", {"status": "complete"})
+    assert runner.run_key(other) == before[0]
+    assert runner.run_key(last) != before[1]
+
+
+def test_exchange_of_results_is_taken_up_after_a_kill(notebooks, folder, plan):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (job,) = plan()
+    job.old.mkdir(parents=True)
+    (job.old / "record.json").write_text("{}")
+    job.partial.mkdir(parents=True)
+    runner._tidy(job)
+    assert (job.results / "record.json").exists()
+    assert not job.partial.exists()
+    assert not job.old.exists()
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_no_process(notebooks, folder, tmp_path, sign):
+    write_notebook(notebooks / "04_1_waits.ipynb", WAIT.format(here=str(tmp_path)))
+    write_notebook(notebooks / "04_2_next.ipynb")
+    process = command(notebooks)
+    wait_for((tmp_path / "pids.json").exists)
+    pids = json.loads((tmp_path / "pids.json").read_text())
+    assert all(map(alive, pids))
+    process.send_signal(sign)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not any(map(alive, pids))  # kernel, papermill, and the one in a session of its own
+    assert "interrupted: none finished, 04_1_waits, 04_2_next not" in said
+    assert "Traceback" not in said
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != ".running"]
+
+
+def test_killed_run_is_resumed(notebooks, folder, tmp_path, run, capsys):
+    write_notebook(notebooks / "02_first.ipynb")
+    write_notebook(notebooks / "04_1_waits.ipynb", WAIT.format(here=str(tmp_path)))
+    process = command(notebooks)
+    wait_for((tmp_path / "pids.json").exists)
+    kernel, papermill, hidden = json.loads((tmp_path / "pids.json").read_text())
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not alive(kernel) and not alive(papermill), 10)
+    assert alive(hidden)  # nobody was left to end it: the next run does
+    (tmp_path / "go").touch()
+    assert run() == 0
+    assert not alive(hidden)
+    said = capsys.readouterr().out
+    assert "02_first: up to date" in said
+    assert "04_1_waits: complete" in said
+
+
+def test_executed_notebook_that_cannot_be_written(notebooks, folder):
+    write_notebook(notebooks / "04_1_long.ipynb", "print('x' * 500_000)")
+    write_notebook(notebooks / "04_2_short.ipynb")
+    process = command(notebooks, within="ulimit -f 200")  # no file over 200 KB, which looks like a full disk
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "04_1_long: the executed notebook cannot be written: File too large" in said
+    assert "Traceback" not in said
+    assert (status(folder, "04_1_long"), status(folder, "04_2_short")) == ("failed", "complete")
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    with runner.hold(tmp_path), pytest.raises(BadInput, match="another run is writing into"), runner.hold(tmp_path):
+        pass
+    with runner.hold(tmp_path) as token:
+        assert (tmp_path / ".running").read_text() == token
+
+
+# What is checked before anything runs
+
+
+def test_selectors(notebooks):
+    names = ["02_overview", "03_1_cost", "03_2_mixed_precision", "10_comparison"]
+    for name in names:
+        write_notebook(notebooks / f"{name}.ipynb")
+
+    def select(*selectors):
+        return [path.stem for path in runner.select(selectors, notebooks)]
+
+    assert select() == names
+    assert select("03_2", "2") == ["02_overview", "03_2_mixed_precision"]
+    assert select("3") == ["03_1_cost", "03_2_mixed_precision"]
+    assert select("3.1") == select("3_1") == select("notebooks/03_1_cost.ipynb") == select("03_1_co") == ["03_1_cost"]
+    for unknown in ("1", "04", "", "03_1_cots"):
+        with pytest.raises(BadInput, match=r"unknown notebook.*02_overview, 03_1_cost, 03_2_mixed_precision, 10_comparison"):
+            select(unknown)
+
+
+def test_values_have_the_type_of_the_default(notebooks, plan):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    given = {"epochs": "07", "lr": "1", "amp": "True", "widths": "[8, 8]", "network": "5"}
+    (job,) = plan(parameters=given.items())
+    assert job.parameters == {
+        "epochs": 7,
+        "lr": 1.0,
+        "amp": True,
+        "widths": [8, 8],
+        "network": "5",
+        "preset": "smoke",
+        "dataset": "mnist5k",
+    }
+    assert job.folder.name == "smoke-mnist5k-amp=True-epochs=07-lr=1-network=5-widths=_8_8_"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("epoch", "3", "unknown parameter of 04_1_x 'epoch': choose one of preset, .*did you mean 'epochs'"),
+        ("epochs", "many", "parameter 'epochs' of 04_1_x takes values of type int such as 3, not 'many'"),
+        ("epochs", "2.5", "type int"),
+        ("lr", "fast", "type float"),
+        ("amp", "yes", "type bool"),
+        ("widths", "3", "type list"),
+        ("preset", "quikc", "unknown preset 'quikc'.*did you mean 'quick'"),
+        ("dataset", "mnist6k", "unknown data set 'mnist6k'.*mnist5k"),
+        ("dataset", "no/such.npz", "no such file"),
+    ],
+)
+def test_bad_parameters(notebooks, plan, name, text, message):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    with pytest.raises(BadInput, match=message):
+        plan(parameters=[(name, text)])
+
+
+def test_a_parameter_is_known_to_every_notebook_but_the_data_set_to_one(notebooks, plan):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    write_notebook(notebooks / "04_2_y.ipynb", parameters="preset = ''")
+    with pytest.raises(BadInput, match="unknown parameter of 04_2_y 'epochs'"):
+        plan(parameters=[("epochs", "3")])
+    x, y = plan(parameters=[("dataset", "fashion_mnist")])
+    assert (x.parameters["dataset"], "dataset" in y.parameters) == ("fashion_mnist", False)
+    with pytest.raises(BadInput, match="04_2_y has none"):
+        plan("04_2", parameters=[("dataset", "fashion_mnist")])
+
+
+def test_files_are_found_from_the_folder_where_the_command_was_typed(notebooks, plan, tmp_path, monkeypatch):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "mine.py").touch()
+    (job,) = plan(parameters=[("dataset", "my photos"), ("network", "mine.py:net")])
+    assert job.parameters["dataset"] == str(tmp_path / "my photos")
+    assert job.parameters["network"] == f"{tmp_path}/mine.py:net"
+    assert job.folder.name == "smoke-my_photos-network=mine.py_net"
+
+
+@pytest.mark.parametrize("name", ["recorded", "../x", ".hidden", "a b"])
+def test_bad_names_of_folders(notebooks, plan, name):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    with pytest.raises(BadInput, match="--name"):
+        plan(name=name)
+
+
+def test_broken_notebook_is_named(notebooks, plan):
+    write_notebook(notebooks / "04_1_x.ipynb", parameters="epochs = = 3")
+    with pytest.raises(BadInput, match=r"the parameters of .*04_1_x\.ipynb cannot be read"):
+        plan()
+    (notebooks / "04_1_x.ipynb").write_text("{}")
+    with pytest.raises(BadInput, match=r"04_1_x\.ipynb is not a notebook"):
+        plan()
+
+
+def test_results_that_cannot_be_written(notebooks, run, tmp_path, monkeypatch):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "file" / "results"))
+    with pytest.raises(BadInput, match="cannot write results into"):
+        run()
+
+
+def test_folder_without_notebooks(run, tmp_path):
+    with pytest.raises(BadInput, match="no notebooks in"):
+        run(notebooks=tmp_path)
+
+
+# What is said
+
+
+def headline(ratio, low=None, high=None, verdict=""):
+    return {"status": "complete", "duration_s": 33.0, "headline": {"ratio": ratio, "low": low, "high": high, "verdict": verdict}}
+
+
+def test_comparison_with_the_recorded(notebooks, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    cases = {
+        "04_1": (headline(1.5, 1.4, 1.6), headline(1.45, 1.3, 1.6), "1.50x [1.40, 1.60]  1.45x [1.30, 1.60]  yes"),
+        "04_2": (headline(1.1, 1.0, 1.2), headline(1.45, 1.3, 1.6), "no, slower"),
+        "04_3": (headline(1.5, 1.4, 1.6), None, "not recorded        -"),
+        "04_4": (headline(None, verdict="target missed"), headline(1.45, 1.3, 1.6), "target missed       1.45x [1.30, 1.60]  -"),
+        "04_5": ({"status": "complete", "headline": None}, None, None),
+    }
+    for name in cases:
+        write_notebook(notebooks / f"{name}.ipynb")
+    jobs = plan()
+    for job in jobs:
+        for path, record in zip((job.results / "record.json", job.recorded), cases[job.name], strict=False):
+            path.parent.mkdir(parents=True)
+            if record:
+                paths.write(path, record)
+    table = runner.comparison(jobs).splitlines()
+    assert table[0].startswith("notebook  this run")
+    assert len(table) == 5  # 04_5 has no headline
+    for line, (_, _, end) in zip(table[1:], cases.values(), strict=False):
+        assert line.endswith(end)
+    assert runner.expected(jobs[0]) == 33.0  # as recorded
+    assert runner.expected(jobs[4]) == runner.SECONDS["smoke"]
+
+
+def test_listing(notebooks, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    write_notebook(notebooks / "03_2_x.ipynb")
+    write_notebook(notebooks / "10_y.ipynb")
+    (tmp_path / "recorded" / "study-cifar10" / "03_2_x").mkdir(parents=True)
+    (tmp_path / "recorded" / "study-cifar10" / "03_2_x" / "record.json").touch()
+    _, first, second = map(str.split, runner.listing(notebooks).splitlines())
+    assert first == ["3.2", "Title", "of", "03_2_x", "03_2_x", "study-cifar10"]
+    assert second == ["10", "Title", "of", "10_y", "10_y", "-"]
+
+
+def test_live_line_on_a_terminal(notebooks, plan, tmp_path):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (job,) = plan()
+    paths.make(job.folder)
+    main, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        progress = runner.Progress(job.folder, stream)
+        progress.running([job])
+        progress.ended(runner.Outcome(job.name, "complete", seconds=61.2))
+        said = os.read(main, 10_000).decode()
+    os.close(main)
+    assert "04_1_x: 0:00 of about 0:10" in said
+    assert "\x1b[1F\x1b[J04_1_x: complete in 1:01" in said
+
+
+# Beyond one machine
+
+
+def test_dask(notebooks, folder, run, capsys):
+    distributed = pytest.importorskip("distributed", reason="the dask path needs the package `distributed`")
+    write_notebook(notebooks / "04_1_x.ipynb")
+    write_notebook(notebooks / "04_2_y.ipynb", "1 / 0")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert run(scheduler=cluster.scheduler_address) == 1
+    assert status(folder, "04_1_x") == "complete"
+    assert paths.read_json(folder / "04_1_x" / "record.json")["shared_machine"] is False
+    assert "04_2_y: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def test_no_scheduler(notebooks, run):
+    pytest.importorskip("distributed", reason="the dask path needs the package `distributed`")
+    write_notebook(notebooks / "04_1_x.ipynb")
+    with pytest.raises(BadInput, match=r"no dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
+        run(scheduler="tcp://127.0.0.1:1")
+
+
+def test_dask_is_optional(notebooks, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as if not installed
+    write_notebook(notebooks / "04_1_x.ipynb")
+    with pytest.raises(BadInput, match="pip install distributed"):
+        run(scheduler="tcp://127.0.0.1:1")
+
+
+def test_a_job_travels(notebooks, plan):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (job,) = plan()
+    assert pickle.loads(pickle.dumps(job)) == job
+    assert job.home == Path.cwd()
