@@ -1,6 +1,10 @@
-"""The command line: `effilib run` executes the series, `effilib list` shows it. Also `python -m effilib`."""
+"""The command line: `effilib run` executes the series, `list` shows it, `tune` tunes a baseline. Also `python -m effilib`.
+
+What is heavy is imported by the command that needs it: `--help` is instant.
+"""
 
 import argparse
+import signal
 import sys
 
 import effilib
@@ -29,7 +33,7 @@ def parser():
     """The command line's parser."""
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{run,list}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{run,list,tune}")
 
     formatter = argparse.RawDescriptionHelpFormatter
     run = commands.add_parser("run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter)
@@ -59,25 +63,66 @@ def parser():
     )
     run.add_argument("--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)")
     run.add_argument("--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval")
-    run.add_argument("--force", action="store_true", help="run what is up to date as well")
     run.add_argument("--notebooks", metavar="FOLDER", help="run the notebooks of another folder")
+    run.set_defaults(call=run_series)
 
     show = commands.add_parser("list", help="show the series, and what is recorded of it")
-    show.add_argument("--notebooks", metavar="FOLDER", help="show the notebooks of another folder")
+    show.set_defaults(call=show_series)
+
+    tune = commands.add_parser("tune", help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped")
+    tune.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
+    tune.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
+    tune.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
+    tune.add_argument("--epochs", type=float, nargs="+", metavar="N", help="lengths of the schedule (default: the preset's)")
+    tune.add_argument("--lr", dest="lrs", type=float, nargs="+", metavar="LR", help="learning rates")
+    tune.add_argument("--weight-decay", dest="decays", type=float, nargs="+", metavar="WD", help="weight decays")
+    tune.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements")
+    tune.set_defaults(call=tune_baseline)
     return top
+
+
+def run_series(compare, **settings):
+    """`effilib run`: returns the runner's exit code."""
+    from effilib import runner
+
+    return runner.run(compare=bool(compare), **settings)
+
+
+def show_series():
+    """`effilib list`: for each chapter its notebook, and the results that are recorded of it."""
+    from effilib import series
+
+    recorded = series.recorded()
+    for chapter in series.CHAPTERS:
+        records = recorded.get(chapter.stem, []) if chapter.exists else []
+        results = [f"{record['folder'].parent.name} {(record['headline'] or {}).get('text', '')}".strip() for record in records]
+        state = ("; ".join(results) or "nothing recorded") if chapter.exists else "no notebook yet"
+        print(f"{chapter.number:6}{chapter.title:34}{chapter.stem:37}{state}")
+    return 0
+
+
+def tune_baseline(preset, dataset, variant, **grid):
+    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the schedule."""
+    from effilib import tasks, tuning
+
+    task = tasks.task(preset, dataset, variant=variant)  # complains before anything is written
+    grid = {name: values for name, values in grid.items() if values}
+    if "epochs" not in grid and task.preset not in tuning.EPOCHS:
+        raise BadInput(f"preset {task.preset!r} has no grid of epochs ({', '.join(tuning.EPOCHS)} have): give --epochs")
+    for row in tuning.best(tuning.sweep(task.preset, task.dataset, variant, **grid)):
+        print(
+            "{epochs:g} epochs: {accuracy:.2f} %, at least {low:.2f} % (n={n}) with lr {lr:g}, weight decay {weight_decay:g}".format(**row)
+        )
+    return 0
 
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted: nothing is left running
     try:
         arguments = vars(parser().parse_args(argv))
-        command = arguments.pop("command")
-        from effilib import runner  # not before it is needed: --help is instant
-
-        if command == "list":
-            print(runner.listing(**arguments))
-            return 0
-        return runner.run(arguments.pop("selectors"), **arguments | {"compare": bool(arguments["compare"])})
+        del arguments["command"]
+        return arguments.pop("call")(**arguments)
     except BadInput as error:
         print(f"effilib: {error}", file=sys.stderr)
         return 2

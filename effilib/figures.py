@@ -6,7 +6,7 @@ import statistics as stats
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Okabe & Ito's colours, told apart by colour-blind readers too; the baseline is always grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,13 +23,13 @@ STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
 }
+mpl.rcParams.update(STYLE)
 
 
 def new(columns=1, rows=1, width=8.0, height=3.6, **kwargs):
     """(figure, axes) in the house style, not registered with pyplot: nothing to close, nothing shown twice."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, **kwargs)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def colours(names):
@@ -39,7 +39,7 @@ def colours(names):
 
 def plain_log(axis, *, values=None):
     """A logarithmic axis with plain numbers on it, at the given values if there are few."""
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
     if values is not None:
         axis.set_ticks(list(values), [f"{v:g}" for v in values])
@@ -150,6 +150,7 @@ def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=T
             plain_log(ax.xaxis, values=panel.get("ticks", panel["x"]))
         if logy:
             ax.set_yscale("log")
+            plain_log(ax.yaxis)
         ax.set_title(panel["title"])
         ax.set_xlabel(panel["xlabel"])
     axes[0][0].set_ylabel(ylabel)
@@ -191,11 +192,11 @@ def histogram(values, *, bins=60, xlabel="", marks=(), title="", spans=()):
     low = min(float(np.min(v)) for v in values.values())
     high = max(float(np.max(v)) for v in values.values())
     for i, (name, v) in enumerate(values.items()):
-        axes.hist(v, bins=np.linspace(low, high, bins), histtype="stepfilled", alpha=0.45, color=COLOURS[i], label=name)
+        axes.hist(v, bins=np.linspace(low, high, bins), histtype="stepfilled", alpha=0.45, color=COLOURS[i % len(COLOURS)], label=name)
     top = axes.get_ylim()[1]
-    for begin, end, text in spans:
+    for i, (begin, end, text) in enumerate(spans):
         axes.axvspan(begin, end, color="#B00020", alpha=0.08)
-        axes.text(begin, top * 0.97, f" {text}", va="top", fontsize=8, color="#B00020")
+        axes.text(end, top * (0.97 - 0.08 * i), f"{text} ", va="top", ha="right", fontsize=8, color="#B00020")
     for x, text in marks:
         axes.axvline(x, color="black", lw=1, ls=":")
         axes.text(x, top * 0.97, f" {text}", va="top", fontsize=8)

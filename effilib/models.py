@@ -123,7 +123,7 @@ def vgg(classes, channels=3, **settings):
 
 def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
     """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage."""
-    return VGG(classes, channels, widths=[[w] for w in widths], bn=bn)
+    return VGG(classes, channels, widths=widths, bn=bn)
 
 
 NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
@@ -162,22 +162,22 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     shape: (C, H, W) of the images. seed: of the initial weights; the same seed gives the same weights.
     Raises `BadInput` if the network is unknown, cannot be made, or does not take such images to (N, classes) logits.
     """
+    check_name(network)
     if network in NETWORKS:
 
         def make():
             return NETWORKS[network](classes, shape[0], **settings)
-    elif ":" in network:
+    else:
         function = find(network)
         settings = settings | _channels(function, shape[0])
 
         def make():
             return _call(function, classes, settings)
-    else:
-        choose("network", network, [*NETWORKS, "an import path such as torchvision.models:resnet18 or mine.py:net"])
+
     with seeded(seed):
         try:
             model = make()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise BadInput(f"network {network} cannot be made: {error}") from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"network {network} returned {type(model).__name__}, expected a torch.nn.Module")
@@ -185,18 +185,28 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     return model.to(device)
 
 
+def check_name(network):
+    """Raise `BadInput` unless `network` is one of ours or can be imported."""
+    if ":" in network:
+        find(network)
+    else:
+        choose("network", network, [*NETWORKS, "an import path such as torchvision.models:resnet18 or mine.py:net"])
+
+
 def fits(model, network, classes, shape):
     """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes)."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != shape[0]:
-        raise BadInput(f"network {network} takes {first.in_channels} input channels, but the images have {shape[0]} (C, H, W = {shape})")
     try:
         with torch.no_grad():
             was = model.training
             logits = model.eval()(torch.zeros(2, *shape))
             model.train(was)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise BadInput(f"network {network} cannot take images of C, H, W = {shape}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a user's own code raises
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels != shape[0]:
+            what = f"takes {first.in_channels} input channels, but the images have {shape[0]} (C, H, W = {shape})"
+        else:
+            what = f"cannot take images of C, H, W = {shape}: {_say(error)}"
+        raise BadInput(f"network {network} {what}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise BadInput(f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})")
@@ -213,10 +223,15 @@ def find(network):
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except (ImportError, OSError) as error:
-        raise BadInput(f"network {network}: cannot import {place} ({error})") from error
+    except Exception as error:  # a user's file can fail in any way
+        raise BadInput(f"network {network}: cannot import {place} ({_say(error)})") from error
     functions = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
     return getattr(module, choose(f"network in {place}", name, functions))
+
+
+def _say(error):
+    """The error's first line; its kind where it has no words."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _parameters(function):
@@ -235,7 +250,9 @@ def _channels(function, channels):
 def _call(function, classes, settings):
     parameters = _parameters(function)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "num_classes" in parameters or (takes_any and "classes" not in parameters):
+    if "classes" in parameters:
+        return function(classes=classes, **settings)
+    if "num_classes" in parameters or takes_any:
         return function(num_classes=classes, **settings)
     return function(classes, **settings)
 

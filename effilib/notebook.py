@@ -6,17 +6,19 @@ book.record(comparison, figure=figure, caption="...")
 """
 
 import ast
+import html
 import inspect
 import io
+import numbers
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from effilib import clock, experiment, paths, provenance, series
+from effilib.data import Dataset
 from effilib.errors import BadInput, choose
-from effilib.statistics import SHARED, SMOKE
 from effilib.tasks import Task
 from effilib.tasks import task as make_task
 
@@ -38,10 +40,13 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     if seeds < 0:
         raise BadInput(f"parameter seeds of {name} is {seeds}, expected 0 (the preset's) or more")
     clock.steady_memory()
+    _show_tables()
     task = make_task(preset, dataset, network, device=device, **({"seeds": seeds} if seeds else {}))
+    dataset = task.load()
+    task.build(dataset)  # a network that does not fit the data stops the notebook here
     out = os.environ.get("EFFILIB_OUT")
     folder = paths.make(Path(out) if out else paths.results() / "play" / name)
-    return Book(name=name, task=task, parameters={**values, **own}, folder=folder, begun=clock.now())
+    return Book(name=name, task=task, parameters={**values, **own}, dataset=dataset, folder=folder, begun=clock.now())
 
 
 def injected():
@@ -54,14 +59,14 @@ def injected():
 
 @dataclass(kw_only=True)
 class Book:
-    """A notebook that runs: its task, and where its results go."""
+    """A notebook that runs: its task and data, and where its results go."""
 
     name: str
     task: Task
+    dataset: Dataset
     parameters: dict
     folder: Path
     begun: float
-    shown: list = field(default_factory=list)
 
     @property
     def preset(self):
@@ -73,41 +78,35 @@ class Book:
         return self.preset == "smoke"
 
     @cached_property
-    def dataset(self):
-        """The task's data set, loaded when it is first used."""
-        return self.task.load()
-
-    @cached_property
     def chapter(self):
         return series.chapter(self.name)
 
     def settings(self):
         """The resolved parameters and the machine, as a table."""
-        import pandas as pd
-
         t, d, r, m = self.task, self.dataset, self.task.recipe, clock.machine(self.task.device)
-        network = f"{t.network} {t.widths}" if t.widths else t.network
         images = " / ".join(f"{len(getattr(d, s))} {s}" for s in ("train", "decide", "validation", "test"))
         recipe = f"{r.epochs:g} epochs, batch {r.batch_size}, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}"
         precision = experiment.resolve_precision(r.precision, t.device)
-        target = f"{t.target:g} % validation accuracy" if t.target else "from a pilot run"
+        target = f"{t.target:g} % validation accuracy" if t.target else "from a pilot run, where one is needed"
         bf16 = " ".join(m["bf16"]) or "no native bf16"
-        rows = {
-            "preset": t.preset + (" (not a measurement)" if self.smoke else ""),
-            "data": f"{d.name} {d.shape}, {images}" + (f" ({d.note})" if d.note else ""),
-            "network": network,
-            "recipe": f"{recipe}, {precision}, {r.memory_format}",
-            "target": f"{target}, margin {t.margin:g} points",
-            "seeds": str(t.seeds),
-            "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, torch {m['torch']}",
-            "results": self._short(self.folder),
-        }
-        return pd.DataFrame({"": rows.values()}, index=list(rows))
+        return facts(
+            {
+                "preset": t.preset + (" (not a measurement)" if self.smoke else ""),
+                "data": f"{d.name} {d.shape}, {images}" + (f" ({d.note})" if d.note else ""),
+                "network": t.network + "".join(f", {k} {v}" for k, v in t.widths.items()),
+                "recipe": f"{recipe}, {precision}, {r.memory_format}",
+                "target": f"{target}, margin {t.margin:g} points",
+                "seeds": str(t.seeds),
+                "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, torch {m['torch']}",
+                "results": self._short(self.folder),
+            }
+        )
 
     @staticmethod
     def _short(folder):
         base = paths.results()
-        return f"results/{folder.relative_to(base)}" if folder.is_relative_to(base) else folder.name
+        inside = [p for p in folder.relative_to(base).parts if p != ".partial"] if folder.is_relative_to(base) else [folder.name]
+        return "/".join(["results", *inside])
 
     def show(self, figure, caption):
         """Show a figure with a caption that says what to see."""
@@ -159,9 +158,8 @@ class Book:
         return record
 
     def _notes(self, comparisons, notes):
-        conditions = [SMOKE] if self.smoke else [SHARED] if experiment.shared_machine() else []
         note = [self.dataset.note] if self.dataset.note else []
-        return [*conditions, *note, *(n for c in comparisons for n in c.notes()), *notes]
+        return [*note, *(n for c in comparisons for n in c.notes()), *notes]
 
 
 def source(*things):
@@ -171,12 +169,46 @@ def source(*things):
     return Code("\n\n".join(inspect.getsource(t).rstrip() for t in things), language="python")
 
 
-def header(info):
-    """What a method's `Info` says, as a table."""
+def facts(pairs):
+    """Names and values as a table of two columns."""
     import pandas as pd
 
-    words = {f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)}
-    return pd.DataFrame({"": words.values()}, index=list(words))
+    return pd.DataFrame({"": pairs.values()}, index=list(pairs))
+
+
+def header(info):
+    """What a method's `Info` says, as a table."""
+    return facts({f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)})
+
+
+def table_html(frame):
+    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with four digits."""
+
+    def cell(value, tag="td"):
+        number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+        text = ("–" if value != value else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}") if number else html.escape(str(value))
+        return f"<{tag}>{text}</{tag}>" if number else f'<{tag} class="text" style="text-align: left">{text}</{tag}>'
+
+    names = ["" if n is None else str(n) for n in frame.index.names]
+    text_columns = [not hasattr(t, "kind") or t.kind not in "iuf" for t in frame.dtypes]
+    heads = [cell(n, "th") for n in names]
+    heads += [
+        cell(str(c), "th") if text else f"<th>{html.escape(str(c))}</th>" for c, text in zip(frame.columns, text_columns, strict=True)
+    ]
+    head = f"<thead><tr>{''.join(heads)}</tr></thead>" if any(names) or any(str(c) for c in frame.columns) else ""
+    rows = []
+    for index, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
+        keys = index if isinstance(index, tuple) else (index,)
+        rows.append("<tr>" + "".join(cell(str(k), "th") for k in keys) + "".join(map(cell, values)) + "</tr>")
+    return f'<table class="dataframe">{head}<tbody>{"".join(rows)}</tbody></table>'
+
+
+def _show_tables():
+    """In a notebook, let DataFrames show as `table_html` writes them."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell and shell.display_formatter:
+        shell.display_formatter.formatters["text/html"].for_type_by_name("pandas", "DataFrame", table_html)
+        shell.display_formatter.formatters["text/html"].for_type_by_name("pandas.core.frame", "DataFrame", table_html)
 
 
 def png(figure):

@@ -39,15 +39,15 @@ def cache():
     return results() / "cache"
 
 
-def make(folder):
-    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it."""
+def make(folder, what="results"):
+    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it. what: "results" or "data"."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"cannot write results into {folder}: {error.strerror} (EFFILIB_RESULTS names another folder)") from error
+        raise BadInput(f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another folder)") from error
     return folder
 
 
@@ -72,6 +72,6 @@ def write(path, content):
 def read_json(path):
     """The content of a JSON file, or None where there is none or it is not whole."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -6,6 +6,7 @@ report never throws measurements away, editing the training loop always does.
 
 import ast
 import dataclasses
+import dis
 import functools
 import hashlib
 import inspect
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 from effilib import paths
@@ -33,8 +35,10 @@ def settings(value):
     if isinstance(value, functools.partial):
         return {"partial": settings(value.func), "args": settings(value.args), "keywords": settings(value.keywords)}
     if inspect.isfunction(value):
-        inside = [settings(c.cell_contents) for c in value.__closure__ or ()]
+        inside = [settings(v) for v in _enclosed(value)]
         return {"function": _name(value), "closure": inside, "defaults": settings([value.__defaults__, value.__kwdefaults__])}
+    if inspect.ismethod(value):
+        return {"method": _name(value.__func__), "of": settings(value.__self__)}
     if isinstance(value, type):
         return _name(value)
     if isinstance(value, dict):
@@ -49,8 +53,11 @@ def _name(thing):
 
 
 def source(*things, always=("effilib.training", "effilib.experiment")):
-    """Digest of the source behind dataclass instances, classes and functions, with all effilib modules they import."""
-    modules, texts, seen = set(always), {}, set()
+    """Digest of the source behind dataclass instances, classes and functions, with all effilib modules they import.
+
+    Of what was defined in a notebook counts what it uses there too: functions, base classes and constants.
+    """
+    modules, texts, seen = set(always), [], set()
 
     def visit(thing):
         if isinstance(thing, functools.partial):
@@ -68,25 +75,34 @@ def source(*things, always=("effilib.training", "effilib.experiment")):
         if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
             visit([getattr(thing, f.name) for f in dataclasses.fields(thing)])
             thing = type(thing)
-        if not (inspect.isfunction(thing) or isinstance(thing, type)) or id(thing) in seen:
+        if inspect.ismethod(thing):
+            visit([thing.__self__, thing.__func__])
+        if not (inspect.isfunction(thing) or inspect.ismodule(thing) or isinstance(thing, type)) or id(thing) in seen:
             return
         seen.add(id(thing))
         if inspect.isfunction(thing):
-            for cell in thing.__closure__ or ():
-                visit(cell.cell_contents)
-        module = thing.__module__
-        if module.startswith("effilib"):
+            visit([*_enclosed(thing), thing.__defaults__, thing.__kwdefaults__])
+        elif isinstance(thing, type):
+            visit(thing.__bases__)
+        module = thing.__name__ if inspect.ismodule(thing) else thing.__module__
+        if module.split(".")[0] == "effilib":
             modules.add(module)
-        elif module == "__main__":  # defined in the notebook
-            for name, function in _functions(thing):
-                texts[name] = _function_source(function)
-                for used in function.__code__.co_names:
-                    visit(function.__globals__.get(used))
-        elif getattr(sys.modules.get(module), "__file__", None) and "site-packages" not in sys.modules[module].__file__:
-            texts[module] = normalized(Path(sys.modules[module].__file__).read_text())
+        elif module != "__main__":
+            texts.append([module, _user_source(module)])
+        elif inspect.isfunction(thing):  # defined in the notebook
+            texts.append([thing.__qualname__, _function_source(thing)])
+            for used in sorted(_globals(thing.__code__)):
+                value = thing.__globals__.get(used)
+                visit(value)
+                if _plain(value):
+                    texts.append([used, settings(value)])
+        elif isinstance(thing, type):
+            visit([_unwrapped(member) for member in vars(thing).values()])
+            constants = {n: settings(v) for n, v in vars(thing).items() if not n.startswith("__") and _plain(v)}
+            texts.append([thing.__qualname__, constants])
 
     visit(list(things))
-    return digest({m: normalized(_file(m).read_text()) for m in sorted(imports(modules))}, texts)
+    return digest({m: normalized(_text(_file(m))) for m in sorted(imports(modules))}, sorted(texts, key=json.dumps))
 
 
 def imports(modules):
@@ -97,7 +113,7 @@ def imports(modules):
         if module in found or module in NEVER or _file(module) is None:
             continue
         found.add(module)
-        for node in ast.walk(ast.parse(_file(module).read_text())):
+        for node in ast.walk(ast.parse(_text(_file(module)))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "effilib":
                 todo += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
             elif isinstance(node, ast.Import):
@@ -108,6 +124,17 @@ def imports(modules):
 def _file(module):
     base = Path(__file__).parent.joinpath(*module.split(".")[1:])
     return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+def _text(file):
+    return file.read_text(encoding="utf-8")
+
+
+def _user_source(module):
+    """Source of a module of the user's own; "" for the standard library, installed packages and what has no source."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    installed = module.split(".")[0] in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+    return normalized(_text(Path(file))) if file.endswith(".py") and not installed else ""
 
 
 def normalized(text):
@@ -122,11 +149,33 @@ def normalized(text):
     return ast.dump(tree)
 
 
-def _functions(thing):
-    if inspect.isfunction(thing):
-        return [(thing.__qualname__, thing)]
-    members = ((f"{thing.__qualname__}.{n}", inspect.unwrap(getattr(m, "__func__", m))) for n, m in vars(thing).items())
-    return [(n, f) for n, f in members if inspect.isfunction(f) and f.__module__ == "__main__"]
+def _enclosed(function):
+    """What a function took from the functions around it, but for itself."""
+    cells = [c for c in function.__closure__ or () if c != types.CellType()]  # an empty one equals a new one
+    return [c.cell_contents for c in cells if c.cell_contents is not function]
+
+
+def _globals(code):
+    """Names that a code object and the functions within it read from their module."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_globals(c) for c in code.co_consts if inspect.iscode(c)))
+
+
+def _plain(value):
+    """Whether `value` is a constant: numbers, words, and lists, dicts and frozen dataclasses of such."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return value.__dataclass_params__.frozen and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    return isinstance(value, str | int | float | bool)
+
+
+def _unwrapped(member):
+    """The function behind a method, class method, static method or property."""
+    member = next((getattr(member, n) for n in ("__func__", "fget", "func") if hasattr(member, n)), member)
+    return inspect.unwrap(member) if inspect.isfunction(member) else member
 
 
 def _function_source(function):
@@ -137,7 +186,7 @@ def _function_source(function):
 
 
 def _code(code):
-    constants = [_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    constants = [_code(c) if inspect.iscode(c) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in code.co_consts]
     return json.dumps([code.co_code.hex(), list(code.co_names), constants])
 
 

@@ -69,7 +69,7 @@ def table(rows):
             "chapter": row["chapter"],
             "method": row["title"],
             "speed-up": speedup(row) or row["text"] or "—",
-            "accuracy difference": "—" if row["accuracy_difference"] is None else f"{row['accuracy_difference']:+.1f} points",
+            "accuracy difference": "—" if row["accuracy_difference"] is None else f"{row['accuracy_difference']:+.2f} points",
             "verdict": row["verdict"] or ("—" if row["status"] == "complete" else row["status"]),
             "claim reproduced": row["claim_reproduced"] or "—",
             "machine": row["machine"] or "—",
@@ -105,7 +105,10 @@ def _row(folder):
         row |= _read(folder)
     except UNEXPECTED as error:
         row |= {"status": "unreadable", "reason": _unexpected(error)}
-    return row | {"report": f"{folder.name}/report.html" if (folder / "report.html").exists() else ""}
+    # Where an earlier complete result was kept, the failed run has its report beside it.
+    places = [f"failed/{folder.name}"] * (row["status"] == "failed") + [folder.name]
+    reports = (f"{place}/report.html" for place in places)
+    return row | {"report": next((report for report in reports if (folder.parent / report).exists()), "")}
 
 
 def _unexpected(error):

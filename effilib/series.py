@@ -109,3 +109,27 @@ def recorded():
         if record and record.get("status") == "complete":
             found.setdefault(record["notebook"], []).append(record | {"folder": file.parent})
     return {stem: sorted(records, key=lambda r: r["date"]) for stem, records in found.items()}
+
+
+def readme_table():
+    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never typed."""
+    rows = ["| chapter | notebook | attacks | source | recorded |", "|---|---|---|---|---|"]
+    found = recorded()
+    for c in CHAPTERS:
+        name = f"[{c.title}](notebooks/{c.stem}.ipynb)" if c.exists else f"{c.title} (to come)"
+        head = (found.get(c.stem, [{}])[-1] or {}).get("headline")
+        result = f"{head['text']}: {head['verdict']}" if head else ""
+        rows.append(f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {c.info.paper if c.info else ''} | {result} |")
+    return "\n".join(rows)
+
+
+def with_table(readme):
+    """The README's text with its table of chapters brought up to date."""
+    begin, end = "<!-- chapters -->", "<!-- /chapters -->"
+    head, rest = readme.split(begin)
+    return f"{head}{begin}\n{readme_table()}\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":  # python -m effilib.series
+    file = paths.root() / "README.md"
+    paths.write(file, with_table(file.read_text()))

@@ -90,7 +90,8 @@ def judge(
     missed_baseline = sum(t is None for t in baseline)
     difference, bound = sum(differences) / n, lower_bound(differences)
     ratio = low = high = None
-    if reached == n and not missed_baseline:
+    early = 0 in [*baseline, *method]  # a target that holds before the first step is none
+    if reached == n and not missed_baseline and not early:
         ratio, low, high = paired_ratio(baseline, method)
     if withhold:
         verdict = withhold
@@ -98,7 +99,7 @@ def judge(
         verdict = INCONCLUSIVE
     elif reached < n:
         verdict = MISSED
-    elif n < LEAST:
+    elif early or n < LEAST:
         verdict = INCONCLUSIVE
     elif high < 1:
         verdict = SLOWER
@@ -110,7 +111,9 @@ def judge(
         verdict = INCONCLUSIVE
     tested = claim is not None and ratio is not None and n >= LEAST and not withhold
     reproduced = ("yes" if high >= claim else "no") if tested else "not tested"
-    if ratio is None:
+    if early and reached == n and not missed_baseline:
+        text = "the target was held before the first step"
+    elif ratio is None:
         who = f"baseline: {n - missed_baseline}" if missed_baseline else f"{reached}"
         text = f"{who} of {n} reached the target"
     else:

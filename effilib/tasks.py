@@ -102,6 +102,8 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
     preset = choose("preset", preset or default_preset(), PRESETS)
     dataset = dataset or default_dataset(preset)
     data.check_name(dataset)
+    if network:
+        models.check_name(network)
     choose("variant", variant, ("base", "wide"))
     settings = dict(SIZES[preset], variant=variant)
     if variant == "wide" and preset != "smoke":
@@ -120,6 +122,7 @@ def pick_device(device="auto"):
     """ "auto" -> "cuda" if there is one, else "cpu"."""
     import torch
 
+    choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

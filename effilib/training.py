@@ -21,6 +21,7 @@ from effilib.data import Batches
 from effilib.errors import BadInput, choose
 
 EVALUATIONS = 20  # of the validation set in a run
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Recipe:
     def __post_init__(self):
         choose("schedule", self.schedule, ("linear", "cosine", "constant"))
         choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
-        choose("memory format", self.memory_format, ("channels_last", "contiguous"))
+        choose("memory format", self.memory_format, LAYOUTS)
         for name in ("epochs", "batch_size", "lr"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"recipe: {name} is {getattr(self, name)}, it must be above 0")
@@ -111,6 +112,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.epoch = self.steps = 0  # done so far, and in all
         self.logits = self.loss = None
+        self.counting = False  # whether this step's FLOPs are counted, off the clock
         self._kind = "step"
         self.structures = 0  # how often the structure changed
         self.compile()
@@ -131,7 +133,10 @@ class Run:
 
     @kind.setter
     def kind(self, kind):
-        self.clock.lap(self._kind)
+        if self.counting and self._kind == "step":
+            self.clock.start()  # the counted step is off the clock, work of another kind within it is not
+        else:
+            self.clock.lap(self._kind)
         self._kind = kind
 
     def generator(self, method):
@@ -154,17 +159,36 @@ class Run:
         """Change the structure in mid-training: the one way to do it.
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with exactly the
-        model's parameters. Compiled graphs and the count of FLOPs follow here. Timed as "reconfigure", never capped.
+        model's parameters, and no state of others. Compiled graphs and the count of FLOPs follow here. Timed as
+        "reconfigure", never capped. Call it between steps: at an epoch's start or end, or a step's end.
         Raises `ValueError` if the optimizer and the model differ afterwards.
         """
         before, self.kind = self._kind, "reconfigure"
         self.model = change(self.model, self.optimizer) or self.model
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(held) != len(set(held)) or set(held) != set(self.model.parameters()):
+        if len(held) != len(set(held)) or set(held) != set(self.model.parameters()) or not set(self.optimizer.state) <= set(held):
             raise ValueError("after a change of structure the optimizer must hold exactly the model's parameters")
         self.structures += 1
+        self.settle()
         self.compile()
         self.kind = before
+
+    def settle(self):
+        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none.
+
+        PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the layouts differ.
+        """
+        self.model.to(memory_format=LAYOUTS[self.recipe.memory_format])
+        momentum = self.optimizer.defaults.get("momentum")
+        for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
+            old = self.optimizer.state[p].get("momentum_buffer")
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
+
+    def align_gradients(self):
+        """Lay out gradients that a method set as their parameters, for the same reason."""
+        for p in self.model.parameters():
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
 
     def compile(self):
         self.forward = torch.compile(self.model) if self.recipe.compile else self.model
@@ -172,12 +196,12 @@ class Run:
     def autocast(self):
         return autocast(self.precision, self.device)
 
-    def train_step(self, x, y, forward):
-        """Forward, backward, update; the learning rate of this step."""
+    def train_step(self, x, y):
+        """Forward, backward, update; the learning rate of this step. A step that is counted is not compiled."""
         for hook in self._hooks["on_batch"]:
             x, y = hook(self, x, y)
         with self.autocast():
-            self.logits = forward(x)
+            self.logits = (self.model if self.counting else self.forward)(x)
         loss = F.cross_entropy(self.logits.float(), y, label_smoothing=self.recipe.label_smoothing)
         self.loss = loss.detach()
         for hook in self._hooks["loss_terms"]:
@@ -186,8 +210,10 @@ class Run:
                 loss = loss + term
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        for hook in self._hooks["on_after_backward"]:
-            hook(self)
+        if self._hooks["on_after_backward"]:
+            for hook in self._hooks["on_after_backward"]:
+                hook(self)
+            self.align_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_factor", 1.0)
         self.scaler.step(self.optimizer)
@@ -249,12 +275,14 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
     caller's). The same seed and number of threads give bit-equal weights on a CPU. checkpoint: a file, written after every
     epoch; if it is there, training goes on from it. evaluations: of the validation set. progress: called with a dict after each.
 
-    Raises `BadInput` for a batch larger than the training split, or a precision that the machine does not have.
+    Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have, or a
+    checkpoint that is damaged or another run's.
     """
     with models.seeded(stream(seed, "dropout").initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
-        layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[recipe.memory_format]
-        saved = checkpoints.read(checkpoint)
+        layout = LAYOUTS[recipe.memory_format]
+        mine = checkpoints.identity(model, dataset, recipe, methods, seed) if checkpoint else None
+        saved = checkpoints.read(checkpoint, mine)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
         batches = Batches(dataset, recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
         run = Run(model, dataset, recipe, tuple(methods), seed)
@@ -270,14 +298,15 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
                 row = {"step": run.step, "epoch": run.step / len(batches), "lr": run.lr if run.step < run.steps else 0.0}
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
                 row["loss"], row["accuracy"] = evaluate(run.model, dataset, "validation", run.precision)
-                history.diverged |= bool(losses) and not math.isfinite(row["train_loss"])
+                history.diverged |= bool(losses) and not math.isfinite(row["train_loss"] + row["loss"])
                 pending.append((len(run.clock.laps), row))
                 losses.clear()
-            if progress:
-                progress({**row, "steps": run.steps, "seconds": run.clock.seconds})
+                if progress:
+                    progress({**row, "steps": run.steps, "seconds": run.clock.seconds})
 
         run.clock.start()
         run.call("on_fit_start")
+        run.settle()
         if saved:
             checkpoints.restore(saved, checkpoint, run, history, batches)
         else:
@@ -287,18 +316,22 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
             run.call("on_epoch_start")
             for x, y in itertools.islice(batches, run.steps - run.step):
                 x = x.contiguous(memory_format=layout)
-                if run.structures in flops:
-                    run.train_step(x, y, run.forward)
+                structure = run.structures  # a hook may change it at the step's end
+                run.counting = structure not in flops
+                if not run.counting:
+                    run.train_step(x, y)
                     run.clock.lap(run._kind)
                 else:  # one counted step per structure; the clock takes its kind's median for it
                     with run.clock.paused(), cost.Counter(run.model.parameters()) as count:
-                        run.train_step(x, y, run.model)
-                    run.clock.lap(run._kind, substitute=True)
-                    flops[run.structures] = count.flops
+                        run.train_step(x, y)
+                        run.kind = "step"  # ends other work that a hook left open
+                    run.clock.lap("step", substitute=True)
+                    run.counting = False
+                    flops[structure] = count.flops
                     history.memory = memory(run, count.saved_bytes, history.memory)
                 run._kind = "step"
                 run.step += 1
-                history.flops += flops[run.structures]
+                history.flops += flops[structure]
                 losses.append(run.loss)
                 if run.step == run.steps:
                     break
@@ -315,7 +348,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
             pending.clear()
             if last:
                 break
-            checkpoints.save(checkpoint, run, history, batches)
+            checkpoints.save(checkpoint, mine, run, history, batches)
         return finish(run, history)
 
 

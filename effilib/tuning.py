@@ -5,7 +5,9 @@ where it was interrupted. `effilib tune --dataset fashion_mnist --preset study` 
 """
 
 import csv
+import io
 import itertools
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,20 +22,7 @@ from effilib.training import train
 
 LRS, DECAYS = (0.05, 0.1, 0.2, 0.4), (5e-4, 2e-3)
 EPOCHS = {"quick": (2, 3, 4), "study": (5, 10, 15)}
-FIELDS = (
-    "preset",
-    "dataset",
-    "variant",
-    "epochs",
-    "lr",
-    "weight_decay",
-    "batch_size",
-    "seed",
-    "accuracy",
-    "loss",
-    "train_loss",
-    "diverged",
-)
+FIELDS = tuple("preset dataset variant epochs lr weight_decay batch_size seed accuracy loss train_loss diverged".split())  # noqa: SIM905
 
 
 def run_one(preset, dataset, variant, seed, changes):
@@ -90,3 +79,34 @@ def best(rows):
         groups.setdefault((r["epochs"], r["lr"], r["weight_decay"]), []).append(r["accuracy"])
     means = [dict(epochs=e, lr=lr, weight_decay=wd, accuracy=sum(a) / len(a), low=min(a), n=len(a)) for (e, lr, wd), a in groups.items()]
     return [max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"]) for e in sorted({m["epochs"] for m in means})]
+
+
+def held(rows):
+    """The highest accuracy that two evaluations in a row hold: every target up to it counts as reached."""
+    return max(min(a["accuracy"], b["accuracy"]) for a, b in itertools.pairwise(rows))
+
+
+def find_target(preset, dataset, variant="base", *, seeds=range(1000, 1005), step=0.5, report=print, **setting):
+    """The target of a task: the highest multiple of `step` that this setting reaches with all of the seeds.
+
+    setting: epochs, lr, weight_decay of the shortest schedule that is good enough. Writes a row a seed beside the sweep.
+    """
+    file = sweep_file(preset, dataset, variant).with_suffix(".target.csv")
+    paths.make(file.parent)
+    t = task(preset, dataset, variant=variant, **setting)
+    loaded = t.load()
+    loaded = replace(loaded, test=loaded.validation[:1])
+    rows = []
+    for seed in seeds:
+        history = train(t.build(loaded, seed), loaded, t.recipe, seed=seed)
+        rows.append(
+            {**setting, "seed": seed, "held": held(history.rows), "accuracy": history.accuracy, "seconds": round(history.seconds, 2)}
+        )
+        report(f"{preset} {dataset} {variant}: {rows[-1]}")
+    target = math.floor(min(r["held"] for r in rows) / step) * step
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, [*rows[0], "target"])
+        writer.writeheader()
+        writer.writerows({**r, "target": target} for r in rows)
+        paths.write(file, text.getvalue())
+    return target

@@ -1,6 +1,7 @@
 """The command line: one line for what is wrong, an exit code for every end, and quick to answer."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -63,9 +64,51 @@ def test_unwritable_results_as_a_process(notebooks, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_list(notebooks, capsys):
-    assert command.main(["list", "--notebooks", str(notebooks)]) == 0
-    assert "4.1      One    04_1_one" in capsys.readouterr().out
+def test_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "notebooks", lambda: tmp_path)
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    for name in ("03_1_convolution_cost", "03_2_mixed_precision"):
+        (tmp_path / f"{name}.ipynb").touch()
+    (tmp_path / "recorded" / "study-cifar10" / "03_2_mixed_precision").mkdir(parents=True)
+    record = {"status": "complete", "notebook": "03_2_mixed_precision", "date": "2026-11-24", "headline": {"text": "2.10x, n=5 pairs"}}
+    paths.write(tmp_path / "recorded" / "study-cifar10" / "03_2_mixed_precision" / "record.json", record)
+    assert command.main(["list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["3.1"].split() == ["3.1", "What", "a", "convolution", "costs", "03_1_convolution_cost", "nothing", "recorded"]
+    assert lines["3.2"].endswith(" 03_2_mixed_precision                 study-cifar10 2.10x, n=5 pairs")
+    assert lines["II.9"].endswith(" 09_prune_then_grow                   no notebook yet")
+
+
+def test_tune(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path)
+    line = ["tune", "--preset", "smoke", "--dataset", "mnist5k", "--epochs", "0.5"]
+    line += ["--lr", "0.1", "0.2", "--weight-decay", "5e-4", "--seeds", "1000"]
+    assert command.main(line) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in said[:2]] == ["1/2", "2/2"]
+    assert re.fullmatch(r"0\.5 epochs: [\d.]+ %, at least [\d.]+ % \(n=1\) with lr 0\.[12], weight decay 0\.0005", said[2])
+    assert len((tmp_path / "tuning" / "smoke-mnist5k.csv").read_text().splitlines()) == 3
+    assert command.main(line) == 0
+    assert capsys.readouterr().out.splitlines() == said[2:]  # nothing is left to run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "studdy"], "unknown preset 'studdy'"),
+        (["--preset", "smoke"], "preset 'smoke' has no grid of epochs (quick, study have): give --epochs"),
+        (["--dataset", "mnist6k"], "unknown data set 'mnist6k'"),
+        (["--variant", "deep"], "unknown variant 'deep': choose one of base, wide"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    ],
+)
+def test_bad_input_to_tune(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    assert command.main(["tune", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"effilib: {message}")
+    assert said.err.count("\n") == 1
+    assert not (tmp_path / "recorded").exists()
 
 
 def test_failed_run_gives_1(notebooks, capsys):
@@ -76,7 +119,7 @@ def test_failed_run_gives_1(notebooks, capsys):
     assert said.err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["tune", "--help"], ["--version"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         command.main(arguments)

@@ -114,9 +114,13 @@ def gradient_magnitudes(task, dataset, epochs=1.0):
     train(model, dataset, replace(task.recipe, epochs=min(epochs, task.recipe.epochs), precision="fp32"), evaluations=1)
     x, y = _batch(dataset)
     outputs, hooks = [], []
+
+    def keep(module, inputs, output):
+        output.register_hook(lambda dy: outputs.append(dy.detach().flatten()))
+
     for m in model.modules():
         if isinstance(m, torch.nn.Conv2d | torch.nn.Linear):
-            hooks.append(m.register_full_backward_hook(lambda m, dx, dy: outputs.append(dy[0].detach().flatten())))
+            hooks.append(m.register_forward_hook(keep))
     weights = torch.cat([g.flatten() for g in _gradients(model.train(), x, y)])
     for h in hooks:
         h.remove()

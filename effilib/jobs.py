@@ -1,0 +1,300 @@
+"""One notebook as a job: executed by papermill in a process of its own, into a folder that a person reads.
+
+It is complete if its process ended well *and* its `record.json` says so: papermill's output looks complete even after
+its kernel was killed. It runs in `.partial/<notebook>`, which takes the place of its results at the end. A failed run is
+kept too, with a report of how far it came: in the notebook's own folder if there is nothing better, else in
+`failed/<notebook>`; `run.json` tells that the last run failed, and why. An interrupted run leaves only its finished seeds.
+
+Whatever a notebook starts carries its `EFFILIB_OUT` in the environment, and is killed by that mark when the notebook
+ends, however it ends. A job goes on only while its run holds the results folder, also on another machine.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from effilib import paths, report
+from effilib.errors import BadInput
+
+TICK = 0.2  # seconds between two looks at what runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One notebook to run: all that a worker needs to know, on this machine or on another with the same folders."""
+
+    notebook: Path
+    folder: Path  # of this series' results
+    parameters: dict
+    preset: str
+    dataset: str  # its label
+    timeout: int  # seconds for one cell
+    key: str = ""  # digest of what the result depends on
+    token: str = ""  # the job goes on while `folder / ".running"` says this
+    shared: bool = False  # may other notebooks run on the same machine at the same time?
+    home: Path = field(default_factory=Path.cwd)  # where the command was typed
+    environment: dict = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith("EFFILIB_")})
+
+    @property
+    def name(self):
+        return self.notebook.stem
+
+    @property
+    def results(self):
+        return self.folder / self.name
+
+    @property
+    def partial(self):
+        return self.folder / ".partial" / self.name
+
+    @property
+    def old(self):
+        return self.folder / ".old" / self.name
+
+    @property
+    def recorded(self):
+        return paths.recorded() / f"{self.preset}-{self.dataset}" / self.name
+
+    def held(self):
+        """Does the run that this job belongs to still hold the results folder?"""
+        try:
+            return (self.folder / ".running").read_text() == self.token
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the reason in one sentence."""
+
+    name: str
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Interrupted(Exception):
+    """The run that a job belongs to gave up its results folder."""
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """Hold a results folder: yields the token that jobs look for. Raises `BadInput` if another run holds it."""
+    file = folder / ".running"
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another run is writing into {folder}: wait for its end, or give this one a --name") from None
+        except OSError:
+            pass  # a file system without locks
+        token = uuid.uuid4().hex
+        file.write_text(token)
+        try:
+            yield token
+        finally:
+            file.write_text("")
+
+
+# --------------------------------------------------------------------------------------------------------- one job
+
+
+def run_one(job):
+    """Run one notebook, put its results in place and render its report. Returns its `Outcome`.
+
+    Whatever the notebook does, nothing is raised; but OSError where the results cannot be written, on a full disk for
+    one. `run.json` is written last: without it, or with another key in it, the notebook runs again.
+    """
+    from effilib import clock  # brings torch, for which the child process below need not wait
+
+    if not job.held():
+        return Outcome(job.name, "interrupted", "its results folder was given up")
+    with clock.elapsed() as seconds:
+        _tidy(job)
+        try:
+            job.partial.mkdir(parents=True)
+            reason = _execute(job)
+            if not reason and not _complete(job.partial):
+                reason = "it wrote no complete record.json: its last cell, tagged `record`, does that"
+            place = _put(job, reason)
+        except Interrupted:
+            return Outcome(job.name, "interrupted", "its results folder was given up")
+        finally:
+            shutil.rmtree(job.partial, ignore_errors=True)
+        reason = _render(job, place, reason)
+    outcome = Outcome(job.name, "failed" if reason else "complete", reason, round(seconds(), 1))
+    kept = "" if place == job.results else " (the earlier result is kept; see failed/ for this run)"
+    state = {"status": outcome.status, "reason": reason + kept, "seconds": outcome.seconds, "key": job.key, "date": clock.date()}
+    paths.write(job.results / "run.json", state)
+    return outcome
+
+
+def _complete(folder):
+    return (paths.read_json(folder / "record.json") or {}).get("status") == "complete"
+
+
+def _tidy(job):
+    """Take up what a killed run left: its processes, its half result, and the folders that it was about to exchange."""
+    end(job.partial)
+    shutil.rmtree(job.partial, ignore_errors=True)
+    if job.old.exists() and not job.results.exists():
+        job.old.rename(job.results)
+    shutil.rmtree(job.old, ignore_errors=True)
+
+
+def _put(job, reason):
+    """Put a finished run in its place, which is never that of a complete result if it failed. Returns the place."""
+    # Nobody shall take the record of a failed run for a result, and nobody needs the log of one that went well.
+    (job.partial / ("record.json" if reason else "process.log")).unlink(missing_ok=True)
+    failed = job.folder / "failed" / job.name
+    shutil.rmtree(failed, ignore_errors=True)
+    place = failed if reason and _complete(job.results) else job.results
+    for folder in (place, job.old):
+        folder.parent.mkdir(exist_ok=True)
+    if place.exists():
+        place.rename(job.old)
+    job.partial.rename(place)
+    shutil.rmtree(job.old, ignore_errors=True)
+    return place
+
+
+def _render(job, place, reason):
+    """Write the report of a finished run. Returns the reason of its failure, which may be that there is no report."""
+    executed = place / "notebook.ipynb"
+    if not executed.exists():
+        shutil.copyfile(job.notebook, executed)
+    record = None if reason else paths.read_json(place / "record.json")
+    try:
+        report.render(executed, place / "report.html", record, reason or None)
+    except Exception as error:
+        reason = reason or f"its report cannot be rendered: {sentence(error)}"
+    return reason
+
+
+def sentence(error):
+    """An exception as one short line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return _line(text if isinstance(error, OSError | BadInput) else f"{type(error).__name__}: {text}")
+
+
+def _line(text):
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 300 else line[:299] + "…"
+
+
+def _execute(job):
+    """Execute a notebook in a child process. Returns the reason of its failure, "" if there is none. Raises `Interrupted`."""
+    request = json.dumps([str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout])
+    with tempfile.TemporaryDirectory(prefix="effilib-") as sockets, (job.partial / "process.log").open("wb") as log:
+        environment = {**os.environ, **job.environment, "EFFILIB_OUT": str(job.partial), "JUPYTER_RUNTIME_DIR": sockets}
+        if job.shared:
+            environment["EFFILIB_SHARED"] = "1"
+        if (paths.root() / "effilib").is_dir():  # a checkout that need not be installed
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, request],  # -P: files in the current folder shadow nothing
+            env=environment,
+            cwd=job.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    reason, _ = process.communicate(timeout=TICK)
+                    break
+                if not job.held():
+                    raise Interrupted
+        finally:
+            end(job.partial)
+            process.wait()
+    if process.returncode < 0 and not reason:
+        return f"its process was ended by signal {-process.returncode}"
+    return reason or ("its process ended badly" if process.returncode else "")
+
+
+def end(out):
+    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook started."""
+    import psutil
+
+    for _ in range(10):  # what starts while we look is found the next time
+        found = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("EFFILIB_OUT") == str(out)]
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if not found:
+            return
+        psutil.wait_procs(found, timeout=1)
+
+
+# ------------------------------------------------------------------------------------------------- the child process
+
+
+def _child(notebook, output, parameters, timeout):
+    """Execute one notebook in this process; standard output carries the reason if it fails, and nothing else."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the runner ends, however that happens
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # what else is printed, by the kernel for one, goes to the log
+        answer.write(_papermill(notebook, output, parameters, timeout))
+
+
+def _papermill(notebook, output, parameters, timeout):
+    """Execute a notebook. Returns "" or the reason of its failure in one line."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    settings = dict(kernel_name="python3", language="python", kernel_manager_class=_kernel(), start_timeout=180, iopub_timeout=60)
+    try:
+        papermill.execute_notebook(notebook, output, parameters, progress_bar=False, execution_timeout=timeout, **settings)
+    except papermill.PapermillExecutionError as error:
+        return _line(error.evalue if error.ename == "BadInput" else f"{error.ename}: {error.evalue}")
+    except DeadKernelError:
+        return f"its kernel was killed or crashed in the cell {_last_cell(output)} (out of memory, perhaps)"
+    except CellTimeoutError:
+        return f"the cell {_last_cell(output)} took longer than the {timeout} s of --timeout"
+    except OSError as error:
+        return f"the executed notebook cannot be written: {sentence(error)}"
+    except Exception as error:
+        return sentence(error)
+    return ""
+
+
+def _kernel():
+    from jupyter_client import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        """This very interpreter as a kernel, whatever kernels are installed; over Unix sockets: no ports, no other users."""
+
+        def __init__(self, **settings):
+            sockets = os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], "kernel")  # by default all kernels would meet at one address
+            super().__init__(**settings, transport="ipc", ip=sockets)
+
+        def format_kernel_cmd(self, extra_arguments=None):
+            return [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or ())]
+
+    return Kernel
+
+
+def _last_cell(output):
+    """First line of the cell that was begun last, in quotes."""
+    content = paths.read_json(output) or {"cells": []}
+    begun = [cell for cell in content["cells"] if cell["metadata"].get("papermill", {}).get("start_time")]
+    return f"`{''.join(begun[-1]['source']).strip().partition(chr(10))[0][:60]}`" if begun else "?"
+
+
+if __name__ == "__main__":
+    _child(*json.loads(sys.argv[1]))

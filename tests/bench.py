@@ -1,0 +1,126 @@
+"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop batches import series`. Ratios of interleaved medians."""
+
+import statistics as stats
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from effilib import data, tasks
+from effilib.clock import elapsed, interleaved, steady_memory
+from effilib.data import Batches
+from effilib.training import autocast, resolve_precision, stream, train
+
+
+def loop():
+    """`train()` against a minimal hand-written loop with the same settings: aim at most 1.03x a step."""
+    task = tasks.task("quick", "mnist5k", epochs=1)
+    dataset = task.load()
+    recipe = task.recipe
+    quiet = replace(dataset, validation=dataset.validation[:1], test=dataset.test[:1])
+    precision = resolve_precision(recipe.precision)
+
+    def minimal():
+        model = task.build(dataset).to(memory_format=torch.channels_last).train()
+        batches = Batches(dataset, recipe.batch_size, stream(0, "data"))
+        settings = dict(lr=recipe.lr, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
+        times, it = [], iter(batches)
+        for step in range(len(batches)):
+            with elapsed() as seconds:
+                x, y = next(it)
+                optimizer.param_groups[0]["lr"] = recipe.lr_at(step, len(batches))
+                with autocast(precision, "cpu"):
+                    logits = model(x)
+                F.cross_entropy(logits.float(), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                times.append(seconds())
+        return stats.median(times)
+
+    def ours():
+        return train(task.build(dataset), quiet, recipe, evaluations=1).step_seconds
+
+    steady_memory()
+    minimal(), ours()
+    pairs = [(minimal(), ours()) if i % 2 else (ours(), minimal())[::-1] for i in range(12)]
+    ratio = stats.median(b / a for a, b in pairs)
+    a, b = (1e3 * stats.median(v) for v in zip(*pairs, strict=True))
+    print(f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, n={len(pairs)} pairs)")
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, x, y, transform):
+        self.x, self.y, self.transform = x, y, transform
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.transform(self.x[i]), self.y[i]
+
+
+def batches(images=20_000, batch_size=128):
+    """`Batches` against torchvision transforms and a `DataLoader` with 2 workers, crop and flip at 32 x 32 x 3: aim 10x."""
+    from torchvision.transforms import v2
+
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, images)
+    dataset = replace(data._split("bench", [x, y, x[:100], y[:100]], tuple("0123456789"), pad=4, flip=True))
+    ours = Batches(dataset, batch_size, stream(0, "data"))
+    crop = [v2.ToImage(), v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)])
+    theirs = torch.utils.data.DataLoader(
+        _Images(x, y, transform), batch_size, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True
+    )
+    times = interleaved({"ours": lambda: [0 for _ in ours], "theirs": lambda: [0 for _ in theirs]}, repeats=5, warm_up=1)
+    rate = {
+        "ours": len(ours) * batch_size / stats.median(times["ours"]),
+        "theirs": len(theirs) * batch_size / stats.median(times["theirs"]),
+    }
+    ratio = rate["ours"] / rate["theirs"]
+    print(f"batches: ours {rate['ours']:,.0f}, torchvision + DataLoader {rate['theirs']:,.0f} images/s, ratio {ratio:.1f} (aim >= 10)")
+
+
+def imports():
+    """`import effilib`, and all that a notebook's first cell imports, beyond torch's own import: aim 0.3 s."""
+
+    def seconds(code):
+        with elapsed() as t:
+            subprocess.run([sys.executable, "-c", code], check=True)
+        return t()
+
+    what = {
+        "nothing": "pass",
+        "torch": "import torch",
+        "effilib": "import torch, effilib",
+        "train": "import torch; from effilib import train",
+    }
+    times = {k: [] for k in what}
+    for _ in range(7):
+        for k, code in what.items():
+            times[k].append(seconds(code))
+    beyond = {k: stats.median(times[k]) - stats.median(times["torch"]) for k in ("effilib", "train")}
+    print("import: " + ", ".join(f"{k} {v:+.2f} s beyond torch" for k, v in beyond.items()) + " (aim for effilib <= 0.3 s)")
+
+
+def series():
+    """`effilib run 02 03_1 03_2 --preset quick` from nothing: aim 4 minutes on 2 cores."""
+    import os
+
+    with tempfile.TemporaryDirectory() as results, elapsed() as seconds:
+        command = [sys.executable, "-m", "effilib", "run", "02", "03_1", "03_2", "--preset", "quick"]
+        done = subprocess.run(command, env={**os.environ, "EFFILIB_RESULTS": results}, capture_output=True, text=True)
+        print(f"series: {seconds():.0f} s, exit code {done.returncode} (aim <= 240 s)\n{done.stdout}")
+
+
+if __name__ == "__main__":
+    known = {"loop": loop, "batches": batches, "import": imports, "series": series}
+    for name in sys.argv[1:] or known:
+        if name not in known:
+            sys.exit(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")
+        known[name]()

@@ -1,0 +1,136 @@
+"""What every notebook of the series must keep to, and that plain papermill and Jupyter run them from any folder."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from effilib import paths, series
+
+NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
+PARAMETERS = {"preset": "", "dataset": "", "network": "", "seeds": 0, "device": "auto"}
+CHECKED = "nbval-check-output"
+each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
+
+
+def code(file):
+    return [c for c in nbformat.read(file, 4).cells if c.cell_type == "code"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def test_there_are_notebooks_and_each_is_a_chapter():
+    stems = {c.stem for c in series.CHAPTERS}
+    assert NOTEBOOKS
+    assert {f.stem for f in NOTEBOOKS} <= stems
+
+
+@each
+def test_it_is_valid_and_titled_as_its_chapter(file):
+    book = nbformat.read(file, 4)
+    nbformat.validate(book)
+    chapter = series.chapter(file.stem)
+    first = book.cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith(f"# {chapter.number} {chapter.title}")
+    assert chapter.title_de in first.source.splitlines()[0]
+
+
+@each
+def test_it_has_one_parameters_cell_of_plain_literals(file):
+    cells = [c for c in code(file) if "parameters" in tags(c)]
+    assert len(cells) == 1
+    assigned = {}
+    for node in ast.parse(cells[0].source).body:
+        assert isinstance(node, ast.Assign)
+        assigned[node.targets[0].id] = ast.literal_eval(node.value)
+    assert {k: assigned[k] for k in PARAMETERS} == PARAMETERS
+
+
+@each
+def test_it_starts_its_book_by_its_own_name_and_ends_in_its_record(file):
+    cells = code(file)
+    starts = [c for c in cells if "notebook.start(" in c.source]
+    assert len(starts) == 1
+    assert f'notebook.start("{file.stem}"' in starts[0].source
+    assert [i for i, c in enumerate(cells) if "record" in tags(c)] == [len(cells) - 1]
+    assert "book.record(" in cells[-1].source
+
+
+@each
+def test_its_cells_are_short_and_define_nothing(file):
+    for cell in code(file):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 15, cell.source
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While)
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, kinds)], f"a loop or class moves to effilib: {cell.source}"
+
+
+@each
+def test_it_imports_only_effilib(file):
+    for cell in code(file):
+        for node in ast.walk(ast.parse(cell.source)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert all(n.split(".")[0] == "effilib" for n in names), names
+
+
+@each
+def test_only_checked_cells_keep_an_output(file):
+    for cell in code(file):
+        if CHECKED in tags(cell):
+            assert cell.outputs, "a checked cell without output would pass whatever it printed"
+            assert cell.execution_count
+        else:
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+
+@each
+def test_it_names_no_place_of_a_machine(file):
+    text = "\n".join(c.source for c in nbformat.read(file, 4).cells)
+    assert not re.search(r"(^|[\s\"'])/(home|root|tmp|work|Users|mnt)/", text)
+
+
+def papermill(notebook, out, *words, cwd, **environment):
+    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", *words]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(paths.root()), **environment}, capture_output=True, text=True
+    )
+
+
+def test_plain_papermill_runs_one_from_another_folder_and_writes_to_play(tmp_path):
+    results = tmp_path / "results"
+    file = paths.notebooks() / "02_overview.ipynb"
+    done = papermill(file, tmp_path / "out.ipynb", "-p", "preset", "smoke", cwd=tmp_path, EFFILIB_RESULTS=str(results))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((results / "play" / "02_overview" / "record.json").read_text())
+    assert record["status"] == "complete"
+    assert (results / "play" / "02_overview" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb", "results"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-p", "preste", "smoke"), "unknown parameter of 02_overview 'preste'"),
+        (("-p", "preset", "quikc"), "unknown preset 'quikc'"),
+        (("-p", "dataset", "mnits"), "unknown data set 'mnits'"),
+        (("-p", "network", "resnt"), "unknown network 'resnt'"),
+        (("-p", "seeds", "many"), "parameter seeds of 02_overview is 'many'"),
+    ],
+    ids=["parameter", "preset", "data set", "network", "type"],
+)
+def test_plain_papermill_stops_a_wrong_parameter_with_one_sentence(tmp_path, words, message):
+    file = paths.notebooks() / "02_overview.ipynb"
+    done = papermill(file, tmp_path / "out.ipynb", *words, cwd=tmp_path, EFFILIB_RESULTS=str(tmp_path / "results"))
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "results" / "play").exists()
