@@ -10,10 +10,11 @@ import os
 import statistics as stats
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from effilib import clock, paths, provenance
+from effilib import clock, models, paths, provenance
 from effilib.errors import BadInput
 from effilib.progress import Progress
 from effilib.statistics import SHARED, SMOKE, interval, judge, paired_ratio, time_to_target
@@ -66,10 +67,19 @@ def key(task, dataset, arms):
         provenance.settings(replace(task, seeds=0, target=None, margin=0.0)),  # judged later, never trained with
         provenance.settings(list(arms)),
         provenance.source(list(arms)),
+        [_network_source(task.but(**a.changes).network) for a in arms],
         dataset.digest,
         resolve_precision(task.recipe.precision, dataset.device),
         {k: clock.machine(dataset.device)[k] for k in ("device", "threads", "torch")},
     )
+
+
+def _network_source(network):
+    """What stands behind a user's network: it can change under the same name."""
+    place = network.rpartition(":")[0]
+    if place.endswith(".py"):
+        return provenance.normalized(Path(place).expanduser().read_text(encoding="utf-8"))
+    return provenance.source(models.find(network)) if place else ""
 
 
 def measure(task, arms, seeds, *, title="runs"):
@@ -81,10 +91,15 @@ def measure(task, arms, seeds, *, title="runs"):
     progress = Progress(title, len(missing) * len(arms)) if missing else None
     if missing:
         _burn_in(task, dataset, arms)
-    for s in missing:
-        blocks[s] = _run_block(task, dataset, order(list(arms), seeds.index(s)), s, progress)
-        if not shared_machine():
-            paths.write(folder / f"seed-{s}.json", {**blocks[s], "arms": {n: asdict(h) for n, h in blocks[s]["arms"].items()}})
+        gc.collect()
+        gc.freeze()  # what is there by now need not be gone through between runs, nor within a step
+    try:
+        for s in missing:
+            blocks[s] = _run_block(task, dataset, order(list(arms), seeds.index(s)), s, progress)
+            if not shared_machine():
+                paths.write(folder / f"seed-{s}.json", {**blocks[s], "arms": {n: asdict(h) for n, h in blocks[s]["arms"].items()}})
+    finally:
+        gc.unfreeze()
     return [blocks[s] for s in seeds]
 
 
@@ -119,9 +134,11 @@ def _burn_in(task, dataset, arms):
 
 def _read(file, arms):
     saved = paths.read_json(file)
-    if not saved or set(saved["arms"]) != {a.name for a in arms}:
+    try:
+        histories = {n: History(**h) for n, h in saved["arms"].items()}
+        return {**saved, "arms": histories, "cached": saved["date"]} if set(histories) == {a.name for a in arms} else None
+    except (TypeError, KeyError, AttributeError):  # not there, or not what is written here: measured again
         return None
-    return {**saved, "arms": {n: History(**h) for n, h in saved["arms"].items()}, "cached": saved["date"]}
 
 
 def pilot(task):
@@ -143,6 +160,9 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
     claim: the speed-up fixed for this scale before running: for every method, or a dict by arm. illustration: a grid that
     is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline.
     """
+    seeds = seeds or task.seeds
+    if not isinstance(seeds, int) or seeds < 1:
+        raise BadInput(f"compare: seeds is {seeds!r}, it must be a whole number above 0")
     names = [a.name for a in arms]
     if len(set(names)) < len(names):
         raise BadInput(f"arms need names of their own, got {', '.join(names)}")
@@ -152,7 +172,7 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
         raise BadInput(f"unknown quantity {quantity!r}: choose 'time to target' or 'time per step'")
     if quantity == "time to target":
         task = pilot(task)
-    blocks = measure(task, arms, list(range(seeds or task.seeds)), title=title)
+    blocks = measure(task, arms, list(range(seeds)), title=title)
     return Comparison(task=task, arms=tuple(arms), blocks=blocks, quantity=quantity, claim=claim, illustration=illustration)
 
 

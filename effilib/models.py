@@ -5,6 +5,7 @@ A user's own network comes by its import path: `"torchvision.models:resnet18"` o
 """
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -129,15 +130,26 @@ def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
 NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
 
 
-def initialize_(model):
-    """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as PyTorch does."""
-    for m in model.modules():
+def stream(seed, name):
+    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def initialize_(model, seed=None):
+    """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as PyTorch does.
+
+    seed: every layer draws from a stream of its own, so that networks of other widths start alike in the layers whose
+    names and shapes agree. None: all draw from the global generator.
+    """
+    for name, m in model.named_modules():
+        g = None if seed is None else stream(seed, name)
         if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu", generator=g)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.normal_(m.weight, std=m.in_features**-0.5, generator=g)
             nn.init.zeros_(m.bias)
 
 
@@ -166,7 +178,9 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     if network in NETWORKS:
 
         def make():
-            return NETWORKS[network](classes, shape[0], **settings)
+            model = NETWORKS[network](classes, shape[0], **settings)
+            initialize_(model, seed)
+            return model
     else:
         function = find(network)
         settings = settings | _channels(function, shape[0])

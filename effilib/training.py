@@ -5,7 +5,6 @@ All of a method's work is inside the clock. Outside: evaluation for the record, 
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import shutil
@@ -19,6 +18,7 @@ from effilib import cost, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import Batches
 from effilib.errors import BadInput, choose
+from effilib.models import stream
 
 EVALUATIONS = 20  # of the validation set in a run
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -403,12 +403,6 @@ def memory(run, saved, before):
     if run.device.type == "cuda":
         now["peak"] = torch.cuda.max_memory_allocated(run.device)
     return {k: max(v, before.get(k, 0)) for k, v in now.items()}
-
-
-def stream(seed, name):
-    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
 def native_bf16(device="cpu"):

@@ -40,7 +40,7 @@ def run_one(preset, dataset, variant, seed, changes):
 
 def sweep_file(preset, dataset, variant):
     suffix = "" if variant == "base" else f"-{variant}"
-    return recorded_tuning() / f"{preset}-{data.identify(dataset)}{suffix}.csv"
+    return recorded_tuning() / f"{preset}-{data.label(data.identify(dataset))}{suffix}.csv"
 
 
 def read(file):

@@ -10,12 +10,13 @@ it runs anywhere; emulation costs time, so nothing is timed with it. The paper u
 off is the later scheme of NVIDIA and PyTorch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from effilib.errors import NoEffect
+from effilib.errors import BadInput, NoEffect
 from effilib.methods import Info
 from effilib.training import Method
 
@@ -105,7 +106,7 @@ class LossScaler:
         """g <- g / S, before anything looks at gradients (clipping, weight decay, a method)."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
-        self.finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(grads))
+        self.finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(grads, math.inf))  # squares could overflow
 
     def step(self, optimizer):
         if self.finite or not self.skip:
@@ -128,7 +129,7 @@ class LossScaler:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Method):
-    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`.
+    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`; raises `BadInput` with products that are rounded already.
 
     master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the beginning
     (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every step is taken as it comes.
@@ -140,6 +141,8 @@ class MixedPrecision(Method):
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
 
     def on_fit_start(self, run):
+        if run.precision in ("bf16", "fp16"):
+            raise BadInput(f"mixed precision: fp16 is emulated in fp32, so it needs precision 'fp32', not {run.precision!r}")
         run.state[self] = {"layers": emulate_fp16_(run.model)}
         factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}
         run.scaler = LossScaler(self.scale, **factors, interval=self.interval, skip=self.dynamic)
