@@ -5,31 +5,38 @@ import statistics as stats
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Okabe & Ito's colours, told apart by colour-blind readers too; the baseline is always grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-}
-mpl.rcParams.update(STYLE)
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+
+
+class HouseAxes(Axes):
+    """Titles to the left, legends without a frame. A class and not rcParams: a user's own plots keep their own style."""
+
+    def set_title(self, label, *, loc="left", fontsize=11, **kwargs):
+        return super().set_title(label, loc=loc, fontsize=fontsize, **kwargs)
+
+    def legend(self, *args, frameon=False, **kwargs):
+        return super().legend(*args, frameon=frameon, **kwargs)
+
+
+class HouseFigure(Figure):
+    """The same for a figure's legend."""
+
+    def legend(self, *args, frameon=False, **kwargs):
+        return super().legend(*args, frameon=frameon, **kwargs)
 
 
 def new(columns=1, rows=1, width=8.0, height=3.6, **kwargs):
     """(figure, axes) in the house style, not registered with pyplot: nothing to close, nothing shown twice."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **kwargs)
+    with mpl.rc_context(STYLE):
+        figure = HouseFigure(figsize=(width, height), dpi=110, layout="constrained")
+        return figure, figure.subplots(rows, columns, subplot_kw={"axes_class": HouseAxes}, **kwargs)
 
 
 def colours(names):
@@ -116,11 +123,12 @@ def shares(parts, *, title="", unit="ms"):
     """Stacked horizontal bars: where the time goes. parts: dict row -> dict part -> time in `unit`."""
     figure, axes = new(width=8.5, height=1.4 + 0.55 * len(parts))
     names = list(dict.fromkeys(p for row in parts.values() for p in row))
+    longest, bars = max(sum(row.values()) for row in parts.values()), {}
     for y, row in enumerate(parts.values()):
         begin, total = 0.0, sum(row.values())
         for name, value in row.items():
-            axes.barh(y, value, left=begin, height=0.62, color=COLOURS[names.index(name) % len(COLOURS)], label=name if y == 0 else None)
-            if value > 0.055 * max(sum(r.values()) for r in parts.values()):
+            bars[name] = axes.barh(y, value, left=begin, height=0.62, color=COLOURS[names.index(name) % len(COLOURS)])
+            if value > 0.055 * longest:
                 axes.text(begin + value / 2, y, f"{value / total:.0%}", ha="center", va="center", color="white", fontsize=9)
             begin += value
         axes.text(begin, y, f" {total:.3g} {unit}", va="center", fontsize=9)
@@ -130,7 +138,7 @@ def shares(parts, *, title="", unit="ms"):
     axes.set_xlabel(f"{unit} per training step")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0)
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=9)
+    figure.legend([bars[name] for name in names], names, loc="outside lower center", ncols=len(names), fontsize=9)
     return figure
 
 
@@ -196,7 +204,7 @@ def histogram(values, *, bins=60, xlabel="", marks=(), title="", spans=()):
     top = axes.get_ylim()[1]
     for i, (begin, end, text) in enumerate(spans):
         axes.axvspan(begin, end, color="#B00020", alpha=0.08)
-        axes.text(end, top * (0.97 - 0.08 * i), f"{text} ", va="top", ha="right", fontsize=8, color="#B00020")
+        axes.text(begin, top * (0.97 - 0.08 * i), f" {text}", va="top", fontsize=8, color="#B00020")
     for x, text in marks:
         axes.axvline(x, color="black", lw=1, ls=":")
         axes.text(x, top * 0.97, f" {text}", va="top", fontsize=8)

@@ -272,14 +272,14 @@ def render(notebook, html, record=None, failure=None):
             why = getattr(error, "strerror", None) or "it is damaged, or not a notebook"
             raise BadInput(f"cannot read the notebook {notebook}: {why}") from error
         executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")])
-    row, notes, verdicts = EMPTY | _from_name(html.parent.name), [], []
+    row, warnings, notes, verdicts = EMPTY | _from_name(html.parent.name), [], [], []
     heading = _take_heading(executed, row["chapter"])
     try:
         row |= {"title": heading or row["title"], **_facts(record or {})}
         notes = [_text(note) for note in (record or {}).get("notes") or []]
         verdicts = [EMPTY | _verdict(verdict) for verdict in _verdicts(record or {})]
     except UNEXPECTED as error:
-        notes.append(_unexpected(error))
+        warnings.append(_unexpected(error))
     cells = _cells(executed, Path(notebook).absolute().parent)
     content = _page(
         "report.html",
@@ -287,7 +287,8 @@ def render(notebook, html, record=None, failure=None):
         title=row["title"],
         facts=_run_facts(row) or [html.parent.parent.name],
         failure=failure,
-        notes=[*_warnings([row]), *notes],
+        warnings=[*_warnings([row]), *warnings],
+        notes=notes,
         ticks=_place(verdicts),
         verdicts=[verdict | _badge(verdict) for verdict in verdicts],
         cells=cells,

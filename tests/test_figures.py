@@ -156,10 +156,10 @@ def test_the_baseline_is_grey_and_no_two_of_seven_methods_share_a_colour():
 def test_figures_are_not_registered_with_pyplot_and_leave_the_style_alone():
     code = """
 import sys, matplotlib as mpl
-before = dict(mpl.rcParams)
+before = dict(mpl.rcParams.copy())  # dict() alone would look up the backend, and so import pyplot
 from effilib import figures
 figures.new()
 assert "matplotlib.pyplot" not in sys.modules
-assert dict(mpl.rcParams) == before
+assert dict(mpl.rcParams.copy()) == before
 """
     subprocess.run([sys.executable, "-c", code], cwd=paths.root(), check=True)

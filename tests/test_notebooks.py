@@ -4,11 +4,16 @@ import ast
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import nbformat
 import pytest
+from jupyter_client import BlockingKernelClient
 
 from effilib import paths, series
 
@@ -134,3 +139,61 @@ def test_plain_papermill_stops_a_wrong_parameter_with_one_sentence(tmp_path, wor
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "results" / "play").exists()
+
+
+@pytest.fixture
+def jupyterlab(tmp_path):
+    """JupyterLab on the notebooks, started in another folder: its address, its kernels' folder and that of its results."""
+    runtime, results, elsewhere = (tmp_path / name for name in ("runtime", "results", "elsewhere"))
+    for folder in (runtime, elsewhere):
+        folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t"]
+    own = {"JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path), "EFFILIB_RESULTS": str(results)}
+    environment = {**os.environ, **own, "PYTHONPATH": str(paths.root())}
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *words]
+    log = (tmp_path / "log").open("wb")
+    server = subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}", runtime, results
+        assert list(elsewhere.iterdir()) == []
+    finally:
+        server.terminate()
+        server.wait(60)
+        log.close()
+
+
+def ask(address, path, body=None):
+    """What JupyterLab's server answers; it is asked again until it is up."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Authorization": "token t", "Content-Type": "application/json"})
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.1)
+    raise TimeoutError(address)
+
+
+def test_jupyterlab_runs_one_from_another_folder(jupyterlab):
+    address, runtime, results = jupyterlab
+    assert "02_overview.ipynb" in [entry["name"] for entry in ask(address, "/api/contents")["content"]]
+    request = {"path": "02_overview.ipynb", "name": "", "type": "notebook", "kernel": {"name": "python3"}}
+    session = ask(address, "/api/sessions", request)
+    client = BlockingKernelClient(connection_file=str(runtime / f"kernel-{session['kernel']['id']}.json"))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        for cell in code(paths.notebooks() / "02_overview.ipynb"):
+            reply = client.execute_interactive(cell.source, timeout=120, output_hook=lambda message: None)
+            assert reply["content"]["status"] == "ok", reply["content"]
+    finally:
+        client.stop_channels()
+    record = json.loads((results / "play" / "02_overview" / "record.json").read_text())
+    assert (record["status"], record["preset"]) == ("complete", "smoke")

@@ -356,7 +356,7 @@ def test_index(folder):
     rows = {row.select_one(".chapter").get_text(): row for row in page.select("tbody tr")}
     assert list(rows) == ["2", "3.2", "5.1", "6.1", "6.2", "7.1", "7.2", "7.3", "10"]  # by chapter, not by success
     text = {chapter: row.get_text(" ", strip=True) for chapter, row in rows.items()}
-    for part in ("faster at equal accuracy", "1.34x [1.29, 1.39]", "n = 5 pairs", "\u22120.1 points", "yes", "A. Author 2019"):
+    for part in ("faster at equal accuracy", "1.34x [1.29, 1.39]", "n = 5 pairs", "\u22120.10 points", "yes", "A. Author 2019"):
         assert part in text["3.2"]
     assert rows["3.2"].svg
     assert "— Where the time goes." in text["2"]

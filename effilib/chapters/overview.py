@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from effilib import cost, figures, series, tuning
+from effilib import cost, data, figures, series, tuning
 from effilib.clock import interleaved
 from effilib.data import Batches
 from effilib.training import Run, resolve_precision, stream
@@ -129,8 +129,9 @@ def _halves(title):
 
 def tuning_figure(task):
     """(figure, caption): the sweep behind the task's baseline; where none was recorded, that of the preset's own data set."""
-    dataset = task.dataset if tuning.sweep_file(task.preset, task.dataset, task.variant).exists() else "mnist5k"
-    preset = task.preset if dataset == task.dataset else "quick"
+    preset, dataset = task.preset, data.identify(task.dataset)
+    if not tuning.sweep_file(preset, dataset, task.variant).exists():
+        preset, dataset = "quick", "mnist5k"
     rows = tuning.read(tuning.sweep_file(preset, dataset, task.variant))
     seeds, settings = {r["seed"] for r in rows}, {(r["epochs"], r["lr"], r["weight_decay"]) for r in rows}
     top = max(tuning.best(rows), key=lambda r: r["accuracy"])
