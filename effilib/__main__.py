@@ -1,4 +1,6 @@
-"""The command line: `effilib run` executes the series, `list` shows it, `tune` tunes a baseline. Also `python -m effilib`.
+"""The command line, also as `python -m effilib`.
+
+`run` executes the series, `record` keeps its results, `list` shows it, `tune` tunes a baseline.
 
 What is heavy is imported by the command that needs it: `--help` is instant.
 """
@@ -33,24 +35,11 @@ def parser():
     """The command line's parser."""
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{run,list,tune}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,tune}")
 
     formatter = argparse.RawDescriptionHelpFormatter
     run = commands.add_parser("run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter)
-    run.add_argument(
-        "selectors", nargs="*", metavar="NN", help="notebooks by the beginning of their names: 02, 3_1, 03_2_mixed (default: all)"
-    )
-    run.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
-    run.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of the notebooks, such as a dataset; may be repeated",
-    )
-    run.add_argument("--name", default="", help="name of the folder below results/ (default: made of preset, data set and parameters)")
+    _which(run)
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="notebooks at a time; above 1 time verdicts are withheld (default: 1)"
     )
@@ -63,8 +52,11 @@ def parser():
     )
     run.add_argument("--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)")
     run.add_argument("--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval")
-    run.add_argument("--notebooks", metavar="FOLDER", help="run the notebooks of another folder")
     run.set_defaults(call=run_series)
+
+    record = commands.add_parser("record", help="keep results of a run in results/recorded, to be committed, and in the README's table")
+    _which(record)
+    record.set_defaults(call=keep_results)
 
     show = commands.add_parser("list", help="show the series, and what is recorded of it")
     show.set_defaults(call=show_series)
@@ -77,8 +69,28 @@ def parser():
     tune.add_argument("--lr", dest="lrs", type=float, nargs="+", metavar="LR", help="learning rates")
     tune.add_argument("--weight-decay", dest="decays", type=float, nargs="+", metavar="WD", help="weight decays")
     tune.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements")
+    tune.add_argument("--target", action="store_true", help="find the target accuracy of one setting: one value each of the grid's options")
     tune.set_defaults(call=tune_baseline)
     return top
+
+
+def _which(command):
+    """The options that say which notebooks, and which results."""
+    command.add_argument(
+        "selectors", nargs="*", metavar="NN", help="notebooks by the beginning of their names: 02, 3_1, 03_2_mixed (default: all)"
+    )
+    command.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
+    command.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks, such as a dataset; may be repeated",
+    )
+    command.add_argument("--name", default="", help="name of the folder below results/ (default: made of preset, data set and parameters)")
+    command.add_argument("--notebooks", metavar="FOLDER", help="the notebooks of another folder")
 
 
 def run_series(compare, **settings):
@@ -86,6 +98,15 @@ def run_series(compare, **settings):
     from effilib import runner
 
     return runner.run(compare=bool(compare), **settings)
+
+
+def keep_results(**which):
+    """`effilib record`: say what was kept where."""
+    from effilib import runner
+
+    for place in runner.keep(**which):
+        print(f"recorded: {place}")
+    return 0
 
 
 def show_series():
@@ -101,12 +122,23 @@ def show_series():
     return 0
 
 
-def tune_baseline(preset, dataset, variant, **grid):
-    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the schedule."""
+def tune_baseline(preset, dataset, variant, target, **grid):
+    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the schedule; or find a target."""
     from effilib import tasks, tuning
 
     task = tasks.task(preset, dataset, variant=variant)  # complains before anything is written
     grid = {name: values for name, values in grid.items() if values}
+    if target:
+        one = {
+            setting: values[0]
+            for name, setting in (("epochs",) * 2, ("lrs", "lr"), ("decays", "weight_decay"))
+            if (values := grid.get(name))
+        }
+        if len(one) < 3 or any(len(grid[name]) > 1 for name in ("epochs", "lrs", "decays")):
+            raise BadInput("--target is found for one setting: give --epochs, --lr and --weight-decay one value each")
+        seeds = {"seeds": grid["seeds"]} if "seeds" in grid else {}
+        print(f"target: {tuning.find_target(task.preset, task.dataset, variant, **seeds, **one):g} %")
+        return 0
     if "epochs" not in grid and task.preset not in tuning.EPOCHS:
         raise BadInput(f"preset {task.preset!r} has no grid of epochs ({', '.join(tuning.EPOCHS)} have): give --epochs")
     for row in tuning.best(tuning.sweep(task.preset, task.dataset, variant, **grid)):

@@ -18,7 +18,7 @@ from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
-from effilib import clock, data, models, paths, provenance, report, tasks
+from effilib import clock, data, models, paths, provenance, report, series, tasks
 from effilib.errors import BadInput, choose
 from effilib.jobs import TICK, Job, Outcome, hold, run_one, sentence
 from effilib.progress import say_seconds
@@ -265,6 +265,26 @@ def _inside(ratio, recorded):
     if None in (ratio, low, high):
         return "-"
     return "yes" if low <= ratio <= high else "no, slower" if ratio < low else "no, faster"
+
+
+def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
+    """Copy complete results among the recorded ones, which are committed, and bring the README's table up to date.
+
+    Returns the places. Raises `BadInput`, before anything is copied, for a result that is missing, failed, or no measurement.
+    """
+    planned = plan(selectors, preset=preset, parameters=parameters, name=name, notebooks=notebooks)
+    for job in planned:
+        run, record = (paths.read_json(job.results / file) or {} for file in ("run.json", "record.json"))
+        if not run.get("status") == record.get("status") == "complete":
+            raise BadInput(f"{job.results} holds no complete result of {job.name}: effilib run {job.name} --preset {job.preset}")
+        if job.preset == "smoke" or record.get("shared_machine"):
+            raise BadInput(f"{job.results} is not a measurement ({'smoke' if job.preset == 'smoke' else 'from a shared machine'})")
+    for job in planned:
+        for file in ("history.csv", "figure.png", "record.json"):
+            if (job.results / file).exists():
+                paths.write(paths.make(job.recorded) / file, (job.results / file).read_bytes())
+    series.update_readme()
+    return [job.recorded for job in planned]
 
 
 def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler="", timeout=None, compare=False, notebooks=None):

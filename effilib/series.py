@@ -107,8 +107,8 @@ def recorded():
     for file in sorted(paths.recorded().glob("*-*/*/record.json")):
         record = paths.read_json(file)
         if record and record.get("status") == "complete":
-            found.setdefault(record["notebook"], []).append(record | {"folder": file.parent})
-    return {stem: sorted(records, key=lambda r: r["date"]) for stem, records in found.items()}
+            found.setdefault(file.parent.name, []).append(record | {"folder": file.parent})
+    return {stem: sorted(records, key=lambda r: r.get("date", "")) for stem, records in found.items()}
 
 
 def readme_table():
@@ -130,6 +130,12 @@ def with_table(readme):
     return f"{head}{begin}\n{readme_table()}\n{end}{rest.split(end)[1]}"
 
 
-if __name__ == "__main__":  # python -m effilib.series
+def update_readme():
+    """Bring the table in the checkout's README up to date."""
     file = paths.root() / "README.md"
-    paths.write(file, with_table(file.read_text()))
+    if file.exists():
+        paths.write(file, with_table(file.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":  # python -m effilib.series
+    update_readme()

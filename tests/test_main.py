@@ -1,5 +1,6 @@
 """The command line: one line for what is wrong, an exit code for every end, and quick to answer."""
 
+import csv
 import os
 import re
 import subprocess
@@ -92,6 +93,18 @@ def test_tune(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == said[2:]  # nothing is left to run
 
 
+def test_tune_finds_a_target(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path)
+    line = ["tune", "--target", "--preset", "smoke", "--dataset", "mnist5k", "--epochs", "4", "--lr", "0.1", "--weight-decay", "5e-4"]
+    assert command.main([*line, "--seeds", "1000", "1001"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    rows = list(csv.DictReader((tmp_path / "tuning" / "smoke-mnist5k.target.csv").open()))
+    assert [row["seed"] for row in rows] == ["1000", "1001"]
+    target = float(rows[0]["target"])
+    assert said[-1] == f"target: {target:g} %"
+    assert 0 <= min(float(row["held"]) for row in rows) - target < 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,6 +112,8 @@ def test_tune(tmp_path, monkeypatch, capsys):
         (["--preset", "smoke"], "preset 'smoke' has no grid of epochs (quick, study have): give --epochs"),
         (["--dataset", "mnist6k"], "unknown data set 'mnist6k'"),
         (["--variant", "deep"], "unknown variant 'deep': choose one of base, wide"),
+        (["--target", "--lr", "0.1", "0.2", "--epochs", "1", "--weight-decay", "0"], "--target is found for one setting"),
+        (["--target", "--lr", "0.1"], "--target is found for one setting: give --epochs, --lr and --weight-decay one value each"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     ],
 )

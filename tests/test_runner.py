@@ -492,3 +492,33 @@ def test_dask_is_optional(notebooks, run, monkeypatch):
     write_notebook(notebooks / "04_1_x.ipynb")
     with pytest.raises(BadInput, match="pip install distributed"):
         run(scheduler="tcp://127.0.0.1:1")
+
+
+# What is kept
+
+
+def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    monkeypatch.setattr(paths, "root", lambda: tmp_path)
+    (tmp_path / "README.md").write_text("before\n<!-- chapters -->\n<!-- /chapters -->\nafter\n")
+    write_notebook(notebooks / "03_2_mixed_precision.ipynb")
+    which = {"preset": "quick", "notebooks": notebooks}
+    with pytest.raises(BadInput, match="holds no complete result of 03_2_mixed_precision: effilib run 03_2_mixed_precision --preset quick"):
+        runner.keep(**which)
+    assert run(preset="quick") == 0
+    assert runner.keep(**which) == [tmp_path / "recorded" / "quick-mnist5k" / "03_2_mixed_precision"]
+    kept = tmp_path / "recorded" / "quick-mnist5k" / "03_2_mixed_precision" / "record.json"
+    assert kept.read_bytes() == (results / "quick-mnist5k" / "03_2_mixed_precision" / "record.json").read_bytes()
+    assert [file.name for file in kept.parent.iterdir()] == ["record.json"]  # this one drew nothing
+    readme = (tmp_path / "README.md").read_text()
+    assert "| 3.2 | " in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+
+    paths.write(results / "quick-mnist5k" / "03_2_mixed_precision" / "run.json", {"status": "failed"})
+    with pytest.raises(BadInput, match="no complete result"):
+        runner.keep(**which)
+    assert run(preset="smoke") == 0
+    with pytest.raises(BadInput, match="is not a measurement"):
+        runner.keep(**which | {"preset": "smoke"})
+    assert not (tmp_path / "recorded" / "smoke-mnist5k").exists()
