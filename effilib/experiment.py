@@ -19,7 +19,7 @@ from effilib.errors import BadInput
 from effilib.progress import Progress
 from effilib.statistics import SHARED, SMOKE, interval, judge, paired_ratio, time_to_target
 from effilib.tasks import Task
-from effilib.training import History, resolve_precision, train
+from effilib.training import History, resolve_layout, resolve_precision, train
 
 CAPPED = 0.05  # share of capped steps over which a seed is run again
 PILOT_SEEDS = (2000, 2001)  # never measured
@@ -70,6 +70,7 @@ def key(task, dataset, arms):
         [_network_source(task.but(**a.changes).network) for a in arms],
         dataset.digest,
         resolve_precision(task.recipe.precision, dataset.device),
+        resolve_layout(task.recipe, dataset.device),
         {k: clock.machine(dataset.device)[k] for k in ("device", "threads", "torch")},
     )
 

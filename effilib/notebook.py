@@ -94,7 +94,7 @@ class Book:
                 "preset": t.preset + (" (not a measurement)" if self.smoke else ""),
                 "data": f"{d.name} {d.shape}, {images}" + (f" ({d.note})" if d.note else ""),
                 "network": t.network + "".join(f", {k} {v}" for k, v in t.widths.items()),
-                "recipe": f"{recipe}, {precision}, {r.memory_format}",
+                "recipe": f"{recipe}, {precision}, {experiment.resolve_layout(r, t.device)}",
                 "target": f"{target}, margin {t.margin:g} points",
                 "seeds": str(t.seeds),
                 "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, torch {m['torch']}",

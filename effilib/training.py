@@ -38,13 +38,13 @@ class Recipe:
     label_smoothing: float = 0.0
     augmentation: str = "auto"  # the data set's; or "none", "crop", "crop+flip"
     precision: str = "auto"  # bf16 where the machine has it natively, else fp32; or "fp32", "tf32", "bf16", "fp16" (CUDA)
-    memory_format: str = "channels_last"  # or "contiguous"
+    memory_format: str = "auto"  # channels_last where the kernels read it, else contiguous; or one of the two
     compile: bool = False
 
     def __post_init__(self):
         choose("schedule", self.schedule, ("linear", "cosine", "constant"))
         choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
-        choose("memory format", self.memory_format, LAYOUTS)
+        choose("memory format", self.memory_format, ("auto", *LAYOUTS))
         for name in ("epochs", "batch_size", "lr"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"recipe: {name} is {getattr(self, name)}, it must be above 0")
@@ -101,6 +101,7 @@ class Run:
         self.device = dataset.device
         self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
+        self.layout = LAYOUTS[resolve_layout(recipe, self.device)]
         self.state = {}  # method -> its state; goes into checkpoints
         self.events = []  # what methods did, in words: goes into the history
         self.clock = Stopwatch(self.device)
@@ -178,7 +179,7 @@ class Run:
 
         PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the layouts differ.
         """
-        self.model.to(memory_format=LAYOUTS[self.recipe.memory_format])
+        self.model.to(memory_format=self.layout)
         momentum = self.optimizer.defaults.get("momentum")
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
             old = self.optimizer.state[p].get("momentum_buffer")
@@ -280,7 +281,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
     """
     with models.seeded(stream(seed, "dropout").initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
-        layout = LAYOUTS[recipe.memory_format]
+        layout = LAYOUTS[resolve_layout(recipe, dataset.device)]
         mine = checkpoints.identity(model, dataset, recipe, methods, seed) if checkpoint else None
         saved = checkpoints.read(checkpoint, mine)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
@@ -289,7 +290,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
         run.steps = max(1, round(recipe.epochs * len(batches)))
         marks = {round(run.steps * i / evaluations) for i in range(1, evaluations + 1)}
         history = History(precision=run.precision)
-        history.warm_up = warm_up(run, next(iter(Batches(dataset, recipe.batch_size, stream(seed, "warm-up")))), layout)
+        history.warm_up = warm_up(run, next(iter(Batches(dataset, recipe.batch_size, stream(seed, "warm-up")))))
         flops = {}  # of a step, by structure
         losses, pending = [], []  # losses since the last evaluation; rows whose time is read at the epoch's end
 
@@ -352,7 +353,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
         return finish(run, history)
 
 
-def warm_up(run, batch, layout):
+def warm_up(run, batch):
     """Run forward and backward once on random labels before the clock starts, and undo what that changed. Returns seconds.
 
     Kernels are chosen, and graphs compiled, at the first call of a shape; nothing is learned.
@@ -362,7 +363,7 @@ def warm_up(run, batch, layout):
         x, y = batch
         for _ in range(2):
             with run.autocast():
-                loss = F.cross_entropy(run.forward(x.contiguous(memory_format=layout)).float(), y.roll(1))
+                loss = F.cross_entropy(run.forward(x.contiguous(memory_format=run.layout)).float(), y.roll(1))
             loss.backward()
     run.optimizer.zero_grad()
     with torch.no_grad():
@@ -418,6 +419,14 @@ def resolve_precision(precision, device="cpu"):
     if precision in ("fp16", "tf32") and not cuda:
         raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (fp16 is emulated in chapter 3.2)")
     return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def resolve_layout(recipe, device="cpu"):
+    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores."""
+    if recipe.memory_format != "auto":
+        return recipe.memory_format
+    cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) == "fp32"
+    return "contiguous" if cuda_cores else "channels_last"
 
 
 def autocast(precision, device):

@@ -14,7 +14,19 @@ from torch import nn
 from effilib import cost, models
 from effilib.data import Batches, synthetic
 from effilib.errors import BadInput
-from effilib.training import HOOKS, History, Method, Recipe, can_compile, evaluate, native_bf16, resolve_precision, stream, train
+from effilib.training import (
+    HOOKS,
+    History,
+    Method,
+    Recipe,
+    can_compile,
+    evaluate,
+    native_bf16,
+    resolve_layout,
+    resolve_precision,
+    stream,
+    train,
+)
 
 FP32 = Recipe(epochs=2, batch_size=32, precision="fp32")
 DATA = synthetic(images=550)  # 12 batches of 32
@@ -254,7 +266,7 @@ def test_a_batch_larger_than_the_split_is_bad_input():
     [
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"precision": "fp8"}, "choose one of auto, fp32, tf32, bf16, fp16"),
-        ({"memory_format": "nhwc"}, "choose one of channels_last, contiguous"),
+        ({"memory_format": "nhwc"}, "choose one of auto, channels_last, contiguous"),
         ({"epochs": 0}, "epochs is 0, it must be above 0"),
         ({"epochs": math.nan}, "epochs is nan"),
         ({"batch_size": -1}, "batch_size is -1"),
@@ -280,6 +292,17 @@ def test_precision_is_resolved_and_said():
     for precision in ("fp16", "tf32"):
         with pytest.raises(BadInput, match=f"precision '{precision}' needs CUDA; on this CPU choose auto, fp32 or bf16"):
             trained(replace(FP32, precision=precision))
+
+
+def test_memory_format_auto_is_channels_last_where_the_kernels_read_it():
+    assert resolve_layout(FP32) == "channels_last"
+    assert resolve_layout(replace(FP32, memory_format="contiguous")) == "contiguous"
+    assert [resolve_layout(replace(FP32, precision=p), "cuda") for p in ("fp32", "tf32", "bf16", "fp16")] == ["contiguous"] + 3 * [
+        "channels_last"
+    ]
+    assert same(trained(FP32)[0], trained(replace(FP32, memory_format="channels_last"))[0])
+    weight = trained(FP32)[0].stages[1][0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_bf16_computes_in_16_bits_on_fp32_weights():

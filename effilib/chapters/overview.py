@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from effilib import cost, data, figures, series, tuning
 from effilib.clock import interleaved
 from effilib.data import Batches
-from effilib.training import Run, resolve_precision, stream
+from effilib.training import LAYOUTS, Run, resolve_layout, resolve_precision, stream
 
 PARTS = ("data", "forward: convolutions", "forward: rest", "dX", "dW", "backward: rest", "optimizer")
 
@@ -21,7 +21,7 @@ def breakdown(task, dataset, *, repeats=25, seconds=6):
     Data, forward, backward and optimizer are timed as they are; the convolutions' share of forward and backward comes
     from the per-layer latency table. What is left over is element-wise work, BatchNorm, Python.
     """
-    layout = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[task.recipe.memory_format]
+    layout = LAYOUTS[resolve_layout(task.recipe, task.device)]
     model = task.build(dataset).to(memory_format=layout).train()
     run = Run(model, dataset, replace(task.recipe, compile=False), (), 0)
     run.steps = 1
@@ -70,7 +70,7 @@ def breakdowns(task, dataset):
     """The parts for fp32 NCHW, and for what this project trains with: dict name -> parts."""
     few = dict(repeats=3, seconds=2) if task.preset == "smoke" else {}
     plain = task.but(precision="fp32", memory_format="contiguous")
-    name = f"{resolve_precision(task.recipe.precision, task.device)} {task.recipe.memory_format}"
+    name = f"{resolve_precision(task.recipe.precision, task.device)} {resolve_layout(task.recipe, task.device)}"
     return {"fp32 NCHW": breakdown(plain, dataset, **few), name: breakdown(task, dataset, **few)}
 
 
