@@ -26,7 +26,8 @@ bench: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effilib needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@echo "installing into .venv: torch and its libraries are several GB, once"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 .PHONY: report test lab lint bench
