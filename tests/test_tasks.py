@@ -1,5 +1,6 @@
 """Presets, tasks and their recipes: defaults, changes, and names that do not exist."""
 
+import csv
 import itertools
 from dataclasses import FrozenInstanceError, replace
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effilib import data, paths, tasks
+from effilib import data, paths, tasks, tuning
 from effilib.errors import BadInput
 from effilib.tasks import PRESETS, task
 from effilib.training import Recipe, stream
@@ -208,3 +209,25 @@ def test_the_schedule_by_hand(schedule, fall):
 
 def test_the_sweeps_lie_with_the_recorded_results():
     assert tasks.recorded_tuning() == paths.recorded() / "tuning"
+
+
+@pytest.mark.parametrize("key", tasks.TUNED, ids="-".join)
+def test_a_tuned_task_is_what_its_sweep_and_its_target_runs_say(key):
+    _, _, variant = key
+    tuned = tasks.TUNED[key]
+    setting = {k: getattr(tuned["recipe"], k) for k in ("epochs", "lr", "weight_decay")}
+    file = tuning.sweep_file(*key)
+    rows = tuning.read(file)
+    settings = {tuple(r[k] for k in setting) for r in rows}
+    assert len(settings) >= (20 if variant == "base" else 8)
+    assert {len([r for r in rows if tuple(r[k] for k in setting) == s]) for s in settings} == {2}  # seeds
+    assert {r["batch_size"] for r in rows} == {tuned["recipe"].batch_size}
+    best = {b["epochs"]: b["accuracy"] for b in tuning.best(rows)}
+    mine = np.mean([r["accuracy"] for r in rows if all(r[k] == v for k, v in setting.items())])
+    assert mine >= best[setting["epochs"]] - 0.25  # what two seeds cannot tell apart
+    with file.with_suffix(".target.csv").open(newline="") as f:
+        runs = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert len(runs) == 5
+    assert all(run[k] == v for run in runs for k, v in setting.items())
+    assert {run["target"] for run in runs} == {tuned["target"]}
+    assert sum(run["held"] >= tuned["target"] for run in runs) >= 4

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from effilib import cost, figures
+from effilib.clock import interleaved
 from effilib.data import Batches
 from effilib.experiment import Arm
 from effilib.methods.mixed_precision import LossScaler, MixedPrecision, round_to
-from effilib.training import can_compile, native_bf16, stream, train
+from effilib.training import Run, can_compile, native_bf16, stream, train
 
 FP16_SMALLEST = 2.0**-24  # subnormal; below half of it a gradient becomes 0
 FP16_LARGEST = 65504.0
@@ -43,6 +44,70 @@ def ladder(device="cpu", *, compile=True):
     else:
         arms.append(Arm(name=f"{arms[-1].name}, compiled", role="control", changes={**arms[-1].changes, "compile": True}))
     return arms, left_out
+
+
+def ladder_task(task):
+    """The task with the ladder's length: study trains it for 8 epochs, since fp32 NCHW takes nearly twice the baseline's time.
+
+    Time per step is judged, which needs no target, and accuracy at equal length.
+    """
+    return task.but(epochs=min(task.recipe.epochs, 8), target=None) if task.preset == "study" else task
+
+
+def ablation_task(task):
+    """The task of the ablation: fp32 products, which emulate fp16's; half the ladder's length, for emulation is slow."""
+    return task.but(precision="fp32", epochs=max(1, ladder_task(task).recipe.epochs / 2), target=None)
+
+
+def width_scan(task, dataset, factors=(1, 2, 4)):
+    """Time of a whole training step in three formats over the network's width, interleaved: a table of ms, rows are widths.
+
+    Nothing is trained for long; the point is which share of a step the products have. Only of our resnet, whose widths are a list.
+    """
+    few = task.preset == "smoke"
+    widths = task.build(dataset).settings()["widths"]
+    formats = {"fp32 NCHW": ("fp32", "contiguous"), "fp32 channels_last": ("fp32", "channels_last")}
+    if native_bf16(task.device):
+        formats["bf16 channels_last"] = ("bf16", "channels_last")
+    rows = {}
+    for k in factors[:1] if few else factors[:2] if task.preset == "quick" else factors:
+        wide = [k * w for w in widths]
+        steps = {}
+        for name, (precision, layout) in formats.items():
+            t = task.but(precision=precision, memory_format=layout)
+            run = Run(t.build(dataset, widths=wide, blocks=[1] * len(wide)).train(), dataset, t.recipe, (), 0)
+            run.steps = 10**6  # a schedule's first steps
+            run.settle()
+            x, y = _batch(dataset, t.recipe.batch_size)
+            x = x.contiguous(memory_format=run.layout)
+            steps[name] = lambda run=run, x=x, y=y: run.train_step(x, y)
+        times = interleaved(steps, repeats=3 if few else 15, device=task.device, seconds=4 if task.preset == "quick" else 10)
+        rows["/".join(map(str, wide))] = {name: 1e3 * stats.median(t) for name, t in times.items()}
+    return pd.DataFrame(rows).T.rename_axis("widths")
+
+
+def width_figure(scan):
+    """(figure, caption): speed-up of a step against fp32 NCHW over the network's width."""
+    figure, axes = figures.new(width=8.0, height=3.2)
+    colour = figures.colours(list(scan))
+    for name in scan:
+        axes.plot(range(len(scan)), scan["fp32 NCHW"] / scan[name], "o-", color=colour[name], label=name)
+    axes.set_xticks(range(len(scan)), list(scan.index))
+    axes.set_xlabel("channels of the three stages")
+    axes.set_ylabel("speed-up of a step (x)")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right", fontsize=9)
+    return figure, (
+        "The wider the network, the larger the products' share of a step, and the more of their speed-up arrives. "
+        f"{say_widths(scan)} One process, rounds interleaved, medians: an illustration, no verdict."
+    )
+
+
+def say_widths(scan):
+    """The last format's speed-up at each width, in a sentence."""
+    name = scan.columns[-1]
+    found = ", ".join(f"{ratio:.2f}x at {widths}" for widths, ratio in (scan["fp32 NCHW"] / scan[name]).items())
+    return f"A step of {name} against fp32 NCHW: {found}."
 
 
 def ablation():

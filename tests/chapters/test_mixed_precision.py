@@ -1,5 +1,6 @@
 """What chapter 3.2 shows beyond its method: the ladder, the ablation, and the numerics of 16 bits."""
 
+import pandas as pd
 import torch
 
 from effilib.chapters import mixed_precision as chapter
@@ -73,3 +74,23 @@ def test_the_ablation_has_the_papers_four_arms_and_says_what_became_of_the_scale
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [a.name for a in found.arms]
     assert "one seed" in caption
     assert chapter.say_ablation(found).endswith("(n=1).")
+
+
+def test_the_ladder_is_short_in_the_study_and_the_ablation_half_as_long():
+    study = task("study", "synthetic", epochs=15)
+    assert chapter.ladder_task(study).recipe.epochs == 8
+    assert chapter.ladder_task(study.but(epochs=3)).recipe.epochs == 3
+    assert chapter.ladder_task(TASK) is TASK
+    assert (chapter.ablation_task(study).recipe.epochs, chapter.ablation_task(study).recipe.precision) == (4, "fp32")
+    assert chapter.ablation_task(study).target is None
+
+
+def test_a_step_is_timed_over_widths():
+    scan = chapter.width_scan(TASK, DATA)
+    assert list(scan.index) == ["8/8/8"]
+    assert list(scan)[:2] == ["fp32 NCHW", "fp32 channels_last"]
+    assert (scan > 0).all(axis=None)
+    twice = pd.DataFrame({"fp32 NCHW": {"8": 2.0, "16": 6.0}, "bf16": {"8": 1.0, "16": 2.0}})
+    figure, caption = chapter.width_figure(twice)
+    assert "2.00x at 8, 3.00x at 16" in caption
+    assert figure.axes[0].lines[1].get_ydata().tolist() == [2.0, 3.0]
