@@ -250,8 +250,9 @@ class Comparison:
                 "role": arm.role,
                 "n": len(h),
                 "step ms": 1e3 * stats.median(x.step_seconds for x in h),
-                "step speed-up": "1" if base else f"{step[0]:.2f}x" + (f" [{step[1]:.2f}, {step[2]:.2f}]" if len(h) > 1 else ""),
             }
+            if self.quantity != "time per step":  # else it stands under "measured"
+                row["step speed-up"] = "1" if base else f"{step[0]:.2f}x" + (f" [{step[1]:.2f}, {step[2]:.2f}]" if len(h) > 1 else "")
             if self.task.target:
                 row[f"s to {self.task.target:g} %"] = stats.median(reached) if reached else float("nan")
                 row["reached"] = f"{len(reached)} of {len(h)}"

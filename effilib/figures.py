@@ -77,7 +77,7 @@ def accuracy_over_time(comparison):
     left.set_ylabel("validation accuracy (%)")
     left.set_title("whole run")
     right.set_title(f"near the target ({target:g} %, dashed)" if target else "the end")
-    right.legend(loc="lower right")
+    right.legend(loc="best", fontsize=9)
     return figure
 
 

@@ -76,13 +76,14 @@ def test_the_ablation_has_the_papers_four_arms_and_says_what_became_of_the_scale
     assert chapter.say_ablation(found).endswith("(n=1).")
 
 
-def test_the_ladder_is_short_in_the_study_and_the_ablation_half_as_long():
+def test_the_ladder_and_the_ablation_are_as_long_as_their_preset_allows():
     study = task("study", "synthetic", epochs=15)
     assert chapter.ladder_task(study).recipe.epochs == 8
     assert chapter.ladder_task(study.but(epochs=3)).recipe.epochs == 3
     assert chapter.ladder_task(TASK) is TASK
     assert (chapter.ablation_task(study).recipe.epochs, chapter.ablation_task(study).recipe.precision) == (4, "fp32")
     assert chapter.ablation_task(study).target is None
+    assert chapter.ablation_task(TASK.but(epochs=4)).recipe.epochs == 2
 
 
 def test_a_step_is_timed_over_widths():
