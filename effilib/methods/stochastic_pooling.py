@@ -10,6 +10,7 @@ therefore never drawn, and padding, which is 0, can't be either.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 
 import torch
@@ -107,9 +108,11 @@ def draw(a, u):
 
 def expected(a):
     """Probability weighting, sum_r p_r a_r: what eval mode computes (section 3.2). a: K tensors >= 0; 0 for windows of zeros."""
-    total = sum(a)
-    total = torch.where(total == 0, 1, total)
-    return sum(a_r * (a_r / total) for a_r in a)  # a_r squared could overflow
+    inverse = sum(a).clamp_min(1e-30).reciprocal()  # 0 / 0 is 0 here
+    s = a[0] * (a[0] * inverse)  # a_r squared could overflow
+    for a_r in a[1:]:
+        s = torch.addcmul(s, a_r, a_r * inverse)
+    return s
 
 
 def uniform(shape, device, generator=None):
@@ -141,7 +144,7 @@ class Draw(torch.autograd.Function):
         s = x.new_empty(b, *geometry.out, c)
         places = torch.empty_like(s, dtype=torch.int16)
         bits = uniform(s.shape, x.device, generator)
-        for i in _chunks(s):
+        for i in chunks(s.shape):
             u = bits[i].to(_precise(x.dtype)).add_(32768.5).mul_(1 / 65536)
             s[i], places[i] = draw(geometry.windows(geometry.pad(x[i].to(u.dtype))), u)
         ctx.save_for_backward(places)
@@ -154,7 +157,7 @@ class Draw(torch.autograd.Function):
         (places,), geometry, ds = ctx.saved_tensors, ctx.geometry, ds.contiguous()
         (top, left), (height, width) = geometry.padding, geometry.size
         dx = ds.new_empty(len(ds), height, width, ds.shape[-1])
-        for i in _chunks(ds):
+        for i in chunks(ds.shape):
             if geometry.tiles:
                 _scatter(dx[i], ds[i], places[i], geometry, tiles=True)
             else:
@@ -175,9 +178,10 @@ def _scatter(dx, ds, places, geometry, tiles=False):
             window.addcmul_(ds, drawn)
 
 
-def _chunks(s):
-    size = max(1, CHUNK // max(1, s[:1].numel()))
-    return [slice(i, i + size) for i in range(0, len(s), size)]
+def chunks(shape):
+    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C)."""
+    size = max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
+    return [slice(i, i + size) for i in range(0, max(1, shape[0]), size)]
 
 
 class StochasticPool2d(nn.MaxPool2d):
@@ -207,7 +211,8 @@ class StochasticPool2d(nn.MaxPool2d):
         geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
         if self.training:
             return back(Draw.apply(flat, geometry, self.generator))
-        return back(expected(geometry.windows(geometry.pad(flat.to(_precise(x.dtype))))).to(x.dtype))
+        parts = [flat[i].to(_precise(x.dtype)) for i in chunks((len(flat), *geometry.out, flat.shape[-1]))]
+        return back(torch.cat([expected(geometry.windows(geometry.pad(a))).to(x.dtype) for a in parts]))
 
 
 class Maximum(torch.autograd.Function):
@@ -238,8 +243,8 @@ class S3Pool2d(nn.MaxPool2d):
     """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (section 3 of the paper).
 
     Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are kept, drawn without
-    replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map. Shapes are those of
-    `nn.MaxPool2d` in both modes. grid: pixels, a multiple of the stride; None is the stride itself, the weakest
+    replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map.
+    Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a multiple of the stride; None is the stride itself, the weakest
     distortion. generator: on the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
     """
 
@@ -256,21 +261,28 @@ class S3Pool2d(nn.MaxPool2d):
             return self.forward(x[None])[0]
         parts = (self.kernel_size, self.stride, self.padding, self.dilation)
         geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
-        y, back = _flat(x)
-        for axis in (0, 1):
-            y = self.reduce(y, axis, geometry.out[axis], *(v[axis] for v in (geometry.kernel, geometry.stride, geometry.padding)))
-        return back(y)
+        flat, back = _flat(x)
+        starts = [self.starts(out, s) for out, s in zip(geometry.out, geometry.stride, strict=True)]
+        if self.training:
+            return back(self.reduce(flat, geometry, starts))
+        parts = [flat[i] for i in chunks((len(flat), *geometry.size, flat.shape[-1]))]
+        return back(torch.cat([self.reduce(y, geometry, starts) for y in parts]))
 
-    def reduce(self, x, axis, out, kernel, stride, padding):
-        """Maxima along rows (axis 0) or columns (1) of x: (B, H, W, C), at the chosen starts only: the cross product is separable."""
-        n = out * stride  # starts; those behind the image see its last row again, which changes no maximum
-        starts = pick(n, self.grid or stride, (self.grid or stride) // stride, self.generator) if self.training else torch.arange(n)
-        dim, last = 1 + axis, x.shape[1 + axis] - 1
-        y = None
-        for d in range(kernel):
-            rows = x.index_select(dim, (starts + d - padding).clamp_(0, last).to(x.device))
-            y = rows if y is None else Maximum.apply(y, rows)
-        return y if self.training else y.unflatten(dim, (out, stride)).mean(dim + 1)
+    def starts(self, out, stride):
+        """Where windows begin along an axis: a random choice of `out` places, in eval mode all of them."""
+        grid = self.grid or stride
+        return pick(out * stride, grid, grid // stride, self.generator) if self.training else torch.arange(out * stride)
+
+    def reduce(self, y, geometry, starts):
+        """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is separable."""
+        for dim in (1, 2):
+            kernel, stride, padding, out = (v[dim - 1] for v in (geometry.kernel, geometry.stride, geometry.padding, geometry.out))
+            # windows that reach beyond the image see its border again, which changes no maximum
+            lines = [(starts[dim - 1] + d - padding).clamp_(0, y.shape[dim] - 1).to(y.device) for d in range(kernel)]
+            y = reduce(Maximum.apply, [y.index_select(dim, line) for line in lines])
+            if not self.training:
+                y = y.unflatten(dim, (out, stride)).mean(dim + 1)
+        return y
 
     def extra_repr(self):
         return f"{super().extra_repr()}, grid={self.grid}"

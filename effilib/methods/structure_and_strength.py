@@ -190,11 +190,10 @@ class StrengthConv2d(nn.Conv2d):
         o, c = self.weight.shape[:2]
         if self.scope == "norm":
             return self.weight
+        t = self.t
         if self.scope == "input":  # every filter sees the channels of its group
-            t = self.t.view(self.groups, 1, c).expand(-1, o // self.groups, -1).reshape(o, c)
-        else:
-            t = self.t.view(o, -1)
-        return self.weight * t[:, :, None, None]
+            t = t.view(self.groups, 1, c).expand(-1, o // self.groups, -1)
+        return self.weight * t.reshape(o, -1, 1, 1)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, scope={self.scope}"

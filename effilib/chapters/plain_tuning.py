@@ -1,0 +1,75 @@
+"""Tune the plain network of part 5: `python -m effilib.chapters.plain_tuning quick mnist5k 200 1000` (updates, images).
+
+Writes a row a run to `results/recorded/tuning/<preset>-<dataset>-convnet.csv`. The seeds are not those of measurements, and the
+test split is never read. The outcome stands in `plain_network.LR`.
+"""
+
+import csv
+import io
+import statistics as stats
+import sys
+from dataclasses import replace
+
+from effilib import data, paths
+from effilib.chapters.plain_network import NETWORK, at_size
+from effilib.experiment import Arm
+from effilib.methods.structure_and_strength import StructureAndStrength
+from effilib.tasks import recorded_tuning, task
+from effilib.training import train
+
+LRS = (0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+def sweep(preset, dataset, updates, images, arms, lrs=LRS, seeds=(1000, 1001), report=print):
+    """Learning rates of some arms (name -> `Arm`) on the validation split: rows, and a CSV beside the other sweeps."""
+    begin = task(preset, dataset, NETWORK)
+    rows = []
+    for name, arm in arms.items():
+        for value in lrs:
+            for seed in seeds:
+                t = at_size(begin, min(images, len(begin.load().train)), updates, lr=value)
+                loaded = t.load()
+                loaded = replace(loaded, test=loaded.validation[:1])  # tuning never reads the test split
+                history = train(t.build(loaded, seed, **arm.network), loaded, t.recipe, arm.methods, seed, evaluations=1)
+                row = dict(preset=preset, dataset=data.identify(dataset), arm=name, images=len(loaded.train), updates=updates)
+                rows.append(row | dict(lr=value, seed=seed, accuracy=round(history.accuracy, 3), diverged=int(history.diverged)))
+                report(rows[-1])
+    return rows
+
+
+def write(rows, file):
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        paths.write(paths.make(recorded_tuning()) / file, text.getvalue())
+
+
+def best(rows):
+    """arm -> the learning rate with the highest mean accuracy."""
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["arm"], r["lr"]), []).append(r["accuracy"])
+    arms = dict.fromkeys(r["arm"] for r in rows)
+    return {a: max((lr for arm, lr in groups if arm == a), key=lambda lr: stats.mean(groups[a, lr])) for a in arms}
+
+
+def tuned_arms():
+    """What is tuned: both kinds of the network, and training only the strength, or only BatchNorm, of random filters."""
+    strength = (StructureAndStrength(structure="random", scope="auto"),)
+    return {
+        "without BatchNorm": Arm(name="all", role="baseline", network={"bn": False}),
+        "with BatchNorm": Arm(name="all", role="baseline", network={"bn": True}),
+        "without BatchNorm, strength only": Arm(name="strength", methods=strength, network={"bn": False}),
+        "with BatchNorm, BatchNorm only": Arm(name="BN", methods=strength, network={"bn": True}),
+    }
+
+
+def main(preset, dataset, updates, images):
+    rows = sweep(preset, dataset, updates, images, tuned_arms())
+    write(rows, f"{preset}-{data.label(data.identify(dataset))}-{NETWORK}.csv")
+    print(best(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
