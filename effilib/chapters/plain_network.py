@@ -24,10 +24,10 @@ LR = {
     ("quick", True, "all"): 0.4,
     ("quick", False, "strength"): 0.4,
     ("quick", True, "strength"): 0.8,
-    ("study", False, "all"): 0.1,
-    ("study", True, "all"): 0.2,
-    ("study", False, "strength"): 0.4,
-    ("study", True, "strength"): 0.4,
+    ("study", False, "all"): 0.2,
+    ("study", True, "all"): 0.4,
+    ("study", False, "strength"): 0.2,
+    ("study", True, "strength"): 0.8,
 }
 
 

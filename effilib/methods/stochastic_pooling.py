@@ -91,7 +91,7 @@ class Geometry:
 
 
 def draw(a, u):
-    """Draw an element of each window with the probabilities p_r = a_r / sum a (section 3.1 of the paper).
+    """Draw an element of each window with the probabilities p_r = a_r / sum a.
 
     a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a float; r = K
     for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan or infinite.
@@ -107,7 +107,7 @@ def draw(a, u):
 
 
 def expected(a):
-    """Probability weighting, sum_r p_r a_r: what eval mode computes (section 3.2). a: K tensors >= 0; 0 for windows of zeros."""
+    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of zeros."""
     inverse = sum(a).clamp_min(1e-30).reciprocal()  # 0 / 0 is 0 here
     s = a[0] * (a[0] * inverse)  # a_r squared could overflow
     for a_r in a[1:]:
@@ -240,7 +240,7 @@ def pick(n, grid, keep, generator=None):
 
 
 class S3Pool2d(nn.MaxPool2d):
-    """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (section 3 of the paper).
+    """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (Zhai et al. 2017).
 
     Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are kept, drawn without
     replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map.
