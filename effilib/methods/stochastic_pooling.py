@@ -276,13 +276,14 @@ class S3Pool2d(nn.MaxPool2d):
     def reduce(self, y, geometry, starts):
         """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is separable."""
         for dim in (1, 2):
-            kernel, stride, padding, out = (v[dim - 1] for v in (geometry.kernel, geometry.stride, geometry.padding, geometry.out))
+            kernel, padding, last = geometry.kernel[dim - 1], geometry.padding[dim - 1], y.shape[dim] - 1
             # windows that reach beyond the image see its border again, which changes no maximum
-            lines = [(starts[dim - 1] + d - padding).clamp_(0, y.shape[dim] - 1).to(y.device) for d in range(kernel)]
+            lines = [(starts[dim - 1] + d - padding).clamp_(0, last).to(y.device) for d in range(kernel)]
             y = reduce(Maximum.apply, [y.index_select(dim, line) for line in lines])
-            if not self.training:
-                y = y.unflatten(dim, (out, stride)).mean(dim + 1)
-        return y
+        if self.training:
+            return y
+        (h, w), (sh, sw) = geometry.out, geometry.stride
+        return y.view(len(y), h, sh, w, sw, -1).mean((2, 4))  # only after both: a mean and a maximum do not commute
 
     def extra_repr(self):
         return f"{super().extra_repr()}, grid={self.grid}"

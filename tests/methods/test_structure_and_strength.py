@@ -436,7 +436,7 @@ def test_a_model_without_convolutions_and_a_second_time_have_no_effect():
     merge_(model)
     with pytest.raises(NoEffect):
         merge_(model)
-    with pytest.raises(BadInput, match=r"unknown scope of strength 'filters': .* did you mean 'filter'"):
+    with pytest.raises(BadInput, match=r"unknown scope of strength 'filters': .* \(did you mean 'filter'\?\)"):
         strengthen_(plain(), X, "filters")
 
 
