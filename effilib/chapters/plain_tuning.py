@@ -17,7 +17,7 @@ from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.tasks import recorded_tuning, task
 from effilib.training import train
 
-LRS = (0.05, 0.1, 0.2, 0.4, 0.8)
+LRS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def sweep(preset, dataset, updates, images, arms, lrs=LRS, seeds=(1000, 1001), report=print):
@@ -55,13 +55,19 @@ def best(rows):
 
 
 def tuned_arms():
-    """What is tuned: both kinds of the network, and training only the strength, or only BatchNorm, of random filters."""
-    strength = (StructureAndStrength(structure="random", scope="auto"),)
+    """What is tuned, by its name in `plain_network.LR`. Filters learned by k-means stand for the dictionary's, which take longer."""
+
+    def learned(**settings):
+        return (StructureAndStrength(patches=2000, **settings),)
+
+    random = learned(structure="random", scope="auto")
     return {
-        "without BatchNorm": Arm(name="all", role="baseline", network={"bn": False}),
-        "with BatchNorm": Arm(name="all", role="baseline", network={"bn": True}),
-        "without BatchNorm, strength only": Arm(name="strength", methods=strength, network={"bn": False}),
-        "with BatchNorm, BatchNorm only": Arm(name="BN", methods=strength, network={"bn": True}),
+        "all": Arm(name="all", role="baseline", network={"bn": False}),
+        "all, BatchNorm": Arm(name="all", role="baseline", network={"bn": True}),
+        "strength": Arm(name="strength", methods=random, network={"bn": False}),
+        "BatchNorm only": Arm(name="BN", methods=random, network={"bn": True}),
+        "all, learned": Arm(name="learned", methods=learned(structure="kmeans", train="all"), network={"bn": False}),
+        "strength, learned": Arm(name="learned", methods=learned(structure="kmeans"), network={"bn": False}),
     }
 
 

@@ -40,9 +40,9 @@ def method(task, structure, trained):
     return (StructureAndStrength(structure=structure, train=trained, scope=scope(task), patches=PATCHES[task.preset]),)
 
 
-def rate(task, trained, bn=False):
+def rate(task, structure, trained):
     """The learning rate tuned for what is trained."""
-    return plain.lr(task, bn, trained="strength" if trained == "strength" else "all")
+    return plain.lr(task, trained if structure == "random" else f"{trained}, learned")
 
 
 def combinations(task):
@@ -51,10 +51,10 @@ def combinations(task):
     found = {}
     for structure in ("random", "dictionary", "kmeans"):
         for trained, words in TRAINED.items():
-            found[f"{structure}, {words}"] = (method(task, structure, trained), without, rate(task, trained))
+            found[f"{structure}, {words}"] = (method(task, structure, trained), without, rate(task, structure, trained))
     if task.network in plain.WITH_BN:  # random filters, the scale and shift of BatchNorm, and the classifier
         only = (StructureAndStrength(structure="random", train="strength", scope="auto"),)
-        found["BatchNorm only"] = (only, plain.settings(task, True), rate(task, "strength", bn=True))
+        found["BatchNorm only"] = (only, plain.settings(task, True), plain.lr(task, "BatchNorm only"))
     return found
 
 
@@ -177,12 +177,12 @@ def structures_figure(found):
     """(figure, caption): 16 filters of the first layer of each kind."""
     figure, axes = figures.new(len(found), width=9.0, height=3.0)
     for ax, (name, w) in zip(axes, found.items(), strict=True):
-        w = w[:16]
+        w = w[:16].float()
         w = F.pad(w / w.abs().amax((1, 2), keepdim=True), (1, 1, 1, 1), value=float("nan"))
         w = F.pad(w, (0, 0, 0, 0, 0, 16 - len(w)), value=float("nan"))
         side = w.shape[1:]
         image = w.view(4, 4, *side).permute(0, 2, 1, 3).reshape(4 * side[0], 4 * side[1])
-        ax.imshow(image, cmap="RdBu", vmin=-1, vmax=1)
+        ax.imshow(image.numpy(), cmap="RdBu", vmin=-1, vmax=1)
         ax.set_title(name)
         ax.set_axis_off()
     return figure, (

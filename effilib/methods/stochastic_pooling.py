@@ -283,7 +283,7 @@ class S3Pool2d(nn.MaxPool2d):
         if self.training:
             return y
         (h, w), (sh, sw) = geometry.out, geometry.stride
-        return y.view(len(y), h, sh, w, sw, -1).mean((2, 4))  # only after both: a mean and a maximum do not commute
+        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean((2, 4))  # only after both: a mean and a maximum do not commute
 
     def extra_repr(self):
         return f"{super().extra_repr()}, grid={self.grid}"
@@ -341,6 +341,8 @@ class StochasticPooling(Method):
             if self.kind == "s3":
                 grid = self.grid * max(_pair(pool.stride))
                 return S3Pool2d(*parts, pool.dilation, ceil_mode=pool.ceil_mode, grid=grid, generator=generator)
+            if _pair(pool.dilation) != (1, 1):
+                raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
 
         run.state[self] = {"layers": replace_pools_(run.model, make)}

@@ -32,7 +32,7 @@ def test_the_grid_has_every_kind_and_size_with_and_without_batchnorm(found):
 
 def test_figure_and_tables_say_what_was_measured(found):
     figure, caption = chapter.grid_figure(found)
-    assert [ax.get_title() for ax in figure.axes[:2]] == list(found)
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == list(found)
     assert all(ax.get_xlabel() for ax in figure.axes[2:])
     assert "one seed" in caption
     table = chapter.grid_table(found)

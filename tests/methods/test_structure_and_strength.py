@@ -138,7 +138,7 @@ def test_the_dictionary_represents_patches_better_than_random_filters():
 
 
 @pytest.mark.parametrize("structure", ["dictionary", "kmeans"])
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_too_few_patches_are_filled_up_with_random_directions(structure, count):
     filters = learn_filters(torch.randn(count, 9, generator=g()), 6, structure, g())
     assert torch.allclose(filters.norm(dim=1), torch.full((6,), 2**0.5))
@@ -422,7 +422,7 @@ def test_torchvisions_networks_are_read_right():
     x = torch.randn(2, 3, 32, 32)
     y = randomized(vgg).eval()(x)
     merge_(vgg)
-    assert torch.allclose(vgg(x), y, rtol=1e-3, atol=1e-4 * y.abs().max())
+    assert torch.allclose(vgg(x), y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
 
 
 def test_a_model_without_convolutions_and_a_second_time_have_no_effect():
