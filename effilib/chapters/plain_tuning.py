@@ -6,6 +6,7 @@ test split is never read. The outcome stands in `plain_network.LR`.
 
 import csv
 import io
+import itertools
 import statistics as stats
 import sys
 from dataclasses import replace
@@ -21,20 +22,31 @@ LRS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def sweep(preset, dataset, updates, images, arms, lrs=LRS, seeds=(1000, 1001), report=print):
-    """Learning rates of some arms (name -> `Arm`) on the validation split: rows, and a CSV beside the other sweeps."""
-    begin = task(preset, dataset, NETWORK)
-    rows = []
-    for name, arm in arms.items():
-        for value in lrs:
-            for seed in seeds:
-                t = at_size(begin, min(images, len(begin.load().train)), updates, lr=value)
-                loaded = t.load()
-                loaded = replace(loaded, test=loaded.validation[:1])  # tuning never reads the test split
-                history = train(t.build(loaded, seed, **arm.network), loaded, t.recipe, arm.methods, seed, evaluations=1)
-                row = dict(preset=preset, dataset=data.identify(dataset), arm=name, images=len(loaded.train), updates=updates)
-                rows.append(row | dict(lr=value, seed=seed, accuracy=round(history.accuracy, 3), diverged=int(history.diverged)))
-                report(rows[-1])
+    """Learning rates of some arms (name -> `Arm`) on the validation split: all rows. What the file has already is not run again."""
+    file = recorded_tuning() / f"{preset}-{data.label(data.identify(dataset))}-{NETWORK}.csv"
+    base = task(preset, dataset, NETWORK)
+    base = at_size(base, min(images, len(base.load().train)), updates)
+    loaded = base.load()
+    loaded = replace(loaded, test=loaded.validation[:1])  # tuning never reads the test split
+    rows = read(file)
+    done = {(r["arm"], r["lr"], r["seed"]) for r in rows}
+    for name, lr, seed in itertools.product(arms, lrs, seeds):
+        if (name, lr, seed) not in done:
+            arm, t = arms[name], base.but(lr=lr)
+            history = train(t.build(loaded, seed, **arm.network), loaded, t.recipe, arm.methods, seed, evaluations=1)
+            row = dict(preset=preset, dataset=data.identify(dataset), arm=name, images=len(loaded.train), updates=updates)
+            rows.append(row | dict(lr=lr, seed=seed, accuracy=round(history.accuracy, 3), diverged=int(history.diverged)))
+            write(rows, file)
+            report(rows[-1])
     return rows
+
+
+def read(file):
+    """The rows of a sweep, numbers as numbers."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as f:
+        return [r | {k: float(r[k]) for k in ("lr", "accuracy")} | {"seed": int(r["seed"])} for r in csv.DictReader(f)]
 
 
 def write(rows, file):
@@ -42,7 +54,7 @@ def write(rows, file):
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        paths.write(paths.make(recorded_tuning()) / file, text.getvalue())
+        paths.write(paths.make(file.parent) / file.name, text.getvalue())
 
 
 def best(rows):
@@ -71,11 +83,6 @@ def tuned_arms():
     }
 
 
-def main(preset, dataset, updates, images):
-    rows = sweep(preset, dataset, updates, images, tuned_arms())
-    write(rows, f"{preset}-{data.label(data.identify(dataset))}-{NETWORK}.csv")
-    print(best(rows))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    preset, dataset, updates, images = *sys.argv[1:3], *map(int, sys.argv[3:5])
+    print(best(sweep(preset, dataset, updates, images, tuned_arms())))

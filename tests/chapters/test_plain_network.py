@@ -63,10 +63,16 @@ def test_a_table_says_how_many_images_each_arm_needs(tmp_path, monkeypatch):
 def test_the_sweep_goes_through_every_rate_and_never_reads_the_test_split(tmp_path, monkeypatch):
     monkeypatch.setattr(plain_tuning, "recorded_tuning", lambda: tmp_path)
     arms = {"x": Arm(name="x", role="baseline", network={"bn": False})}
-    rows = plain_tuning.sweep("smoke", "synthetic", 3, 64, arms, lrs=(0.01, 0.1), seeds=(7,), report=lambda row: None)
+    options = dict(lrs=(0.01, 0.1), seeds=(7,), report=lambda row: None)
+    rows = plain_tuning.sweep("smoke", "synthetic", 3, 64, arms, **options)
     assert [(r["lr"], r["seed"], r["images"], r["updates"]) for r in rows] == [(0.01, 7, 64, 3), (0.1, 7, 64, 3)]
-    plain_tuning.write(rows, "x.csv")
-    assert (tmp_path / "x.csv").read_text().splitlines()[0].startswith("preset,dataset,arm,images,updates,lr,seed,accuracy")
+    file = tmp_path / "smoke-synthetic-convnet.csv"
+    assert file.read_text().splitlines()[0].startswith("preset,dataset,arm,images,updates,lr,seed,accuracy")
+    written = file.read_text().replace(f",{rows[0]['accuracy']},", ",12.5,", 1)
+    file.write_text(written)
+    again = plain_tuning.sweep("smoke", "synthetic", 3, 64, arms, **options)
+    assert again[0]["accuracy"] == 12.5  # what is there is not run again
+    assert len(again) == 2
     ranked = [dict(arm="x", lr=lr, accuracy=a) for lr, a in ((0.1, 50), (0.1, 60), (0.2, 70), (0.2, 45))]
     assert plain_tuning.best(ranked) == {"x": 0.2}
     assert set(plain_tuning.tuned_arms()) == set(plain.LR["quick"]) == set(plain.LR["study"])
