@@ -1,4 +1,4 @@
-"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop batches import series`. Ratios of interleaved medians."""
+"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop batches import series pooling`. Ratios of interleaved medians."""
 
 import statistics as stats
 import subprocess
@@ -118,8 +118,24 @@ def series():
         print(f"series: {seconds():.0f} s, exit code {done.returncode} (aim <= 240 s)\n{done.stdout}")
 
 
+def pooling():
+    """Forward and backward of stochastic pooling against `max_pool2d`, 2 x 2: aim at most 3.5x; S3Pool beside it."""
+    from effilib.chapters.stochastic_pooling import layer_costs
+
+    steady_memory()
+    for shape in ((64, 32, 28, 28), (128, 64, 32, 32)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.channels_last, torch.contiguous_format):
+                times = layer_costs(shape=shape, dtype=dtype, layout=layout, repeats=40, seconds=6)
+                ms = {k: 1e3 * min(t) for k, t in times.items()}  # the least: another process stalls one of two threads for 8 ms
+                ratio = {k: ms[k] / ms["max"] for k in ("stochastic", "S3Pool")}
+                what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {str(layout)[6:]}"
+                print(f"pooling {what}: max {ms['max']:.2f} ms, " + ", ".join(f"{k} {ms[k]:.2f} ms = {r:.2f}x" for k, r in ratio.items()))
+    print("pooling: aim for stochastic <= 3.5x")
+
+
 if __name__ == "__main__":
-    known = {"loop": loop, "batches": batches, "import": imports, "series": series}
+    known = {"loop": loop, "batches": batches, "import": imports, "series": series, "pooling": pooling}
     for name in sys.argv[1:] or known:
         if name not in known:
             sys.exit(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")

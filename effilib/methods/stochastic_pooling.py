@@ -1,0 +1,349 @@
+"""Stochastic pooling (Zeiler & Fergus 2013, arXiv:1301.3557) and S3Pool (Zhai et al. 2017, arXiv:1611.05138).
+
+Both regularise where layers pool: from each window one activation is drawn instead of the largest one (stochastic
+pooling), or rows and columns are dropped at random instead of every second one (S3Pool). In eval mode both are
+deterministic. Neither makes a step cheaper; what they can save is images, or steps to the same accuracy.
+
+Drawn by the inverse of the distribution function, one random number a window and no `unfold`: with the window's elements
+a_0 ... a_(K-1) >= 0 and their running sums c_r, the place r is taken where c_(r-1) <= u c_(K-1) < c_r. An element of 0 is
+therefore never drawn, and padding, which is 0, can't be either.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _pair
+
+from effilib.errors import BadInput, NoEffect, choose
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="Stochastic pooling",
+    name_de="Stochastisches Pooling",
+    chapter="5.1",
+    paper="Zeiler & Fergus 2013, arXiv:1301.3557; S3Pool: Zhai et al. 2017, arXiv:1611.05138",
+    claim="Drawing the pooled activation at random, in proportion to its size, closes the gap between training and test error where "
+    "images are few, without a hyper-parameter.",
+    cost_model="Same products; a pooling layer costs 2-3 times max pooling's time. It pays only if fewer images or fewer steps suffice.",
+)
+
+CHUNK = 2**17  # windows at a time: what is computed in between stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as `max_pool2d` has them."""
+
+    size: tuple
+    kernel: tuple
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    ceil: bool
+
+    @property
+    def spans(self):
+        return [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+
+    @property
+    def out(self):
+        """(H', W'): rounded up with `ceil`, but no window begins in the padding behind the image."""
+        sizes = []
+        for n, span, s, p in zip(self.size, self.spans, self.stride, self.padding, strict=True):
+            out = (n + 2 * p - span + (s - 1 if self.ceil else 0)) // s + 1
+            sizes.append(out - (self.ceil and (out - 1) * s >= n + p))
+        if min(sizes) < 1:
+            raise BadInput(f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by {self.padding}")
+        return tuple(sizes)
+
+    @property
+    def behind(self):
+        """Rows and columns of 0 that the last windows need behind the image, beyond what is there."""
+        sides = zip(self.out, self.size, self.spans, self.stride, self.padding, strict=True)
+        return tuple(max(0, (o - 1) * s + span - n - p) for o, n, span, s, p in sides)
+
+    @property
+    def tiles(self):
+        """Whether every pixel lies in exactly one window."""
+        covered = tuple(o * s for o, s in zip(self.out, self.stride, strict=True))
+        return self.kernel == self.stride and self.dilation == (1, 1) and covered == self.padded == self.size
+
+    @property
+    def padded(self):
+        return tuple(n + p + b for n, p, b in zip(self.size, self.padding, self.behind, strict=True))
+
+    def pad(self, x):
+        """(B, H, W, C) -> with zeros around, as far as windows reach."""
+        (top, left), (bottom, right) = self.padding, self.behind
+        return F.pad(x, (0, 0, left, right, top, bottom)) if top or left or bottom or right else x
+
+    def windows(self, x):
+        """The K = kh kw elements of all windows, as strided views (B, H', W', C) of the padded x."""
+        (h, w), (sh, sw), (dh, dw) = self.out, self.stride, self.dilation
+        corners = [(i * dh, j * dw) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
+        return [x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w - 1) + 1 : sw] for i, j in corners]
+
+
+def draw(a, u):
+    """Draw an element of each window with the probabilities p_r = a_r / sum a.
+
+    a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a float; r = K
+    for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan or infinite.
+    """
+    c = list(accumulate(a, torch.add))  # c_r = a_0 + ... + a_r
+    t = u * c[-1]
+    s, r = a[0], 0
+    for k, c_k in enumerate(c):
+        passed = torch.ge(t, c_k, out=torch.empty_like(t))  # 1 or 0 as floats: booleans, and `where`, are several times slower
+        s = torch.lerp(s, a[k + 1], passed) if k + 1 < len(a) else s  # exact at both ends
+        r = passed.add_(r)
+    return s, r
+
+
+def expected(a):
+    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of zeros."""
+    inverse = sum(a).clamp_min(1e-30).reciprocal()  # 0 / 0 is 0 here
+    s = a[0] * (a[0] * inverse)  # a_r squared could overflow
+    for a_r in a[1:]:
+        s = torch.addcmul(s, a_r, a_r * inverse)
+    return s
+
+
+def uniform(shape, device, generator=None):
+    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in (0, 1)."""
+    n = torch.Size(shape).numel()
+    source = generator.device if generator is not None else device
+    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=source).random_(-(2**63), None, generator=generator)
+    return bits.view(torch.int16)[:n].view(shape).to(device)
+
+
+def _flat(x):
+    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side in memory comes last."""
+    n, c = x.shape[:2]
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return x.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)
+    return x.contiguous().flatten(0, 1).unsqueeze(-1), lambda y: y.squeeze(-1).unflatten(0, (n, c))
+
+
+def _precise(dtype):
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+class Draw(torch.autograd.Function):
+    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count as constants."""
+
+    @staticmethod
+    def forward(ctx, x, geometry, generator):
+        b, c = len(x), x.shape[-1]
+        s = x.new_empty(b, *geometry.out, c)
+        places = torch.empty_like(s, dtype=torch.int16)
+        bits = uniform(s.shape, x.device, generator)
+        for i in chunks(s.shape):
+            u = bits[i].to(_precise(x.dtype)).add_(32768.5).mul_(1 / 65536)
+            s[i], places[i] = draw(geometry.windows(geometry.pad(x[i].to(u.dtype))), u)
+        ctx.save_for_backward(places)
+        ctx.geometry = geometry
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds):
+        (places,), geometry, ds = ctx.saved_tensors, ctx.geometry, ds.contiguous()
+        (top, left), (height, width) = geometry.padding, geometry.size
+        dx = ds.new_empty(len(ds), height, width, ds.shape[-1])
+        for i in chunks(ds.shape):
+            if geometry.tiles:
+                _scatter(dx[i], ds[i], places[i], geometry, tiles=True)
+            else:
+                whole = ds.new_zeros(len(ds[i]), *geometry.padded, ds.shape[-1], dtype=_precise(ds.dtype))
+                _scatter(whole, ds[i].to(whole.dtype), places[i], geometry)
+                dx[i] = whole[:, top : top + height, left : left + width]
+        return dx, None, None
+
+
+def _scatter(dx, ds, places, geometry, tiles=False):
+    """Add ds to dx at the drawn places; write it where windows do not overlap."""
+    r = places.to(ds.dtype)
+    for k, window in enumerate(geometry.windows(dx)):
+        drawn = torch.eq(r, k, out=torch.empty_like(r))
+        if tiles:
+            torch.mul(ds, drawn, out=window)
+        else:
+            window.addcmul_(ds, drawn)
+
+
+def chunks(shape):
+    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C)."""
+    size = max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
+    return [slice(i, i + size) for i in range(0, max(1, shape[0]), size)]
+
+
+class StochasticPool2d(nn.MaxPool2d):
+    """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode, dilation).
+
+    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
+    at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout.
+    layer: its name in the network, for messages. Raises `BadInput` for a negative input.
+    """
+
+    def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, generator=None, layer=""):
+        super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+        self.generator, self.layer = generator, layer
+        if any(2 * p > k for p, k in zip(_pair(padding), _pair(kernel_size), strict=True)):
+            raise BadInput(f"stochastic pooling: padding {padding} is more than half of the kernel size {kernel_size}")
+
+    def forward(self, x):
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        flat, back = _flat(x)
+        if x.numel() and flat.detach().amin() < 0:
+            name = f" {self.layer}" if self.layer else ""
+            raise BadInput(
+                f"stochastic pooling{name}: probabilities need activations >= 0, the least is {flat.amin():.3g}; pool after the ReLU"
+            )
+        parts = (self.kernel_size, self.stride, self.padding, self.dilation)
+        geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
+        if self.training:
+            return back(Draw.apply(flat, geometry, self.generator))
+        parts = [flat[i].to(_precise(x.dtype)) for i in chunks((len(flat), *geometry.out, flat.shape[-1]))]
+        return back(torch.cat([expected(geometry.windows(geometry.pad(a))).to(x.dtype) for a in parts]))
+
+
+class Maximum(torch.autograd.Function):
+    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several times as long backward."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a)))
+        return torch.maximum(a, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (first,) = ctx.saved_tensors
+        da = dy * first
+        return da, dy - da
+
+
+def pick(n, grid, keep, generator=None):
+    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a smaller last grid)."""
+    chosen = []
+    for o in range(0, n, grid):
+        here = min(grid, n - o)
+        chosen.append(o + torch.randperm(here, generator=generator)[: here * keep // grid].sort().values)
+    return torch.cat(chosen)
+
+
+class S3Pool2d(nn.MaxPool2d):
+    """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (Zhai et al. 2017).
+
+    Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are kept, drawn without
+    replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map.
+    Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a multiple of the stride; None is the stride itself, the weakest
+    distortion. generator: on the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
+    """
+
+    def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, grid=None, generator=None):
+        super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+        self.grid, self.generator = grid, generator
+        if _pair(dilation) != (1, 1):
+            raise BadInput(f"S3Pool: dilation {dilation} has no meaning here, only 1")
+        if grid is not None and any(grid < s or grid % s for s in _pair(self.stride)):
+            raise BadInput(f"S3Pool: grid {grid} is no multiple of the stride {self.stride}")
+
+    def forward(self, x):
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        parts = (self.kernel_size, self.stride, self.padding, self.dilation)
+        geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
+        flat, back = _flat(x)
+        starts = [self.starts(out, s) for out, s in zip(geometry.out, geometry.stride, strict=True)]
+        if self.training:
+            return back(self.reduce(flat, geometry, starts))
+        parts = [flat[i] for i in chunks((len(flat), *geometry.size, flat.shape[-1]))]
+        return back(torch.cat([self.reduce(y, geometry, starts) for y in parts]))
+
+    def starts(self, out, stride):
+        """Where windows begin along an axis: a random choice of `out` places, in eval mode all of them."""
+        grid = self.grid or stride
+        return pick(out * stride, grid, grid // stride, self.generator) if self.training else torch.arange(out * stride)
+
+    def reduce(self, y, geometry, starts):
+        """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is separable."""
+        for dim in (1, 2):
+            kernel, padding, last = geometry.kernel[dim - 1], geometry.padding[dim - 1], y.shape[dim] - 1
+            # windows that reach beyond the image see its border again, which changes no maximum
+            lines = [(starts[dim - 1] + d - padding).clamp_(0, last).to(y.device) for d in range(kernel)]
+            y = reduce(Maximum.apply, [y.index_select(dim, line) for line in lines])
+        if self.training:
+            return y
+        (h, w), (sh, sw) = geometry.out, geometry.stride
+        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean((2, 4))  # only after both: a mean and a maximum do not commute
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, grid={self.grid}"
+
+
+class AveragePool2d(nn.MaxPool2d):
+    """Average pooling with the geometry of `nn.MaxPool2d`; padding counts as 0. The control."""
+
+    def forward(self, x):
+        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
+
+
+KINDS = ("stochastic", "s3", "average")
+
+
+def replace_pools_(model, make):
+    """Replace each `nn.MaxPool2d` of `model` by `make(pool, name)`, in place; a shared one stays shared. Returns how many.
+
+    Raises `NoEffect` where there is none, and `BadInput` naming a layer that returns indices.
+    """
+    made = {}
+    for prefix, parent in list(model.named_modules()):
+        for child, pool in list(parent.named_children()):
+            name = f"{prefix}.{child}".lstrip(".")
+            if isinstance(pool, nn.MaxPool2d):
+                if pool.return_indices:
+                    raise BadInput(f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to give")
+                made.setdefault(pool, None)
+                made[pool] = made[pool] or make(pool, name).train(pool.training)
+                setattr(parent, child, made[pool])
+    if not made:
+        raise NoEffect(f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)")
+    return len(made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticPooling(Method):
+    """Train with every `nn.MaxPool2d` replaced. The layers stay in the model: in eval mode they weigh by probability.
+
+    kind: "stochastic", "s3", or "average", the control. grid: of S3Pool, in pixels per stride step: 2 keeps half of each grid
+    of twice the stride; 1 is the weakest distortion. Raises `NoEffect` for a model without such a layer.
+    """
+
+    kind: str = "stochastic"
+    grid: int = 2
+
+    def on_fit_start(self, run):
+        choose("kind of pooling", self.kind, KINDS)
+        generator = run.generator(self)
+
+        def make(pool, name):
+            parts = (pool.kernel_size, pool.stride, pool.padding)
+            if self.kind == "stochastic":
+                return StochasticPool2d(*parts, pool.dilation, ceil_mode=pool.ceil_mode, generator=generator, layer=name)
+            if self.kind == "s3":
+                grid = self.grid * max(_pair(pool.stride))
+                return S3Pool2d(*parts, pool.dilation, ceil_mode=pool.ceil_mode, grid=grid, generator=generator)
+            if _pair(pool.dilation) != (1, 1):
+                raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
+            return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
+
+        run.state[self] = {"layers": replace_pools_(run.model, make)}
+        run.log(self, f"{run.state[self]['layers']} pooling layers are now {self.kind}")

@@ -1,0 +1,337 @@
+"""Structure and strength of filters, SSF-CNN (Keshari, Vatsa, Singh & Noore, CVPR 2018, arXiv:1803.11405).
+
+Structure: the filters' shapes are learned without labels, layer by layer, as a dictionary of the patches that each layer
+sees, or as the centres of k-means, which takes a fraction of the time. Strength: the shapes are frozen and only their
+size t is trained, with biases, normalisation and classifier: few parameters for few images.
+
+Per filter, t is applied behind the convolution, per input channel in front of it: frozen filters then need no gradient dW, a
+third of the products. Per kernel, t sits inside the weight, and dW is computed. Directly in front of a normalisation a
+strength per filter has no gradient: what it multiplies is divided out again. There the normalisation's own weight is it.
+The paper's body was not at hand: scopes, whitening and rescaling are made precise here.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from effilib.errors import BadInput, NoEffect, choose
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="Structure and strength of filters",
+    name_de="Struktur und Stärke von Filtern",
+    chapter="5.2",
+    paper="Keshari et al. 2018, arXiv:1803.11405",
+    claim="With filters whose structure comes from a dictionary of patches, training only their strength needs fewer images and far fewer "
+    "trainable parameters.",
+    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs seconds before the first step.",
+)
+STRUCTURES, SCOPES = ("random", "dictionary", "kmeans"), ("filter", "kernel", "input", "auto")
+DEAD = 1e-6  # norm below which an atom is none
+
+
+# Structure
+
+
+def cut_patches(x, conv, count, generator):
+    """At most `count` patches that `conv` sees in x (N, C, H, W), drawn at random: (M, C / groups * kh * kw).
+
+    They lie where the convolution puts its filters, padding included; the channels of each group are patches of their own.
+    """
+    (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = nn.functional.pad(x, (left, right, top, bottom), mode=mode)
+    n, c, height, width = x.shape
+    rows, columns = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    places = n * rows * columns
+    m = min(places, -(-count // conv.groups))
+    # few of many: drawing with replacement spares a permutation of all places
+    place = torch.randperm(places, generator=generator)[:m] if places < 8 * m else torch.randint(places, (m,), generator=generator)
+    place = place.to(x.device).view(-1, 1, 1, 1)
+    i, row, column = place // (rows * columns), place // columns % rows * sh, place % columns * sw
+    channel = torch.arange(c, device=x.device).view(-1, 1, 1)
+    down, along = torch.arange(kh, device=x.device).view(-1, 1) * dh, torch.arange(kw, device=x.device) * dw
+    return x[i, channel, row + down, column + along].reshape(m * conv.groups, -1)[:count]  # (M, C, kh, kw) -> (M * groups, ...)
+
+
+def whiten(patches):
+    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the mean grey."""
+    return (patches - patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True, correction=0) + 0.1)
+
+
+def dictionary(patches, atoms, generator, alpha=1.0, passes=5):
+    """min 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1, over patches X (M, d): D (atoms, d), by mini-batches (Mairal et al. 2009)."""
+    from sklearn.decomposition import MiniBatchDictionaryLearning
+
+    first = _first(patches, atoms, generator)
+    learner = MiniBatchDictionaryLearning(
+        n_components=atoms, alpha=alpha, max_iter=passes, batch_size=256, fit_algorithm="cd", dict_init=first, random_state=_seed(generator)
+    )
+    return _fit(learner, patches).components_
+
+
+def kmeans(patches, atoms, generator):
+    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses one atom."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    first = _first(patches, atoms, generator)
+    learner = MiniBatchKMeans(n_clusters=atoms, init=first, n_init=1, max_iter=10, batch_size=1024, random_state=_seed(generator))
+    return _fit(learner, patches).cluster_centers_
+
+
+def _first(patches, atoms, generator):
+    chosen = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
+    return (chosen / chosen.norm(dim=1, keepdim=True).clamp_min(DEAD)).numpy()
+
+
+def _seed(generator):
+    return int(torch.randint(2**31 - 1, (), generator=generator))
+
+
+def _fit(learner, patches):
+    """Fit with as many threads as PyTorch uses, and without its warnings: a mini-batch that has not converged is the rule."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return learner.fit(patches.numpy())
+
+
+def learn_filters(patches, filters, structure, generator):
+    """`filters` rows of norm sqrt(2), the norm that He's initialisation has in the mean, from whitened patches (M, d).
+
+    What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
+    """
+    learner = {"dictionary": dictionary, "kmeans": kmeans}[structure]
+    patches = whiten(patches.float().cpu())
+    patches = patches[patches.norm(dim=1) > DEAD]  # flat ones tell nothing
+    d = torch.zeros(filters, patches.shape[1])
+    learned = min(filters, len(patches))
+    if learned:
+        d[:learned] = torch.as_tensor(learner(patches, learned, generator), dtype=torch.float32)
+    dead = d.norm(dim=1) < DEAD
+    d[dead] = torch.randn(int(dead.sum()), d.shape[1], generator=generator)
+    return d * (2**0.5 / d.norm(dim=1, keepdim=True))
+
+
+def plain_convolutions(model):
+    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none."""
+    convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    if not convs:
+        raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d layer")
+    return convs
+
+
+@torch.no_grad()
+def learn_structure_(model, images, structure, generator, patches=10_000):
+    """Set the filters of all convolutions to what is learned from the layer's own input, in the order in which images pass them.
+
+    images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned when its input
+    arrives, so all layers before it have theirs. Biases and everything else stay. Returns {layer: number of patches}.
+    """
+    choose("structure of filters", structure, STRUCTURES[1:])
+    convs, seen, hooks = plain_convolutions(model), {}, []
+
+    def learn(name):
+        def hook(conv, inputs):
+            if name not in seen:
+                found = cut_patches(inputs[0], conv, patches, generator)
+                seen[name] = len(found)
+                conv.weight.copy_(learn_filters(found, conv.out_channels, structure, generator).view_as(conv.weight))
+
+        return hook
+
+    was = {m: m.training for m in model.modules()}
+    buffers = {b: b.clone() for b in model.buffers()}
+    try:
+        model.eval()
+        for m in model.modules():
+            m.training = isinstance(m, _NormBase)  # statistics of these images; what is running means nothing yet
+        hooks += [conv.register_forward_pre_hook(learn(name)) for name, conv in convs.items()]
+        model(images)
+    finally:
+        for h in hooks:
+            h.remove()
+        for m, training in was.items():
+            m.training = training
+        for b, value in buffers.items():
+            b.copy_(value)
+    return seen
+
+
+# Strength
+
+
+class StrengthConv2d(nn.Conv2d):
+    """A convolution with frozen filters W (the buffer `weight`) and a trainable strength t, 1 at first.
+
+    scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc W) * x + b, t: (O, C /
+    groups). "norm": no t, the weight of the normalisation behind it is the strength. Made by `strengthen_`, undone by `merge_`.
+    """
+
+    def forward(self, x):
+        if self.scope == "norm":
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.scope == "kernel":
+            return self._conv_forward(x, self.weight * self.t[:, :, None, None], self.bias)
+        if self.scope == "input":
+            return self._conv_forward(x * self.t.to(x.dtype)[:, None, None], self.weight, self.bias)
+        y = self._conv_forward(x, self.weight, None)
+        t = self.t.to(y.dtype)[:, None, None]  # fp32 would make y fp32 under autocast
+        return y * t if self.bias is None else torch.addcmul(self.bias.to(y.dtype)[:, None, None], y, t)
+
+    def merged(self):
+        """The weight of the plain convolution that computes the same."""
+        o, c = self.weight.shape[:2]
+        if self.scope == "norm":
+            return self.weight
+        t = self.t
+        if self.scope == "input":  # every filter sees the channels of its group
+            t = t.view(self.groups, 1, c).expand(-1, o // self.groups, -1)
+        return self.weight * t.reshape(o, -1, 1, 1)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, scope={self.scope}"
+
+
+@torch.no_grad()
+def followers(model, images):
+    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives. images: a few."""
+    outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
+
+    def after(conv, inputs, output):
+        outputs[id(output)] = (output, names[conv])  # held, so that no other tensor gets its id
+
+    def before(norm, inputs):
+        conv = outputs.get(id(inputs[0]))
+        if conv:
+            found[conv[1]] = names[norm]
+
+    was = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                hooks.append(m.register_forward_hook(after))
+            elif isinstance(m, _NormBase):
+                hooks.append(m.register_forward_pre_hook(before))
+        model(images)
+    finally:
+        for h in hooks:
+            h.remove()
+        for m, training in was.items():
+            m.training = training
+    return found
+
+
+def place(conv, norm, scope, name="", norm_name=""):
+    """The scope that a layer gets: the one asked for, unless it would have no gradient in front of a normalisation.
+
+    Raises `BadInput` naming the layer where a strength per filter was asked for there, or can't be moved.
+    """
+    if norm is None:
+        return "filter" if scope == "auto" else scope
+    if scope == "filter":
+        raise BadInput(
+            f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; choose scope 'kernel' or "
+            "'input', or 'auto', which takes the normalisation's own weight as the strength"
+        )
+    if scope == "auto" or conv.in_channels == conv.groups:  # with one input channel a kernel is the whole filter
+        if norm.weight is not None:
+            return "norm"
+        if conv.in_channels == conv.groups:
+            raise BadInput(f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it has no weight")
+        return "input"
+    return scope
+
+
+def strengthen_(model, images, scope="filter"):
+    """Freeze the filters of all `nn.Conv2d` and give them a strength, in place; the function stays. Returns {layer: its scope}.
+
+    images: a few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per filter and input
+    channel), "input" (per input channel), or "auto": per filter, which in front of a normalisation is that one's weight.
+    Raises `NoEffect` without convolutions, `BadInput` where a strength would have no gradient.
+    """
+    choose("scope of strength", scope, SCOPES)
+    convs, modules = plain_convolutions(model), dict(model.named_modules())
+    behind = followers(model, images)
+    scopes = {n: place(c, modules.get(behind.get(n)), scope, n, behind.get(n, "")) for n, c in convs.items()}
+    for name, conv in convs.items():
+        w, s = conv._parameters.pop("weight").detach(), scopes[name]
+        conv.__class__, conv.scope = StrengthConv2d, s
+        conv.register_buffer("weight", w)
+        shape = {"filter": w.shape[:1], "kernel": w.shape[:2], "input": (conv.in_channels,)}.get(s)
+        if shape:
+            conv.t = nn.Parameter(torch.ones(shape, dtype=w.dtype, device=w.device))
+    return scopes
+
+
+def merge_(model):
+    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many; `NoEffect` if none."""
+    layers = [m for m in model.modules() if isinstance(m, StrengthConv2d)]
+    for m in layers:
+        w = nn.Parameter(m.merged().detach().clone())
+        del m._buffers["weight"], m.scope
+        m._parameters = {"weight": w} | {k: v for k, v in m._parameters.items() if k != "t"}
+        m.__class__ = nn.Conv2d
+    if not layers:
+        raise NoEffect(f"structure and strength: {type(model).__name__} has no convolution with a strength")
+    return len(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureAndStrength(Method):
+    """Learn the filters' structure from training images, then train everything, or only the strength.
+
+    structure: "random" (as initialised), "dictionary" or "kmeans". train: "all" or "strength". scope: of the strength.
+    images: of the training set, at most, that patches are cut from. patches: per layer. lr_factor: of the strength's learning
+    rate; weight decay is off for it, since it would pull the filters to 0. Afterwards the model is plain again.
+    """
+
+    structure: str = "dictionary"
+    train: str = "strength"
+    scope: str = "filter"
+    images: int = 1000
+    patches: int = 10_000
+    lr_factor: float = 1.0
+
+    def on_fit_start(self, run):
+        choose("structure of filters", self.structure, STRUCTURES)
+        choose("what is trained", self.train, ("all", "strength"))
+        if self.structure == "random" and self.train == "all":
+            raise NoEffect("structure and strength: random filters with all weights trained are ordinary training")
+        images = run.dataset.normalize(run.dataset.train.x[: self.images])  # no other split ever comes in
+        if self.structure != "random":
+            run.kind = "structure"
+            seen = learn_structure_(run.model, images, self.structure, run.generator(self), self.patches)
+            run.kind = "step"
+            run.log(self, f"{self.structure} of {sum(seen.values())} patches for {len(seen)} layers")
+        if self.train == "strength":
+            run.restructure(lambda model, optimizer: self.freeze(run, model, optimizer, images[:2]))
+
+    def freeze(self, run, model, optimizer, images):
+        scopes = strengthen_(model, images, self.scope)
+        strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
+        others = [p for p in model.parameters() if all(p is not t for t in strengths)]
+        optimizer.state.clear()
+        first, trainable = optimizer.param_groups[0], sum(p.numel() for p in model.parameters() if p.requires_grad)
+        optimizer.param_groups[:] = [{**first, "params": others}]
+        if strengths:
+            optimizer.param_groups.append({**first, "params": strengths, "weight_decay": 0.0, "lr_factor": self.lr_factor})
+        run.state[self] = {"scopes": scopes}
+        run.log(self, f"strength per {', '.join(sorted(set(scopes.values())))}; {trainable} parameters are trained", trainable=trainable)
+
+    def on_fit_end(self, run):
+        if self.train == "strength":
+            run.restructure(self.thaw)
+
+    @staticmethod
+    def thaw(model, optimizer):
+        merge_(model)
+        optimizer.state.clear()
+        optimizer.param_groups[:] = [{**optimizer.param_groups[0], "params": list(model.parameters())}]
