@@ -540,7 +540,7 @@ def adopt_(optimizer, parameters, like):
             return
 
 
-def _copies(model, ema):
+def copies(model, ema):
     """The model and, if there is one, its running average, which may be wrapped."""
     return [model] if ema is None else [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
 
@@ -588,7 +588,7 @@ def select_(node, index, optimizer=None, *, share=None, ema=None):
 
         return change
 
-    for model in _copies(node.model, ema):
+    for model in copies(node.model, ema):
         mine = optimizer if model is node.model else None
         for name in node.producers:
             m = node.layer(name, model)
@@ -650,7 +650,7 @@ def remove_path_(path, optimizer=None, *, ema=None):
     gone = [p for n in path.layers for p in model.get_submodule(n).parameters()]
     if not path.in_place and shift is not None:
         gone = [p for p in gone if p is not shift]
-    for m in _copies(model, ema):
+    for m in copies(model, ema):
         shift = getattr(m.get_submodule(path.layers[-1]), "bias", None)
         if path.in_place and shift is not None and norm is not None:
             m.get_submodule(norm).bias.add_(shift)
@@ -720,7 +720,7 @@ def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
     if getattr(last, "bias", None) is not None:
         nn.init.zeros_(last.bias)
     new = new.to(memory_format=_format(like))
-    for m in _copies(model, ema):
+    for m in copies(model, ema):
         _sequential(m, name)[0].insert(place + 1, new if m is model else copy.deepcopy(new))
     adopt_(optimizer, list(new.parameters()), list(old.parameters())[-1])
     return f"{name.rpartition('.')[0]}.{place + 1}"
@@ -734,7 +734,7 @@ def remove_block_(model, name, optimizer=None, *, ema=None):
     path = trace(model).path(name)
     if path.shortcut:
         raise BadInput(f"block {name} changes the shape on its shortcut: only its residual path can be removed")
-    for m in _copies(model, ema):
+    for m in copies(model, ema):
         holder, place = _sequential(m, name)
         gone = list(holder[place].parameters())
         del holder[place]
@@ -776,7 +776,7 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
         bn.weight.copy_((bn.running_var + bn.eps).sqrt())
         bn.bias.copy_(bn.running_mean)
     copies = [copy.deepcopy(m) for m in new]
-    for m in _copies(model, ema):
+    for m in copies(model, ema):
         _insert(_sequential(m, after)[0], place + 1, new if m is model else copies)
     sibling = [p for m in list(holder)[writer : place + 1] for p in m.parameters()][-1]
     adopt_(optimizer, [p for m in new for p in m.parameters()], sibling)
@@ -796,7 +796,7 @@ def remove_layer_(model, name, optimizer=None, *, ema=None):
     while end < len(holder) and isinstance(holder[end], nn.BatchNorm2d | nn.ReLU):
         end += 1
     gone = [p for m in list(holder)[place:end] for p in m.parameters()]
-    for m in _copies(model, ema):
+    for m in copies(model, ema):
         del _sequential(m, name)[0][place:end]
     forget_(optimizer, gone)
 
