@@ -149,7 +149,7 @@ def check(task, dataset):
 
 
 def cuts(model, x):
-    """Largest change of an output (eval) when half of the first node's channels are cut: all of their weights zero, or only the producers'."""
+    """Largest change of an output (eval) when half of a node's channels are cut: all of their weights zero, or only the producers'."""
     found = {}
     for what in ("all weights of a dead channel are zero", "only its producers' are (BatchNorm's shift leaks)"):
         m = copy.deepcopy(model).eval()
@@ -249,8 +249,8 @@ def widths_figure(comparison, dataset):
         ax.set_yticks(range(len(nodes)), [n if len(n) < 26 else "..." + n[-23:] for n in nodes], fontsize=8)
     figure.colorbar(image, ax=axes[0].tolist(), label="share of the channels", pad=0.16 if len(pruned) == 1 else 0.1)
     return figure, (
-        "Every row is a channel node, every column the end of an epoch (0: the start); dark: cut away. The numbers are its channels at the start "
-        "and at the end. A residual trunk (its producers' first name stands for it) can lose a channel only where no layer of its stage uses it."
+        "Every row is a channel node, every column the end of an epoch (0: the start); dark: cut away. The numbers are its channels at the "
+        "start and at the end. A residual trunk (named after its first producer) can lose a channel only where no layer of its stage uses it."
     )
 
 
@@ -295,7 +295,6 @@ def say_grid(comparison):
     parts = []
     for arm in comparison.arms[1:]:
         h = comparison.histories(arm.name)[0]
-        parts.append(
-            f"{arm.name}: {h.accuracy - base.accuracy:+.2f} points, {h.flops / base.flops:.2f} of the FLOPs, {h.seconds / base.seconds:.2f} of the time"
-        )
+        left = f"{h.flops / base.flops:.2f} of the FLOPs, {h.seconds / base.seconds:.2f} of the time"
+        parts.append(f"{arm.name}: {h.accuracy - base.accuracy:+.2f} points, {left}")
     return "; ".join(parts) + " (one seed)."
