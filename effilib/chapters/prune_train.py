@@ -250,7 +250,7 @@ def widths_figure(comparison, dataset):
     figure.colorbar(image, ax=axes[0].tolist(), label="share of the channels", pad=0.16 if len(pruned) == 1 else 0.1)
     return figure, (
         "Every row is a channel node, every column the end of an epoch (0: the start); dark: cut away. The numbers are its channels at the "
-        "start and at the end. A residual trunk (named after its first producer) can lose a channel only where no layer of its stage uses it."
+        "start and at the end. A residual trunk (named after its first layer) can lose a channel only where no layer of its stage uses it."
     )
 
 
