@@ -298,3 +298,19 @@ def say_grid(comparison):
         left = f"{h.flops / base.flops:.2f} of the FLOPs, {h.seconds / base.seconds:.2f} of the time"
         parts.append(f"{arm.name}: {h.accuracy - base.accuracy:+.2f} points, {left}")
     return "; ".join(parts) + " (one seed)."
+
+
+def nodes(task, dataset):
+    """The channel nodes of the task's network as a table, those that cannot be changed with the reason."""
+    found = surgery.trace(task.build(dataset))
+    rows = [
+        {
+            "node": n.name,
+            "channels": n.width,
+            "producers": ", ".join(n.producers),
+            "consumers": ", ".join(c if per == 1 else f"{c} ({per} columns a channel)" for c, per in n.consumers.items()),
+            "can be cut": n.why or "yes",
+        }
+        for n in [*found.nodes, *found.refused]
+    ]
+    return pd.DataFrame(rows).set_index("node")
