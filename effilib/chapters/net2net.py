@@ -1,6 +1,7 @@
 """Chapter 6.2: teachers and students on one clock, the controls, and what function preservation comes to in numbers."""
 
 import copy
+import itertools
 import statistics as stats
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,8 @@ class Grown:
         before = thin_(model, self.factor)
         if key not in _teachers:
             _teachers.clear()  # only the latest
+            if task.network in models.NETWORKS:  # as wide as it is now
+                models.initialize_(model, stream(seed, "initial weights").initial_seed())
             history = train(model, dataset, task.recipe, (), seed)
             _teachers[key] = copy.deepcopy(model.state_dict()), history
         weights, history = _teachers[key]
@@ -92,12 +95,8 @@ def deeper_places(task, dataset):
     if isinstance(model, models.ResNet):
         return (f"stages.{len(model.stages) - 1}.{len(model.stages[-1]) - 1}",)
     blocks = [p.name for p in surgery.trace(model).paths if not p.shortcut]
-    relus = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ReLU) and isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Sequential)
-    ]
-    convs = [n for n in relus if any(isinstance(m, nn.Conv2d) for m in model.get_submodule(n.rpartition(".")[0]))]
+    holders = {n: model.get_submodule(n.rpartition(".")[0]) for n, m in model.named_modules() if isinstance(m, nn.ReLU)}
+    convs = [n for n, h in holders.items() if isinstance(h, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in h)]
     return tuple([*blocks[-1:], *convs[-1:]][:1])
 
 
@@ -176,17 +175,13 @@ def preservation(task, dataset, steps=20):
 def _train_a_little(model, dataset, steps, lr=0.05):
     optimizer = torch.optim.SGD(model.train().parameters(), lr=lr, momentum=0.9)
     batches = Batches(dataset, min(32, len(dataset.train)), stream(0, "a little training"))
-    distances = []
     done = 0
     while done < steps:
-        for x, y in batches:
+        for x, y in itertools.islice(batches, steps - done):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-            distances.append(done)
             done += 1
-            if done == steps:
-                break
     return model
 
 
@@ -319,9 +314,8 @@ def mean_times(comparison):
     found = []
     for arm in comparison.arms:
         reached = [t for t in comparison.times(arm.name) if t is not None]
-        found.append(
-            f"{arm.name} {stats.median(reached):.1f} s ({len(reached)} of {len(comparison.blocks)})" if reached else f"{arm.name}: never"
-        )
+        text = f"{stats.median(reached):.1f} s ({len(reached)} of {len(comparison.blocks)})" if reached else "never"
+        found.append(f"{arm.name} {text}")
     return "; ".join(found) + "."
 
 
