@@ -775,9 +775,9 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
             bn.running_var.copy_(var)
         bn.weight.copy_((bn.running_var + bn.eps).sqrt())
         bn.bias.copy_(bn.running_mean)
-    copies = [copy.deepcopy(m) for m in new]
+    twins = [copy.deepcopy(m) for m in new]
     for m in copies(model, ema):
-        _insert(_sequential(m, after)[0], place + 1, new if m is model else copies)
+        _insert(_sequential(m, after)[0], place + 1, new if m is model else twins)
     sibling = [p for m in list(holder)[writer : place + 1] for p in m.parameters()][-1]
     adopt_(optimizer, [p for m in new for p in m.parameters()], sibling)
     return f"{after.rpartition('.')[0]}.{place + 1}".lstrip(".")

@@ -239,8 +239,9 @@ def _around(model, first, second, x, y):
 
     hooks = [m.register_forward_hook(keep) for m in seen]
     was = model.training
-    loss = F.cross_entropy(model.eval()(x).float(), y)  # eval: no statistic moves
-    torch.autograd.grad(loss, list(second.parameters()))
+    with torch.enable_grad():
+        loss = F.cross_entropy(model.eval()(x).float(), y)  # eval: no statistic moves
+        torch.autograd.grad(loss, list(second.parameters()))
     model.train(was)
     for h in hooks:
         h.remove()
