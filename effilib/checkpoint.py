@@ -61,6 +61,7 @@ def save(path, mine, run, history, batches):
             "data": batches.generator.get_state(),
             "dropout": [torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if cuda else None],
             "step": run.step, "epoch": run.epoch + 1, "structures": run.structures, "events": run.events,
+            "schedule": {k: getattr(run, k) for k in ("steps", "position", "pace", "lr_scale")}, "batch_size": batches.batch_size,
             "clock": run.clock.totals(),
             "history": {k: getattr(history, k) for k in ("rows", "flops", "memory", "warm_up")},
         })  # fmt: skip
@@ -112,6 +113,9 @@ def restore(saved, path, run, history, batches):
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, run.device)
     run.step, run.epoch, run.structures, run.events = saved["step"], saved["epoch"], saved["structures"], saved["events"]
+    batches.batch_size = saved["batch_size"]
+    for k, v in saved["schedule"].items():
+        setattr(run, k, v)
     run.clock.forget(**saved["clock"])
     for k, v in saved["history"].items():
         setattr(history, k, v)

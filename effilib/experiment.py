@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from effilib import clock, models, paths, provenance
-from effilib.errors import BadInput
+from effilib.errors import BadInput, choose
 from effilib.progress import Progress
 from effilib.statistics import SHARED, SMOKE, interval, judge, paired_ratio, time_to_target
 from effilib.tasks import Task
@@ -24,6 +24,7 @@ from effilib.training import History, resolve_layout, resolve_precision, train
 CAPPED = 0.05  # share of capped steps over which a seed is run again
 PILOT_SEEDS = (2000, 2001)  # never measured
 ROLES = ("baseline", "method", "control")
+QUANTITIES = ("time to target", "time per step", "training time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,8 @@ def pilot(task):
 def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, illustration=False, title="runs"):
     """Run the arms (the first is the baseline) and return the `Comparison`.
 
-    seeds: how many pairs (default: the task's). quantity: what is judged, "time to target" or "time per step".
+    seeds: how many pairs (default: the task's). quantity: what is judged, "time to target", "time per step", or "training time":
+    of the whole run, for methods that end with less accuracy or less work in the same number of epochs.
     claim: the speed-up fixed for this scale before running: for every method, or a dict by arm. illustration: a grid that
     is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline.
     """
@@ -169,8 +171,7 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
         raise BadInput(f"arms need names of their own, got {', '.join(names)}")
     if [a.role == "baseline" for a in arms] != [True] + [False] * (len(arms) - 1) or not {a.role for a in arms} <= set(ROLES):
         raise BadInput("the first arm, and no other, has the role 'baseline'; the others are 'method' or 'control'")
-    if quantity not in ("time to target", "time per step"):
-        raise BadInput(f"unknown quantity {quantity!r}: choose 'time to target' or 'time per step'")
+    choose("quantity", quantity, QUANTITIES)
     if quantity == "time to target":
         task = pilot(task)
     blocks = measure(task, arms, list(range(seeds)), title=title)
@@ -201,9 +202,11 @@ class Comparison:
         return [b["arms"][arm] for b in self.blocks]
 
     def times(self, arm, quantity=None):
-        """Per seed the seconds to the target (None where it was missed) or the median seconds of a step."""
+        """Per seed the seconds to the target (None where it was missed), the median seconds of a step, or those of the whole run."""
         if (quantity or self.quantity) == "time per step":
             return [h.step_seconds for h in self.histories(arm)]
+        if (quantity or self.quantity) == "training time":
+            return [h.seconds for h in self.histories(arm)]
         return [time_to_target(h.rows, self.task.target) for h in self.histories(arm)]
 
     def differences(self, arm):

@@ -22,17 +22,49 @@ def conv3x3(c_in, c_out, stride=1, bias=False):
     return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
 
 
+class Gone(nn.Module):
+    """Stands where the first layer of a removed residual path stood: nothing flows on."""
+
+    def forward(self, x):
+        return x.new_zeros(1, 1, 1, 1)
+
+
+class Constant(nn.Module):
+    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant per channel, (C,)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+
+
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He et al. 2015, option B)."""
+    """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He et al. 2015, option B).
+
+    inner: channels between the two (default c_out); 0: the residual path is gone, the shortcut and a constant are left.
+    """
 
     def __init__(self, c_in, c_out, stride=1, inner=None):
         super().__init__()
-        inner = inner or c_out
-        self.conv1, self.bn1 = conv3x3(c_in, inner, stride), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = conv3x3(inner, c_out), nn.BatchNorm2d(c_out)
+        inner = c_out if inner is None else inner
+        if inner:
+            self.conv1, self.bn1 = conv3x3(c_in, inner, stride), nn.BatchNorm2d(inner)
+            self.conv2, self.bn2 = conv3x3(inner, c_out), nn.BatchNorm2d(c_out)
+        else:
+            self.conv1, self.bn1, self.conv2, self.bn2 = Gone(), nn.Identity(), nn.Identity(), Constant(c_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    @property
+    def inner(self):
+        return 0 if isinstance(self.conv1, Gone) else self.conv1.out_channels
+
+    @property
+    def width(self):
+        return len(self.bn2.bias)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -71,8 +103,8 @@ class ResNet(nn.Module):
 
     def settings(self):
         return {
-            "widths": [s[-1].conv2.out_channels for s in self.stages],
-            "blocks": [[b.conv1.out_channels for b in s] for s in self.stages],
+            "widths": [s[-1].width for s in self.stages],
+            "blocks": [[b.inner for b in s] for s in self.stages],
             "stem": self.stem.out_channels,
         }
 

@@ -112,6 +112,9 @@ class Run:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.epoch = self.steps = 0  # done so far, and in all
+        self.batches = None  # what the loop reads
+        self.position = 0  # on the schedule, in steps of the recipe's batch size; each step moves it by `pace`
+        self.planned, self.pace, self.lr_scale = 0, 1, 1.0
         self.logits = self.loss = None
         self.counting = False  # whether this step's FLOPs are counted, off the clock
         self._kind = "step"
@@ -122,7 +125,7 @@ class Run:
     @property
     def lr(self):
         """Learning rate of this step."""
-        return self.recipe.lr_at(self.step, self.steps)
+        return self.lr_scale * self.recipe.lr_at(self.position, self.planned)
 
     @property
     def kind(self):
@@ -173,6 +176,20 @@ class Run:
         self.settle()
         self.compile()
         self.kind = before
+
+    def grow_batch(self, factor, lr_factor=1.0):
+        """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the schedule's learning rate.
+
+        The epochs and the schedule over them stay; there are fewer steps. Call it at an epoch's start or end.
+        """
+        size = round(factor * self.batches.batch_size)
+        if not 0 < size <= len(self.dataset.train):
+            raise BadInput(f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} training images")
+        self.pace *= size / self.batches.batch_size
+        self.batches.batch_size = size
+        self.lr_scale *= lr_factor
+        self.steps = self.step + math.ceil((self.planned - self.position) / self.pace)
+        self.structures += 1  # another step to count
 
     def settle(self):
         """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none.
@@ -287,7 +304,8 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
         batches = Batches(dataset, recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
         run = Run(model, dataset, recipe, tuple(methods), seed)
-        run.steps = max(1, round(recipe.epochs * len(batches)))
+        run.batches, per_epoch = batches, len(batches)
+        run.steps = run.planned = max(1, round(recipe.epochs * per_epoch))
         marks = {round(run.steps * i / evaluations) for i in range(1, evaluations + 1)}
         history = History(precision=run.precision)
         history.warm_up = warm_up(run, next(iter(Batches(dataset, recipe.batch_size, stream(seed, "warm-up")))))
@@ -296,7 +314,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
 
         def evaluated():
             with run.clock.paused():
-                row = {"step": run.step, "epoch": run.step / len(batches), "lr": run.lr if run.step < run.steps else 0.0}
+                row = {"step": run.step, "epoch": run.position / per_epoch, "lr": run.lr if run.step < run.steps else 0.0}
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
                 row["loss"], row["accuracy"] = evaluate(run.model, dataset, "validation", run.precision)
                 history.diverged |= bool(losses) and not math.isfinite(row["train_loss"] + row["loss"])
@@ -332,11 +350,12 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
                     history.memory = memory(run, count.saved_bytes, history.memory)
                 run._kind = "step"
                 run.step += 1
+                run.position += run.pace
                 history.flops += flops[structure]
                 losses.append(run.loss)
                 if run.step == run.steps:
                     break
-                if run.step in marks:
+                if any(run.position - run.pace < mark <= run.position for mark in marks):
                     evaluated()
             last = run.step == run.steps or history.diverged
             run.call("on_epoch_end")

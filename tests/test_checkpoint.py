@@ -186,6 +186,27 @@ def test_a_fraction_of_an_epoch_is_resumed_too(tmp_path):
     assert ha.steps == hb.steps == 10
 
 
+def test_a_grown_batch_is_resumed_too(tmp_path):
+    @dataclass(frozen=True)
+    class Doubles(Method):
+        def on_epoch_end(self, run):
+            if run.epoch == 0:
+                run.grow_batch(2, 1.5)
+
+    def go(stop, path=None):
+        model = network()
+        try:
+            return model, train(model, DATA, RECIPE, [Doubles(), stop], 3, checkpoint=path)
+        except KeyboardInterrupt:
+            model = network()
+            return model, train(model, DATA, RECIPE, [Doubles(), stop], 3, checkpoint=path)
+
+    (a, ha), (b, hb) = go(Stop(7), tmp_path / "run.pt"), go(Stop(10**9))
+    assert equal(a, b)
+    assert ha.steps == hb.steps < STEPS
+    assert [r["lr"] for r in ha.rows] == [r["lr"] for r in hb.rows]
+
+
 def test_parameter_groups_and_their_learning_rate_factors_are_resumed(tmp_path):
     @dataclass(frozen=True)
     class Split(Method):

@@ -459,7 +459,7 @@ def test_arms_that_cannot_be_compared_are_bad_input(given, words):
 
 
 def test_an_unknown_quantity_is_bad_input():
-    with pytest.raises(BadInput, match="unknown quantity 'time to step': choose 'time to target' or 'time per step'"):
+    with pytest.raises(BadInput, match="unknown quantity 'time to step': choose one of time to target, time per step, training time"):
         compare(TASK, arms(BASE), quantity="time to step")
 
 
@@ -542,6 +542,19 @@ def test_time_per_step_is_judged_by_the_median_step():
     assert found.ratio == pytest.approx(2.5)
     assert found.quantity == "time per step"
     assert found.verdict == FASTER
+
+
+def test_training_time_is_judged_by_the_whole_run_and_needs_no_target():
+    task = replace(TASK, target=None)
+    found = compare(task, arms(Made("base", seconds=10.0), Made("fast", seconds=5.0)), seeds=5, quantity="training time")
+    assert found.task.target is None
+    assert found.verdict("fast").ratio == pytest.approx(stats_ratio(found))
+    assert found.verdict("fast").quantity == "training time"
+
+
+def stats_ratio(found):
+    base, fast = ([h.seconds for h in found.histories(n)] for n in ("base", "fast"))
+    return math.exp(sum(math.log(b / f) for b, f in zip(base, fast, strict=True)) / len(base))
 
 
 def test_verdicts_are_withheld_from_smoke_runs_and_illustrations():

@@ -469,6 +469,56 @@ def test_a_group_of_parameters_can_have_a_learning_rate_factor():
     assert not torch.equal(model.stem.weight, network().stem.weight)
 
 
+# A larger batch in mid-training
+
+
+@dataclass(frozen=True)
+class Doubles(Method):
+    """Doubles the batch at the end of an epoch."""
+
+    epoch: int = 0
+    lr_factor: float = 2.0
+
+    def on_epoch_end(self, run):
+        if run.epoch == self.epoch:
+            run.grow_batch(2, self.lr_factor)
+
+
+@dataclass(frozen=True)
+class Notes(Method):
+    def on_fit_start(self, run):
+        run.state[self] = []
+
+    def on_step_end(self, run):
+        run.state[self].append((len(run.logits), run.lr))
+
+    def on_fit_end(self, run):
+        run.log(self, "steps", steps=run.state[self])
+
+
+def test_the_batch_can_grow_in_mid_training_and_the_schedule_goes_on():
+    _, plain = trained(methods=[Notes()])
+    _, grown = trained(methods=[Doubles(), Notes()])
+    before, after = plain.events[-1]["steps"], grown.events[-1]["steps"]
+    assert [n for n, _ in after] == [32] * 12 + [64] * 6
+    assert after[:12] == before[:12]
+    assert [lr for _, lr in after[12:]] == pytest.approx([2 * lr for _, lr in before[12::2]])
+    assert grown.steps == 18
+    assert grown.rows[-1]["epoch"] == plain.rows[-1]["epoch"] == 2
+    assert grown.flops == pytest.approx(plain.flops)
+    assert len(grown.rows) == 1 + 10 + 6  # at most one a step
+
+
+def test_a_batch_that_the_data_do_not_fill_is_bad_input():
+    @dataclass(frozen=True)
+    class Grows(Method):
+        def on_epoch_start(self, run):
+            run.grow_batch(1000)
+
+    with pytest.raises(BadInput, match="a batch of 32000 does not fit"):
+        trained(methods=[Grows()])
+
+
 # The clock
 
 

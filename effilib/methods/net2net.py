@@ -1,0 +1,339 @@
+"""Net2Net (Chen, Goodfellow & Shlens 2016, arXiv:1511.05641): a larger network starts from what a smaller one has learnt.
+
+Net2WiderNet: new channels are copies of old ones, and what reads them divides its weights among the copies. Net2DeeperNet: new layers
+begin as the identity. Either way the student computes at first exactly what the teacher does, so training goes on from
+there. Exact copies receive exact copies of each other's gradients: something has to break the symmetry.
+
+Beside it GradMax (Evci et al. 2022, arXiv:2201.05125): new channels read with zero weights, and write into the direction in which
+the gradient of those weights is largest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effilib import surgery
+from effilib.data import Batches
+from effilib.errors import BadInput, NoEffect, choose
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="Net2Net",
+    name_de="Net2Net",
+    chapter="6.2",
+    paper="Chen, Goodfellow & Shlens 2016, arXiv:1511.05641",
+    claim="A wider or deeper network that starts from a trained smaller one converges faster than from a random start, to the same "
+    "accuracy; the smaller one's own training is not counted.",
+    cost_model="Same FLOPs a step as the larger network from scratch, fewer steps to the target. The teacher's training is free only "
+    "where the teacher was there anyway.",
+)
+
+BREAKERS = ("noise", "uneven", "pair", "none", "random")
+SHARE_OF_NORM = 0.5  # GradMax: norm of a new channel's outgoing weights over the mean of the old ones (authors' code)
+SPARK = 1e-2  # GradMax: shift of new channels, because the derivative of ReLU at 0 is 0
+
+
+def replication(n, q, generator=None):
+    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the rest drawn. (q,)"""
+    return torch.cat([torch.arange(n), torch.randint(n, (q - n,), generator=generator)])
+
+
+def uneven_shares(index, generator=None):
+    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to 1. (q,)"""
+    u = torch.rand(len(index), generator=generator, dtype=torch.double) + 0.5
+    total = torch.zeros(int(index.max()) + 1, dtype=torch.double).index_add_(0, index, u)
+    return u / total[index]
+
+
+@torch.no_grad()
+def widen_(node, q, optimizer=None, *, breaker="noise", noise=0.05, generator=None, ema=None):
+    """Net2Wider: give a node q channels, in place. The function is kept, but for the noise.
+
+    breaker: how copies become different. "noise": a share `noise` of each producer's standard deviation is added to the weights of the new
+    copies (the paper: "a small amount"). "uneven": the copies share the outgoing weights unevenly. "pair": new channels are no copies
+    but come in pairs that read alike, with random weights, and write with opposite signs (variance transfer, Yuan et al. 2023). "none".
+    "random": the paper's baseline "random pad", random weights in and out, which does not keep the function.
+    Returns g, (q,): whose copy each channel is (-1: nobody's). Raises `BadInput` if q is below the width.
+    """
+    choose("symmetry breaker", breaker, BREAKERS)
+    n = node.width
+    if q < n:
+        raise BadInput(f"{node.name} has {n} channels, it cannot be widened to {q}")
+    if q == n:
+        return torch.arange(n)
+    if breaker in ("pair", "random"):
+        _append_(node, q - n, optimizer, ema=ema)
+        _draw_(node, n, breaker, generator)
+        _follow_(node, n, ema)
+        return torch.cat([torch.arange(n), torch.full((q - n,), -1)])
+    index = replication(n, q, generator)
+    surgery.select_(node, index, optimizer, share=uneven_shares(index, generator) if breaker == "uneven" else None, ema=ema)
+    if breaker == "noise" and noise:
+        for name in node.producers:
+            W = getattr(node.layer(name), "weight", None)
+            if W is not None:
+                W[n:] += noise * W[:n].std() * _randn(W[n:].shape, generator, W)
+        _follow_(node, n, ema)
+    return index
+
+
+def _randn(shape, generator, like):
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def _append_(node, k, optimizer, ema=None):
+    """k channels that read and write with zero weights; BatchNorm's values are the first ones of a new layer, momentum is 0."""
+    n = node.width
+    surgery.select_(node, [*range(n), *[0] * k], optimizer, share=[1.0] * n + [0.0] * k, ema=ema)
+    for name in node.producers:
+        m = node.layer(name)
+        for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
+            if p is not None:
+                p[n:] = 0
+    for name, per in node.bns.items():
+        m = node.layer(name)
+        for t, value in ((m.weight, 1), (m.bias, 0), (m.running_mean, 0), (m.running_var, 1)):
+            if t is not None:
+                t[n * per :] = value
+    for name, per in node.consumers.items():  # producers' state was scaled by the share, 0
+        W = node.layer(name).weight
+        for t in optimizer.state.get(W, {}).values() if optimizer else ():
+            if isinstance(t, torch.Tensor) and t.shape == W.shape:
+                t[:, n * per :] = 0
+
+
+def _draw_(node, n, breaker, generator):
+    """Random weights for the channels from n on: "random" in and out; "pair": equal in, opposite out, an odd one out writes nothing."""
+    half = (node.width - n) // 2
+    for name in node.producers:
+        W = getattr(node.layer(name), "weight", None)
+        if W is not None:
+            nn.init.kaiming_normal_(new := torch.empty_like(W[n:], device="cpu"), nonlinearity="relu", generator=generator)
+            W[n:] = new
+            if breaker == "pair":
+                W[n + half : n + 2 * half] = W[n : n + half]
+    for name, per in node.consumers.items():
+        W = node.layer(name).weight
+        old, new = W[:, : n * per], W[:, n * per :]
+        new.copy_(old.std() * _randn(new.shape, generator, W))
+        if breaker == "pair":
+            new[:, half * per : 2 * half * per] = -new[:, : half * per]
+            new[:, 2 * half * per :] = 0
+
+
+def _follow_(node, n, ema):
+    """Give the running average the same new channels."""
+    if ema is None:
+        return
+    ema = surgery.copies(node.model, ema)[1]
+    for name in [*node.producers, *node.bns]:
+        per = node.bns.get(name, 1)
+        for mine, theirs in zip(node.layer(name).state_dict().values(), node.layer(name, ema).state_dict().values(), strict=True):
+            if mine.dim():
+                theirs[n * per :] = mine[n * per :]
+    for name, per in node.consumers.items():
+        node.layer(name, ema).weight[:, n * per :] = node.layer(name).weight[:, n * per :]
+
+
+@torch.no_grad()
+def deepen_(model, where, optimizer=None, *, x=None, generator=None, ema=None):
+    """Net2Deeper, in place: a new layer or block behind `where`, which changes nothing. Returns the new one's name.
+
+    where: a residual block (a block with zero in its last BatchNorm's scale follows: exact in eval and in training), or a ReLU in a
+    Sequential (an identity convolution, BatchNorm and ReLU follow: exact in eval; in training on the batch x: (N, C, H, W), whose
+    moments BatchNorm is set to undo, and nearly so on others).
+    """
+    modules = dict(model.named_modules())
+    if isinstance(modules.get(where), nn.ReLU):
+        moments = {} if x is None else dict(zip(("mean", "var"), _moments(model, where, x), strict=True))
+        return surgery.insert_layer_(model, where, optimizer, ema=ema, **moments)
+    return surgery.append_block_(model, where, optimizer, generator=generator, ema=ema)
+
+
+def _moments(model, where, x):
+    """Mean and variance per channel, (C,), of what comes out of a layer in training mode; no statistic moves."""
+    seen = []
+    hook = model.get_submodule(where).register_forward_hook(lambda m, inputs, output: seen.append(output.detach().clone()))
+    norms = [m for m in model.modules() if isinstance(m, surgery.NORMS)]
+    buffers, was = [{k: b.clone() for k, b in m.named_buffers()} for m in norms], model.training
+    model.train()(x)
+    model.train(was)
+    hook.remove()
+    for m, before in zip(norms, buffers, strict=True):
+        for k, b in m.named_buffers():
+            b.copy_(before[k])
+    h = seen[-1]
+    return h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)
+
+
+def gradmax_directions(M, k, k1, k2, stride=1):
+    """GradMax's outgoing weights for k new channels: those that make the gradient of zero incoming weights largest.
+
+    M: (c_out, c_in, K, K), the gradient of the loss with respect to the kernel of one convolution that would go from the new channels'
+    input straight to their readers' output; K = k1 + stride (k2 - 1). As dL/dV = A Omega with A[(i, a), (o, b)] = M[o, i, a + stride b],
+    they are the right singular vectors of A with the largest singular values. Returns (k, c_out, k2, k2), of norm 1, orthogonal.
+    """
+    windows = M.unfold(2, k1, stride).unfold(3, k1, stride)  # (o, i, b, b, a, a)
+    o, i = M.shape[:2]
+    A = windows.permute(1, 4, 5, 0, 2, 3).reshape(i * k1 * k1, o * k2 * k2)
+    V = torch.linalg.svd(A.double(), full_matrices=False).Vh
+    if k > len(V):  # more channels than directions: these are used again
+        V = V.repeat(-(-k // len(V)), 1)
+    return V[:k].view(k, o, k2, k2).to(M.dtype)
+
+
+def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
+    """Give a node q channels in GradMax's way, in place. x: (N, C, H, W), y: (N,): the batch whose gradient counts.
+
+    New channels read with zero weights and write in the directions of `gradmax_directions`, scaled to half of the old ones' mean norm.
+    PyTorch's ReLU has derivative 0 at 0, so that such a channel would be dead: it gets a shift `spark`. To keep the function all
+    the same, channels come in pairs that write with opposite signs; an odd one out writes nothing. A BatchNorm on an
+    all-zero channel multiplies gradients by scale / sqrt(eps), so its scale is sqrt(eps).
+    Returns the singular directions used, (pairs, c_out, k2, k2). Raises `BadInput` unless the node has one producer and one consumer, both
+    convolutions, with nothing between that changes the size, and a bias or BatchNorm for the shift.
+    """
+    model, n = node.model, node.width
+    names = [*node.producers, *node.consumers]
+    layers = [node.layer(name) for name in names]
+    if len(layers) != 2 or not all(isinstance(m, nn.Conv2d) and m.stride[0] == m.stride[1] for m in layers):
+        raise BadInput(f"GradMax: {node.name} is no node between two convolutions, one that writes it and one that reads it")
+    first, second = layers
+    if first.bias is None and not node.bns:
+        raise BadInput(f"GradMax: {node.name} has neither bias nor BatchNorm, so that new channels would stay dead behind ReLU")
+    if q < n:
+        raise BadInput(f"{node.name} has {n} channels, it cannot be widened to {q}")
+    inside, outside = _around(model, first, second, x, y)
+    if outside["x"].shape[-2:] != inside["out"].shape[-2:]:
+        raise BadInput(f"GradMax: between {names[0]} and {names[1]} the size changes")
+    k1, k2, s = first.kernel_size[0], second.kernel_size[0], first.stride[0]
+    size = k1 + s * (k2 - 1)
+    pad = [m.padding[0] if isinstance(m.padding, tuple) else m.kernel_size[0] // 2 * (m.padding == "same") for m in layers]
+    M = nn.grad.conv2d_weight(
+        inside["x"], (second.out_channels, first.in_channels, size, size), outside["dy"], s * second.stride[0], pad[0] + s * pad[1]
+    )
+    pairs = (q - n) // 2
+    directions = gradmax_directions(M, pairs, k1, k2, s)
+    with torch.no_grad():
+        norm = SHARE_OF_NORM * second.weight.movedim(1, 0).flatten(1).norm(dim=1).mean()
+        _append_(node, q - n, optimizer)
+        new = second.weight[:, n:]
+        new[:, :pairs] = norm * directions.movedim(0, 1)
+        new[:, pairs : 2 * pairs] = -new[:, :pairs]
+        for m in [node.layer(b) for b in node.bns] or [first]:
+            m.bias[n:] = spark
+            if m is not first:
+                m.weight[n:] = m.eps**0.5
+    return directions
+
+
+def _around(model, first, second, x, y):
+    """Input and output of `first`, input of `second` and the gradient of its output, on a batch; nothing else is left behind."""
+    seen = {first: {}, second: {}}
+
+    def keep(m, inputs, output):
+        seen[m] |= {"x": inputs[0].detach().float(), "out": output.detach()}
+        output.register_hook(lambda dy: seen[m].__setitem__("dy", dy.detach().float()))
+
+    hooks = [m.register_forward_hook(keep) for m in seen]
+    was = model.training
+    with torch.enable_grad():
+        loss = F.cross_entropy(model.eval()(x).float(), y)  # eval: no statistic moves
+        torch.autograd.grad(loss, list(second.parameters()))
+    model.train(was)
+    for h in hooks:
+        h.remove()
+    return seen[first], seen[second]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net2Net(Method):
+    """Grow the network in the run. Raises `NoEffect` if nothing was to grow.
+
+    at: at which share of the steps, at the next epoch's start; 0 is before the first step, for a model that was trained before (a teacher).
+    wider: factor on the width of every node, or ((node, width), ...). deeper: blocks, or ReLUs, behind which a new one comes.
+    breaker, noise: see `widen_`; or breaker "gradmax" where a node allows it, else "pair". lr_factor: on the learning rate from then on
+    (the paper advises 1/10 of the teacher's first one for a student).
+    """
+
+    at: float = 0.0
+    wider: float | tuple = 1.0
+    deeper: tuple = ()
+    breaker: str = "noise"
+    noise: float = 0.05
+    lr_factor: float = 1.0
+
+    def __post_init__(self):
+        choose("symmetry breaker", self.breaker, (*BREAKERS, "gradmax"))
+        if not 0 <= self.at < 1:
+            raise BadInput(f"Net2Net: growth at {self.at} of the steps, it must lie in [0, 1)")
+
+    def on_fit_start(self, run):
+        run.state[self] = {"grown": False}
+        if self.at == 0:
+            self.grow(run)
+
+    def on_epoch_start(self, run):
+        if not run.state[self]["grown"] and run.step >= self.at * run.steps:
+            self.grow(run)
+
+    def on_fit_end(self, run):
+        if not run.state[self]["grown"]:
+            raise NoEffect("Net2Net: training ended before the growth; it comes at an epoch's start")
+
+    def grow(self, run):
+        run.state[self]["grown"] = True
+        done, before = [], sum(p.numel() for p in run.model.parameters())
+        generator = run.generator(self)
+        x, y = next(iter(Batches(run.dataset, run.batches.batch_size, generator)))
+
+        def change(model, optimizer):
+            done.extend(grow_(model, optimizer, x, y, wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise,
+                              generator=generator))  # fmt: skip
+
+        run.restructure(change)
+        if not done:
+            raise NoEffect("Net2Net: no node was to become wider and no layer was to be added")
+        run.lr_scale *= self.lr_factor
+        after = sum(p.numel() for p in run.model.parameters())
+        run.log(self, f"{before:,} -> {after:,} parameters: {'; '.join(done)}", parameters=[before, after])
+
+
+def grow_(model, optimizer, x, y, *, wider=1.0, deeper=(), breaker="noise", noise=0.05, generator=None):
+    """Widen nodes and add layers, in place. Returns what was done, in words."""
+    done, found = [], surgery.trace(model)
+    if isinstance(wider, tuple):
+        goal = [(found[name], width) for name, width in wider]
+    else:
+        goal = [(node, round(wider * node.width)) for node in found.nodes]
+    for node, q in goal:
+        n, how = node.width, breaker
+        if q == n:
+            continue
+        if breaker == "gradmax":
+            try:
+                gradmax_(node, q, x, y, optimizer, generator=generator)
+            except BadInput:
+                how = "pair"
+        if how != "gradmax":
+            widen_(node, q, optimizer, breaker=how, noise=noise, generator=generator)
+        done.append(f"{node.name} {n} -> {q}" + (f" ({how})" if how != breaker else ""))
+    for where in deeper:
+        done.append(f"{deepen_(model, where, optimizer, x=x, generator=generator)} added")
+    return done
+
+
+@torch.no_grad()
+def thin_(model, factor=0.5, multiple=1):
+    """Make a smaller network of the same kind, in place, before it is trained: a teacher. Keeps the first channels of every node.
+
+    Returns ((node, width before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
+    """
+    before = []
+    for node in surgery.nodes(model):
+        before.append((node.name, node.width))
+        q = min(node.width, max(1, round(factor * node.width / multiple)) * multiple)
+        surgery.select_(node, range(q))
+    return tuple(before)

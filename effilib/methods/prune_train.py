@@ -1,0 +1,253 @@
+"""PruneTrain (Lym et al. 2019, arXiv:1901.09290): prune channels while training, from the first step, and really take them out.
+
+A group-lasso penalty on whole channels drives the weights of some of them to zero; every few epochs the network is cut
+to the channels that live ("reconfigured"), so that the rest of the training is cheaper. The penalty's coefficient comes from
+one number, the share r of the loss that it makes up on the first batch.
+
+The published form adds the penalty to the loss and lets SGD follow its sub-gradient; weights then only come near zero, and a
+threshold decides. A proximal step (the default here) reaches exact zeros, and cuts are then exact. Physical cuts are at
+multiples that pay on the device: a CPU's convolutions work in blocks of 16 channels, and a width of 31 is slower than 32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from effilib import surgery
+from effilib.errors import BadInput, NoEffect, choose
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="PruneTrain",
+    name_de="Beschneiden während des Trainings",
+    chapter="6.1",
+    paper="Lym et al. 2019, arXiv:1901.09290",
+    claim="Pruning channels by group lasso from the first step, and reconfiguring the network every few epochs, cuts training FLOPs of "
+    "ResNet-50 on ImageNet by 40 % and its training time by 39 %.",
+    cost_model="The penalty adds a pass over the weights per step; a layer's FLOPs shrink with the product of its live input and output "
+    "channels; a reconfiguration costs milliseconds. FLOPs become time only where the narrower layers run as efficiently.",
+)
+
+THRESHOLD = 1e-4  # of the published form: a group is dead where all of its weights are smaller
+PUBLISHED_LR_STEPS = 390 * (91 * 0.1 + 45 * 0.01 + 46 * 0.001)  # sum of the learning rate over CIFAR's 182 epochs of 390 steps
+
+
+def group_norms(W, axis, per=1):
+    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring columns of a linear layer."""
+    W = W.movedim(axis, 0)
+    return torch.linalg.vector_norm(W.reshape(W.shape[0] // per, -1), dim=1)
+
+
+def group_weight(W, axis, per=1, by_size=False):
+    """What a group's norm counts: 1, or by size the root of its number of weights (Yuan & Lin 2006): small groups don't die first."""
+    return (W.numel() // W.shape[axis] * per) ** 0.5 if by_size else 1.0
+
+
+def group_lasso(groups, eps=1e-8, by_size=False):
+    """G(W) = sum over all groups of sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side."""
+    return sum(group_weight(*g, by_size) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
+
+
+def coefficient(ratio, loss, penalty):
+    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the first batch."""
+    return ratio * loss / (penalty * (1 - ratio))
+
+
+@torch.no_grad()
+def shrink_(groups, kappa, by_size=False):
+    """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns."""
+    for W, axis, per in groups:
+        norm = group_norms(W, axis, per)
+        factor = (1 - kappa * group_weight(W, axis, per, by_size) / norm.clamp_min(1e-12)).clamp_min_(0).repeat_interleave(per)
+        W.mul_(factor.view([-1 if a == axis else 1 for a in range(W.dim())]))
+
+
+def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
+    """Steps until a group of this norm without a gradient is gone: (1 - mu) / (eta wd) ln(1 + wd ||W|| / lambda)."""
+    rate = lam * lr / (1 - momentum)
+    if weight_decay == 0:
+        return norm / rate
+    decay = weight_decay * lr / (1 - momentum)
+    return float(torch.log1p(torch.tensor(decay * norm / rate, dtype=torch.double))) / decay
+
+
+def places(nodes):
+    """Where the groups of these nodes lie: (layer, axis, columns per channel), all producers' rows, then all consumers' columns.
+
+    A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases and BatchNorms.
+    """
+    rows = [(name, 0, 1) for node in nodes for name in node.producers if hasattr(node.layer(name), "weight")]
+    return rows + [(name, 1, per) for node in nodes for name, per in node.consumers.items()]
+
+
+def weights(model, places):
+    """The groups at these places: (W, axis, columns per channel)."""
+    return [(model.get_submodule(name).weight, axis, per) for name, axis, per in places]
+
+
+@torch.no_grad()
+def live(node, threshold=0.0):
+    """(width,) bool: the union rule. A channel lives if any producer writes it or any consumer reads it with a weight above threshold."""
+    alive = torch.zeros(node.width, dtype=torch.bool)
+    for W, axis, _ in weights(node.model, places([node])):
+        largest = W.movedim(axis, 0).reshape(node.width, -1).abs().amax(1)
+        alive |= (largest > threshold).cpu()
+    return alive
+
+
+def kept(alive, multiple):
+    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one multiple."""
+    n = min(len(alive), multiple * max(1, -(-int(alive.sum()) // multiple)))
+    return (~alive).int().argsort(stable=True)[:n].sort().values
+
+
+def dead_paths(structure, threshold=0.0):
+    """Residual paths through which nothing flows, because all channels of a node inside are dead."""
+    return [
+        path for path in structure.paths
+        if any(not live(node, threshold).any() for node in structure.inner(path)) and surgery.can_remove(path)
+    ]  # fmt: skip
+
+
+def anything_dead(model, threshold=0.0, multiple=1):
+    """Whether `prune_` would do anything."""
+    structure = surgery.trace(model)
+    return bool(dead_paths(structure, threshold)) or any(len(kept(live(n, threshold), multiple)) < n.width for n in structure.nodes)
+
+
+def prune_(model, optimizer=None, *, threshold=0.0, multiple=1):
+    """Cut the dead channels of `model`, and remove the residual paths that are dead as a whole. In place.
+
+    Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead enough.
+    """
+    done = []
+    for path in dead_paths(surgery.trace(model), threshold):
+        surgery.remove_path_(path, optimizer)
+        done.append(f"residual path {path.name} removed")
+    for node in surgery.trace(model).nodes:
+        index = kept(live(node, threshold), multiple)
+        if len(index) < node.width:
+            done.append(f"{node.name} {node.width} -> {len(index)}")
+            surgery.select_(node, index, optimizer)
+    return done
+
+
+def widths(model):
+    """Channels of every node, and which share of them lives: dict name -> (width, live channels)."""
+    return {node.name: (node.width, int(live(node).sum())) for node in surgery.trace(model).nodes}
+
+
+def lr_steps(run):
+    """Sum of the learning rate over the run's steps: how far its penalty can shrink a group, in units of lambda / (1 - mu)."""
+    return sum(run.recipe.lr_at(step, run.planned) for step in range(run.planned))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTrain(Method):
+    """Penalise, and reconfigure every `every` epochs. Raises `NoEffect` if the network has no channels that could be cut.
+
+    ratio: r, the penalty's share of the loss on the first batch; published 0.2. mode: "proximal" or "published" (sub-gradient
+    through the loss, and a threshold). by_size: weigh each group by the root of its number of weights (an option of the authors'
+    code; by default all groups count alike). scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the
+    learning rate, so a run much shorter than the published 182 epochs prunes nothing with the published lambda;
+    "schedule" multiplies it by the published sum over this run's, so that a group shrinks as far in all. multiple: cuts leave
+    multiples of it; "auto" is 16 on a CPU, 8 on CUDA. until: share of the steps after which the penalty ends, so that what is left
+    recovers in a short run; in the paper it never ends.
+    grow_batch: enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
+    """
+
+    ratio: float = 0.2
+    mode: str = "proximal"
+    by_size: bool = False
+    scale: float | str = 1.0
+    every: int = 1
+    multiple: int | str = "auto"
+    until: float = 1.0
+    grow_batch: bool = False
+
+    def __post_init__(self):
+        choose("mode", self.mode, ("proximal", "published"))
+        if not 0 <= self.ratio < 1:
+            raise BadInput(f"PruneTrain: the ratio is {self.ratio}, it must lie in [0, 1)")
+        if isinstance(self.scale, str):
+            choose("scale", self.scale, ("schedule",))
+        if not (self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0)) or self.every < 1:
+            raise BadInput("PruneTrain: multiple is a whole number above 0 or 'auto', every a whole number of epochs above 0")
+
+    def on_fit_start(self, run):
+        if not surgery.trace(run.model).nodes:
+            raise NoEffect(f"PruneTrain: {type(run.model).__name__} has no channels that could be cut")
+        run.state[self] = {"lambda": None, "history": [], "activations": activations(run.model, run.dataset.shape), "structure": -1}
+
+    def groups(self, run):
+        """The groups as they are now, found anew after every change of structure."""
+        state = run.state[self]
+        if state["structure"] != run.structures:
+            state["structure"], state["places"] = run.structures, places(surgery.trace(run.model).nodes)
+        return weights(run.model, state["places"])
+
+    def loss_terms(self, run):
+        state, groups = run.state[self], self.groups(run)
+        if state["lambda"] is None:
+            scale = PUBLISHED_LR_STEPS / lr_steps(run) if self.scale == "schedule" else self.scale
+            with torch.no_grad():
+                state["lambda"] = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, by_size=self.by_size)))
+            run.log(
+                self, f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})", lam=state["lambda"]
+            )
+        if self.mode == "published" and state["lambda"] and self.active(run):
+            return state["lambda"] * group_lasso(groups, by_size=self.by_size)
+
+    def active(self, run):
+        return run.position < self.until * run.planned
+
+    def on_step_end(self, run):
+        lam = run.state[self]["lambda"]
+        if self.mode == "proximal" and lam and self.active(run):
+            shrink_(self.groups(run), run.lr * lam / (1 - run.recipe.momentum), self.by_size)
+
+    def on_epoch_end(self, run):
+        state = run.state[self]
+        if (run.epoch + 1) % self.every == 0 and run.step < run.steps:
+            multiple = {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
+            threshold = THRESHOLD if self.mode == "published" else 0.0
+            if anything_dead(run.model, threshold, multiple):
+                done = []
+                run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, threshold=threshold, multiple=multiple)))
+                run.log(self, "; ".join(done), pruned=done)
+                self.enlarge(run, state)
+        with run.clock.paused():  # for the record
+            state["history"].append(widths(run.model))
+
+    def enlarge(self, run, state):
+        """The published rule's aim: what the smaller network saves in memory, a larger batch takes up; lr grows with it."""
+        if self.grow_batch:
+            now = activations(run.model, run.dataset.shape)
+            factor = state["activations"] / now
+            size = int(factor * run.batches.batch_size) // 8 * 8  # whole multiples of 8 images
+            size = min(size, len(run.dataset.train))
+            if size > run.batches.batch_size:
+                before = run.batches.batch_size
+                run.grow_batch(size / before, size / before)
+                state["activations"] = now * size / before
+                run.log(self, f"batch {before} -> {size}, learning rate times {size / before:.3g}", batch=size)
+
+    def on_fit_end(self, run):
+        run.log(self, "widths by epoch", widths=run.state[self]["history"], lam=run.state[self]["lambda"])
+
+
+def activations(model, shape):
+    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step keeps for backward, roughly."""
+    total, hooks = [], []
+    for m in model.modules():
+        if isinstance(m, surgery.CONVS):
+            hooks.append(m.register_forward_hook(lambda m, inputs, output: total.append(output[0].numel())))
+    was = model.training
+    with torch.no_grad():
+        p = next(model.parameters())
+        model.eval()(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    model.train(was)
+    for h in hooks:
+        h.remove()
+    return sum(total)

@@ -1,0 +1,366 @@
+"""Net2Net: functions are kept, symmetry breaks, GradMax finds the largest gradient, and growth in a run."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from effilib import models, surgery
+from effilib.errors import BadInput, NoEffect
+from effilib.methods import net2net
+from effilib.methods.net2net import (
+    BREAKERS,
+    Net2Net,
+    deepen_,
+    gradmax_,
+    gradmax_directions,
+    replication,
+    thin_,
+    uneven_shares,
+    widen_,
+)
+from effilib.tasks import task
+from effilib.training import Recipe, train
+
+DATA = task("smoke", "synthetic").load()
+RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
+X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+Y = torch.arange(8) % 4
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(name="resnet", seed=0, dtype=torch.double):
+    settings = {
+        "resnet": {"widths": (4, 6), "blocks": (1, 2)},
+        "vgg": {"widths": ((4,), (6, 5))},
+        "convnet": {"widths": (4, 6), "bn": False},
+    }[name]
+    model = models.build(name, 4, (1, 8, 8), seed=seed, **settings)
+    g = gen(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            with torch.no_grad():
+                m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=g))
+                m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=g))
+                m.running_mean.copy_(0.3 * torch.randn(m.weight.shape, generator=g))
+                m.running_var.copy_(0.5 + torch.rand(m.weight.shape, generator=g))
+    return model.to(dtype)
+
+
+def outputs(model, x=X):
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.0
+    return torch.stack([model.eval()(x), model.train()(x)]).detach()
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+# The maps
+
+
+def test_replication_keeps_the_old_channels_and_draws_the_rest_evenly():
+    g = replication(4, 4004, gen())
+    assert g[:4].tolist() == [0, 1, 2, 3]
+    counts = torch.bincount(g, minlength=4)
+    assert (counts - 1001).abs().max() < 5 * math.sqrt(1000 * 3 / 16)
+    assert replication(3, 3, gen()).tolist() == [0, 1, 2]
+
+
+def test_uneven_shares_add_up_and_differ():
+    index = replication(5, 17, gen())
+    share = uneven_shares(index, gen(1))
+    total = torch.zeros(5, dtype=torch.double).index_add_(0, index, share)
+    assert_close(total, torch.ones(5, dtype=torch.double))
+    assert len(share.unique()) > 12
+    assert share.min() > 0
+
+
+# Wider
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.double, 1e-10), (torch.float, 1e-5)])
+@pytest.mark.parametrize("breaker", ["none", "uneven", "pair"])
+@pytest.mark.parametrize("name", ["resnet", "vgg", "convnet"])
+def test_wider_keeps_the_function_in_eval_and_in_training(name, breaker, dtype, atol):
+    model = make(name, dtype=dtype)
+    x = X.to(dtype)
+    before = outputs(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for node in surgery.nodes(model):
+        n = node.width
+        index = widen_(node, 2 * n + 1, optimizer, breaker=breaker, generator=gen(n))
+        assert (node.width, len(index)) == (2 * n + 1, 2 * n + 1)
+        assert index[:n].tolist() == list(range(n))
+    assert_close(outputs(model, x), before, atol=atol, rtol=0)
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05])
+def test_noise_changes_the_function_a_little_and_only_through_the_new_copies(noise):
+    model = make()
+    before = outputs(model)
+    old = model.stages[0][0].conv1.weight.clone()
+    for node in surgery.nodes(model):
+        widen_(node, 2 * node.width, noise=noise, generator=gen(2))
+    change = (outputs(model) - before).abs().max()
+    assert 1e-4 < change < 20 * noise
+    assert torch.equal(model.stages[0][0].conv1.weight[:4, :4] * 2, old * (2 / _counts(model, old)))
+
+
+def _counts(model, old):
+    """How often each of the trunk's channels is there now, (1, 4, 1, 1): what the consumer's columns were divided by."""
+    new = model.stages[0][0].conv1.weight[:4, :4]
+    return (old / new).mean((0, 2, 3)).round().view(1, 4, 1, 1)
+
+
+def test_random_padding_does_not_keep_the_function():
+    model = make()
+    before = outputs(model)
+    for node in surgery.nodes(model):
+        widen_(node, 2 * node.width, breaker="random", generator=gen(2))
+    assert (outputs(model) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("breaker", BREAKERS)
+def test_whether_copies_become_different_in_training(breaker):
+    model = make()
+    node = surgery.trace(model)["stages.0.0.conv1"]
+    index = widen_(node, 8, breaker=breaker, generator=gen(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        step(model, optimizer)
+    W = model.stages[0][0].conv1.weight.detach()
+    if breaker in ("pair", "random"):
+        assert (W[4] - W[6]).norm() > 1e-4
+    else:
+        apart = max(float((W[j] - W[index[j]]).norm()) for j in range(4, 8))
+        assert (apart > 1e-4) == (breaker != "none")
+
+
+@pytest.mark.parametrize("breaker", ["pair", "random"])
+def test_channels_that_are_no_copies_begin_without_momentum(breaker):
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    old = optimizer.state[model.stages[0][0].conv2.weight]["momentum_buffer"].clone()
+    widen_(surgery.trace(model)["stages.0.0.conv1"], 7, optimizer, breaker=breaker, generator=gen())
+    block = model.stages[0][0]
+    for W, axis in ((block.conv1.weight, 0), (block.bn1.weight, 0), (block.conv2.weight, 1)):
+        m = optimizer.state[W]["momentum_buffer"].movedim(axis, 0)
+        assert m[:4].abs().max() > 0
+        assert not m[4:].any()
+    assert torch.equal(optimizer.state[block.conv2.weight]["momentum_buffer"][:, :4], old)
+
+
+@pytest.mark.parametrize("breaker", BREAKERS)
+def test_a_running_average_gets_the_same_channels(breaker):
+    model = make()
+    ema = copy.deepcopy(model)
+    for node in surgery.nodes(model):
+        widen_(node, 9, breaker=breaker, generator=gen(1), ema=ema)
+    assert {k: v.shape for k, v in ema.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert_close(outputs(ema), outputs(model), atol=1e-10, rtol=0)
+
+
+def test_newborns_that_are_pruned_leave_the_old_network_bit_for_bit():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    for node in surgery.nodes(model):
+        n = node.width
+        widen_(node, n + 4, optimizer, breaker="pair", generator=gen())
+        surgery.select_(node, range(n), optimizer)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before[0].items())
+    for i, s in before[1]["state"].items():
+        assert torch.equal(optimizer.state_dict()["state"][i]["momentum_buffer"], s["momentum_buffer"])
+
+
+def test_wider_refuses_what_is_not_wider():
+    node = surgery.nodes(make())[0]
+    with pytest.raises(BadInput, match="stem has 4 channels, it cannot be widened to 3"):
+        widen_(node, 3)
+    with pytest.raises(BadInput, match="unknown symmetry breaker 'nois'"):
+        widen_(node, 5, breaker="nois")
+    assert widen_(node, 4).tolist() == [0, 1, 2, 3]
+
+
+# Deeper
+
+
+@pytest.mark.parametrize(("name", "where", "new"), [
+    ("resnet", "stages.1.1", "stages.1.2"), ("resnet", "stages.0.0", "stages.0.1"), ("vgg", "features.2", "features.3"),
+    ("convnet", "features.1", "features.2"),
+])  # fmt: skip
+def test_deeper_keeps_the_function(name, where, new):
+    model = make(name)
+    before, state = outputs(model), {k: v.clone() for k, v in model.named_buffers()}
+    assert deepen_(model, where, x=X, generator=gen()) == new
+    assert_close(outputs(model), before, atol=1e-10, rtol=0)  # in training too: the batch is the one it was measured on
+    if name == "resnet":
+        assert all(torch.equal(dict(model.named_buffers())[k], v) for k, v in state.items())  # measuring moved no statistic
+    shifted = 3 * X + 1
+    assert_close(outputs(model, shifted)[0], outputs(make(name), shifted)[0], atol=1e-10, rtol=0)
+    if name == "vgg":
+        assert (outputs(model, shifted)[1] - outputs(make(name), shifted)[1]).abs().max() > 1e-3
+
+
+# GradMax
+
+
+def test_its_directions_are_those_of_the_largest_gradient():
+    """Two convolutions without border effects and without activation: dL/dV is measured by autograd and compared with other directions."""
+    g = gen(4)
+    x, dy = torch.randn(3, 4, 9, 9, generator=g, dtype=torch.double), torch.randn(3, 5, 5, 5, generator=g, dtype=torch.double)
+    M = nn.grad.conv2d_weight(x, (5, 4, 5, 5), dy)
+    found = gradmax_directions(M, 3, 3, 3)
+
+    def gradient(omega):
+        V = torch.zeros(1, 4, 3, 3, dtype=torch.double, requires_grad=True)
+        out = F.conv2d(F.conv2d(x, V), omega[:, None])
+        return torch.autograd.grad((out * dy).sum(), V)[0].norm()
+
+    best = gradient(found[0])
+    assert_close(torch.linalg.vector_norm(found.flatten(1), dim=1), torch.ones(3, dtype=torch.double))
+    assert_close(found.flatten(1) @ found.flatten(1).T, torch.eye(3, dtype=torch.double))
+    for _ in range(200):
+        omega = torch.randn(5, 3, 3, generator=g, dtype=torch.double)
+        assert gradient(omega / omega.norm()) <= best * (1 + 1e-9)
+    assert gradient(found[1]) <= best
+
+
+def test_a_stride_is_minded():
+    g = gen(5)
+    x, dy = torch.randn(2, 3, 9, 9, generator=g, dtype=torch.double), torch.randn(2, 4, 2, 2, generator=g, dtype=torch.double)
+    M = nn.grad.conv2d_weight(x, (4, 3, 7, 7), dy, stride=2)
+    omega = gradmax_directions(M, 1, 3, 3, stride=2)[0]
+    V = torch.zeros(1, 3, 3, 3, dtype=torch.double, requires_grad=True)
+    out = F.conv2d(F.conv2d(x, V, stride=2), omega[:, None])
+    gradient = torch.autograd.grad((out * dy).sum(), V)[0].norm()
+    windows = M.unfold(2, 3, 2).unfold(3, 3, 2).permute(1, 4, 5, 0, 2, 3).reshape(27, 36)
+    assert_close(gradient, torch.linalg.matrix_norm(windows, 2))
+
+
+@pytest.mark.parametrize(("name", "where"), [("resnet", "stages.1.0.conv1"), ("resnet", "stages.1.1.conv1"), ("vgg", "features.4")])
+def test_gradmax_keeps_the_function_and_its_channels_are_not_dead(name, where):
+    model = make(name)
+    before = outputs(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step(model, optimizer)
+    before = outputs(model)
+    node = surgery.trace(model)[where]
+    n = node.width
+    gradmax_(node, n + 4, X, Y, optimizer, generator=gen())
+    assert_close(outputs(model), before, atol=1e-10, rtol=0)
+    producer = model.get_submodule(where)
+    assert not producer.weight[n:].any()
+    model.zero_grad()
+    F.cross_entropy(model.train()(X), Y).backward()
+    grown, old = producer.weight.grad[n:], producer.weight.grad[:n]
+    assert grown.flatten(1).norm(dim=1).min() > 1e-2 * old.flatten(1).norm(dim=1).mean()  # not dead behind ReLU
+    assert grown.abs().max() < 100 * old.abs().max()  # nor blown up by BatchNorm
+    for _ in range(3):
+        step(model, optimizer)
+    assert outputs(model).isfinite().all()
+    assert producer.weight[n:].any()
+
+
+def test_gradmax_has_more_gradient_than_random_directions():
+    norms = {}
+    for how in ("gradmax", "random"):
+        model = make()
+        node = surgery.trace(model)["stages.1.1.conv1"]
+        gradmax_(node, 10, X, Y, generator=gen())
+        second = model.stages[1][1].conv2
+        if how == "random":
+            with torch.no_grad():
+                new = second.weight[:, 6:8]
+                draw = torch.randn(new.shape, generator=gen(7), dtype=torch.double)
+                new.copy_(draw * new.norm() / draw.norm())
+                second.weight[:, 8:10] = -new
+        model.zero_grad()
+        F.cross_entropy(model.train()(X), Y).backward()
+        norms[how] = model.stages[1][1].conv1.weight.grad[6:].norm()
+    assert norms["gradmax"] > 1.2 * norms["random"]
+
+
+def test_what_gradmax_cannot_handle_is_named():
+    with pytest.raises(BadInput, match="GradMax: stem is no node between two convolutions"):
+        gradmax_(surgery.trace(make())["stem"], 8, X, Y)
+    with pytest.raises(BadInput, match=r"between features\.0 and features\.4 the size changes"):
+        gradmax_(surgery.trace(make("vgg"))["features.0"], 8, X, Y)
+    bare = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    with pytest.raises(BadInput, match="would stay dead behind ReLU"):
+        gradmax_(surgery.trace(bare)["0"], 8, X, Y)
+
+
+# In a run
+
+
+def test_a_thin_teacher_becomes_the_larger_network_again():
+    full, model = make(), make()
+    before = thin_(model, 0.5)
+    assert models.describe(model) == {"widths": [2, 3], "blocks": [[2], [3, 3]], "stem": 2}
+    assert before[0] == ("stem", 4)
+    net2net.grow_(model, None, X, Y, wider=before, generator=gen())
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
+
+
+@pytest.mark.parametrize("breaker", [*BREAKERS, "gradmax"])
+def test_a_student_begins_where_its_teacher_ended(breaker):
+    model = make(dtype=torch.float)
+    teacher = train(model, DATA, RECIPE)
+    student = train(model, DATA, RECIPE, [Net2Net(wider=2.0, deeper=("stages.0.0",), breaker=breaker, noise=0.0, lr_factor=0.1)])
+    assert models.describe(model) == {"widths": [8, 12], "blocks": [[8, 8], [12, 12]], "stem": 8}
+    if breaker != "random":
+        assert student.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1)
+        assert student.rows[0]["loss"] == pytest.approx(teacher.rows[-1]["loss"], rel=0.05)
+    assert student.kinds["reconfigure"]["count"] == 1  # growth is on the clock
+    assert student.events[0]["text"].startswith("1,")
+    both = teacher + student
+    assert both.seconds == pytest.approx(teacher.seconds + student.seconds)
+
+
+def test_growth_in_mid_run_and_the_learning_rate_after_it():
+    model = make(dtype=torch.float)
+    history = train(model, DATA, RECIPE, [Net2Net(at=0.5, wider=(("stem", 8),), lr_factor=0.1)])
+    plain = train(make(dtype=torch.float), DATA, RECIPE)
+    assert models.describe(model)["widths"] == [8, 6]
+    for a, b in zip(history.rows, plain.rows, strict=True):
+        assert a["lr"] == pytest.approx(b["lr"] * (0.1 if a["step"] > 4 else 1.0), abs=b["lr"] if a["step"] == 4 else 1e-9)
+    assert [e["epoch"] for e in history.events] == [1]
+    assert history.flops > plain.flops
+
+
+def test_growing_nothing_is_no_effect():
+    with pytest.raises(NoEffect, match="no node was to become wider"):
+        train(make(dtype=torch.float), DATA, RECIPE, [Net2Net()])
+    with pytest.raises(NoEffect, match="before the growth"):
+        train(make(dtype=torch.float), DATA, RECIPE, [Net2Net(at=0.9, wider=2.0)])
+    with pytest.raises(BadInput, match=r"in \[0, 1\)"):
+        Net2Net(at=1.0)
+
+
+def test_torchvisions_networks_grow():
+    x = torch.randn(4, 3, 32, 32, generator=gen())
+    for name, where in (("torchvision.models:resnet18", "layer2.1"), ("torchvision.models:vgg11_bn", "features.2")):
+        model = models.build(name, 4, (3, 32, 32))
+        before = thin_(model, 0.25)
+        model.eval()
+        with torch.no_grad():
+            y = model(x)
+            net2net.grow_(model, None, x, torch.arange(4), wider=before, deeper=(where,), breaker="gradmax", generator=gen())
+            assert_close(model(x), y, atol=1e-5, rtol=1e-4)

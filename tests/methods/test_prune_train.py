@@ -1,0 +1,379 @@
+"""PruneTrain: the penalty and its coefficient, exact zeros, the union rule, cuts that change nothing, paths, and the method in training."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from effilib import cost, models, surgery
+from effilib.errors import BadInput, NoEffect
+from effilib.methods import prune_train as pt
+from effilib.methods.prune_train import (
+    PruneTrain,
+    anything_dead,
+    coefficient,
+    group_lasso,
+    group_norms,
+    kept,
+    live,
+    places,
+    prune_,
+    shrink_,
+    shrink_steps,
+    weights,
+)
+from effilib.tasks import task
+from effilib.training import Method, Recipe, train
+
+TASK = task("smoke", "synthetic")
+DATA = TASK.load()
+LONG = Recipe(epochs=5, batch_size=16, lr=0.1, precision="fp32")
+RECIPE = Recipe(epochs=4, batch_size=32, lr=0.1, precision="fp32")
+
+
+def network(seed=0, **kwargs):
+    return models.build("resnet", 4, (1, 8, 8), seed=seed, **{"widths": (4, 6, 8), "blocks": (1, 2, 1), **kwargs})
+
+
+def groups(model):
+    return weights(model, places(surgery.trace(model).nodes))
+
+
+def outputs(model, x):
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.0
+    return torch.stack([model.eval()(x), model.train()(x)]).detach()
+
+
+X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+# The penalty
+
+
+def test_groups_are_rows_and_columns_without_the_input_and_the_output():
+    model = network()
+    found = places(surgery.trace(model).nodes)
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert {n for n, axis, _ in found if axis == 0} == set(convs)
+    assert {n for n, axis, _ in found if axis == 1} == {*convs, "head"} - {"stem"}
+    assert len(found) == len({(n, axis) for n, axis, _ in found})
+
+
+def test_the_penalty_is_the_sum_of_norms_written_out():
+    model = network().double()
+    total = 0.0
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            if name != "head":
+                total += sum(math.sqrt(float(m.weight[o].pow(2).sum()) + 1e-8) for o in range(m.weight.shape[0]))
+            if name != "stem":
+                total += sum(math.sqrt(float(m.weight[:, i].pow(2).sum()) + 1e-8) for i in range(m.weight.shape[1]))
+    assert float(group_lasso(groups(model))) == pytest.approx(total, rel=1e-12)
+
+
+def test_by_size_weighs_each_group_by_the_root_of_its_size():
+    W = torch.randn(3, 4, 2, 2, dtype=torch.double)
+    expected = sum(4.0 * (W[o].norm().square() + 1e-8).sqrt() for o in range(3))
+    assert_close(group_lasso([(W, 0, 1)], by_size=True), expected)
+    V = torch.randn(3, 8, dtype=torch.double)
+    assert_close(
+        group_lasso([(V, 1, 2)], by_size=True), sum(math.sqrt(6) * (V[:, 2 * c : 2 * c + 2].norm() ** 2 + 1e-8).sqrt() for c in range(4))
+    )
+    a, b = W.clone(), W.clone()
+    shrink_([(a, 0, 1)], 0.1, by_size=True)
+    shrink_([(b, 0, 1)], 0.4)
+    assert_close(a, b)
+
+
+def test_the_penalty_has_the_gradient_of_finite_differences_also_at_zero():
+    W = torch.randn(3, 4, 2, 2, dtype=torch.double)
+    W[1] = 0
+    W.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda w: group_lasso([(w, 0, 1), (w, 1, 1)], eps=1e-4), W)
+    group_lasso([(W, 0, 1), (W, 1, 1)]).backward()
+    assert W.grad.isfinite().all()
+
+
+def test_a_linear_layers_group_is_what_one_channel_owns():
+    W = torch.arange(12.0).view(2, 6)
+    expected = torch.stack([W[:, 0:3].norm(), W[:, 3:6].norm()])
+    assert_close(group_norms(W, 1, 3), expected)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
+def test_the_coefficient_makes_the_penalty_this_share_of_the_loss(ratio):
+    lam = coefficient(ratio, 2.3, 700.0)
+    assert lam * 700 / (2.3 + lam * 700) == pytest.approx(ratio, rel=1e-12)
+    assert coefficient(0.4, 1, 1) / coefficient(0.2, 1, 1) == pytest.approx(2.66667, rel=1e-5)
+
+
+# The proximal step
+
+
+def test_the_proximal_step_solves_its_own_problem():
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(5, 7, generator=g, dtype=torch.double)
+    kappa, old = 2.5, W.clone()
+    shrink_([(W, 0, 1)], kappa)
+    for o in range(5):  # argmin_w 1/2 ||w - old||^2 + kappa ||w||: the gradient is 0, or the sub-gradient holds it at 0
+        if W[o].any():
+            assert_close(W[o] - old[o] + kappa * W[o] / W[o].norm(), torch.zeros(7, dtype=torch.double))
+        else:
+            assert old[o].norm() <= kappa
+    assert (W == 0).all(1).any()
+    assert not (W == 0).all(1).all()
+
+
+def test_columns_of_a_flattened_picture_shrink_together():
+    W = torch.randn(4, 6, dtype=torch.double)
+    W[:, 3:] *= 0.01
+    shrink_([(W, 1, 3)], 0.5)
+    assert W[:, :3].abs().min() > 0
+    assert not W[:, 3:].any()
+
+
+@pytest.mark.parametrize("lam", [1e-3, 3e-3])
+def test_an_idle_group_is_gone_after_the_predicted_steps(lam):
+    W = nn.Parameter(torch.ones(1, 16, dtype=torch.double) / 4 * 1.4)
+    optimizer = torch.optim.SGD([W], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    predicted = shrink_steps(1.4, lam, 0.1, 0.9, 5e-4)
+    steps = 0
+    while W.any():
+        W.grad = torch.zeros_like(W)
+        optimizer.step()
+        shrink_([(W.data, 0, 1)], 0.1 * lam / (1 - 0.9))
+        steps += 1
+    assert steps == pytest.approx(predicted, rel=0.12)
+
+
+# Live channels and cuts
+
+
+def test_the_union_rule_keeps_what_anybody_writes_or_reads():
+    model = network()
+    node = surgery.trace(model)["stages.1.0.conv2"]
+    with torch.no_grad():
+        for name in node.producers:
+            model.get_submodule(name).weight[[0, 1, 2]] = 0
+        for name in node.consumers:
+            model.get_submodule(name).weight[:, [1, 2, 3]] = 0
+    assert live(node).tolist() == [True, False, False, True, True, True]  # 0 is read, 3 is written
+    with torch.no_grad():
+        model.get_submodule(node.producers[-1]).weight[1] = -1e-5
+    assert live(node).tolist()[:3] == [True, True, False]  # a negative weight is a weight
+    assert live(node, 1e-4).tolist()[:3] == [True, False, False]
+
+
+@pytest.mark.parametrize(("alive", "multiple", "expected"), [
+    ([1, 0, 1, 0, 1, 0, 0, 0], 1, [0, 2, 4]), ([1, 0, 1, 0, 1, 0, 0, 0], 4, [0, 1, 2, 4]), ([0] * 8, 4, [0, 1, 2, 3]),
+    ([1] * 5 + [0] * 3, 4, list(range(8))), ([0, 1], 16, [0, 1]), ([0, 0, 1], 1, [2]),
+])  # fmt: skip
+def test_cuts_leave_whole_multiples_and_every_live_channel(alive, multiple, expected):
+    assert kept(torch.tensor(alive).bool(), multiple).tolist() == expected
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_cutting_dead_channels_changes_nothing(multiple):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(X).sum().backward()
+    optimizer.step()
+    for node in surgery.trace(model).nodes:
+        with torch.no_grad():
+            for W, axis, _ in weights(model, places([node])):
+                W.index_fill_(axis, torch.tensor([1, 3]), 0)
+    flops = cost.step_flops(copy.deepcopy(model).to("meta"), (1, 8, 8))
+    before = outputs(model, X)
+    assert anything_dead(model, multiple=multiple)
+    done = prune_(model, optimizer, multiple=multiple)
+    assert not anything_dead(model, multiple=multiple)
+    assert models.describe(model) == {"widths": [2, 4, 6], "blocks": [[2], [4, 4], [6]], "stem": 2}
+    assert "stem 4 -> 2" in done
+    assert_close(outputs(model, X), before, atol=1e-5, rtol=0)
+    assert cost.step_flops(copy.deepcopy(model).to("meta"), (1, 8, 8)) < flops
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
+    assert prune_(model, optimizer, multiple=multiple) == []
+
+
+def test_a_dead_residual_path_is_removed_as_a_whole():
+    model = network()
+    with torch.no_grad():
+        model.stages[1][1].conv1.weight.zero_()
+        model.stages[1][1].conv2.weight.zero_()
+        model.stages[1][1].bn2.bias.fill_(0.3)
+    before = outputs(model, X)
+    assert anything_dead(model, multiple=16)
+    assert prune_(model, multiple=16) == ["residual path stages.1.1 removed"]
+    assert models.describe(model)["blocks"] == [[4], [6, 0], [8]]
+    assert_close(outputs(model, X), before, atol=1e-5, rtol=0)
+
+
+def test_a_path_whose_constant_has_nowhere_to_go_keeps_one_multiple():
+    model = models.build("torchvision.models:resnet18", 10, (3, 32, 32))
+    with torch.no_grad():
+        for block in (model.layer1[0], model.layer1[1]):
+            block.conv1.weight.zero_()
+            block.conv2.weight.zero_()
+        model.layer1[0].bn2.bias.fill_(0.3)
+    assert prune_(model, multiple=16) == ["residual path layer1.1 removed", "layer1.0.conv1 64 -> 16"]
+
+
+# In training
+
+
+@pytest.mark.parametrize("mode", ["proximal", "published"])
+def test_the_coefficient_is_taken_from_the_first_batch_and_kept(mode):
+    seen = []
+
+    class Look(Method):
+        def on_after_backward(self, run):
+            seen.append((float(run.loss), run.state[method]["lambda"]))
+
+        def on_fit_start(self, run):
+            seen.append(float(group_lasso(groups(run.model))))
+
+    method = PruneTrain(ratio=0.2, mode=mode)
+    train(network(), DATA, RECIPE, [method, Look()])
+    penalty, (loss, lam), *later = seen
+    assert lam * penalty / (loss + lam * penalty) == pytest.approx(0.2, rel=1e-5)
+    assert {x[1] for x in later} == {lam}
+
+
+def test_published_mode_follows_the_gradient_of_the_whole_loss():
+    gradients = {}
+
+    class Look(Method):
+        def on_after_backward(self, run):
+            if run.step == 0:
+                gradients["seen"] = {n: p.grad.clone() for n, p in run.model.named_parameters()}
+                gradients["lambda"] = run.state[method]["lambda"]
+
+    method = PruneTrain(mode="published")
+    model = network()
+    train(model, DATA, RECIPE, [method, Look()])
+    plain = {}
+
+    class Plain(Look):
+        def on_after_backward(self, run):
+            if run.step == 0:
+                plain.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
+
+    train(network(), DATA, RECIPE, [Plain()])
+    model = network()
+    (gradients["lambda"] * group_lasso(groups(model))).backward()
+    for name, p in model.named_parameters():
+        extra = 0 if p.grad is None else p.grad
+        assert_close(gradients["seen"][name], plain[name] + extra, atol=1e-6, rtol=1e-4)
+
+
+def test_a_ratio_of_zero_is_the_plain_training_bit_for_bit():
+    a, b = network(), network()
+    train(a, DATA, RECIPE, [PruneTrain(ratio=0.0)])
+    train(b, DATA, RECIPE)
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_training_prunes_and_cuts_change_no_accuracy():
+    checked = []
+
+    class Check(Method):
+        """Around the cut, which comes in the hook between."""
+
+        def on_epoch_end(self, run):
+            checked.append((run.structures, outputs(run.model, X)))
+
+    model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
+    history = train(model, DATA, LONG, [Check(), PruneTrain(scale=100.0, by_size=True, multiple=2), first := Check()])
+    assert isinstance(first, Check)
+    cuts = [(a, b) for a, b in zip(checked[::2], checked[1::2], strict=True) if a[0] != b[0]]
+    assert cuts
+    for (_, before), (_, after) in cuts:
+        assert_close(after, before, atol=1e-4, rtol=1e-3)
+    assert sum(sum(b) for b in history.structure["blocks"]) < 24
+    widths = history.events[-1]["widths"]
+    assert len(widths) == 5
+    assert all(w <= widths[0][n][0] for n, (w, _) in widths[-1].items() if n in widths[0])
+    plain = train(network(widths=(8, 8, 8), blocks=(1, 1, 1)), DATA, LONG)
+    assert history.flops < plain.flops
+
+
+def test_schedule_scales_by_the_sum_of_the_learning_rate():
+    seen = {}
+
+    class Look(Method):
+        def on_fit_end(self, run):
+            seen["lambda"] = run.state[method]["lambda"]
+            seen["steps"] = pt.lr_steps(run)
+
+    method = PruneTrain(scale="schedule")
+    train(network(), DATA, RECIPE, [method, Look()])
+    one = dict(seen)
+    method = PruneTrain()
+    train(network(), DATA, RECIPE, [method, Look()])
+    assert one["lambda"] / seen["lambda"] == pytest.approx(pt.PUBLISHED_LR_STEPS / seen["steps"])
+    recipe = Recipe(epochs=1, schedule="constant", warmup=0.0, lr=0.5, batch_size=32)
+    train(network(), DATA, recipe, [method, Look()])
+    assert seen["steps"] == pytest.approx(0.5 * (len(DATA.train) // 32))
+
+
+def test_the_batch_grows_with_what_was_pruned():
+    model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
+    history = train(model, DATA, LONG, [PruneTrain(scale=100.0, by_size=True, multiple=2, grow_batch=True)])
+    grown = [e for e in history.events if "batch" in e]
+    assert grown
+    assert grown[0]["batch"] > 16
+    assert grown[0]["batch"] % 8 == 0
+    assert history.steps < 40
+
+
+def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
+    class Stop(Method):
+        def __init__(self, at):
+            self.at = at
+
+        def on_batch(self, run, x, y):
+            if run.step == self.at:
+                self.at = -1
+                raise KeyboardInterrupt
+            return x, y
+
+        def __repr__(self):
+            return "Stop()"
+
+    def make():
+        return network(widths=(8, 8, 8), blocks=(1, 1, 1))
+
+    method = PruneTrain(scale=100.0, by_size=True, multiple=2, grow_batch=True)
+    whole = make()
+    history = train(whole, DATA, LONG, [method, Stop(-1)])
+    stop = Stop(history.steps - 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), DATA, LONG, [method, stop], checkpoint=tmp_path / "run.pt")
+    resumed = make()
+    again = train(resumed, DATA, LONG, [method, stop], checkpoint=tmp_path / "run.pt")
+    assert models.describe(resumed) == models.describe(whole) != models.describe(make())
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert again.events == history.events
+
+
+def test_settings_that_cannot_be_are_bad_input():
+    with pytest.raises(BadInput, match="unknown mode 'faithful'"):
+        PruneTrain(mode="faithful")
+    with pytest.raises(BadInput, match="ratio is 1"):
+        PruneTrain(ratio=1)
+    with pytest.raises(BadInput, match="unknown scale"):
+        PruneTrain(scale="much")
+    with pytest.raises(BadInput, match="multiple"):
+        PruneTrain(multiple=0)
+
+
+def test_a_network_without_channels_to_cut_is_no_effect():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 4))
+    with pytest.raises(NoEffect, match="PruneTrain: Sequential has no channels"):
+        train(model, DATA, RECIPE, [PruneTrain()])
