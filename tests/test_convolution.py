@@ -216,8 +216,9 @@ def test_gradients_from_some_slices_are_those_of_a_masked_dy(product, scale, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 5, 4, 2), (3, 5, 1, 1), (1, 5, 4, 4), (3, 1, 4, 4)])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_put_undoes_take(shape, dim, layout):
-    t = torch.randn(shape, generator=g()).contiguous(memory_format=LAYOUTS[layout])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_put_undoes_take(dtype, shape, dim, layout):
+    t = torch.randn(shape, generator=g()).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     index = torch.randperm(shape[dim], generator=g())[: max(1, shape[dim] - 1)]
     part = c.take(t, dim, index)
     assert torch.equal(part, t.index_select(dim, index))
