@@ -178,10 +178,10 @@ class _Product(torch.autograd.Function):
                 y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
             else:
                 y = product.forward(x, w, bias)
-        leaves, ctx.tree = tree_flatten((x, w, sampled))
-        ctx.tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        ctx.others = [leaf for leaf, is_tensor in zip(leaves, ctx.tensors, strict=True) if not is_tensor]
-        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        index, scale = sampled or (None, None)
+        ctx.number = None if isinstance(scale, torch.Tensor) else scale
+        leaves, ctx.tree = tree_flatten((x, w)) if a.operands else ((x, w), None)
+        ctx.save_for_backward(index, None if ctx.number is not None else scale, *leaves)
         ctx.product, ctx.a = product, a
         return y
 
@@ -189,8 +189,9 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         a, product = ctx.a, ctx.product
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        x, w, sampled = tree_unflatten([next(tensors if t else others) for t in ctx.tensors], ctx.tree)
+        index, scale, *leaves = ctx.saved_tensors
+        x, w = tree_unflatten(leaves, ctx.tree) if ctx.tree else leaves
+        scale = scale if ctx.number is None else ctx.number
         wants_x, wants_w, wants_b = ctx.needs_input_grad[:3]
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
@@ -204,8 +205,7 @@ class _Product(torch.autograd.Function):
                 dx = a.dx(dy, x, w, product)
             if wants_w and a.dw:
                 dw = a.dw(dy, x, w, product)
-            if sampled is not None:
-                index, scale = sampled
+            if index is not None:
                 dx = None if dx is None else put(dx, 1, index, ctx.channels)
                 dw = None if dw is None else put(weigh(dw, 1, scale), 1, index, ctx.channels)
         return *(g if g is None else g.to(dtype) for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)), None, None
