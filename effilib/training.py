@@ -86,6 +86,9 @@ class Method:
     def on_epoch_end(self, run):
         """After an epoch's last step, before its evaluation."""
 
+    def on_evaluation(self, run):
+        """Before an evaluation for the record, off the clock: make the model what evaluation expects, without training it."""
+
     def on_fit_end(self, run):
         """After the last step, before the last evaluation: leave a plain model behind."""
 
@@ -314,6 +317,8 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
 
         def evaluated():
             with run.clock.paused():
+                for hook in run._hooks["on_evaluation"]:
+                    hook(run)
                 row = {"step": run.step, "epoch": run.position / per_epoch, "lr": run.lr if run.step < run.steps else 0.0}
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
                 row["loss"], row["accuracy"] = evaluate(run.model, dataset, "validation", run.precision)

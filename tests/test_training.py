@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_a_fraction_of_an_epoch_ends_in_mid_epoch(epochs, steps):
     called = [hook for _, hook, _, _ in diary.calls]
     assert called.count("on_epoch_start") == called.count("on_epoch_end") == math.ceil(steps / 12)
     assert called.count("on_fit_end") == 1
-    assert called[-1] == "on_fit_end"
+    assert called[-2:] == ["on_fit_end", "on_evaluation"]
+    assert called.count("on_evaluation") == len(history.rows)
 
 
 def test_there_are_as_many_evaluations_as_asked_for_and_time_never_goes_back():
@@ -347,10 +349,28 @@ def test_hooks_are_called_in_their_order_and_methods_in_theirs():
         return [("a", hook), ("b", hook)]
 
     epoch = [both("on_epoch_start"), both("on_epoch_end")]
-    expected = [*both("on_fit_start"), *epoch[0], *12 * step, *epoch[1], *epoch[0], *step, *epoch[1], *both("on_fit_end")]
+    look = both("on_evaluation")
+    expected = [*both("on_fit_start"), *look, *epoch[0], *12 * step, *epoch[1], *epoch[0], *step, *epoch[1], *both("on_fit_end"), *look]
     assert [(name, hook) for name, hook, _, _ in a.calls] == expected
     assert [step for name, hook, _, step in a.calls if (name, hook) == ("a", "on_batch")] == list(range(13))
     assert [epoch for name, hook, epoch, _ in a.calls if (name, hook) == ("a", "on_epoch_start")] == [0, 1]
+
+
+def test_what_a_method_does_for_an_evaluation_is_seen_by_it_and_is_off_the_clock():
+    @dataclass(frozen=True)
+    class Break(Method):
+        """Makes every evaluation see a network whose last bias points at class 0."""
+
+        def on_evaluation(self, run):
+            time.sleep(0.3)
+            with torch.no_grad():
+                run.model.head.bias.copy_(torch.tensor([1e6, 0, 0, 0]))
+
+    _, history = trained(methods=[Break()], evaluations=4)
+    share = 100 * (DATA.validation.y == 0).double().mean().item()
+    assert [r["accuracy"] for r in history.rows] == pytest.approx([share] * 5)
+    assert history.raw_seconds < 5 * 0.3
+    assert "on_evaluation" not in history.kinds
 
 
 def test_a_method_that_only_watches_changes_nothing():
@@ -570,7 +590,7 @@ def test_a_methods_work_is_inside_the_clock_and_the_record_is_not():
         def on_epoch_end(self, run):
             import time
 
-            time.sleep(0.05)
+            time.sleep(0.3)
 
     def slow(row):
         import time

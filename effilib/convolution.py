@@ -1,0 +1,351 @@
+"""One product whose three parts can each be replaced: forward, dX and dW of a convolution or a linear layer.
+
+    y = approx_conv2d(x, w, padding=1, dw=my_dw)              # forward and dX exact, dW by my_dw
+    convert_(layers(model), {name: Approximation(...)}, owner) # in place, exact in eval mode
+
+Chapters 3.3 to 4.2 approximate what a convolution computes: fewer bits, fewer channels, a sparser gradient. All of them
+are an `Approximation`: up to six functions, each of which replaces one step of the product. Two methods on the same layer
+compose as long as they do not replace the same part. What is not replaced is computed as PyTorch computes it, and only
+where somebody asks for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from effilib.errors import BadInput, NoEffect
+
+aten = torch.ops.aten
+
+
+# The exact products
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """y = x * w with this geometry. x: (N, C, H, W), w: (O, C / groups, k, k), y and dy: (N, O, H', W')."""
+
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+
+    def _settings(self):
+        return list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups
+
+    def forward(self, x, w, bias=None):
+        return aten.convolution(x, w, bias, *self._settings())
+
+    def backward(self, dy, x, w, mask=(True, True)):
+        """(dX, dW), None where the mask says that it is not asked for. Of x (of w) only the shape is read where dW (dX) is not."""
+        return aten.convolution_backward(dy, x, w, None, *self._settings(), [*mask, False])[:2]
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """y = x w^T: what a linear layer computes. x: (N, C), w: (O, C), y and dy: (N, O)."""
+
+    groups: int = 1
+
+    def forward(self, x, w, bias=None):
+        return F.linear(x, w, bias)
+
+    def backward(self, dy, x, w, mask=(True, True)):
+        return dy @ w if mask[0] else None, dy.T @ x if mask[1] else None
+
+
+# Parts of them: of the operands only some slices take part. Index 0 of x and dy is the sample, index 1 the channel; w is (O, C, ...)
+
+
+def take(t, dim, index):
+    """The slices `index` (k,) of t along dim 0 or 1, laid out as t is."""
+    if _channels_last(t):
+        rows = t.permute(0, 2, 3, 1)  # (N, H, W, C), as it lies in memory
+        return (rows.index_select(0, index) if dim == 0 else _columns(rows, index)).permute(0, 3, 1, 2)
+    return _columns(t, index) if t.dim() == 2 and dim == 1 else t.index_select(dim, index)
+
+
+def put(t, dim, index, size):
+    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike) and 0 elsewhere."""
+    shape = [*t.shape[:dim], size, *t.shape[dim + 1 :]]
+    if not _channels_last(t):
+        return t.new_zeros(shape).index_copy_(dim, index, t)
+    rows = t.permute(0, 2, 3, 1)  # (N, H, W, k)
+    if dim == 0:
+        return rows.new_zeros([size, *rows.shape[1:]]).index_copy_(0, index, rows).permute(0, 3, 1, 2)
+    flat = rows.reshape(-1, len(index))
+    if t.dtype == torch.bfloat16 and t.device.type == "cpu":  # a product with 0 and 1, as exact as a scatter and faster
+        whole = flat @ F.one_hot(index, size).to(t.dtype)
+    else:
+        whole = flat.new_zeros(len(flat), size).scatter_(1, index.expand(len(flat), -1), flat)
+    return whole.view(*rows.shape[:3], size).permute(0, 3, 1, 2)
+
+
+def _channels_last(t):
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _columns(rows, index):
+    """(..., C) -> (..., k). `gather` is several times as fast as `index_select` along the last dimension on a CPU."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return flat.gather(1, index.expand(len(flat), -1)).view(*rows.shape[:-1], len(index))
+
+
+def weigh(t, dim, scale):
+    """t with slice i along dim multiplied by scale[i]; scale is a number, a vector or None (1)."""
+    if isinstance(scale, torch.Tensor):  # in the scale's own precision, rounded once
+        return (t * scale.view([-1 if d == dim else 1 for d in range(t.dim())])).to(t.dtype)
+    return t if scale is None else t * scale
+
+
+def dx_of_outputs(dy, x, w, product, index, scale=None):
+    """dX from the output channels `index` only, each weighed by its scale: sum_o scale_o dX^(o)."""
+    w = weigh(take(w, 0, index), 0, scale)  # w is smaller than dy
+    return product.backward(take(dy, 1, index), x, w, (True, False))[0]
+
+
+def dw_of_outputs(dy, x, w, product, index, scale=None):
+    """dW of the output channels `index` only, weighed; 0 in all others."""
+    part = product.backward(take(dy, 1, index), x, take(w, 0, index), (False, True))[1]
+    return put(weigh(part, 0, scale), 0, index, len(w))
+
+
+def dx_of_samples(dy, x, w, product, index, scale=None):
+    """dX of the samples `index` only, weighed; 0 in all others."""
+    part = product.backward(take(dy, 0, index), take(x, 0, index), w, (True, False))[0]
+    return put(weigh(part, 0, scale), 0, index, len(x))
+
+
+def dw_of_samples(dy, x, w, product, index, scale=None):
+    """dW from the samples `index` only, each weighed by its scale: sum_n scale_n dW^(n)."""
+    one = not isinstance(scale, torch.Tensor)  # for all: then dW, which is smaller, is weighed
+    dy = take(dy, 0, index) if one else weigh(take(dy, 0, index), 0, scale)
+    part = product.backward(dy, take(x, 0, index), w, (False, True))[1]
+    return weigh(part, 0, scale) if one else part
+
+
+# What may be replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approximation:
+    """The parts of a product that are replaced; None is exact. `product` is a `Convolution` or a `MatrixProduct`.
+
+    sample: (x, w) -> None or (index, scale): only these input channels take part, in all three products; the others get a
+        dX and dW of 0. The channel's contribution is multiplied by its scale (a vector, a number or None).
+    operands: (x, w) -> (x, w) as all three products see them, e.g. rounded; gradients pass straight through. They may be
+        trees of tensors, if forward, dx and dw are replaced by what understands them.
+    forward: (x, w, product) -> y. output_gradient: dy -> dy as dX and dW see it (the bias sees the exact one).
+    dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer skips the parameter.
+    """
+
+    sample: Callable | None = None
+    operands: Callable | None = None
+    forward: Callable | None = None
+    output_gradient: Callable | None = None
+    dx: Callable | None = None
+    dw: Callable | None = None
+
+    def __or__(self, other):
+        """Both at once. Raises `BadInput` where both replace the same part."""
+        given = {f.name: getattr(other, f.name) for f in fields(self) if getattr(other, f.name)}
+        both = [name for name in given if getattr(self, name)]
+        if both:
+            raise BadInput(f"two methods replace the same part of a layer's product ({', '.join(both)}): they cannot be combined")
+        return replace(self, **given)
+
+
+EXACT = Approximation()
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, product, a):
+        with torch.autocast(x.device.type, enabled=False):  # operands have been cast; a replacement's own numbers are its own affair
+            sampled = a.sample(x, w) if a.sample else None
+            ctx.channels, ctx.dtypes = x.shape[1], (x.dtype, w.dtype, None if bias is None else bias.dtype)
+            if sampled is not None:
+                index, scale = sampled
+                x, w = take(x, 1, index), weigh(take(w, 1, index), 1, scale)
+            if a.operands:
+                x, w = a.operands(x, w)
+            if a.forward:
+                y = a.forward(x, w, product)
+                y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+            else:
+                y = product.forward(x, w, bias)
+        index, scale = sampled or (None, None)
+        ctx.number = None if isinstance(scale, torch.Tensor) else scale
+        leaves, ctx.tree = tree_flatten((x, w)) if a.operands else ((x, w), None)
+        ctx.save_for_backward(index, None if ctx.number is not None else scale, *leaves)
+        ctx.product, ctx.a = product, a
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        a, product = ctx.a, ctx.product
+        index, scale, *leaves = ctx.saved_tensors
+        x, w = tree_unflatten(leaves, ctx.tree) if ctx.tree else leaves
+        scale = scale if ctx.number is None else ctx.number
+        wants_x, wants_w, wants_b = ctx.needs_input_grad[:3]
+        dx = dw = None
+        with torch.autocast(dy.device.type, enabled=False):
+            db = dy.sum([d for d in range(dy.dim()) if d != 1]) if wants_b else None
+            if a.output_gradient and (wants_x or wants_w):
+                dy = a.output_gradient(dy)
+            exact = (wants_x and not a.dx, wants_w and not a.dw)
+            if any(exact):
+                dx, dw = product.backward(dy, x, w, exact)
+            if wants_x and a.dx:
+                dx = a.dx(dy, x, w, product)
+            if wants_w and a.dw:
+                dw = a.dw(dy, x, w, product)
+            if index is not None:
+                dx = None if dx is None else put(dx, 1, index, ctx.channels)
+                dw = None if dw is None else put(weigh(dw, 1, scale), 1, index, ctx.channels)
+        return *(g if g is None else g.to(dtype) for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)), None, None
+
+
+def _apply(x, w, bias, product, a):
+    if torch.is_autocast_enabled(x.device.type) and not (a.operands or a.forward):  # as PyTorch's own layers do
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w, bias))
+    return _Product.apply(x, w, bias, product, a)
+
+
+def approx_conv2d(x, w, bias=None, *, stride=1, padding=0, dilation=1, groups=1, approximation=EXACT, **parts):
+    """`F.conv2d` with replaceable parts, e.g. `approx_conv2d(x, w, padding=1, dw=f)`; the names are those of `Approximation`.
+
+    x: (N, C, H, W), w: (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to `F.conv2d`, also
+    under autocast. Only the gradients that are asked for are computed; it cannot be differentiated twice.
+    """
+    pairs = (tuple(v) if isinstance(v, list | tuple) else (v, v) for v in (stride, padding, dilation))
+    return _apply(x, w, bias, Convolution(*pairs, groups), approximation | Approximation(**parts))
+
+
+def approx_linear(x, w, bias=None, *, approximation=EXACT, **parts):
+    """`F.linear` with replaceable parts. x: (..., C), w: (O, C) -> (..., O)."""
+    y = _apply(x.reshape(-1, x.shape[-1]), w, bias, MatrixProduct(), approximation | Approximation(**parts))
+    return y.view(*x.shape[:-1], len(w))
+
+
+# Layers
+
+
+class ApproxConv2d(nn.Conv2d):
+    """A convolution with the `approximations` of its owners; exact in eval mode."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        left, right, top, bottom = self._reversed_padding_repeated_twice  # "same" and "valid" in numbers
+        padding = (top, left)
+        if self.padding_mode != "zeros" or (left, top) != (right, bottom):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, (left, right, top, bottom), mode=mode), 0
+        y = approx_conv2d(
+            x if x.dim() == 4 else x[None], self.weight, self.bias, stride=self.stride, padding=padding, dilation=self.dilation,
+            groups=self.groups, approximation=merged(self),
+        )  # fmt: skip
+        return y if x.dim() == 4 else y[0]
+
+
+class ApproxLinear(nn.Linear):
+    """A linear layer with the `approximations` of its owners; exact in eval mode."""
+
+    def forward(self, x):
+        return approx_linear(x, self.weight, self.bias, approximation=merged(self)) if self.training else super().forward(x)
+
+
+APPROX = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
+PLAIN = {approx: plain for plain, approx in APPROX.items()}
+
+
+def merged(layer):
+    """All approximations of a layer as one."""
+    whole = EXACT
+    for a in layer.approximations.values():
+        whole = whole | a
+    return whole
+
+
+def layers(model, x=None, *, linear=False):
+    """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name -> module, in order.
+
+    The stem is the convolution that sees the image; the classifier is the last layer with weights. x: a batch of images,
+    by which the layers' true order and the stem are found (in eval mode, nothing is learned); without it the order in which
+    the model holds them. linear: linear layers too. A class of the user's own that is derived from `nn.Conv2d` or
+    `nn.Linear` stays as it is.
+    """
+    kinds = (*APPROX, *PLAIN)
+    named = {m: name for name, m in model.named_modules() if type(m) in kinds}
+    order, stem = list(named), set()
+    if x is not None:
+        order, hooks = [], []
+
+        def note(module, inputs, output):
+            if module not in order:
+                order.append(module)
+                if not inputs[0].requires_grad:
+                    stem.add(module)
+
+        for m in named:
+            hooks.append(m.register_forward_hook(note))
+        training = {m: m.training for m in model.modules()}
+        try:
+            with torch.enable_grad():
+                model.eval()(x)
+        finally:
+            for m, was in training.items():
+                m.training = was
+            for h in hooks:
+                h.remove()
+    stem.update(order[:1])
+    wanted = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
+    # a linear layer in the first place is no stem: it holds most of a perceptron's work
+    return {named[m]: m for m in order[:-1] if isinstance(m, wanted) and not (m in stem and isinstance(m, nn.Conv2d))}
+
+
+def convert_(chosen, approximations, owner, method):
+    """Give layers their approximations, in place: parameters, names and objects stay. Returns the names.
+
+    chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without one stays.
+    owner: whose they are, for `revert_`. Raises `NoEffect` if no layer gets one, `BadInput` where two owners replace the
+    same part.
+    """
+    names = [n for n in chosen if approximations.get(n, EXACT) != EXACT]
+    if not names:
+        raise NoEffect(f"{method}: no layer of this network matched (the stem and the classifier are left exact)")
+    for name in names:
+        m = chosen[name]
+        merged_with = merged(m) if type(m) in PLAIN else EXACT
+        _ = merged_with | approximations[name]  # refused before anything is changed
+    for name in names:
+        m = chosen[name]
+        if type(m) in APPROX:
+            m.__class__, m.approximations = APPROX[type(m)], {}
+        m.approximations = {**m.approximations, owner: approximations[name]}
+    return names
+
+
+def revert_(model, owner):
+    """Take the owner's approximations away again; layers without any become plain. Returns how many layers had one."""
+    mine = [m for m in model.modules() if type(m) in PLAIN and owner in m.approximations]
+    for m in mine:
+        m.approximations = {o: a for o, a in m.approximations.items() if o != owner}
+        if not m.approximations:
+            m.__class__ = PLAIN[type(m)]
+            del m.approximations
+    return len(mine)
+
+
+def on_device(generator, device):
+    """A generator that draws on `device`: itself, or on CUDA a new one that it seeds."""
+    if torch.device(device).type == generator.device.type:
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))

@@ -1,0 +1,265 @@
+"""Dynamic fixed point (Das et al. 2018, arXiv:1802.00930): integers with one shared exponent a tensor, multiplied as integers.
+
+A tensor becomes x ~ I 2^-scf: b-bit integers I and one exponent scf, taken from the largest magnitude anew at every use.
+Inputs, weights and output gradients of convolutions are rounded so; products of integers are summed in int32 over chains of
+bounded length, and the chains in fp32. Stem, classifier, BatchNorm, ReLU, weight gradients, momentum and master weights
+stay fp32. No loss scaling: the exponent follows the gradients by itself.
+
+The authors' 16-bit numbers leave two bits free, so that sums fit into int32: b = 14. With b = 16 sums overflow: that is
+caught, and the chain is shortened. Nothing here is emulated in fp32, which is not exact for such products: a 16-bit product
+is computed as four products of 8-bit halves, which processors have (`torch._int_mm`).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from effilib import convolution as conv
+from effilib.convolution import Approximation
+from effilib.errors import BadInput, choose
+from effilib.methods import Info
+from effilib.training import Method
+
+INFO = Info(
+    name="Dynamic fixed point",
+    name_de="Dynamisches Festkomma",
+    chapter="3.3",
+    paper="Das et al. 2018, arXiv:1802.00930",
+    claim="ImageNet classifiers trained with 16-bit integer products reach fp32's accuracy in the same number of iterations, with the "
+    "same hyper-parameters, 1.8x as fast on processors with such products.",
+    cost_model="Same products, on 16-bit integers; added: two passes over an operand, for its largest magnitude and to round it. Without "
+    "16-bit integer products each is four products of 8 bits.",
+)
+
+
+# Numbers
+
+
+class DFP(NamedTuple):
+    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel; nan if x was not finite."""
+
+    I: torch.Tensor  # noqa: E741  (the paper's symbol)
+    scf: torch.Tensor
+
+
+def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
+    """x (any shape, fp32) as b-bit integers with a shared exponent, or one for every slice along `dim`: a `DFP`.
+
+    max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I = round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest
+    number that would round up to 2^(b-1) gets the next exponent. Up to 16 bits; 16 end at 32,639, the largest number of two
+    signed bytes. rounding: "nearest" (half to even), or "stochastic": up with the probability of the fraction, E[I] = x 2^scf.
+    """
+    choose("rounding", rounding, ("nearest", "stochastic"))
+    if not 2 <= bits <= 16:
+        raise BadInput(f"dynamic fixed point: {bits} bits, choose from 2 to 16")
+    x = x.float()
+    m = x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True) if dim is not None else x.abs().amax()
+    scf = (bits - 1 - torch.frexp(m).exponent).clamp(max=126)  # 2^127 is the largest power of two
+    largest = 32639 if bits == 16 else 2 ** (bits - 1) - 1
+    top = torch.ldexp(m, scf)
+    scf = scf - (top >= largest + 0.5 if rounding == "nearest" else top > largest).to(scf.dtype)
+    scaled = torch.ldexp(x, scf)  # exact: a power of two
+    if rounding == "nearest":
+        I = scaled.round()  # noqa: E741
+    else:
+        low = scaled.floor()
+        u = torch.empty_like(x).uniform_(generator=generator and conv.on_device(generator, x.device))
+        I = low + (u < scaled - low)  # noqa: E741
+    return DFP(I.to(torch.int8 if bits <= 8 else torch.int16), torch.where(m.isfinite(), scf.float(), torch.nan))
+
+
+def dequantise(q):
+    """The numbers that a `DFP` stands for, in fp32."""
+    return torch.ldexp(q.I.float(), -q.scf)
+
+
+# Products of integers
+
+
+def halves(I):  # noqa: E741
+    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte, both signed."""
+    if I.dtype == torch.int8:
+        return [(I, 1)]
+    low = ((I + 128) & 255) - 128  # balanced: from -128 to 127
+    return [((I - low).div(256, rounding_mode="floor").to(torch.int8), 256), (low.to(torch.int8), 1)]
+
+
+def integer_mm(a, b):
+    """a b, exactly: (M, K) x (K, N) -> (M, N) in float64. a, b: parts, as `halves` gives them; K up to 2^17.
+
+    One int8 product into int32 for each pair of parts: 1 for int8 by int8, 4 for int16 by int16.
+    """
+    on_cpu = a[0][0].device.type == "cpu"
+    whole = 0.0
+    for part, factor in a:
+        for other, other_factor in b:
+            product = torch._int_mm(part, other) if on_cpu else part.double() @ other.double()  # CUDA's takes some sizes only
+            whole = whole + float(factor * other_factor) * product.double()
+    return whole
+
+
+def chained_mm(a, b, chain):
+    """a b with int32 sums over chains of at most `chain` products, the chains added up in fp32: (M, K) x (K, N) -> (M, N), fp32.
+
+    Raises `OverflowError` if the sum of a chain does not fit into int32, where hardware would wrap around unseen.
+    """
+    K, total = a[0][0].shape[1], None
+    for begin in range(0, K, chain):
+        end = min(begin + chain, K)
+        partial = integer_mm([(p[:, begin:end], f) for p, f in a], [(p[begin:end], f) for p, f in b])
+        if partial.numel() and partial.abs().max() >= 2**31:
+            raise OverflowError(f"dynamic fixed point: a chain of {end - begin} products does not fit into int32")
+        total = partial.float() if total is None else total + partial.float()
+    return total
+
+
+def columns(x, product, kernel):
+    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k C)."""
+    (height, width), (sh, sw), (ph, pw), (dh, dw) = kernel, product.stride, product.padding, product.dilation
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))  # (N, H + 2p, W + 2p, C)
+    N, H, W, C = rows.shape
+    out = (N, (H - dh * (height - 1) - 1) // sh + 1, (W - dw * (width - 1) - 1) // sw + 1)
+    n, h, w, c = rows.stride()
+    patches = rows.as_strided((*out, height, width, C), (n, h * sh, w * sw, h * dh, w * dw, c))
+    return patches.reshape(-1, height * width * C)
+
+
+def image(rows, N, H):
+    """(N H W, C) -> (N, C, H, W), channels last."""
+    return rows.view(N, H, -1, rows.shape[-1]).permute(0, 3, 1, 2)
+
+
+def out_size(x, w, product):
+    """(H', W') of a convolution's output."""
+    spans = zip(x.shape[2:], w.shape[2:], product.stride, product.padding, product.dilation, strict=True)
+    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans)
+
+
+def forward(x, w, product, chain):
+    """y = x * w of two `DFP`s, x: (N, C, H, W), w: (O, C, k, k) -> (N, O, H', W'), fp32. Chains run over taps and channels."""
+    a = [(columns(p, product, w.I.shape[2:]), f) for p, f in halves(x.I)]
+    b = [(p.permute(2, 3, 1, 0).reshape(-1, len(w.I)), f) for p, f in halves(w.I)]  # (k k C, O)
+    y = image(chained_mm(a, b, chain), len(x.I), out_size(x.I, w.I, product)[0])
+    return torch.ldexp(y, -(x.scf + w.scf.view(1, -1, 1, 1)))
+
+
+def backward_x(dy, x_shape, w, product, chain):
+    """dX: the convolution of dy, its pixels set apart by the stride, with the mirrored filter. Chains run over taps and outputs."""
+    stride, (height, width) = product.stride, dy.I.shape[2:]
+    spread = dy.I.new_zeros(*dy.I.shape[:2], (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1)
+    spread[:, :, :: stride[0], :: stride[1]] = dy.I
+    edges = []
+    for i in (1, 0):  # as F.pad counts: the last dimension first; negative cuts off
+        reach = product.dilation[i] * (w.I.shape[2 + i] - 1)
+        before = reach - product.padding[i]
+        edges += [before, x_shape[2 + i] + reach - before - spread.shape[2 + i]]
+    spread = F.pad(spread, edges)
+    full = conv.Convolution(dilation=product.dilation)
+    a = [(columns(p, full, w.I.shape[2:]), f) for p, f in halves(spread)]
+    b = [(p.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.I.shape[1]), f) for p, f in halves(w.I)]  # (k k O, C)
+    dx = image(chained_mm(a, b, chain), x_shape[0], x_shape[2])
+    return torch.ldexp(dx, -(dy.scf + w.scf.view(1, -1, 1, 1)))
+
+
+def backward_w(dy, x, w_shape, product, chain):
+    """dW, (O, C, k, k), fp32. Chains run over samples and pixels."""
+    rows = [(p.permute(0, 2, 3, 1).reshape(-1, p.shape[1]).T, f) for p, f in halves(dy.I)]  # (O, N H' W')
+    patches = [(columns(p, product, w_shape[2:]), f) for p, f in halves(x.I)]  # (N H' W', k k C)
+    dw = chained_mm(rows, patches, chain).view(w_shape[0], *w_shape[2:], w_shape[1]).permute(0, 3, 1, 2)
+    return torch.ldexp(dw, -(dy.scf.view(-1, 1, 1, 1) + x.scf.view(1, -1, 1, 1)))
+
+
+# Layers
+
+
+def with_shorter_chains(function, chains, key):
+    """function(chain) with the layer's chain; where a sum overflows the chain is halved, for good, and it is computed again."""
+    while True:
+        try:
+            return function(chains[key])
+        except OverflowError:
+            chains[key] = (chains[key] + 1) // 2
+
+
+def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generator=None):
+    """The `Approximation` that computes all three products with `DFP`s. chains: () -> dict "forward", "dX", "dW" -> length.
+
+    exponents: "tensor", one for each; or "channel": one for each slice that is not summed over, which differs from product to
+    product (w by output in the forward pass, by input in dX; x and dy by channel in dW), so that operands are rounded twice.
+    """
+    choose("exponents", exponents, ("tensor", "channel"))
+
+    def twice(t, first, second):
+        def rounded(dim):
+            return quantise(t, bits, dim=dim, rounding=rounding, generator=generator)
+
+        whole = rounded(first if exponents == "channel" else None)
+        return whole, rounded(second) if exponents == "channel" else whole
+
+    def dx(dy, x, w, product):
+        return with_shorter_chains(lambda chain: backward_x(dy[0], x[0].I.shape, w[1], product, chain), chains(), "dX")
+
+    def dw(dy, x, w, product):
+        return with_shorter_chains(lambda chain: backward_w(dy[1], x[1], w[0].I.shape, product, chain), chains(), "dW")
+
+    return Approximation(
+        operands=lambda x, w: (twice(x, None, 1), twice(w, 0, 1)),
+        forward=lambda x, w, product: with_shorter_chains(lambda chain: forward(x[0], w[0], product, chain), chains(), "forward"),
+        output_gradient=lambda dy: twice(dy, None, 1),
+        dx=dx,
+        dw=dw,
+    )
+
+
+def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point", **how):
+    """Compute all convolutions but stem and classifier in dynamic fixed point, in place.
+
+    chains: name -> dict "forward", "dX", "dW" -> length of a chain. how: see `fixed_point`. Grouped convolutions stay fp32.
+    Returns the names; raises `NoEffect` if no layer matched.
+    """
+    chosen = {n: m for n, m in conv.layers(model, x).items() if m.groups == 1}
+    made = {n: fixed_point(bits, lambda n=n: chains(n), **how) for n in chosen}
+    return conv.convert_(chosen, made, owner, "dynamic fixed point")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicFixedPoint(Method):
+    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with products rounded already.
+
+    exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of a 3x3 filter, the
+    authors' longest). master: keep weights and momentum in fp32, else they are rounded after every step.
+    """
+
+    bits: int = 14
+    exponents: str = "tensor"
+    rounding: str = "nearest"
+    chain: int = 256 * 9
+    master: bool = True
+
+    def on_fit_start(self, run):
+        if run.precision in ("bf16", "fp16"):
+            raise BadInput(f"dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not {run.precision!r}")
+        whole = {"forward": self.chain, "dX": self.chain, "dW": self.chain}
+        run.state[self] = {"chains": {}}
+        names = use_fixed_point_(
+            run.model, self.bits, lambda name: run.state[self]["chains"].setdefault(name, dict(whole)),
+            x=run.dataset.normalize(run.dataset.train.x[:2]), owner=self,
+            exponents=self.exponents, rounding=self.rounding, generator=run.generator(self),
+        )  # fmt: skip
+        run.state[self]["layers"] = names
+
+    def on_step_end(self, run):
+        if not self.master:
+            weights = [run.model.get_submodule(n).weight for n in run.state[self]["layers"]]
+            for w in weights:
+                for t in (w.data, run.optimizer.state[w]["momentum_buffer"]):
+                    t.copy_(dequantise(quantise(t, self.bits, rounding=self.rounding, generator=run.generator(self))))
+
+    def on_fit_end(self, run):
+        conv.revert_(run.model, self)
+        chains = run.state[self]["chains"]
+        shorter = {f"{n}, {p}": k for n, c in chains.items() for p, k in c.items() if k < self.chain}
+        text = ", ".join(f"{n} {k}" for n, k in shorter.items()) or "none"
+        run.log(self, f"{len(chains)} layers in {self.bits} bits; int32 chains shortened after an overflow: {text}", shortened=shorter)
