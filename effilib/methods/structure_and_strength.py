@@ -108,7 +108,7 @@ def learn_filters(patches, filters, structure, generator):
     What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
     """
     learner = {"dictionary": dictionary, "kmeans": kmeans}[structure]
-    patches = whiten(patches.float().cpu())
+    patches = whiten(patches)
     patches = patches[patches.norm(dim=1) > DEAD]  # flat ones tell nothing
     d = torch.zeros(filters, patches.shape[1])
     learned = min(filters, len(patches))
@@ -117,6 +117,16 @@ def learn_filters(patches, filters, structure, generator):
     dead = d.norm(dim=1) < DEAD
     d[dead] = torch.randn(int(dead.sum()), d.shape[1], generator=generator)
     return d * (2**0.5 / d.norm(dim=1, keepdim=True))
+
+
+def he_gain(w, patches):
+    """The factor that gives filters w (O, d) the mean square response to patches (M, d) that He's random filters would have.
+
+    Those answer with 2 mean(x^2). Learned ones point where the patches lie and answer several times as strongly: layer upon
+    layer activations would grow, and training diverge, although every filter has He's norm.
+    """
+    response, he = (patches @ w.T).square().mean(), 2 * patches.square().mean()
+    return float((he / response).sqrt()) if response > 0 else 1.0
 
 
 def plain_convolutions(model):
@@ -132,7 +142,8 @@ def learn_structure_(model, images, structure, generator, patches=10_000):
     """Set the filters of all convolutions to what is learned from the layer's own input, in the order in which images pass them.
 
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned when its input
-    arrives, so all layers before it have theirs. Biases and everything else stay. Returns {layer: number of patches}.
+    arrives, so all layers before it have theirs. They get He's norm, and per layer one factor that keeps the variance as He's
+    would (`he_gain`). Biases and everything else stay. Returns {layer: number of patches}.
     """
     choose("structure of filters", structure, STRUCTURES[1:])
     convs, seen, hooks = plain_convolutions(model), {}, []
@@ -140,9 +151,10 @@ def learn_structure_(model, images, structure, generator, patches=10_000):
     def learn(name):
         def hook(conv, inputs):
             if name not in seen:
-                found = cut_patches(inputs[0], conv, patches, generator)
+                found = cut_patches(inputs[0], conv, patches, generator).float().cpu()
                 seen[name] = len(found)
-                conv.weight.copy_(learn_filters(found, conv.out_channels, structure, generator).view_as(conv.weight))
+                w = learn_filters(found, conv.out_channels, structure, generator)
+                conv.weight.copy_((he_gain(w, found) * w).view_as(conv.weight))
 
         return hook
 

@@ -180,8 +180,9 @@ def test_each_layers_filters_come_from_its_own_input_with_the_layers_before_it_s
         hook = layer.register_forward_pre_hook(lambda m, i, inputs=inputs: inputs.append(i[0].detach()))
         slow(x)  # a whole forward pass for each layer
         hook.remove()
-        filters = learn_filters(cut_patches(inputs[0], layer, 200, draws), layer.out_channels, "kmeans", draws)
-        layer.weight.data = filters.view_as(layer.weight)
+        patches = cut_patches(inputs[0], layer, 200, draws)
+        filters = learn_filters(patches, layer.out_channels, "kmeans", draws)
+        layer.weight.data = (ss.he_gain(filters, patches) * filters).view_as(layer.weight)
         assert torch.allclose(layer.weight, mine.weight, atol=1e-5)
     other = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert all(k.endswith("weight") and before[k].dim() == 4 for k in other)  # no statistic, bias or classifier
@@ -209,6 +210,22 @@ def test_no_other_split_ever_enters_the_structure():
     same = replace(DATA, decide=short.decide, validation=short.validation, test=zero)
     assert all(torch.equal(a, b) for a, b in zip(first(DATA), first(same), strict=True))
     assert not torch.equal(first(DATA)[0], first(short)[0])
+
+
+def test_activations_keep_the_variance_that_hes_filters_would_give_them():
+    patches = torch.randn(2000, 3, generator=g()) @ torch.randn(3, 18, generator=g(1)) + 2  # they lie in few directions
+    random = torch.randn(5000, 18, generator=g(2))
+    random *= 2**0.5 / random.norm(dim=1, keepdim=True)
+    expected = (patches @ random.T).square().mean().item()
+    w = learn_filters(patches, 8, "kmeans", g())
+    assert ((ss.he_gain(w, patches) * w) @ patches.T).square().mean() == pytest.approx(expected, rel=0.1)
+    assert ss.he_gain(random, patches) == pytest.approx(1, abs=0.05)
+    assert ss.he_gain(w, torch.zeros(5, 18)) == 1
+    deep = models.build("convnet", 4, (1, 8, 8), widths=(16, 16, 16), bn=False)
+    learn_structure_(deep, images(), "kmeans", g(), patches=300)
+    other = models.build("convnet", 4, (1, 8, 8), widths=(16, 16, 16), bn=False)
+    mine, hes = (m(images()).square().mean() for m in (deep, other))
+    assert 0.1 < mine / hes < 10
 
 
 def test_networks_with_groups_shortcuts_and_dropout_are_learned_whole():
