@@ -39,14 +39,20 @@ def group_norms(W, axis, per=1):
     return torch.linalg.vector_norm(W.reshape(W.shape[0] // per, -1), dim=1)
 
 
-def group_weight(W, axis, per=1, by_size=False):
-    """What a group's norm counts: 1, or by size the root of its number of weights (Yuan & Lin 2006): small groups don't die first."""
-    return (W.numel() // W.shape[axis] * per) ** 0.5 if by_size else 1.0
+def group_weight(W, axis, per=1, weigh="equal"):
+    """What the norms of a layer's groups count: 1; by "size" the root of a group's number of weights (Yuan & Lin 2006); by "norm" their mean.
+
+    Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm" every layer shrinks by
+    the same share.
+    """
+    if weigh == "norm":
+        return group_norms(W, axis, per).detach().mean()
+    return (W.numel() // W.shape[axis] * per) ** 0.5 if weigh == "size" else 1.0
 
 
-def group_lasso(groups, eps=1e-8, by_size=False):
+def group_lasso(groups, eps=1e-8, weigh="equal"):
     """G(W) = sum over all groups of sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side."""
-    return sum(group_weight(*g, by_size) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
+    return sum(group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
 
 
 def coefficient(ratio, loss, penalty):
@@ -55,11 +61,16 @@ def coefficient(ratio, loss, penalty):
 
 
 @torch.no_grad()
-def shrink_(groups, kappa, by_size=False):
-    """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns."""
+def shrink_(groups, kappa, weigh="equal", keep_scale=False):
+    """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns.
+
+    keep_scale: each layer is scaled back to the norm that it had, so that only the groups' shares of it change.
+    """
     for W, axis, per in groups:
         norm = group_norms(W, axis, per)
-        factor = (1 - kappa * group_weight(W, axis, per, by_size) / norm.clamp_min(1e-12)).clamp_min_(0).repeat_interleave(per)
+        factor = (1 - kappa * group_weight(W, axis, per, weigh) / norm.clamp_min(1e-12)).clamp_min_(0).repeat_interleave(per)
+        if keep_scale:
+            factor *= norm.norm() / (factor.view(-1, per)[:, 0] * norm).norm().clamp_min(1e-12)
         W.mul_(factor.view([-1 if a == axis else 1 for a in range(W.dim())]))
 
 
@@ -72,12 +83,13 @@ def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
     return float(torch.log1p(torch.tensor(decay * norm / rate, dtype=torch.double))) / decay
 
 
-def places(nodes):
+def places(nodes, rule="union"):
     """Where the groups of these nodes lie: (layer, axis, columns per channel), all producers' rows, then all consumers' columns.
 
     A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases and BatchNorms.
+    rule: "readers" leaves the producers' rows out.
     """
-    rows = [(name, 0, 1) for node in nodes for name in node.producers if hasattr(node.layer(name), "weight")]
+    rows = [(name, 0, 1) for node in nodes for name in node.producers if hasattr(node.layer(name), "weight") and rule == "union"]
     return rows + [(name, 1, per) for node in nodes for name, per in node.consumers.items()]
 
 
@@ -87,10 +99,13 @@ def weights(model, places):
 
 
 @torch.no_grad()
-def live(node, threshold=0.0):
-    """(width,) bool: the union rule. A channel lives if any producer writes it or any consumer reads it with a weight above threshold."""
+def live(node, threshold=0.0, rule="union"):
+    """(width,) bool: a channel lives if any producer writes it or any consumer reads it with a weight above the threshold (union rule).
+
+    rule: by "readers" it lives if any consumer reads it. What nobody reads changes nothing, whatever is still written.
+    """
     alive = torch.zeros(node.width, dtype=torch.bool)
-    for W, axis, _ in weights(node.model, places([node])):
+    for W, axis, _ in weights(node.model, places([node], rule)):
         largest = W.movedim(axis, 0).reshape(node.width, -1).abs().amax(1)
         alive |= (largest > threshold).cpu()
     return alive
@@ -102,40 +117,40 @@ def kept(alive, multiple):
     return (~alive).int().argsort(stable=True)[:n].sort().values
 
 
-def dead_paths(structure, threshold=0.0):
+def dead_paths(structure, threshold=0.0, rule="union"):
     """Residual paths through which nothing flows, because all channels of a node inside are dead."""
     return [
         path for path in structure.paths
-        if any(not live(node, threshold).any() for node in structure.inner(path)) and surgery.can_remove(path)
+        if any(not live(node, threshold, rule).any() for node in structure.inner(path)) and surgery.can_remove(path)
     ]  # fmt: skip
 
 
-def anything_dead(model, threshold=0.0, multiple=1):
+def anything_dead(model, threshold=0.0, multiple=1, rule="union"):
     """Whether `prune_` would do anything."""
-    structure = surgery.trace(model)
-    return bool(dead_paths(structure, threshold)) or any(len(kept(live(n, threshold), multiple)) < n.width for n in structure.nodes)
+    found = surgery.trace(model)
+    return bool(dead_paths(found, threshold, rule)) or any(len(kept(live(n, threshold, rule), multiple)) < n.width for n in found.nodes)
 
 
-def prune_(model, optimizer=None, *, threshold=0.0, multiple=1):
+def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union"):
     """Cut the dead channels of `model`, and remove the residual paths that are dead as a whole. In place.
 
     Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead enough.
     """
     done = []
-    for path in dead_paths(surgery.trace(model), threshold):
+    for path in dead_paths(surgery.trace(model), threshold, rule):
         surgery.remove_path_(path, optimizer)
         done.append(f"residual path {path.name} removed")
     for node in surgery.trace(model).nodes:
-        index = kept(live(node, threshold), multiple)
+        index = kept(live(node, threshold, rule), multiple)
         if len(index) < node.width:
             done.append(f"{node.name} {node.width} -> {len(index)}")
             surgery.select_(node, index, optimizer)
     return done
 
 
-def widths(model):
-    """Channels of every node, and which share of them lives: dict name -> (width, live channels)."""
-    return {node.name: (node.width, int(live(node).sum())) for node in surgery.trace(model).nodes}
+def widths(model, rule="union"):
+    """Channels of every node, and how many of them live: dict name -> (width, live channels)."""
+    return {node.name: (node.width, int(live(node, rule=rule).sum())) for node in surgery.trace(model).nodes}
 
 
 def lr_steps(run):
@@ -147,19 +162,23 @@ def lr_steps(run):
 class PruneTrain(Method):
     """Penalise, and reconfigure every `every` epochs. Raises `NoEffect` if the network has no channels that could be cut.
 
-    ratio: r, the penalty's share of the loss on the first batch; published 0.2. mode: "proximal" or "published" (sub-gradient
-    through the loss, and a threshold). by_size: weigh each group by the root of its number of weights (an option of the authors'
-    code; by default all groups count alike). scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the
-    learning rate, so a run much shorter than the published 182 epochs prunes nothing with the published lambda;
-    "schedule" multiplies it by the published sum over this run's, so that a group shrinks as far in all. multiple: cuts leave
-    multiples of it; "auto" is 16 on a CPU, 8 on CUDA. until: share of the steps after which the penalty ends, so that what is left
-    recovers in a short run; in the paper it never ends.
+    Published are the first four and `every` (10 epochs on CIFAR, 5 on ImageNet); what follows is for runs far shorter than theirs.
+    ratio: r, the penalty's share of the loss on the first batch. mode: "published" (sub-gradient through the loss, and a threshold) or
+    "proximal". rule: "union", or "readers", see `live`; by readers only their columns are penalised. weigh: see `group_weight` ("equal",
+    or "size", an option of the authors' code). multiple: cuts leave multiples of it; "auto" is 16 on a CPU, 8 on CUDA.
     grow_batch: enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
+
+    scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the learning rate, so a short run prunes nothing with
+    the published lambda; "schedule" multiplies it by the published sum over this run's. until: share of the steps after which the penalty
+    ends, so that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also shrinks what lives, and under
+    BatchNorm smaller weights mean a larger effective learning rate.
     """
 
     ratio: float = 0.2
     mode: str = "proximal"
-    by_size: bool = False
+    rule: str = "union"
+    weigh: str = "equal"
+    keep_scale: bool = False
     scale: float | str = 1.0
     every: int = 1
     multiple: int | str = "auto"
@@ -168,6 +187,8 @@ class PruneTrain(Method):
 
     def __post_init__(self):
         choose("mode", self.mode, ("proximal", "published"))
+        choose("rule", self.rule, ("union", "readers"))
+        choose("weighing", self.weigh, ("equal", "size", "norm"))
         if not 0 <= self.ratio < 1:
             raise BadInput(f"PruneTrain: the ratio is {self.ratio}, it must lie in [0, 1)")
         if isinstance(self.scale, str):
@@ -184,7 +205,7 @@ class PruneTrain(Method):
         """The groups as they are now, found anew after every change of structure."""
         state = run.state[self]
         if state["structure"] != run.structures:
-            state["structure"], state["places"] = run.structures, places(surgery.trace(run.model).nodes)
+            state["structure"], state["places"] = run.structures, places(surgery.trace(run.model).nodes, self.rule)
         return weights(run.model, state["places"])
 
     def loss_terms(self, run):
@@ -192,12 +213,12 @@ class PruneTrain(Method):
         if state["lambda"] is None:
             scale = PUBLISHED_LR_STEPS / lr_steps(run) if self.scale == "schedule" else self.scale
             with torch.no_grad():
-                state["lambda"] = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, by_size=self.by_size)))
+                state["lambda"] = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
             run.log(
                 self, f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})", lam=state["lambda"]
             )
         if self.mode == "published" and state["lambda"] and self.active(run):
-            return state["lambda"] * group_lasso(groups, by_size=self.by_size)
+            return state["lambda"] * group_lasso(groups, weigh=self.weigh)
 
     def active(self, run):
         return run.position < self.until * run.planned
@@ -205,20 +226,21 @@ class PruneTrain(Method):
     def on_step_end(self, run):
         lam = run.state[self]["lambda"]
         if self.mode == "proximal" and lam and self.active(run):
-            shrink_(self.groups(run), run.lr * lam / (1 - run.recipe.momentum), self.by_size)
+            shrink_(self.groups(run), run.lr * lam / (1 - run.recipe.momentum), self.weigh, self.keep_scale)
 
     def on_epoch_end(self, run):
         state = run.state[self]
         if (run.epoch + 1) % self.every == 0 and run.step < run.steps:
             multiple = {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
             threshold = THRESHOLD if self.mode == "published" else 0.0
-            if anything_dead(run.model, threshold, multiple):
+            how = dict(threshold=threshold, multiple=multiple, rule=self.rule)
+            if anything_dead(run.model, **how):
                 done = []
-                run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, threshold=threshold, multiple=multiple)))
+                run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, **how)))
                 run.log(self, "; ".join(done), pruned=done)
                 self.enlarge(run, state)
         with run.clock.paused():  # for the record
-            state["history"].append(widths(run.model))
+            state["history"].append(widths(run.model, self.rule))
 
     def enlarge(self, run, state):
         """The published rule's aim: what the smaller network saves in memory, a larger batch takes up; lr grows with it."""

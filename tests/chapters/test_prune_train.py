@@ -20,7 +20,7 @@ def results(tmp_path, monkeypatch):
 
 
 def pruning(**settings):
-    return PruneTrain(**{"scale": 400.0, "by_size": True, "multiple": 2, **settings})
+    return PruneTrain(**{"scale": 400.0, "weigh": "size", "multiple": 2, **settings})
 
 
 def test_the_task_is_the_wide_one_with_a_margin_of_a_point():

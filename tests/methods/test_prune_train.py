@@ -77,18 +77,27 @@ def test_the_penalty_is_the_sum_of_norms_written_out():
     assert float(group_lasso(groups(model))) == pytest.approx(total, rel=1e-12)
 
 
-def test_by_size_weighs_each_group_by_the_root_of_its_size():
+def test_weighing_by_size_weighs_each_group_by_the_root_of_its_size():
     W = torch.randn(3, 4, 2, 2, dtype=torch.double)
     expected = sum(4.0 * (W[o].norm().square() + 1e-8).sqrt() for o in range(3))
-    assert_close(group_lasso([(W, 0, 1)], by_size=True), expected)
+    assert_close(group_lasso([(W, 0, 1)], weigh="size"), expected)
     V = torch.randn(3, 8, dtype=torch.double)
     assert_close(
-        group_lasso([(V, 1, 2)], by_size=True), sum(math.sqrt(6) * (V[:, 2 * c : 2 * c + 2].norm() ** 2 + 1e-8).sqrt() for c in range(4))
+        group_lasso([(V, 1, 2)], weigh="size"), sum(math.sqrt(6) * (V[:, 2 * c : 2 * c + 2].norm() ** 2 + 1e-8).sqrt() for c in range(4))
     )
     a, b = W.clone(), W.clone()
-    shrink_([(a, 0, 1)], 0.1, by_size=True)
+    shrink_([(a, 0, 1)], 0.1, weigh="size")
     shrink_([(b, 0, 1)], 0.4)
     assert_close(a, b)
+
+
+def test_weighing_by_norm_shrinks_every_layer_by_the_same_share():
+    W = torch.rand(4, 6, dtype=torch.double) + 1
+    V = 0.01 * W
+    shrink_([(W, 0, 1), (V, 0, 1)], 0.3, weigh="norm")
+    assert_close(V, 0.01 * W)
+    g = [(W, 0, 1), (W, 1, 2)]
+    assert_close(group_lasso(g, weigh="norm"), sum(group_norms(*x).mean() * group_lasso([x]) for x in g))
 
 
 def test_the_penalty_has_the_gradient_of_finite_differences_also_at_zero():
@@ -152,6 +161,18 @@ def test_an_idle_group_is_gone_after_the_predicted_steps(lam):
     assert steps == pytest.approx(predicted, rel=0.12)
 
 
+def test_a_layer_that_keeps_its_scale_only_shifts_its_shares():
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(4, 6, generator=g, dtype=torch.double)
+    W[:, 4:] *= 0.1
+    old, plain = W.clone(), W.clone()
+    shrink_([(W, 1, 2)], 1.0, keep_scale=True)
+    shrink_([(plain, 1, 2)], 1.0)
+    assert_close(W.norm(), old.norm())
+    assert_close(W / W.norm(), plain / plain.norm())
+    assert not W[:, 4:].any()
+
+
 # Live channels and cuts
 
 
@@ -168,6 +189,23 @@ def test_the_union_rule_keeps_what_anybody_writes_or_reads():
         model.get_submodule(node.producers[-1]).weight[1] = -1e-5
     assert live(node).tolist()[:3] == [True, True, False]  # a negative weight is a weight
     assert live(node, 1e-4).tolist()[:3] == [True, False, False]
+
+
+def test_by_readers_a_channel_lives_that_is_read_and_what_is_cut_changes_nothing():
+    model = network()
+    node = surgery.trace(model)["stages.1.0.conv2"]
+    with torch.no_grad():
+        for name in node.consumers:
+            model.get_submodule(name).weight[:, [1, 2, 3]] = 0
+        for name in node.producers:
+            model.get_submodule(name).weight[0] = 0
+    assert live(node, rule="readers").tolist() == [True, False, False, False, True, True]
+    assert live(node).all()
+    before = outputs(model, X)
+    assert prune_(model) == []
+    assert prune_(model, rule="readers") == ["stages.1.0.conv2 6 -> 3"]
+    assert_close(outputs(model, X), before, atol=1e-5, rtol=0)
+    assert {axis for _, axis, _ in places([node], "readers")} == {1}
 
 
 @pytest.mark.parametrize(("alive", "multiple", "expected"), [
@@ -289,12 +327,12 @@ def test_training_prunes_and_cuts_change_no_accuracy():
             checked.append((run.structures, outputs(run.model, X)))
 
     model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
-    history = train(model, DATA, LONG, [Check(), PruneTrain(scale=100.0, by_size=True, multiple=2), first := Check()])
+    history = train(model, DATA, LONG, [Check(), PruneTrain(scale=100.0, weigh="size", multiple=2), first := Check()])
     assert isinstance(first, Check)
     cuts = [(a, b) for a, b in zip(checked[::2], checked[1::2], strict=True) if a[0] != b[0]]
     assert cuts
     for (_, before), (_, after) in cuts:
-        assert_close(after, before, atol=1e-4, rtol=1e-3)
+        assert_close(after[1], before[1], atol=1e-4, rtol=1e-3)  # in training mode: a removed path's running statistics go with it
     assert sum(sum(b) for b in history.structure["blocks"]) < 24
     widths = history.events[-1]["widths"]
     assert len(widths) == 5
@@ -324,7 +362,7 @@ def test_schedule_scales_by_the_sum_of_the_learning_rate():
 
 def test_the_batch_grows_with_what_was_pruned():
     model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
-    history = train(model, DATA, LONG, [PruneTrain(scale=100.0, by_size=True, multiple=2, grow_batch=True)])
+    history = train(model, DATA, LONG, [PruneTrain(scale=100.0, weigh="size", multiple=2, grow_batch=True)])
     grown = [e for e in history.events if "batch" in e]
     assert grown
     assert grown[0]["batch"] > 16
@@ -349,7 +387,7 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     def make():
         return network(widths=(8, 8, 8), blocks=(1, 1, 1))
 
-    method = PruneTrain(scale=100.0, by_size=True, multiple=2, grow_batch=True)
+    method = PruneTrain(scale=100.0, weigh="size", multiple=2, grow_batch=True)
     whole = make()
     history = train(whole, DATA, LONG, [method, Stop(-1)])
     stop = Stop(history.steps - 1)
@@ -371,6 +409,10 @@ def test_settings_that_cannot_be_are_bad_input():
         PruneTrain(scale="much")
     with pytest.raises(BadInput, match="multiple"):
         PruneTrain(multiple=0)
+    with pytest.raises(BadInput, match="unknown rule"):
+        PruneTrain(rule="writers")
+    with pytest.raises(BadInput, match="unknown weighing"):
+        PruneTrain(weigh="mass")
 
 
 def test_a_network_without_channels_to_cut_is_no_effect():
