@@ -169,9 +169,10 @@ def ask(address, path, body=None):
     """What JupyterLab's server answers; it is asked again until it is up."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data, {"Authorization": "token t", "Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not the global one, which may know a proxy
     for _ in range(600):
         try:
-            with urllib.request.urlopen(request) as answer:
+            with opener.open(request) as answer:
                 return json.load(answer)
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ConnectionRefusedError):

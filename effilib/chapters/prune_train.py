@@ -22,7 +22,7 @@ from effilib.methods.prune_train import (
     shrink_steps,
     weights,
 )
-from effilib.training import LAYOUTS, autocast, resolve_precision, stream, train
+from effilib.training import LAYOUTS, autocast, resolve_layout, resolve_precision, stream, train
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 SHORTER = 0.8  # the control "dense, stopped early" trains for this share of the epochs: the time that the aim allows the method
@@ -183,7 +183,7 @@ def cost_table(task, dataset):
     """FLOPs and milliseconds of a training step with every node at a share of its width: predicted and measured speed-up."""
     recipe = task.recipe
     x, y = _batch(dataset, recipe.batch_size)
-    layout = LAYOUTS[recipe.memory_format]
+    layout = LAYOUTS[resolve_layout(recipe, task.device)]
     x, precision = x.contiguous(memory_format=layout), resolve_precision(recipe.precision, task.device)
     steps, flops = {}, {}
     for label, width in {
