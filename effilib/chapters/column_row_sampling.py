@@ -91,6 +91,7 @@ def check_estimates(draws=2000):
     """Bias and mean squared error of the scaled estimates against the formulas, on a convolution; and top-k's error against its bound."""
     g = stream(0, "numerics")
     x, w = torch.randn(4, 16, 8, 8, generator=g, dtype=torch.float64).relu(), torch.randn(8, 16, 3, 3, generator=g, dtype=torch.float64)
+    x *= torch.logspace(-1, 0.5, 16, dtype=torch.float64)[:, None, None]  # channels that differ
     terms = torch.stack([F.conv2d(x[:, c : c + 1], w[:, c : c + 1]) for c in range(16)])  # (C, N, O, H', W')
     exact, score, k, rows = terms.sum(0), (norms(x, 1) * norms(w, 1)).double(), 6, {}
     formula = {
@@ -226,7 +227,7 @@ def grid(task):
 
     found = [Arm(name="exact", role="baseline")]
     if task.preset not in ("study", "full"):
-        found += [arm(f"top-k, {r:.0%}", ratio=r) for r in RATIOS if r != 0.5]
+        return [*found, *(arm(f"top-k, {r:.0%}", ratio=r) for r in RATIOS if r != 0.5), arm("norm, unscaled", scheme="norm")]
     return [
         *found,
         arm("uniform, scaled", scheme="uniform", replacement=True, scaled=True),

@@ -212,7 +212,7 @@ def fewer(task):
         if blocks[deepest] > 1:
             blocks[deepest] -= 1
             return {"blocks": tuple(blocks)}
-        return {"widths": tuple(max(4, round(0.75 * w / 4) * 4) for w in task.widths["widths"])}
+        return {"widths": tuple(max(4, int(0.75 * w)) for w in task.widths["widths"])}
     return {}
 
 

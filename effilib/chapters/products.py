@@ -16,8 +16,8 @@ from effilib.training import LAYOUTS, autocast, native_bf16, resolve_layout, res
 
 WIDE = {  # convolutions of 128 to 256 channels, small maps: what a CPU trains in minutes
     "smoke": ((16,), (32,)),
-    "quick": ((128,), (128,), (256,)),
-    "study": ((64,), (128, 128), (256, 256)),
+    "quick": ((64,), (128,), (256,)),
+    "study": ((32,), (128, 128), (256, 256)),
     "full": ((128, 128), (256, 256), (256, 256)),
 }
 
@@ -25,7 +25,8 @@ WIDE = {  # convolutions of 128 to 256 channels, small maps: what a CPU trains i
 def wide(task, network="", **changes):
     """The task on a wide network; with the user's own `network` it stays on that. changes: of the task or its recipe."""
     if not network:
-        changes = {"network": "vgg", "widths": {"widths": WIDE[task.preset]}, "target": None, **changes}
+        held = task.held and min(task.held, 1000)  # twenty evaluations must not take longer than the training
+        changes = {"network": "vgg", "widths": {"widths": WIDE[task.preset]}, "target": None, "held": held, **changes}
     return task.but(**changes)
 
 

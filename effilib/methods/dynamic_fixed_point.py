@@ -55,14 +55,18 @@ def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
     if not 2 <= bits <= 16:
         raise BadInput(f"dynamic fixed point: {bits} bits, choose from 2 to 16")
     x = x.float()
-    m = x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True) if dim is not None else x.abs().amax()
+    if dim is None:
+        low, high = x.aminmax()
+        m = torch.maximum(-low, high)
+    else:
+        m = x.abs().amax([d for d in range(x.dim()) if d != dim], keepdim=True)
     scf = (bits - 1 - torch.frexp(m).exponent).clamp(max=126)  # 2^127 is the largest power of two
     largest = 32639 if bits == 16 else 2 ** (bits - 1) - 1
     top = torch.ldexp(m, scf)
     scf = scf - (top >= largest + 0.5 if rounding == "nearest" else top > largest).to(scf.dtype)
     scaled = torch.ldexp(x, scf)  # exact: a power of two
     if rounding == "nearest":
-        I = scaled.round()  # noqa: E741
+        I = scaled.round_()  # noqa: E741
     else:
         low = scaled.floor()
         u = torch.empty_like(x).uniform_(generator=generator and conv.on_device(generator, x.device))
@@ -82,8 +86,8 @@ def halves(I):  # noqa: E741
     """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte, both signed."""
     if I.dtype == torch.int8:
         return [(I, 1)]
-    low = ((I + 128) & 255) - 128  # balanced: from -128 to 127
-    return [((I - low).div(256, rounding_mode="floor").to(torch.int8), 256), (low.to(torch.int8), 1)]
+    low = I.to(torch.int8)  # wraps around: the low byte, signed
+    return [((I - low >> 8).to(torch.int8), 256), (low, 1)]
 
 
 def integer_mm(a, b):
@@ -91,12 +95,29 @@ def integer_mm(a, b):
 
     One int8 product into int32 for each pair of parts: 1 for int8 by int8, 4 for int16 by int16.
     """
-    on_cpu = a[0][0].device.type == "cpu"
-    whole = 0.0
-    for part, factor in a:
-        for other, other_factor in b:
-            product = torch._int_mm(part, other) if on_cpu else part.double() @ other.double()  # CUDA's takes some sizes only
-            whole = whole + float(factor * other_factor) * product.double()
+    return sum(float(factor) * product.double() for factor, product in _byte_products(a, b).items())
+
+
+def _byte_products(a, b):
+    """factor -> sum of the int8 products with that factor, (M, N) int32."""
+    sums, on_cpu = {}, a[0][0].device.type == "cpu"
+    for part, f in a:
+        for other, g in b:
+            product = torch._int_mm(part, other) if on_cpu else (part.double() @ other.double()).int()  # CUDA's takes some sizes only
+            sums[f * g] = sums[f * g].add_(product) if f * g in sums else product
+    return sums
+
+
+def int32_mm(a, b):
+    """a b as `integer_mm`, as int32. Raises `OverflowError` if a sum does not fit."""
+    sums = _byte_products(a, b)
+    if len(sums) > 1 and sum(f * p.abs().max().item() for f, p in sums.items()) >= 2**31:  # a bound; only beyond it look closely
+        largest = sum(float(f) * p.double() for f, p in sums.items()).abs().max()
+        if largest >= 2**31:
+            raise OverflowError(f"dynamic fixed point: a chain of {a[0][0].shape[1]} products does not fit into int32")
+    whole = None
+    for f, p in sums.items():
+        whole = p.mul_(f) if whole is None else whole.add_(p, alpha=f)  # may wrap around on the way, not at the end
     return whole
 
 
@@ -108,10 +129,8 @@ def chained_mm(a, b, chain):
     K, total = a[0][0].shape[1], None
     for begin in range(0, K, chain):
         end = min(begin + chain, K)
-        partial = integer_mm([(p[:, begin:end], f) for p, f in a], [(p[begin:end], f) for p, f in b])
-        if partial.numel() and partial.abs().max() >= 2**31:
-            raise OverflowError(f"dynamic fixed point: a chain of {end - begin} products does not fit into int32")
-        total = partial.float() if total is None else total + partial.float()
+        partial = int32_mm([(p[:, begin:end], f) for p, f in a], [(p[begin:end], f) for p, f in b]).float()
+        total = partial if total is None else total.add_(partial)
     return total
 
 
