@@ -21,7 +21,7 @@ EVALUATIONS = 1  # of a run of a grid, which is judged by its end
 # The sweep's best learning rates, the lower one where two lie within half a point: preset -> what is trained, of which filters.
 LR = {
     "quick": {"all": 0.05, "all, BatchNorm": 0.4, "strength": 0.4, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
-    "study": {"all": 0.2, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
+    "study": {"all": 0.2, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.1, "strength, learned": 0.4},
 }
 
 
