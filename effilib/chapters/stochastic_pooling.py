@@ -28,7 +28,7 @@ METHODS = {
 }
 SIZES = {"smoke": (64, 128), "quick": (500, 3500), "study": (500, 1000, 2000, 10_000), "full": (500, 1000, 2000, 50_000)}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}  # of a run of the grid
-VERDICT = {"smoke": (64, 4), "quick": (500, 200), "study": (1000, 800), "full": (1000, 2000)}  # images, updates
+VERDICT = {"smoke": (64, 4), "quick": (500, 150), "study": (1000, 800), "full": (1000, 2000)}  # images, updates
 
 
 def arms(task, bn=False):
@@ -42,15 +42,20 @@ def arms(task, bn=False):
 
 
 def verdict_task(task, bn=False):
-    """Few images, no BatchNorm: where the paper's claim is strongest."""
+    """Few images, no BatchNorm: where the paper's claim is strongest. The pilot for the target trains the same network."""
     images, updates = VERDICT[task.preset]
-    images = min(images, len(task.load().train))
-    return plain.at_size(task, images, updates, lr=plain.lr(task, "all, BatchNorm" if bn else "all"), target=None)
+    images = min(images, len(plain.load(task).train))
+    return plain.at_size(task, images, updates, lr=rate(task, bn), widths=plain.settings(task, bn), target=None)
+
+
+def rate(task, bn):
+    """The learning rate tuned for the network with or without BatchNorm."""
+    return plain.lr(task, "all, BatchNorm" if bn else "all")
 
 
 def sizes(task):
     """Numbers of training images, as far as there are so many."""
-    available = len(task.but(images=None).load().train)
+    available = len(plain.load(task.but(images=None)).train)
     return tuple(dict.fromkeys(min(n, available) for n in SIZES[task.preset]))
 
 
@@ -64,7 +69,7 @@ def grid(task):
     seeds, found = task.seeds if task.preset in ("study", "full") else 1, {}
     for name, bn in networks(task).items():
         for n in sizes(task):
-            cell = plain.at_size(task, n, UPDATES[task.preset], lr=plain.lr(task, "all, BatchNorm" if bn else "all"), target=None)
+            cell = plain.at_size(task, n, UPDATES[task.preset], lr=rate(task, bn), target=None)
             settings = plain.settings(task, bn)
             kinds = [
                 Arm(name=k, role="method" if i else "baseline", fit=partial(plain.fit, methods=METHODS[k], network=settings))

@@ -23,8 +23,8 @@ from effilib.models import seeded
 
 PER_CLASS = {"smoke": (6, 12), "quick": (10, 100), "study": (10, 50, 100, 300, 1000), "full": (10, 50, 100, 300, 1000)}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}
-VERDICT = {"smoke": (12, 4), "quick": (50, 200), "study": (50, 800), "full": (50, 2000)}  # samples per class, updates
-PATCHES = {"smoke": 500, "quick": 5000, "study": 10_000, "full": 20_000}
+VERDICT = {"smoke": (12, 4), "quick": (50, 150), "study": (50, 800), "full": (50, 2000)}  # samples per class, updates
+PATCHES = {"smoke": 500, "quick": 2000, "study": 5000, "full": 20_000}
 TRAINED = {"all": "all weights", "strength": "strength only"}
 
 
@@ -67,15 +67,16 @@ def arms(task):
 
 
 def verdict_task(task):
-    """Few samples per class: where the method should help most."""
+    """Few samples per class: where the method should help most. The pilot for the target trains as the baseline does."""
     per_class, updates = VERDICT[task.preset]
-    dataset = task.load()
-    return plain.at_size(task, min(per_class * dataset.classes, len(dataset.train)), updates, target=None)
+    dataset = plain.load(task)
+    images = min(per_class * dataset.classes, len(dataset.train))
+    return plain.at_size(task, images, updates, lr=plain.lr(task), widths=plain.settings(task, False), target=None)
 
 
 def grid(task):
     """Every arm at every number of samples per class: dict samples -> `Comparison`."""
-    seeds, dataset, found = task.seeds if task.preset in ("study", "full") else 1, task.but(images=None).load(), {}
+    seeds, dataset, found = task.seeds if task.preset in ("study", "full") else 1, plain.load(task.but(images=None)), {}
     for per_class in PER_CLASS[task.preset]:
         images = min(per_class * dataset.classes, len(dataset.train))
         cell = plain.at_size(task, images, UPDATES[task.preset], target=None)

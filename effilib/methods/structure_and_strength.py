@@ -64,11 +64,12 @@ def whiten(patches):
     return (patches - patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True, correction=0) + 0.1)
 
 
-def dictionary(patches, atoms, generator, alpha=1.0, passes=5):
+def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
     """min 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1, over patches X (M, d): D (atoms, d), by mini-batches (Mairal et al. 2009)."""
     from sklearn.decomposition import MiniBatchDictionaryLearning
 
-    first = _first(patches, atoms, generator)
+    first = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
+    first = (first / first.norm(dim=1, keepdim=True)).numpy()
     learner = MiniBatchDictionaryLearning(
         n_components=atoms, alpha=alpha, max_iter=passes, batch_size=256, fit_algorithm="cd", dict_init=first, random_state=_seed(generator)
     )
@@ -79,14 +80,8 @@ def kmeans(patches, atoms, generator):
     """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses one atom."""
     from sklearn.cluster import MiniBatchKMeans
 
-    first = _first(patches, atoms, generator)
-    learner = MiniBatchKMeans(n_clusters=atoms, init=first, n_init=1, max_iter=10, batch_size=1024, random_state=_seed(generator))
+    learner = MiniBatchKMeans(n_clusters=atoms, init="k-means++", n_init=1, max_iter=10, batch_size=1024, random_state=_seed(generator))
     return _fit(learner, patches).cluster_centers_
-
-
-def _first(patches, atoms, generator):
-    chosen = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
-    return (chosen / chosen.norm(dim=1, keepdim=True).clamp_min(DEAD)).numpy()
 
 
 def _seed(generator):
