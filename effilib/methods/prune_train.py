@@ -40,7 +40,7 @@ def group_norms(W, axis, per=1):
 
 
 def group_weight(W, axis, per=1, weigh="equal"):
-    """What a layer's norms count: 1; by "size" the root of a group's number of weights (Yuan & Lin 2006); by "norm" their mean.
+    """What the norms of a layer's groups count: 1; by "size" the root of a group's size (Yuan & Lin 2006); by "norm" their mean.
 
     Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm" every layer shrinks by
     the same share.

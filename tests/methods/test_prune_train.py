@@ -71,10 +71,10 @@ def test_the_penalty_is_the_sum_of_norms_written_out():
     for name, m in model.named_modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             if name != "head":
-                total += sum(math.sqrt(float(m.weight[o].pow(2).sum()) + 1e-8) for o in range(m.weight.shape[0]))
+                total += sum(math.sqrt(m.weight[o].pow(2).sum().item() + 1e-8) for o in range(m.weight.shape[0]))
             if name != "stem":
-                total += sum(math.sqrt(float(m.weight[:, i].pow(2).sum()) + 1e-8) for i in range(m.weight.shape[1]))
-    assert float(group_lasso(groups(model))) == pytest.approx(total, rel=1e-12)
+                total += sum(math.sqrt(m.weight[:, i].pow(2).sum().item() + 1e-8) for i in range(m.weight.shape[1]))
+    assert group_lasso(groups(model)).item() == pytest.approx(total, rel=1e-12)
 
 
 def test_weighing_by_size_weighs_each_group_by_the_root_of_its_size():
@@ -274,7 +274,7 @@ def test_the_coefficient_is_taken_from_the_first_batch_and_kept(mode):
             seen.append((float(run.loss), run.state[method]["lambda"]))
 
         def on_fit_start(self, run):
-            seen.append(float(group_lasso(groups(run.model))))
+            seen.append(group_lasso(groups(run.model)).item())
 
     method = PruneTrain(ratio=0.2, mode=mode)
     train(network(), DATA, RECIPE, [method, Look()])
