@@ -1,5 +1,6 @@
-"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop batches import series pooling`. Ratios of interleaved medians."""
+"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop pooling ...`. Ratios of interleaved medians."""
 
+import functools
 import statistics as stats
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from effilib import data, tasks
+from effilib.chapters import products
 from effilib.clock import elapsed, interleaved, steady_memory
 from effilib.data import Batches
+from effilib.methods import column_row_sampling
 from effilib.training import autocast, resolve_precision, stream, train
 
 
@@ -134,8 +137,37 @@ def pooling():
     print("pooling: aim for stochastic <= 3.5x")
 
 
+def _wide(size=16):
+    """A task and synthetic images (N, 3, size, size) for a network whose convolutions have 128 to 256 channels."""
+    task = tasks.task("study", "synthetic", batch_size=64, network="vgg", widths={"widths": ((128, 128), (256, 256))})
+    return task, data.synthetic(size=size, channels=3)
+
+
+def sampling():
+    """A step with half of the channels against the exact one, convolutions of 128 to 256 channels: aim at most 0.75x."""
+    task, dataset = _wide()
+    half = functools.partial(column_row_sampling.sample_columns_, ratio=0.5)
+    for p in products.formats():
+        variants = [products.Variant(name="exact", precision=p), products.Variant(name="half", precision=p, convert=half)]
+        times = products.pass_times(task, dataset, variants, repeats=41, seconds=30)
+        share = times["half"]["step"] / times["exact"]["step"]
+        aim = f"aim <= 0.75 in {products.formats()[0]}"
+        print(f"sampling, {p}: {times['half']['step']:.1f} of {times['exact']['step']:.1f} ms a step, {share:.2f}x ({aim})")
+
+
+def subsets():
+    """The backward pass with half of the slices against the exact one, the same network: aim at least 1.3x."""
+    from effilib.chapters import gradient_pruning
+
+    times = gradient_pruning.time_table(*_wide())[1]
+    for name, t in times.items():
+        exact = times[f"{name.split(',')[0]}, exact"]["backward"]
+        print(f"subsets, {name}: backward {t['backward']:.1f} ms, {exact / t['backward']:.2f}x (aim >= 1.3 where dX and dW are subsets)")
+
+
 if __name__ == "__main__":
-    known = {"loop": loop, "batches": batches, "import": imports, "series": series, "pooling": pooling}
+    known = {"loop": loop, "batches": batches, "import": imports, "series": series}
+    known |= {"pooling": pooling, "sampling": sampling, "subsets": subsets}
     for name in sys.argv[1:] or known:
         if name not in known:
             sys.exit(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")
