@@ -169,8 +169,9 @@ class Draw(torch.autograd.Function):
 
 def _scatter(dx, ds, places, geometry, tiles=False):
     """Add ds to dx at the drawn places; write it where windows do not overlap."""
-    r = places.to(ds.dtype)
-    for k, window in enumerate(geometry.windows(dx)):
+    windows = geometry.windows(dx)
+    r = places.to(ds.dtype if len(windows) <= 256 else torch.float32)  # what bf16 can count to
+    for k, window in enumerate(windows):
         drawn = torch.eq(r, k, out=torch.empty_like(r))
         if tiles:
             torch.mul(ds, drawn, out=window)
@@ -187,7 +188,7 @@ def chunks(shape):
 class StochasticPool2d(nn.MaxPool2d):
     """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode, dilation).
 
-    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
+    Its arguments come in `F.max_pool2d`'s order. Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
     at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout.
     layer: its name in the network, for messages. Raises `BadInput` for a negative input.
     """

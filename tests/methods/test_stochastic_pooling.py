@@ -291,7 +291,11 @@ def test_sixteen_bits_do_not_round_the_sums():
     x = torch.ones(2000, 1, 17, 17, dtype=torch.bfloat16)
     x[..., :16, :] = 0
     x[..., 16, 0] = 200.0
-    y = StochasticPool2d(17, generator=g())(x).float()
+    x.requires_grad_()
+    y = StochasticPool2d(17, generator=g())(x)
+    y.sum().backward()
+    assert torch.equal((x.grad * x).sum((2, 3)), y[..., 0, 0])  # nor is the number of a place rounded, of 289
+    y = y.detach().float()
     share = (y == 200).float().mean().item()
     assert share == pytest.approx(200 / 216, abs=5 * (200 / 216 * 16 / 216 / 2000) ** 0.5)
 
