@@ -188,7 +188,7 @@ def chunks(shape):
 class StochasticPool2d(nn.MaxPool2d):
     """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode, dilation).
 
-    Its arguments come in `F.max_pool2d`'s order. Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
+    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
     at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout.
     layer: its name in the network, for messages. Raises `BadInput` for a negative input.
     """
