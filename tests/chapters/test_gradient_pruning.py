@@ -62,7 +62,7 @@ def test_the_control_is_smaller():
 
 def test_the_grid_says_what_density_was_reached(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
-    t = TASK.but(epochs=2)
+    t = TASK.but(epochs=8)  # the queues of thresholds fill first
     found = compare(t, chapter.grid(t), quantity="time per step", seeds=1, illustration=True)
     losses = [found.histories(a.name)[0].rows[-1]["loss"] for a in found.arms]
     assert len(set(losses)) == len(losses)  # no two arms alike
