@@ -21,7 +21,13 @@ from effilib.convolution import (
     layers,
     revert_,
 )
+from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.methods.column_row_sampling import ColumnRowSampling
+from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
+from effilib.methods.gradient_approximation import GradientApproximation
+from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets
+from effilib.training import Recipe, train
 
 GEOMETRIES = {
     "3x3": dict(padding=1),
@@ -368,3 +374,48 @@ def test_a_converted_model_can_be_copied_and_saved(tmp_path):
     assert torch.equal(twin(images()), model(images()))
     torch.save(model.state_dict(), tmp_path / "w.pt")
     Net().load_state_dict(torch.load(tmp_path / "w.pt"))
+
+
+# Several methods at once
+
+
+DATA = synthetic(images=300)
+METHODS = {
+    "sampling": ColumnRowSampling(minimal=4),
+    "pruning": GradientPruning(fifo=0),
+    "subsets": GradientSubsets(),
+    "approximation": GradientApproximation(how="top", schedule="S3"),
+    "fixed point": DynamicFixedPoint(bits=10),
+}
+
+
+def trained(*methods, epochs=1):
+    model = models.build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
+    history = train(model, DATA, Recipe(epochs=epochs, batch_size=32, precision="fp32"), [METHODS[m] for m in methods])
+    return model, history
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_no_method_is_bit_equal_to_exact_training_and_combined_they_are_like_none_of_them():
+    """A convolution that silently computes the exact thing would be measured as "no loss of accuracy"."""
+    pairs = [("sampling", m) for m in ("pruning", "approximation", "fixed point")]
+    runs = [(), *((m,) for m in METHODS), *pairs, ("pruning", "approximation")]
+    found = {r: weights(trained(*r)[0]) for r in runs}
+    names = list(found)
+    assert [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if torch.equal(found[a], found[b])] == []
+
+
+def test_combined_methods_learn_and_all_of_them_leave():
+    model, history = trained("sampling", "pruning", "approximation", epochs=6)
+    assert history.accuracy > 80
+    assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
+    assert {e["method"] for e in history.events} == {"ColumnRowSampling", "GradientPruning", "GradientApproximation"}
+
+
+@pytest.mark.parametrize("pair", [("subsets", "approximation"), ("fixed point", "pruning"), ("fixed point", "approximation")])
+def test_methods_that_replace_the_same_part_are_refused(pair):
+    with pytest.raises(BadInput, match="cannot be combined"):
+        trained(*pair)

@@ -108,10 +108,15 @@ def _byte_products(a, b):
     return sums
 
 
+def _largest(t):
+    low, high = t.aminmax()
+    return max(-low.item(), high.item())
+
+
 def int32_mm(a, b):
     """a b as `integer_mm`, as int32. Raises `OverflowError` if a sum does not fit."""
     sums = _byte_products(a, b)
-    if len(sums) > 1 and sum(f * p.abs().max().item() for f, p in sums.items()) >= 2**31:  # a bound; only beyond it look closely
+    if len(sums) > 1 and sum(f * _largest(p) for f, p in sums.items()) >= 2**31:  # a bound; only beyond it look closely
         largest = sum(float(f) * p.double() for f, p in sums.items()).abs().max()
         if largest >= 2**31:
             raise OverflowError(f"dynamic fixed point: a chain of {a[0][0].shape[1]} products does not fit into int32")
@@ -199,6 +204,8 @@ def with_shorter_chains(function, chains, key):
         try:
             return function(chains[key])
         except OverflowError:
+            if chains[key] == 1:
+                raise
             chains[key] = (chains[key] + 1) // 2
 
 
