@@ -47,7 +47,8 @@ class Arm:
         task = task.but(**self.changes)
         if self.fit:
             return self.fit(task, seed)
-        return train(task.build(dataset, seed, **self.network), dataset, task.recipe, self.methods, seed)
+        model = task.build(dataset, seed, **self.network)
+        return train(model, dataset, task.recipe, self.methods, seed, evaluations=task.evaluations)
 
 
 def shared_machine():

@@ -55,7 +55,7 @@ def plain_log(axis, *, values=None):
 
 def accuracy_over_time(comparison):
     """Validation accuracy over seconds on the clock: each seed thin, the median thick, the target dashed."""
-    figure, (left, right) = new(2, width=9.5, height=3.8, width_ratios=(1, 1), sharex=True)
+    figure, (left, right) = new(2, width=9.5, height=4.1, width_ratios=(1, 1), sharex=True)
     colour = colours([a.name for a in comparison.arms])
     target = comparison.task.target
     for arm in comparison.arms:
@@ -77,7 +77,7 @@ def accuracy_over_time(comparison):
     left.set_ylabel("validation accuracy (%)")
     left.set_title("whole run")
     right.set_title(f"near the target ({target:g} %, dashed)" if target else "the end")
-    right.legend(loc="best", fontsize=9)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 

@@ -181,12 +181,18 @@ def header(info):
     return facts({f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)})
 
 
+def _digits(value):
+    if value != value:
+        return "–"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
 def table_html(frame):
-    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with four digits."""
+    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at least four digits."""
 
     def cell(value, tag="td"):
         number = isinstance(value, numbers.Number) and not isinstance(value, bool)
-        text = ("–" if value != value else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}") if number else html.escape(str(value))
+        text = _digits(value) if number else html.escape(str(value))
         return f"<{tag}>{text}</{tag}>" if number else f'<{tag} class="text" style="text-align: left">{text}</{tag}>'
 
     names = ["" if n is None else str(n) for n in frame.index.names]

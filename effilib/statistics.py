@@ -74,7 +74,7 @@ class Verdict:
 
     def record(self):
         """As a plain dict for `record.json`; what is not a number is null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return {k: (float(v) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def judge(

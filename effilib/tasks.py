@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from effilib import data, models, paths
 from effilib.errors import BadInput, choose
-from effilib.training import Recipe, stream
+from effilib.training import EVALUATIONS, Recipe, stream
 
 PRESETS = ("smoke", "quick", "study", "full")
 
@@ -22,7 +22,7 @@ class Task:
 
     images: training images taken (None: all). held: at most so many validation images are evaluated (None: all).
     target: validation accuracy in %, or None if a pilot has to find it. margin: points of accuracy that count as equal.
-    seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
+    evaluations: of the validation set in a run. seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
     """
 
     preset: str
@@ -34,6 +34,7 @@ class Task:
     margin: float = 0.5
     images: int | None = None
     held: int | None = None
+    evaluations: int = EVALUATIONS
     seeds: int = 5
     variant: str = "base"
     device: str = "cpu"

@@ -49,7 +49,8 @@ class Grown:
         model, before, teacher = self.teacher(task, dataset, seed)
         recipe = replace(task.recipe, epochs=self.epochs * task.recipe.epochs, lr=self.lr * task.recipe.lr, warmup=0.0)
         wider = before if self.factor < 1 else 1.0
-        student = train(model, dataset, recipe, [Net2Net(wider=wider, breaker=self.breaker, deeper=self.deeper)], seed)
+        methods = [Net2Net(wider=wider, breaker=self.breaker, deeper=self.deeper)]
+        student = train(model, dataset, recipe, methods, seed, evaluations=task.evaluations)
         return teacher + student if self.counted else student
 
     def teacher(self, task, dataset, seed):
@@ -61,7 +62,8 @@ class Grown:
             _teachers.clear()  # only the latest
             if task.network in models.NETWORKS:  # as wide as it is now
                 models.initialize_(model, stream(seed, "initial weights").initial_seed())
-            history = train(model, dataset, replace(task.recipe, epochs=self.taught * task.recipe.epochs), (), seed)
+            recipe = replace(task.recipe, epochs=self.taught * task.recipe.epochs)
+            history = train(model, dataset, recipe, (), seed, evaluations=task.evaluations)
             _teachers[key] = copy.deepcopy(model.state_dict()), history
         weights, history = _teachers[key]
         model.load_state_dict(weights)

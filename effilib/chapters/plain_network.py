@@ -17,7 +17,6 @@ from effilib.training import Method, evaluate, train
 
 NETWORK = "convnet"
 WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
-EVALUATIONS = 1  # of a run of a grid, which is judged by its end
 # The sweep's best learning rates, the lower one where two lie within half a point: preset -> what is trained, of which filters.
 LR = {
     "quick": {"all": 0.05, "all, BatchNorm": 0.4, "strength": 0.4, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
@@ -68,7 +67,7 @@ def fit(task, seed, methods=(), network=None, lr=None):
     dataset = load(task)
     recipe = task.recipe if lr is None else task.but(lr=lr).recipe
     model = task.build(dataset, seed, **(network or {}))
-    return train(model, dataset, recipe, (*methods, TrainingAccuracy()), seed, evaluations=EVALUATIONS)
+    return train(model, dataset, recipe, (*methods, TrainingAccuracy()), seed, evaluations=task.evaluations)
 
 
 def training_accuracy(history):

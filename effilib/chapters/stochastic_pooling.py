@@ -69,7 +69,7 @@ def grid(task):
     seeds, found = task.seeds if task.preset in ("study", "full") else 1, {}
     for name, bn in networks(task).items():
         for n in sizes(task):
-            cell = plain.at_size(task, n, UPDATES[task.preset], lr=rate(task, bn), target=None)
+            cell = plain.at_size(task, n, UPDATES[task.preset], lr=rate(task, bn), target=None, evaluations=1)
             settings = plain.settings(task, bn)
             kinds = [
                 Arm(name=k, role="method" if i else "baseline", fit=partial(plain.fit, methods=METHODS[k], network=settings))

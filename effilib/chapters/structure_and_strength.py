@@ -79,7 +79,7 @@ def grid(task):
     seeds, dataset, found = task.seeds if task.preset in ("study", "full") else 1, plain.load(task.but(images=None)), {}
     for per_class in PER_CLASS[task.preset]:
         images = min(per_class * dataset.classes, len(dataset.train))
-        cell = plain.at_size(task, images, UPDATES[task.preset], target=None)
+        cell = plain.at_size(task, images, UPDATES[task.preset], target=None, evaluations=1)
         kinds = [
             Arm(name=n, role="method" if i else "baseline", fit=partial(plain.fit, methods=methods, network=network, lr=lr))
             for i, (n, (methods, network, lr)) in enumerate(combinations(task).items())
