@@ -21,8 +21,8 @@ class Task:
     """Data, network and recipe of the baseline, and what counts as reaching it.
 
     images: training images taken (None: all). held: at most so many validation images are evaluated (None: all).
-    target: validation accuracy in %, or None if a pilot has to find it. margin: points of accuracy that count as equal.
-    evaluations: of the validation set in a run. seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
+    evaluations: of the validation set in a run. target: validation accuracy in %, or None if a pilot has to find it. margin: points of
+    accuracy that count as equal. seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
     """
 
     preset: str
