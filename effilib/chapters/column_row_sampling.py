@@ -31,6 +31,9 @@ VARIANTS = {
     "uniform, replacement, scaled": dict(scheme="uniform", replacement=True, scaled=True),
 }
 RATIOS = (0.75, 0.5, 0.3)
+# A step of the wide network takes several times as long as the task's, so the runs are shorter.
+RUNS = {"quick": dict(epochs=1.5, evaluations=8), "study": dict(epochs=2, evaluations=10)}
+GRID = {"quick": dict(epochs=1, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=1)}
 
 
 def by_hand():

@@ -36,6 +36,15 @@ LAYERS = {
     "study": (Conv(N=64, C=16, O=16, H=32, W=32), Conv(N=64, C=64, O=64, H=8, W=8), Conv(N=64, C=128, O=128, H=16, W=16)),
 }
 
+NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
+# An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a narrower network on smaller batches.
+RUNS = {"quick": dict(epochs=1, widths=NARROW, batch_size=32, lr=0.1, evaluations=5), "study": dict(epochs=1, evaluations=5)}
+GRID = {
+    "quick": RUNS["quick"] | dict(evaluations=1, seeds=1),
+    "study": dict(epochs=1, evaluations=1, seeds=3),
+    "full": dict(evaluations=1, seeds=3),
+}
+
 
 def by_hand():
     """Four numbers in 4 bits: the exponent, the integers, and what they stand for."""

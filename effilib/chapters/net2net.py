@@ -24,7 +24,16 @@ STUDENT = {
     "study": dict(epochs=0.5, lr=0.5),
     "full": dict(epochs=0.5, lr=0.5),
 }
-_teachers = {}  # (task, seed, factor) -> (weights, history): arms of one block share a teacher, and each takes it once
+_latest = {"block": None, "arms": set(), "kept": {}}
+
+
+def shared(task, seed, arm):
+    """What the arms of one block share, a dict: empty for another block, and where an arm asks again because its block is run again."""
+    block = repr((task, seed))
+    if block != _latest["block"] or arm in _latest["arms"]:
+        _latest.update(block=block, arms=set(), kept={})
+    _latest["arms"].add(arm)
+    return _latest["kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,7 @@ class Grown:
     The teacher is the task's network with `factor` of every width, trained by the task's recipe for `taught` times its epochs. The
     student grows back to the full widths before its first step (growth is on its clock) and trains for `epochs` times the recipe's
     epochs at `lr` times its learning rate. counted: put the teacher's training on the clock too. deeper: layers or blocks to add as well.
+    Teacher and student are trained once a block: the student whose teacher counts is the one whose teacher is given.
     """
 
     breaker: str = "noise"
@@ -45,27 +55,27 @@ class Grown:
     deeper: tuple = ()
 
     def __call__(self, task, seed):
-        dataset = task.load()
-        model, before, teacher = self.teacher(task, dataset, seed)
-        recipe = replace(task.recipe, epochs=self.epochs * task.recipe.epochs, lr=self.lr * task.recipe.lr, warmup=0.0)
-        wider = before if self.factor < 1 else 1.0
-        methods = [Net2Net(wider=wider, breaker=self.breaker, deeper=self.deeper)]
-        student = train(model, dataset, recipe, methods, seed, evaluations=task.evaluations)
-        return teacher + student if self.counted else student
+        dataset, kept = task.load(), shared(task, seed, self)
+        key = replace(self, counted=False)
+        model, before, teacher = self.teacher(task, dataset, seed, kept)
+        if key not in kept:
+            recipe = replace(task.recipe, epochs=self.epochs * task.recipe.epochs, lr=self.lr * task.recipe.lr, warmup=0.0)
+            method = Net2Net(wider=before if self.factor < 1 else 1.0, breaker=self.breaker, deeper=self.deeper)
+            kept[key] = train(model, dataset, recipe, [method], seed, evaluations=task.evaluations)
+        return teacher + kept[key] if self.counted else kept[key]
 
-    def teacher(self, task, dataset, seed):
-        """(trained teacher, the widths of the full network, its history). Trained once a block: the measured run is the one that counts."""
-        key = repr((task, seed, self.factor, self.taught))
+    def teacher(self, task, dataset, seed, kept):
+        """(trained teacher, the widths of the full network, its history)."""
+        key = self.factor, self.taught
         model = task.build(dataset, seed)
         before = thin_(model, self.factor)
-        if key not in _teachers:
-            _teachers.clear()  # only the latest
+        if key not in kept:
             if task.network in models.NETWORKS:  # as wide as it is now
                 models.initialize_(model, stream(seed, "initial weights").initial_seed())
             recipe = replace(task.recipe, epochs=self.taught * task.recipe.epochs)
             history = train(model, dataset, recipe, (), seed, evaluations=task.evaluations)
-            _teachers[key] = copy.deepcopy(model.state_dict()), history
-        weights, history = _teachers[key]
+            kept[key] = copy.deepcopy(model.state_dict()), history
+        weights, history = kept[key]
         model.load_state_dict(weights)
         return model, before, history
 
@@ -86,6 +96,11 @@ def arms(preset):
         found.insert(3, Arm(name="GradMax, teacher given", fit=Grown(**student, breaker="gradmax")))
         found.append(Arm(name="random pad, teacher given", role="control", fit=Grown(**student, breaker="random")))
     return found
+
+
+def judged(task):
+    """The task of the judged arms: in the quick preset with fewer evaluations."""
+    return task.but(evaluations=10) if task.preset == "quick" else task
 
 
 def with_epochs(task, arms):
@@ -325,4 +340,4 @@ def mean_times(comparison):
 
 def subset(task):
     """What the wider grid runs on: in the quick preset a third of the images."""
-    return task.but(images=task.images // 3, target=None) if task.preset == "quick" else task
+    return task.but(images=task.images // 3, evaluations=5, target=None) if task.preset == "quick" else task

@@ -12,6 +12,7 @@ from effilib.clock import elapsed, steady_memory, synchronize
 from effilib.convolution import EXACT, approx_conv2d
 from effilib.cost import Conv
 from effilib.data import Batches
+from effilib.statistics import interval
 from effilib.training import LAYOUTS, autocast, native_bf16, resolve_layout, resolve_precision, stream
 
 WIDE = {  # convolutions of 128 to 256 channels, small maps: what a CPU trains in minutes
@@ -28,6 +29,15 @@ def wide(task, network="", **changes):
         held = task.held and min(task.held, 1000)  # twenty evaluations must not take longer than the training
         changes = {"network": "vgg", "widths": {"widths": WIDE[task.preset]}, "target": None, "held": held, **changes}
     return task.but(**changes)
+
+
+def sized(task, sizes):
+    """The task in the size of one of a chapter's runs. sizes: preset -> changes.
+
+    widths are those of our own residual network; never more seeds than the task has. The target is a pilot's.
+    """
+    changes = {k: v for k, v in sizes.get(task.preset, {}).items() if k != "widths" or task.network == "resnet"}
+    return task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +169,12 @@ def say_conv(c: Conv):
     )
 
 
+def say_difference(differences):
+    """Mean difference with its 95 % interval: "-1.20 ± 0.35"; of one seed without."""
+    mean, low, _ = interval(differences)
+    return f"{mean:+.2f}" + (f" ± {mean - low:.2f}" if len(differences) > 1 else "")
+
+
 def final_table(comparison, notes=None):
     """What the arms ended at: accuracy of every arm with the difference to the baseline, step time and FLOPs."""
     rows = {}
@@ -168,7 +184,7 @@ def final_table(comparison, notes=None):
         rows[arm.name] = {
             "n": len(h),
             "accuracy %": stats.mean(x.accuracy for x in h),
-            "difference, points": "" if base else f"{stats.mean(comparison.differences(arm.name)):+.2f}",
+            "difference, points": "" if base else say_difference(comparison.differences(arm.name)),
             "step ms": 1e3 * stats.median(x.step_seconds for x in h),
             "FLOPs of a step": "1" if base else f"{1 / comparison.predicted(arm.name, per_step=True):.2f}",
             "diverged": "yes" if any(x.diverged for x in h) else "",

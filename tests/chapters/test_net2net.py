@@ -20,7 +20,7 @@ def results(tmp_path, monkeypatch):
 
 def test_a_student_starts_where_its_teacher_ended_and_the_teachers_time_can_be_counted():
     given, counted = Grown(breaker="none")(TASK, 0), Grown(breaker="none", counted=True)(TASK, 0)
-    model, before, teacher = Grown().teacher(TASK, DATA, 0)
+    model, before, teacher = Grown().teacher(TASK, DATA, 0, {})
     assert given.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1.5)
     assert given.structure == models.describe(TASK.build(DATA))
     assert models.describe(model)["widths"] == [4, 4, 4]
@@ -32,11 +32,16 @@ def test_a_student_starts_where_its_teacher_ended_and_the_teachers_time_can_be_c
     assert max(r["lr"] for r in given.rows) == pytest.approx(TASK.recipe.lr / 2)
 
 
-def test_arms_of_one_seed_share_a_teacher_and_another_seed_has_its_own():
-    a = Grown().teacher(TASK, DATA, 0)[2]
-    assert Grown(breaker="pair").teacher(TASK, DATA, 0)[2] is a
-    assert Grown().teacher(TASK, DATA, 1)[2] is not a
-    assert Grown().teacher(TASK, DATA, 0)[2].rows[-1]["loss"] == a.rows[-1]["loss"]
+def test_arms_of_one_block_share_teacher_and_student_and_a_block_that_is_run_again_has_its_own():
+    given, counted = Grown(breaker="none"), Grown(breaker="none", counted=True)
+    a, b = given(TASK, 0), counted(TASK, 0)
+    assert b.seconds - a.seconds == chapter._latest["kept"][given.factor, given.taught][1].seconds
+    kept = chapter.shared(TASK, 0, "another arm")
+    assert Grown(breaker="pair").teacher(TASK, DATA, 0, kept)[2] is given.teacher(TASK, DATA, 0, kept)[2]
+    again = given(TASK, 0)
+    assert again is not a
+    assert again.rows[-1]["loss"] == a.rows[-1]["loss"]
+    assert given(TASK, 1).rows[-1]["loss"] != a.rows[-1]["loss"]
 
 
 def test_every_arm_runs_and_is_counted():
