@@ -274,6 +274,19 @@ def merged(layer):
     return whole
 
 
+def probe(model, x, hooks, grad=False):
+    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was, whatever happens."""
+    training = {m: m.training for m in model.modules()}
+    try:
+        with torch.set_grad_enabled(grad):
+            model.eval()(x)
+    finally:
+        for m, was in training.items():
+            m.training = was
+        for h in hooks:
+            h.remove()
+
+
 def layers(model, x=None, *, linear=False):
     """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name -> module, in order.
 
@@ -296,15 +309,7 @@ def layers(model, x=None, *, linear=False):
 
         for m in named:
             hooks.append(m.register_forward_hook(note))
-        training = {m: m.training for m in model.modules()}
-        try:
-            with torch.enable_grad():
-                model.eval()(x)
-        finally:
-            for m, was in training.items():
-                m.training = was
-            for h in hooks:
-                h.remove()
+        probe(model, x, hooks, grad=True)
     stem.update(order[:1])
     wanted = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     # a linear layer in the first place is no stem: it holds most of a perceptron's work

@@ -28,6 +28,7 @@ from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets
 from effilib.training import Recipe, train
+from tests.common import g
 
 GEOMETRIES = {
     "3x3": dict(padding=1),
@@ -40,10 +41,6 @@ GEOMETRIES = {
 SCALES = [None, 2.0, torch.tensor([0.5, 3.0], dtype=torch.float64)]
 PRODUCTS = {"3x3": Convolution(padding=(1, 1)), "stride": Convolution(stride=(2, 2)), "linear": MatrixProduct()}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tensors(*, groups=1, k=3, dtype=torch.float64, layout="contiguous", n=3, channels=4, out=6, size=7):

@@ -41,7 +41,7 @@ NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
 RUNS = {"quick": dict(epochs=1, widths=NARROW, batch_size=32, lr=0.1, evaluations=5), "study": dict(epochs=1, evaluations=5)}
 GRID = {
     "quick": RUNS["quick"] | dict(evaluations=1, seeds=1),
-    "study": dict(epochs=1, evaluations=1, seeds=3),
+    "study": dict(epochs=1, evaluations=1, seeds=2),
     "full": dict(evaluations=1, seeds=3),
 }
 

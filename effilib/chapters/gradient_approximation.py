@@ -16,8 +16,8 @@ from effilib.models import stream
 from effilib.training import train
 
 SCHEDULES = ("S1", "S2", "S3")
-RUNS = {"quick": dict(epochs=2, evaluations=10), "study": dict(epochs=4)}
-GRID = {"quick": dict(epochs=0.5, evaluations=1, seeds=1), "study": dict(epochs=3, evaluations=1, seeds=2)}
+RUNS = {"quick": dict(epochs=2, evaluations=10), "study": dict(epochs=3)}
+GRID = {"quick": dict(epochs=0.5, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=2)}
 LAYERS = {  # large maps with few channels, and small ones with many
     "quick": (Conv(N=64, C=16, O=16, H=28, W=28), Conv(N=64, C=64, O=64, H=7, W=7), Conv(N=64, C=128, O=128, H=14, W=14)),
     "study": (

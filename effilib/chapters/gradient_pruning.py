@@ -30,8 +30,8 @@ from effilib.training import train
 
 RATES = (0.7, 0.8, 0.9, 0.99)
 # A pruned step draws a random number an element and takes several times as long as an exact one.
-RUNS = {"quick": dict(epochs=1.5, evaluations=10), "study": dict(epochs=5)}
-GRID = {"quick": dict(epochs=0.5, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=2)}
+RUNS = {"quick": dict(epochs=1.5, evaluations=10), "study": dict(epochs=4)}
+GRID = {"quick": dict(epochs=0.5, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=1)}
 SUBSETS = {
     "outputs for dX and dW": dict(dx="outputs", dw="outputs"),
     "outputs for dX, samples for dW": dict(dx="outputs", dw="samples"),

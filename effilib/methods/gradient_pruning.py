@@ -140,15 +140,7 @@ def placements(model, chosen, x):
             hooks.append(m.register_forward_hook(keep))
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
             hooks.append(m.register_forward_pre_hook(look))
-    training = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for m, was in training.items():
-            m.training = was
-        for h in hooks:
-            h.remove()
+    conv.probe(model, x, hooks)
     return place
 
 

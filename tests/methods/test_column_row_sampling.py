@@ -25,14 +25,11 @@ from effilib.methods.column_row_sampling import (
     squared_error,
 )
 from effilib.training import Method, Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
 DRAWS = 4000
-
-
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def matrices(n=20, mean=0.5):
@@ -43,10 +40,6 @@ def matrices(n=20, mean=0.5):
 
 def network(**settings):
     return models.build("resnet", 4, (1, 8, 8), **{"widths": (16, 16), "blocks": (1, 1), **settings})
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # Choosing terms
@@ -377,19 +370,7 @@ def test_backward_sampling_needs_no_reestimation():
 
 @pytest.mark.parametrize("name", ["topk", "bernoulli"])
 def test_a_resumed_run_ends_bit_equal(name, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt")
-    (a, ha), (b, hb) = trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt"), trained([ARMS[name], stop])
+    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [ARMS[name]], tmp_path / "run.pt")
     assert equal(a, b)
     assert ha.events == hb.events
 

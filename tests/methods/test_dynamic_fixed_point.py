@@ -25,6 +25,7 @@ from effilib.methods.dynamic_fixed_point import (
     use_fixed_point_,
 )
 from effilib.training import Method, Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
@@ -32,16 +33,8 @@ BITS = (16, 14, 10, 8, 6, 2)
 LONG = {"forward": 10**6, "dX": 10**6, "dW": 10**6}
 
 
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def network(**settings):
     return models.build("resnet", 4, (1, 8, 8), **{"widths": (8, 8), "blocks": (1, 1), **settings})
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # Numbers
@@ -374,19 +367,7 @@ def test_without_master_weights_all_that_is_kept_is_fixed_point():
 
 @pytest.mark.parametrize("name", ["16 bits", "stochastic"])
 def test_a_resumed_run_ends_bit_equal(name, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt")
-    (a, ha), (b, hb) = trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt"), trained([ARMS[name], stop])
+    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [ARMS[name]], tmp_path / "run.pt")
     assert equal(a, b)
     assert ha.events == hb.events
 

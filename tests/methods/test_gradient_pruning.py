@@ -1,7 +1,7 @@
 """Gradient pruning: unbiased, with the closed form's share of zeros, in the right place; and the structured subsets beside it."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,22 +29,15 @@ from effilib.methods.gradient_pruning import (
     threshold,
     zero_fraction,
 )
-from effilib.training import Method, Recipe, train
+from effilib.training import Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
 
 
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def network(**settings):
     return models.build("resnet", 4, (1, 8, 8), **{"widths": (8, 8), "blocks": (1, 1), **settings})
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # The pure functions
@@ -320,19 +313,7 @@ def test_subsets_learn_and_save_flops(name):
 
 @pytest.mark.parametrize("name", ["0.9", "outputs and samples"])
 def test_a_resumed_run_ends_bit_equal(name, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt")
-    (a, ha), (b, hb) = trained([ARMS[name], stop], checkpoint=tmp_path / "run.pt"), trained([ARMS[name], stop])
+    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [ARMS[name]], tmp_path / "run.pt")
     assert equal(a, b)
     assert ha.events == hb.events
 

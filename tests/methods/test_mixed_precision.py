@@ -24,21 +24,14 @@ from effilib.methods.mixed_precision import (
     round_to,
 )
 from effilib.training import Method, Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
 
 
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def network(seed=0):
     return models.build("resnet", 4, (1, 8, 8), seed=seed, widths=(8, 8), blocks=(1, 1))
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # Rounding
@@ -423,21 +416,9 @@ def test_a_method_that_looks_at_gradients_sees_them_unscaled():
 
 @pytest.mark.parametrize("method", [MixedPrecision(scale=2.0**30, interval=6), ARMS["no care"]], ids=["dynamic", "no care"])
 def test_a_resumed_run_has_its_scale_and_ends_bit_equal(method, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        trained([method, stop], checkpoint=tmp_path / "run.pt")
+    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [method], tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)["scaler"]
     assert (saved["S"] < 2.0**30) == (saved["skipped"] > 0) or method is ARMS["no care"]
-    (a, ha), (b, hb) = trained([method, stop], checkpoint=tmp_path / "run.pt"), trained([method, stop])
     assert equal(a, b)
     assert ha.events == hb.events
 

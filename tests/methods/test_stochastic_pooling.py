@@ -20,6 +20,7 @@ from effilib.errors import BadInput, NoEffect
 from effilib.methods import stochastic_pooling as sp
 from effilib.methods.stochastic_pooling import INFO, AveragePool2d, S3Pool2d, StochasticPool2d, StochasticPooling, replace_pools_
 from effilib.training import Method, Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="fp32")
@@ -29,10 +30,6 @@ GEOMETRIES = [
     for k, s, p, d, c, size in itertools.product((2, 3, (3, 2)), (None, 1, 2, 3), (0, 1), (1, 2), (False, True), ((7, 5), (8, 12)))
     if p == 0 or s != 1
 ]
-
-
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def image(*shape, seed=0, layout=torch.contiguous_format, dtype=torch.float32):
@@ -465,22 +462,8 @@ def test_layers_can_be_copied_and_pickled():
 
 @pytest.mark.parametrize("kind", sp.KINDS)
 def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(kind, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
-    stop, method = Stop(), StochasticPooling(kind=kind)
-    with pytest.raises(KeyboardInterrupt):
-        train(network(), DATA, RECIPE, [method, stop], checkpoint=tmp_path / "run.pt")
-    resumed, whole = network(), network()
-    train(resumed, DATA, RECIPE, [method, stop], checkpoint=tmp_path / "run.pt")
-    train(whole, DATA, RECIPE, [method, stop])
-    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
+    (resumed, _), (whole, _) = resumed_and_whole(network, DATA, RECIPE, [StochasticPooling(kind=kind)], tmp_path / "run.pt")
+    assert equal(resumed, whole)
     checkpoint.save_model(tmp_path / "model.pt", whole, "convnet", 4, (1, 8, 8))
     assert len(checkpoint.load_model(tmp_path / "model.pt").state_dict()) == len(whole.state_dict())
 

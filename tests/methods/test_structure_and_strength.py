@@ -26,14 +26,11 @@ from effilib.methods.structure_and_strength import (
     whiten,
 )
 from effilib.training import Method, Recipe, train
+from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="fp32")
 FEW = dict(patches=300, images=100)
-
-
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def network(seed=0, bn=False):
@@ -539,22 +536,9 @@ def test_random_filters_with_all_weights_are_no_method():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_bit_equal(name, tmp_path):
-    @dataclass(frozen=True)
-    class Stop(Method):
-        done: list = field(default_factory=list, hash=False, compare=False, repr=False)
-
-        def on_epoch_start(self, run):
-            if run.epoch == 1 and not self.done:
-                self.done.append(1)
-                raise KeyboardInterrupt
-
     method, bn = METHODS[name]
-    stop, resumed, whole = Stop(), network(bn=bn), network(bn=bn)
-    with pytest.raises(KeyboardInterrupt):
-        train(network(bn=bn), DATA, RECIPE, [method, stop], checkpoint=tmp_path / "run.pt")
-    a = train(resumed, DATA, RECIPE, [method, stop], checkpoint=tmp_path / "run.pt")
-    b = train(whole, DATA, RECIPE, [method, stop])
-    assert all(torch.equal(p, q) for p, q in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
+    (resumed, a), (whole, b) = resumed_and_whole(lambda: network(bn=bn), DATA, RECIPE, [method], tmp_path / "run.pt")
+    assert equal(resumed, whole)
     assert [e["text"] for e in a.events] == [e["text"] for e in b.events]
 
 
