@@ -102,7 +102,7 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
             values.append(foreseen)
     axes.axvline(1, color="black", lw=1)
     if claim:
-        axes.axvline(claim, color="black", lw=1, ls=":", label=f"aim {claim:g}x")
+        axes.axvline(claim, color="black", lw=1, ls=":", label=f"aim {claim:.3g}x")
         values.append(claim)
     low, high = min(values) / 1.15, max(values) * 1.15
     axes.set_xscale("log")

@@ -113,7 +113,7 @@ def check_estimates(draws=2000):
         measured = torch.stack(squared).mean()
         rows[name] = {
             "|mean - exact| / |exact|": f"{(mean - exact).norm() / exact.norm():.4f}",
-            "expected of an unbiased one": f"{error:.4f}",
+            "of an unbiased one, root mean square": f"{error:.4f}",
             "mean squared error": f"{measured:.1f}",
             "by formula": f"{expected:.1f}",
         }
@@ -121,7 +121,7 @@ def check_estimates(draws=2000):
     rest = torch.ones(16, dtype=torch.bool).index_fill_(0, index, False)
     rows["top-k"] = {
         "|mean - exact| / |exact|": f"{(terms[rest].sum(0)).norm() / exact.norm():.4f}",
-        "expected of an unbiased one": "biased",
+        "of an unbiased one, root mean square": "biased",
         "mean squared error": f"{terms[rest].sum(0).square().sum():.1f}",
         "by formula": f"at most {(3 * score[rest].sum()) ** 2:.1f}",
     }

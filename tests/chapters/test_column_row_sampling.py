@@ -36,7 +36,7 @@ def test_estimates_agree_with_the_formulas():
     table = chapter.check_estimates(400)
     for name in table.index[:3]:
         assert float(table.loc[name, "mean squared error"]) == pytest.approx(float(table.loc[name, "by formula"]), rel=0.2)
-    assert table.loc["top-k", "expected of an unbiased one"] == "biased"
+    assert table.loc["top-k", "of an unbiased one, root mean square"] == "biased"
 
 
 def test_the_fast_path_is_the_slow_one():
