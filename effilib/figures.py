@@ -86,7 +86,7 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
 
     verdicts: `Verdict`s. predicted: dict arm -> ratio. claim: the figure fixed before running, dotted.
     """
-    figure, axes = new(width=8.0, height=1.5 + 0.5 * max(1, len(verdicts)))
+    figure, axes = new(width=8.0, height=1.7 + 0.5 * max(1, len(verdicts)))
     values = [1.0]
     for y, v in enumerate(verdicts):
         foreseen = (predicted or {}).get(v.arm, math.nan)
@@ -111,7 +111,7 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     axes.set_yticks(range(len(verdicts)), [v.arm for v in verdicts])
     axes.set_ylim(len(verdicts) - 0.4, -0.6)
     if verdicts:
-        axes.set_xlabel(f"speed-up in {verdicts[0].quantity} against {verdicts[0].against} (x, log scale; right of 1 is faster)")
+        axes.set_xlabel(f"speed-up in {verdicts[0].quantity} against {verdicts[0].against}\n(x, log scale; right of 1 is faster)")
     axes.set_title(title)
     once = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # label -> handle
     if once:

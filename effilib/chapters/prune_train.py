@@ -246,6 +246,7 @@ def widths_figure(comparison, dataset):
             ax.text(len(epochs) - 0.4, i, f"{begin[n][0]} → {epochs[-1].get(n, (0, 0))[0]}", va="center", fontsize=8)
         ax.set_title(arm.name)
         ax.set_xlabel("epoch")
+        ax.set_xticks(range(0, len(epochs), 1 + len(epochs) // 8))
         ax.grid(False)
         ax.set_yticks(range(len(nodes)), [n if len(n) < 26 else "..." + n[-23:] for n in nodes], fontsize=8)
     figure.colorbar(image, ax=axes[0].tolist(), label="share of the channels", pad=0.16 if len(pruned) == 1 else 0.1)
