@@ -4,6 +4,7 @@ With 3-10 seeds a percentile bootstrap covers far too little; the interval is St
 on paired logarithms of the ratio.
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 
@@ -51,6 +52,11 @@ def time_to_target(rows, target, value="seconds"):
             share = (target - a["accuracy"]) / (b["accuracy"] - a["accuracy"])
             return a[value] + share * (b[value] - a[value])
     return None
+
+
+def held(rows):
+    """The highest accuracy that two evaluations in a row hold: every target up to it counts as reached."""
+    return max(min(a["accuracy"], b["accuracy"]) for a, b in itertools.pairwise(rows))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 
 from effilib import data, paths
 from effilib.clock import now
+from effilib.statistics import held
 from effilib.tasks import recorded_tuning, task
 from effilib.training import train
 
@@ -79,11 +80,6 @@ def best(rows):
         groups.setdefault((r["epochs"], r["lr"], r["weight_decay"]), []).append(r["accuracy"])
     means = [dict(epochs=e, lr=lr, weight_decay=wd, accuracy=sum(a) / len(a), low=min(a), n=len(a)) for (e, lr, wd), a in groups.items()]
     return [max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"]) for e in sorted({m["epochs"] for m in means})]
-
-
-def held(rows):
-    """The highest accuracy that two evaluations in a row hold: every target up to it counts as reached."""
-    return max(min(a["accuracy"], b["accuracy"]) for a, b in itertools.pairwise(rows))
 
 
 def find_target(preset, dataset, variant="base", *, seeds=range(1000, 1005), step=0.5, report=print, **setting):

@@ -19,6 +19,7 @@ from effilib.statistics import (
     SHARED,
     SLOWER,
     SMOKE,
+    held,
     interval,
     judge,
     lower_bound,
@@ -282,3 +283,8 @@ def test_a_record_is_strict_json(n):
     assert record["quantity"] == "time per step"
     assert (record["low"] is None) == (n == 1)
     assert (record["accuracy_low"] is None) == (n == 1)
+
+
+def test_a_target_is_held_by_two_evaluations_in_a_row():
+    assert held([{"accuracy": a} for a in (10, 95, 90, 91, 93, 92)]) == 92
+    assert held([{"accuracy": a} for a in (10, 90)]) == 10

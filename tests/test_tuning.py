@@ -101,11 +101,6 @@ def test_the_best_setting_of_each_number_of_epochs_has_the_highest_mean():
     assert tuning.best([]) == []
 
 
-def test_a_target_is_held_by_two_evaluations_in_a_row():
-    assert tuning.held([{"accuracy": a} for a in (10, 95, 90, 91, 93, 92)]) == 92
-    assert tuning.held([{"accuracy": a} for a in (10, 90)]) == 10
-
-
 def test_the_target_is_what_all_seeds_hold_rounded_down_and_is_written_down(folder):
     said = []
     target = tuning.find_target("smoke", "synthetic", seeds=(1000, 1001), step=0.5, report=said.append, epochs=3, lr=0.1, weight_decay=5e-4)
