@@ -32,8 +32,8 @@ VARIANTS = {
 }
 RATIOS = (0.75, 0.5, 0.3)
 # A step of the wide network takes several times as long as the task's, so the runs are shorter.
-RUNS = {"quick": dict(epochs=1.5, evaluations=8), "study": dict(epochs=2, evaluations=10)}
-GRID = {"quick": dict(epochs=1, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=1)}
+RUNS = {"quick": dict(epochs=1.2, evaluations=10), "study": dict(epochs=1.3, evaluations=10)}
+GRID = {"quick": dict(epochs=0.7, evaluations=1, seeds=1), "study": dict(epochs=1.3, evaluations=1, seeds=1)}
 
 
 def by_hand():
@@ -175,7 +175,7 @@ def step_table(task, dataset):
         for p in formats(task.device)
         for r in (1, *RATIOS)
     ]
-    times = pass_times(task, dataset, variants, seconds=8 if task.preset == "quick" else 25)
+    times = pass_times(task, dataset, variants, seconds=5 if task.preset == "quick" else 25)
     groups = {p: [f"{p}, {r:.0%}" for r in (1, *RATIOS)] for p in formats(task.device)}
     return against_exact(times, groups), times
 

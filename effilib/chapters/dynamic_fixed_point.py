@@ -38,9 +38,9 @@ LAYERS = {
 
 NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
 # An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a narrower network on smaller batches.
-RUNS = {"quick": dict(epochs=1, widths=NARROW, batch_size=32, lr=0.1, evaluations=5), "study": dict(epochs=1, evaluations=5)}
+RUNS = {"quick": dict(epochs=0.6, widths=NARROW, batch_size=32, lr=0.1, evaluations=5), "study": dict(epochs=1, evaluations=5)}
 GRID = {
-    "quick": RUNS["quick"] | dict(evaluations=1, seeds=1),
+    "quick": RUNS["quick"] | dict(epochs=0.4, evaluations=1, seeds=1),
     "study": dict(epochs=1, evaluations=1, seeds=2),
     "full": dict(evaluations=1, seeds=3),
 }

@@ -35,7 +35,7 @@ SETTINGS = {
     "study": dict(SHORT, until=0.22),
     "full": dict(scale="schedule", every=5),
 }
-SIZES = {"quick": dict(epochs=2, evaluations=8), "study": dict(epochs=10)}
+SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=10)}
 
 
 def wide(book):

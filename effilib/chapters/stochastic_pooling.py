@@ -28,7 +28,7 @@ METHODS = {
 }
 SIZES = {"smoke": (64, 128), "quick": (500, 3500), "study": (500, 1000, 2000, 10_000), "full": (500, 1000, 2000, 50_000)}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}  # of a run of the grid
-VERDICT = {"smoke": (64, 4), "quick": (500, 250), "study": (1000, 800), "full": (1000, 2000)}  # images, updates
+VERDICT = {"smoke": (64, 4), "quick": (500, 220), "study": (1000, 800), "full": (1000, 2000)}  # images, updates
 
 
 def arms(task, bn=False):

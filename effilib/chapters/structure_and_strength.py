@@ -23,8 +23,8 @@ from effilib.models import seeded
 
 PER_CLASS = {"smoke": (6, 12), "quick": (10, 100), "study": (10, 50, 100, 300, 1000), "full": (10, 50, 100, 300, 1000)}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}
-VERDICT = {"smoke": (12, 4), "quick": (50, 220), "study": (50, 800), "full": (50, 2000)}  # samples per class, updates
-PATCHES = {"smoke": 500, "quick": 2000, "study": 5000, "full": 20_000}
+VERDICT = {"smoke": (12, 4), "quick": (50, 180), "study": (50, 800), "full": (50, 2000)}  # samples per class, updates
+PATCHES = {"smoke": 500, "quick": 1500, "study": 5000, "full": 20_000}
 TRAINED = {"all": "all weights", "strength": "strength only"}
 
 
