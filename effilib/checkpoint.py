@@ -83,7 +83,7 @@ def read(path, mine):
 
 
 def shape_(model, saved):
-    """Give one of our networks the widths and depths that surgery had given it when it was saved, and any network its kernel sizes, in place."""
+    """Give one of our networks the widths and depths that it had when it was saved, and any network its kernel sizes, in place."""
     if saved and saved["settings"] != models.describe(model):
         rebuilt = type(model)(model.head.out_features, next(model.parameters()).shape[1], **saved["settings"])
         model.__dict__ = rebuilt.__dict__  # the caller's model it stays
