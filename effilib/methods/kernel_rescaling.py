@@ -55,7 +55,7 @@ def resize(x, size):
     The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`, as two products with short matrices.
     """
     (N, C, H, W), (h, w) = x.shape, size
-    if (H, W) == (h, w):
+    if (h, w) == (H, W):
         return x
     rows = x.permute(0, 2, 3, 1).reshape(N, H, W * C)
     rows = matrix(H, h).to(x) @ rows  # (N, h, W * C)
