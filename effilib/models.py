@@ -340,5 +340,5 @@ def set_kernel_(conv, size, stride, padding):
 
 
 def describe(model):
-    """Widths and depths of one of our networks as they are now, JSON-able; {} for a user's own."""
+    """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own."""
     return model.settings() if isinstance(model, ResNet | VGG) else {}

@@ -13,7 +13,7 @@ from torch import nn
 
 from effilib import cost, figures, models
 from effilib.data import Split
-from effilib.experiment import Arm
+from effilib.experiment import Arm, compare
 from effilib.methods.kernel_rescaling import KernelRescaling, kernels, matrix, pi_resize, recalibrate_, rescale_, rescale_kernel, resize
 from effilib.training import evaluate, stream, train
 
@@ -79,9 +79,19 @@ def tuned_arms(base, dataset):
     return [Arm(name=FULL, role="baseline"), _arm(base, IMAGES, "method", method(base, dataset, kernels=False))]
 
 
+def tuned(book):
+    """That comparison: judged in the presets study and full, an illustration with one seed else."""
+    judged = book.preset in ("study", "full")
+    how = {} if judged else dict(seeds=1, illustration=True)
+    if not judged and book.task.target is None:
+        how["quantity"] = "training time"  # no pilot for an illustration
+    return compare(book.task, tuned_arms(book.task, book.dataset), claim={IMAGES: 1.43}, title="tuned network", **how)
+
+
 def subset(base):
-    """What the illustrations run on: in the quick preset a third of the images."""
-    return base.but(images=base.images // 3, target=None) if base.preset == "quick" else base.but(target=None)
+    """What the illustrations run on: in the quick preset a third of the images, in the study preset fewer epochs."""
+    smaller = {"quick": dict(images=(base.images or 0) // 3), "study": dict(epochs=SETTINGS["study"]["epochs"])}
+    return base.but(**smaller.get(base.preset, {}), target=None)
 
 
 def schedule_name(m, shape):
@@ -102,7 +112,7 @@ def patch_task(base):
     return base.but(network="resnet", widths={"widths": (32, 64), "blocks": (1, 1), "patch": PATCH}, target=None)
 
 
-def patch_arms(base, dataset):
+def patch_arms():
     """For illustration: images halved for half of the steps, with the patches as they are, or PI-resized to half."""
     halved = dict(schedule=((0.5, 0.5), (0.5, 1.0)), multiple=PATCH)
     return [
@@ -182,7 +192,7 @@ def check():
     g = stream(0, "checks")
     W, V = (torch.randn(3, 2, 5, 5, generator=g, dtype=torch.double) for _ in range(2))
     x = torch.rand(2, 3, 28, 20, generator=g)
-    slow = F.interpolate(x, (16, 12), mode="bilinear", align_corners=False, antialias=True)
+    slow = matrix(28, 16).float() @ x @ matrix(20, 12).float().T
     ones = torch.ones(1, 1, 5, 5, dtype=torch.double)
     sums = max(abs(float(rescale_kernel(ones, k).sum()) - 25) for k in (3, 5, 7, 9, 11))
     p, big = torch.randn(200, 3, 3, generator=g, dtype=torch.double), 5
@@ -191,7 +201,7 @@ def check():
     kept = ((R @ p @ R.T * pi_resize(w, big)[0, 0]).sum((1, 2)) - (p * w[0, 0]).sum((1, 2))).abs().max()
     lost = ((R @ p @ R.T * rescale_kernel(w, big)[0, 0]).sum((1, 2)) - (p * w[0, 0]).sum((1, 2))).abs().max()
     rows = {
-        "resize against interpolation": (resize(x, (16, 12)) - slow).abs().max(),
+        "resized images against R x R^T": (resize(x, (16, 12)) - slow).abs().max(),
         "5x5 to 5x5 is the identity": (rescale_kernel(W, 5) - W).abs().max(),
         "linear: of 2 W + V": (rescale_kernel(2 * W + V, 7) - 2 * rescale_kernel(W, 7) - rescale_kernel(V, 7)).abs().max(),
         "a constant kernel's sum, 5x5 to 3, 7, 9, 11": sums,

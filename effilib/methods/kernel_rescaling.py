@@ -50,17 +50,10 @@ def matrix(n, m):
 
 
 def resize(x, size):
-    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`; channels last in memory.
-
-    The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`, as two products with short matrices.
-    """
-    (N, C, H, W), (h, w) = x.shape, size
-    if (h, w) == (H, W):
+    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: `matrix` along both sides, R_h x R_w^T."""
+    if tuple(x.shape[2:]) == tuple(size):
         return x
-    rows = x.permute(0, 2, 3, 1).reshape(N, H, W * C)
-    rows = matrix(H, h).to(x) @ rows  # (N, h, W * C)
-    rows = matrix(W, w).to(x) @ rows.view(N * h, W, C)  # (N * h, w, C)
-    return rows.view(N, h, w, C).permute(0, 3, 1, 2)
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def rescale_kernel(W, k, amplitude=True):
@@ -77,8 +70,8 @@ def rescale_kernel(W, k, amplitude=True):
 def pi_resize(W, k):
     """Patch embeddings W: (O, C, n, n) -> (O, C, k, k): w' = pinv(B^T) w, where B resizes patches from n x n to k x k.
 
-    It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else in the mean over white patches
-    (FlexiViT, section 3.4). B is a Kronecker product R x R, and so is its pseudo-inverse.
+    It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean square error over white
+    patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse: one small matrix a side will do.
     """
     P = torch.linalg.pinv(matrix(W.shape[-1], k)).T.to(W)  # (k, n)
     return P @ W @ P.T
@@ -254,7 +247,7 @@ class KernelRescaling(Method):
         if self.rewarm and state["phase"] > 0:
             factor = min(1.0, (run.position - state["since"] + run.pace) / (self.rewarm * run.planned))
             run.lr_scale, state["lr"] = run.lr_scale * factor / state["lr"], factor
-        return resize(x, state["size"]), y
+        return resize(x, state["size"]).contiguous(memory_format=run.layout), y
 
     def on_step_end(self, run):
         self.follow(run, run.position + run.pace)

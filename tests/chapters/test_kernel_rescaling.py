@@ -69,7 +69,7 @@ def test_the_grid_has_several_schedules_and_is_drawn():
 
 def test_patch_arms_run():
     t = chapter.patch_task(TASK)
-    arms = chapter.patch_arms(t, DATA)
+    arms = chapter.patch_arms()
     assert t.build(DATA).stem.stride == (4, 4)
     found = compare(t, arms, seeds=1, quantity="training time", illustration=True)
     assert found.histories(arms[2].name)[0].structure["patch"] == 4  # in the end
