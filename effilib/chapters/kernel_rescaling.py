@@ -54,8 +54,9 @@ def task(base):
 
 
 def with_target(base):
-    """The task with its target: where none was tuned, what two evaluations in a row of the baseline hold with both of the pilot's seeds, less
-    the margin. (Its final accuracy would be no target: it is held by nothing after it.)"""
+    """The task with its target. Where none was tuned it is what the baseline holds for two evaluations with both of the pilot's seeds, less
+    the margin: a single last evaluation would be no target, for nothing after it holds it.
+    """
     if base.target is not None:
         return base
     blocks = measure(base, [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS), title="pilot for the target")
