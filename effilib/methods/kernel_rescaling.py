@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from effilib import models, surgery
@@ -45,15 +44,24 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 @lru_cache(maxsize=64)
 def matrix(n, m):
     """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m < n. Rows add up to 1."""
-    eye = torch.eye(n, dtype=torch.double).view(n, 1, n, 1)
-    return F.interpolate(eye, (m, 1), mode="bilinear", align_corners=False, antialias=m < n).view(n, m).T.contiguous()
+    old, new = (torch.arange(k, dtype=torch.double) + 0.5 for k in (n, m))
+    distance = (old - new[:, None] * n / m).abs() / max(n / m, 1)  # from centre to centre, in pixels of the coarser side
+    R = (1 - distance).clamp(min=0)
+    return R / R.sum(1, keepdim=True)
 
 
 def resize(x, size):
-    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: `matrix` along both sides, R_h x R_w^T."""
-    if tuple(x.shape[2:]) == tuple(size):
+    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: R_h x R_w^T. Channels last in memory.
+
+    The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`.
+    """
+    (N, C, H, W), (h, w) = x.shape, size
+    if (h, w) == (H, W):
         return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+    rows = x.permute(0, 2, 3, 1).reshape(N, H, W * C)  # as it lies in memory
+    rows = matrix(H, h).to(x) @ rows  # (N, h, W * C)
+    rows = matrix(W, w).to(x) @ rows.view(N * h, W, C)  # (N * h, w, C)
+    return rows.view(N, h, w, C).permute(0, 3, 1, 2)
 
 
 def rescale_kernel(W, k, amplitude=True):
@@ -294,7 +302,7 @@ class KernelRescaling(Method):
         if phase == state["phase"]:
             return
         _, size, factor = phases[phase]
-        begun, kind, done = state["phase"] >= 0, run.kind, {}
+        begun, done, norms = state["phase"] >= 0, {}, []
         state.update(phase=phase, size=size, since=position)
         run.step_kind = self.label(run)
 
@@ -302,21 +310,21 @@ class KernelRescaling(Method):
             todo = {n: k for n, k in self.sizes(model, state["full"], factor).items() if k != model.get_submodule(n).kernel_size[0]}
             if todo:
                 done.update(rescale_(model, todo, optimizer, amplitude=self.amplitude))
+            if begun and self.recalibrate:
+                norms.append(self.restate(run, model, size))
 
+        run.kind = "reconfigure"  # what is left of this step is none
         run.restructure(change)  # also for the images alone: compiled graphs and FLOPs change
-        norms = 0
-        if begun and self.recalibrate:
-            run.kind = "recalibrate"
-            norms = self.restate(run, size)
-        run.kind = kind
         what = "; ".join(f"{n} {a} -> {b}" for n, (a, b) in done.items()) or "kernels as they were"
-        run.log(self, f"images {size[0]} x {size[1]}; {what}", size=list(size), kernels={n: b for n, (_, b) in done.items()}, norms=norms)
+        run.log(
+            self, f"images {size[0]} x {size[1]}; {what}", size=list(size), kernels={n: b for n, (_, b) in done.items()}, norms=sum(norms)
+        )
 
-    def restate(self, run, size):
+    def restate(self, run, model, size):
         """BatchNorm's statistics from a few training batches of the new size."""
-        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in run.model.modules()):
+        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules()):
             return 0
         batches = Batches(run.dataset, run.batches.batch_size, run.generator(self), augmentation=run.recipe.augmentation)
         xs = (resize(x, size).contiguous(memory_format=run.layout) for x, _ in itertools.islice(batches, self.recalibrate))
         with run.autocast():
-            return recalibrate_(run.model, xs)
+            return recalibrate_(model, xs)

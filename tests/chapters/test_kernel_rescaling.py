@@ -59,7 +59,7 @@ def test_every_arm_runs_and_its_phases_are_told_apart():
     flops = {a.name: found.histories(a.name)[0].flops for a in found.arms}
     assert flops[FULL] > flops[IMAGES] > flops[BOTH] == flops[BARE]
     table = chapter.phases(found)
-    assert list(table.loc[BOTH].index) == ["step at 4 x 4", "step at 6 x 6", "step at full size", "reconfigure", "recalibrate"]
+    assert list(table.loc[BOTH].index) == ["step at 4 x 4", "step at 6 x 6", "step at full size", "switch, with new statistics"]
     assert list(table.loc[FULL].index) == ["step at full size"]
     assert (table["ms each"] > 0).all()
     assert chapter.relative(found).count(";") == 2

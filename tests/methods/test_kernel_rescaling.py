@@ -69,18 +69,20 @@ def resnet18():
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (3, 5), (5, 3), (32, 16), (16, 24), (28, 16), (2, 1), (1, 4)])
 def test_the_matrix_is_bilinear_interpolation_and_its_rows_are_weighted_means(n, m):
     x = torch.randn(5, n, generator=gen(), dtype=torch.double)
-    slow = F.interpolate(x[:, None, :, None], (m, 1), mode="bilinear", align_corners=False, antialias=True)[:, 0, :, 0]
-    assert_close(x @ matrix(n, m).T, slow)
+    image = x.view(1, 5, n, 1).repeat(2, 1, 1, 3)
+    slow = F.interpolate(image, (m, 3), mode="bilinear", align_corners=False, antialias=True)
+    assert_close(x @ matrix(n, m).T, slow[1, :, :, 2])
     assert_close(matrix(n, m).sum(1), torch.ones(m, dtype=torch.double))
     assert n != m or torch.equal(matrix(n, m), torch.eye(n, dtype=torch.double))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 10), (40, 32), (1, 1), (28, 20)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_resized_along_both_sides(size, channels):
+def test_images_are_resized_as_by_interpolation(size, channels):
     x = torch.rand(3, channels, 28, 20, generator=gen()).contiguous(memory_format=torch.channels_last)
     y = resize(x, size)
-    assert_close(y, matrix(28, size[0]).float() @ x @ matrix(20, size[1]).float().T)
+    slow = F.interpolate(x.repeat(1, 3 // channels, 1, 1).contiguous(), size, mode="bilinear", align_corners=False, antialias=True)
+    assert_close(y, slow[:, :channels])
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert y.dtype == x.dtype
 
@@ -149,7 +151,7 @@ def slow_pi(W, k):
     """Basis patch by basis patch, with the whole matrix B and its pseudo-inverse."""
     n = W.shape[-1]
     basis = torch.eye(n * n, dtype=torch.double).view(n * n, 1, n, n)
-    B = F.interpolate(basis, (k, k), mode="bilinear", align_corners=False, antialias=True).view(n * n, k * k).T
+    B = F.interpolate(basis.repeat(1, 2, 1, 1), (k, k), mode="bilinear", align_corners=False, antialias=True)[:, 0].reshape(n * n, k * k).T
     return (torch.linalg.pinv(B.T) @ W.reshape(-1, n * n).T).T.view(*W.shape[:2], k, k), B
 
 
@@ -408,8 +410,8 @@ def test_training_follows_the_schedule_and_ends_at_full_size(precision):
     assert kernels(model) == kernels(network())
     assert models.describe(model) == models.describe(network())
     assert {k for k in history.kinds if k.startswith("step")} == {"step", "step at 4 x 4", "step at 6 x 6"}
-    assert history.kinds["recalibrate"]["count"] == 2  # on the clock
-    assert history.kinds["reconfigure"]["count"] == 3
+    assert history.kinds["reconfigure"]["seconds"] > 0  # on the clock
+    assert [history.kinds[k]["count"] for k in ("step at 4 x 4", "step at 6 x 6", "step")] == [8, 6, 6]
     assert [e["size"] for e in history.events] == [[4, 4], [6, 6], [8, 8]]
     assert [e["kernels"] for e in history.events] == [dict.fromkeys(kernels(network()), 3), {}, kernels(network())]
     assert [e["norms"] for e in history.events] == [0, 6, 6]
