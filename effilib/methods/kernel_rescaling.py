@@ -315,10 +315,9 @@ class KernelRescaling(Method):
 
         run.kind = "reconfigure"  # what is left of this step is none
         run.restructure(change)  # also for the images alone: compiled graphs and FLOPs change
-        what = "; ".join(f"{n} {a} -> {b}" for n, (a, b) in done.items()) or "kernels as they were"
-        run.log(
-            self, f"images {size[0]} x {size[1]}; {what}", size=list(size), kernels={n: b for n, (_, b) in done.items()}, norms=sum(norms)
-        )
+        text = "; ".join(f"{n} {a} -> {b}" for n, (a, b) in done.items()) or "kernels as they were"
+        sizes = {n: b for n, (_, b) in done.items()}
+        run.log(self, f"images {size[0]} x {size[1]}; {text}", size=list(size), kernels=sizes, norms=sum(norms))
 
     def restate(self, run, model, size):
         """BatchNorm's statistics from a few training batches of the new size."""
