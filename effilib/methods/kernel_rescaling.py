@@ -19,7 +19,6 @@ from torch import nn
 
 from effilib import models, surgery
 from effilib.convolution import ApproxConv2d
-from effilib.data import Batches
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.training import Method
@@ -323,7 +322,8 @@ class KernelRescaling(Method):
         """BatchNorm's statistics from a few training batches of the new size."""
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules()):
             return 0
-        batches = Batches(run.dataset, run.batches.batch_size, run.generator(self), augmentation=run.recipe.augmentation)
+        batches = copy.copy(run.batches)
+        batches.generator = run.generator(self)  # the order of the training is not touched
         xs = (resize(x, size).contiguous(memory_format=run.layout) for x, _ in itertools.islice(batches, self.recalibrate))
         with run.autocast():
             return recalibrate_(model, xs)
