@@ -40,13 +40,13 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 # The equations
 
 
-@lru_cache(maxsize=64)
-def matrix(n, m):
+@lru_cache(maxsize=64)  # of a step's images: neither computed nor copied to the device anew
+def matrix(n, m, dtype=torch.double, device="cpu"):
     """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m < n. Rows add up to 1."""
     old, new = (torch.arange(k, dtype=torch.double) + 0.5 for k in (n, m))
     distance = (old - new[:, None] * n / m).abs() / max(n / m, 1)  # from centre to centre, in pixels of the coarser side
     R = (1 - distance).clamp(min=0)
-    return R / R.sum(1, keepdim=True)
+    return (R / R.sum(1, keepdim=True)).to(device, dtype)
 
 
 def resize(x, size):
@@ -58,8 +58,8 @@ def resize(x, size):
     if (h, w) == (H, W):
         return x
     rows = x.permute(0, 2, 3, 1).reshape(N, H, W * C)  # as it lies in memory
-    rows = matrix(H, h).to(x) @ rows  # (N, h, W * C)
-    rows = matrix(W, w).to(x) @ rows.view(N * h, W, C)  # (N * h, w, C)
+    rows = matrix(H, h, x.dtype, x.device) @ rows  # (N, h, W * C)
+    rows = matrix(W, w, x.dtype, x.device) @ rows.view(N * h, W, C)  # (N * h, w, C)
     return rows.view(N, h, w, C).permute(0, 3, 1, 2)
 
 
