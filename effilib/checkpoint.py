@@ -52,6 +52,7 @@ def save(path, mine, run, history, batches):
         _write(path, {
             "run": mine,
             "settings": models.describe(run.model),
+            "kernels": models.kernels(run.model),
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "order": [[names[p] for p in group["params"]] for group in run.optimizer.param_groups],  # surgery may change it
@@ -82,10 +83,16 @@ def read(path, mine):
 
 
 def shape_(model, saved):
-    """Give one of our networks the widths and depths that surgery had given it when it was saved, in place."""
+    """Give one of our networks the widths and depths that it had when it was saved, and any network its kernel sizes, in place."""
     if saved and saved["settings"] != models.describe(model):
         rebuilt = type(model)(model.head.out_features, next(model.parameters()).shape[1], **saved["settings"])
         model.__dict__ = rebuilt.__dict__  # the caller's model it stays
+    now = models.kernels(model)
+    for name, kernel in saved.get("kernels", {}).items() if saved else ():
+        if name in now and kernel != now[name]:
+            conv, (size, *_) = model.get_submodule(name), kernel
+            models.set_kernel_(conv, *kernel)
+            conv.weight = torch.nn.Parameter(conv.weight.new_empty(*conv.weight.shape[:2], *size))
     return model
 
 

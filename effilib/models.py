@@ -18,8 +18,8 @@ from torch import nn
 from effilib.errors import BadInput, choose
 
 
-def conv3x3(c_in, c_out, stride=1, bias=False):
-    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
+def conv3x3(c_in, c_out, stride=1, bias=False, kernel=3):
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=bias)
 
 
 class Gone(nn.Module):
@@ -44,14 +44,15 @@ class Block(nn.Module):
     """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He et al. 2015, option B).
 
     inner: channels between the two (default c_out); 0: the residual path is gone, the shortcut and a constant are left.
+    kernels: sizes of the two, odd.
     """
 
-    def __init__(self, c_in, c_out, stride=1, inner=None):
+    def __init__(self, c_in, c_out, stride=1, inner=None, kernels=(3, 3)):
         super().__init__()
         inner = c_out if inner is None else inner
         if inner:
-            self.conv1, self.bn1 = conv3x3(c_in, inner, stride), nn.BatchNorm2d(inner)
-            self.conv2, self.bn2 = conv3x3(inner, c_out), nn.BatchNorm2d(c_out)
+            self.conv1, self.bn1 = conv3x3(c_in, inner, stride, kernel=kernels[0]), nn.BatchNorm2d(inner)
+            self.conv2, self.bn2 = conv3x3(inner, c_out, kernel=kernels[1]), nn.BatchNorm2d(c_out)
         else:
             self.conv1, self.bn1, self.conv2, self.bn2 = Gone(), nn.Identity(), nn.Identity(), Constant(c_out)
         self.shortcut = nn.Sequential()
@@ -61,6 +62,10 @@ class Block(nn.Module):
     @property
     def inner(self):
         return 0 if isinstance(self.conv1, Gone) else self.conv1.out_channels
+
+    @property
+    def kernels(self):
+        return [3, 3] if isinstance(self.conv1, Gone) else [self.conv1.kernel_size[0], self.conv2.kernel_size[0]]
 
     @property
     def width(self):
@@ -75,21 +80,28 @@ class ResNet(nn.Module):
     """ResNet of the CIFAR family (He et al. 2015, section 4.2): a 3x3 stem, stages at 1, 1/2, 1/4 ... of the size, average pooling.
 
     widths: channels of each stage. blocks: residual blocks of each stage; or, per stage, the list of the blocks' inner widths.
-    stem: channels of the stem (default: those of the first stage).
+    stem: channels of the stem (default: those of the first stage). kernels: sizes, all odd, of the stem's kernel and of those in each
+    stage; or, per stage, the list of its blocks' two (default: 3 everywhere). patch: the stem cuts the image into patches of this size
+    (kernel and stride) instead.
     """
 
-    def __init__(self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None):
+    def __init__(self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None, kernels=None, patch=None):
         super().__init__()
         if len(widths) != len(blocks):
             raise BadInput(f"resnet: {len(widths)} widths but {len(blocks)} depths; give one of each per stage")
+        first, *rest = kernels or [3] * (1 + len(widths))
+        if len(rest) != len(widths):
+            raise BadInput(f"resnet: {1 + len(rest)} kernel sizes, expected one for the stem and one for each of {len(widths)} stages")
         c = stem or widths[0]
-        self.stem, self.bn = conv3x3(channels, c), nn.BatchNorm2d(c)
+        self.stem = nn.Conv2d(channels, c, patch, patch, bias=False) if patch else conv3x3(channels, c, kernel=first)
+        self.bn = nn.BatchNorm2d(c)
         self.stages = nn.ModuleList()
-        for i, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
+        for i, (width, depth, size) in enumerate(zip(widths, blocks, rest, strict=True)):
             inners = [width] * depth if isinstance(depth, int) else depth
+            sizes = [(size, size)] * len(inners) if isinstance(size, int) else size
             stage = nn.Sequential()
-            for j, inner in enumerate(inners):
-                stage.append(Block(c, width, stride=2 if i and not j else 1, inner=inner))
+            for j, (inner, pair) in enumerate(zip(inners, sizes, strict=True)):
+                stage.append(Block(c, width, stride=2 if i and not j else 1, inner=inner, kernels=pair))
                 c = width
             self.stages.append(stage)
         self.head = nn.Linear(c, classes)
@@ -102,11 +114,17 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
 
     def settings(self):
-        return {
+        found = {
             "widths": [s[-1].width for s in self.stages],
             "blocks": [[b.inner for b in s] for s in self.stages],
             "stem": self.stem.out_channels,
         }
+        if self.stem.stride != (1, 1):
+            found["patch"] = self.stem.kernel_size[0]
+        kernels = [3 if "patch" in found else self.stem.kernel_size[0], *([b.kernels for b in s] for s in self.stages)]
+        if kernels[0] != 3 or any(pair != [3, 3] for stage in kernels[1:] for pair in stage):
+            found["kernels"] = kernels
+        return found
 
 
 class VGG(nn.Module):
@@ -303,6 +321,24 @@ def _call(function, classes, settings):
     return function(classes, **settings)
 
 
+def kernels(model):
+    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling changes."""
+    return {
+        name: [list(m.kernel_size), list(m.stride), m.padding if isinstance(m.padding, str) else list(m.padding)]
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+
+
+def set_kernel_(conv, size, stride, padding):
+    """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the caller's affair."""
+    conv.kernel_size, conv.stride = tuple(size), tuple(stride)
+    conv.padding = padding if isinstance(padding, str) else tuple(padding)
+    # what PyTorch works out in the constructor, for padding other than by zeros
+    twin = nn.Conv2d(1, 1, conv.kernel_size, conv.stride, conv.padding, conv.dilation, device="meta")
+    conv._reversed_padding_repeated_twice = twin._reversed_padding_repeated_twice
+
+
 def describe(model):
-    """Widths and depths of one of our networks as they are now, JSON-able; {} for a user's own."""
+    """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own."""
     return model.settings() if isinstance(model, ResNet | VGG) else {}

@@ -120,7 +120,7 @@ class Run:
         self.planned, self.pace, self.lr_scale = 0, 1, 1.0
         self.logits = self.loss = None
         self.counting = False  # whether this step's FLOPs are counted, off the clock
-        self._kind = "step"
+        self.step_kind = self._kind = "step"  # what a training step is timed as: "step" is one on full-size images
         self.structures = 0  # how often the structure changed
         self.compile()
         self._hooks = {h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)] for h in HOOKS}
@@ -134,17 +134,18 @@ class Run:
     def kind(self):
         """The kind of work that the clock runs for. Setting it ends what ran so far under the old kind; a step's end resets it.
 
-        A kind that recurs in an epoch has a median of its own; one-off work, e.g. "reconfigure", is never capped.
+        A kind that recurs in an epoch has a median of its own; one-off work, e.g. "reconfigure", is never capped. A method whose
+        steps are of another size for a while sets `step_kind`, so that they are not compared with the others.
         """
         return self._kind
 
     @kind.setter
     def kind(self, kind):
-        if self.counting and self._kind == "step":
+        if self.counting and self._kind.startswith("step"):
             self.clock.start()  # the counted step is off the clock, work of another kind within it is not
         else:
             self.clock.lap(self._kind)
-        self._kind = kind
+        self._kind = self.step_kind if kind == "step" else kind
 
     def generator(self, method):
         """The method's own random stream (on the CPU), so that its draws do not shift the order of the data."""
@@ -271,8 +272,8 @@ class History:
 
     @property
     def step_seconds(self):
-        """Median seconds of a training step."""
-        return self.kinds["step"]["median"]
+        """Median seconds of a training step; where a run has steps of other sizes too, of one on full-size images."""
+        return next(self.kinds[k]["median"] for k in ("step", *self.kinds) if k in self.kinds and k.startswith("step"))
 
     def __add__(self, other):
         later = {"seconds": self.seconds, "step": self.steps, "epoch": self.rows[-1]["epoch"] if self.rows else 0}
@@ -341,7 +342,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
             for x, y in itertools.islice(batches, run.steps - run.step):
                 x = x.contiguous(memory_format=layout)
                 structure = run.structures  # a hook may change it at the step's end
-                run.counting = structure not in flops
+                run.counting, kind = structure not in flops, run.step_kind
                 if not run.counting:
                     run.train_step(x, y)
                     run.clock.lap(run._kind)
@@ -349,11 +350,11 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
                     with run.clock.paused(), cost.Counter(run.model.parameters()) as count:
                         run.train_step(x, y)
                         run.kind = "step"  # ends other work that a hook left open
-                    run.clock.lap("step", substitute=True)
+                    run.clock.lap(kind, substitute=True)
                     run.counting = False
                     flops[structure] = count.flops
                     history.memory = memory(run, count.saved_bytes, history.memory)
-                run._kind = "step"
+                run._kind = run.step_kind
                 run.step += 1
                 run.position += run.pace
                 history.flops += flops[structure]

@@ -113,6 +113,9 @@ def test_networks_take_images_to_logits(network, shape, classes):
         ("resnet", {"widths": (8, 12, 16, 20), "blocks": (1, 1, 1, 1), "stem": 5}),
         ("resnet", {"widths": (8, 16), "blocks": ((3, 4), (5,))}),
         ("resnet", {"widths": [8], "blocks": [[7]], "stem": 8}),
+        ("resnet", {"widths": (8, 8), "blocks": (1, 2), "kernels": (7, 5, 3)}),
+        ("resnet", {"widths": (8, 8), "blocks": ((3, 0), (5,)), "kernels": (3, ((5, 3), (3, 3)), ((3, 5),))}),
+        ("resnet", {"widths": (8, 8), "blocks": (1, 1), "patch": 4}),
         ("vgg", {}),
         ("vgg", {"widths": (4, 8), "bn": False}),
         ("vgg", {"widths": ((4, 5), 6, (7,))}),
@@ -140,6 +143,30 @@ def test_a_resnet_of_any_widths_is_described_as_it_is(stages, stem):
     model = build("resnet", 3, (1, 16, 16), **wanted)
     assert describe(model) == wanted
     assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
+
+
+def test_kernel_sizes_are_settings_and_3_everywhere_is_not_mentioned():
+    model = build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(7, 5, 3))
+    assert {n: k for n, (k, *_) in models.kernels(model).items() if k not in ([1, 1], [3, 3])} == {
+        "stem": [7, 7], "stages.0.0.conv1": [5, 5], "stages.0.0.conv2": [5, 5],
+    }  # fmt: skip
+    assert describe(model)["kernels"] == [7, [[5, 5]], [[3, 3]]]
+    assert model.stages[0](model.stem(torch.zeros(1, 1, 16, 16))).shape == (1, 4, 16, 16)
+    assert "kernels" not in describe(build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(3, 3, 3)))
+    patches = build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), patch=4)
+    assert patches.stem(torch.zeros(1, 1, 16, 16)).shape == (1, 4, 4, 4)
+    with pytest.raises(BadInput, match="2 kernel sizes, expected one for the stem and one for each of 2 stages"):
+        build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(5, 3))
+
+
+@pytest.mark.parametrize("padding", [2, "same", (1, 2)])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_convolution_takes_another_geometry(padding, mode):
+    conv, fresh = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Conv2d(2, 3, 5, padding=padding, padding_mode=mode)
+    models.set_kernel_(conv, fresh.kernel_size, fresh.stride, fresh.padding)
+    conv.weight, conv.bias = fresh.weight, fresh.bias
+    x = torch.randn(2, 2, 9, 9)
+    assert torch.equal(conv(x), fresh(x))
 
 
 @settings(deadline=None, max_examples=30)

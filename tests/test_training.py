@@ -584,6 +584,30 @@ def test_the_kind_is_reset_at_the_end_of_a_step():
     assert history.kinds["step"]["count"] == 24
 
 
+def test_steps_of_another_size_are_a_kind_of_their_own_and_not_capped_by_the_others_median():
+    @dataclass(frozen=True)
+    class Small(Method):
+        def on_epoch_start(self, run):
+            run.step_kind = "step" if run.epoch else "step, small"
+
+        def on_after_backward(self, run):
+            import time
+
+            time.sleep(0.1 if run.step_kind == "step" else 0)
+
+        def on_step_end(self, run):
+            if run.step == 6:
+                run.step_kind = "step"
+
+    _, history = trained(methods=[Small()])
+    assert history.kinds["step, small"]["count"] == 7
+    assert history.kinds["step"]["count"] == 17
+    assert history.seconds > 1.6  # five of them were in an epoch whose median step was small
+    assert history.step_seconds == history.kinds["step"]["median"] >= 0.1
+    history.kinds.pop("step")
+    assert history.step_seconds == history.kinds["step, small"]["median"]  # a run that diverged early has no other
+
+
 def test_a_methods_work_is_inside_the_clock_and_the_record_is_not():
     @dataclass(frozen=True)
     class Waits(Method):
