@@ -401,8 +401,9 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
     """What each candidate takes and damages at each layer, and what the whole step takes; the model is left as it was.
 
     x, y: one batch of training images, in the layout of training. score: "fisher" or "spectral" (of a trained network).
-    Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left": {name: why}, "step": s, "norm": bool,
-    "score", "cached": s}. A Fisher damage is the loss of potential as a share of the network's. Raises `NoEffect` where no layer can be replaced.
+    Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left": {name: why}, "step": seconds,
+    "norm", "score", "cached"}; a Fisher damage is the loss of potential as a share of the network's. Raises `NoEffect` where no layer
+    can be replaced.
     """
     choose("damage score", score, ("fisher", "spectral"))
     net = copy.deepcopy(model).train()
