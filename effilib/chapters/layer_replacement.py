@@ -14,7 +14,7 @@ from torch import nn
 from effilib import figures, models, surgery, tasks
 from effilib.data import Batches
 from effilib.errors import BadInput
-from effilib.experiment import Arm
+from effilib.experiment import Arm, compare
 from effilib.methods.layer_replacement import (
     ORIGINAL,
     LayerReplacement,
@@ -37,7 +37,11 @@ AIM = 1 / 0.7  # step time at most 0.7x
 BUDGETS = (0.75, 0.6, 0.5, 0.35)
 NARROW = 0.7  # of every width, in blocks of 16 channels: about the same time as the replaced network
 SIZES = {"quick": dict(epochs=0.75), "study": dict(epochs=8)}
-FEW = {"smoke": dict(repeats=3, evaluations=2), "quick": dict(repeats=3, evaluations=5)}  # rounds of a measurement; evaluations of a run
+FEW = {  # rounds of a measurement; evaluations of a run
+    "smoke": dict(repeats=3, evaluations=2),
+    "quick": dict(repeats=3, evaluations=5),
+    "study": dict(repeats=7, evaluations=10),
+}
 DENSE, REPLACED, NARROWED = "as built", f"replaced, budget {BUDGET:g}", "narrower, as built"
 
 
@@ -121,7 +125,7 @@ def look(task, dataset):
 def latency_table(seen):
     """Milliseconds of a training step of every candidate at every layer; a dash where one does not fit or saves no products."""
     rows = {n: {c: 1e3 * v["seconds"] for c, v in choices.items()} for n, choices in seen.found["layers"].items()}
-    return pd.DataFrame(rows).T.rename_axis("ms: forward and backward")
+    return pd.DataFrame(rows).T.rename_axis("ms a training step")
 
 
 def damage_table(seen):
@@ -195,8 +199,8 @@ def plans_figure(found):
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=9)
     return figure, (
-        "The table of single layers foresees the whole step as far as layers do not disturb each other. Where the orange line lies above the dashed "
-        "one, the fastest layers do not reach the budget: what can't be replaced takes the rest."
+        "The table of single layers foresees the whole step as far as layers do not disturb each other. Where the orange line lies above "
+        "the dashed one, the fastest layers do not reach the budget: what can't be replaced takes the rest."
     )
 
 
@@ -318,6 +322,8 @@ def say_plans(found):
     )
 
 
-def extra(task):
-    """Whether the budgets are trained too."""
-    return task.preset in ("study", "full")
+def trained_budgets(task):
+    """Other budgets trained with one seed, an illustration; the quick preset has no time for it."""
+    if task.preset not in ("study", "full"):
+        return pd.DataFrame({"": ["only planned and measured in this preset: see above"]}, index=["other budgets"])
+    return what_happened(compare(task, grid(task), quantity="time per step", seeds=1, illustration=True, title="budgets"))

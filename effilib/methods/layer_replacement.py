@@ -39,7 +39,7 @@ INFO = Info(
 )
 
 # From the least saving to the most at equal widths; where two do equal damage, the earlier one is taken.
-CANDIDATES = ("lowrank/2", "group/4", "bneck/2", "spatial/2", "lowrank/4", "group/8", "dwsep", "bneck/4")
+CANDIDATES = ("lowrank/2", "group/4", "bneck/2", "spatial/2", "lowrank/4", "group/8", "spatial/4", "dwsep", "bneck/4")
 ORIGINAL = "conv"
 ACTIVATED = ("dwsep", "group", "bneck")  # BatchNorm and ReLU between their parts, as in BlockSwap; the others factorise W
 
@@ -350,7 +350,7 @@ class Setting:
 
 
 def latencies(found, candidates, setting, *, norm=True):
-    """Seconds of a training step of each candidate at each site, forward and backward: (dict name -> dict candidate -> s, seconds cached).
+    """Seconds of a training step of each candidate at each site, forward, backward, update: (dict name -> dict candidate -> s, seconds cached).
 
     Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk by sizes, number format,
     layout, device and version; `cached` is what measuring those took that come from there.
@@ -379,11 +379,12 @@ def latencies(found, candidates, setting, *, norm=True):
 
 
 def _layer_step(candidate, site, setting, norm):
-    """Forward and backward of one candidate on images like those that it meets, as a function."""
+    """Forward, backward and update of one candidate on images like those that it meets, as a function."""
     g = stream(0, "latency")
     module = replacement(candidate, site, g, norm=norm).to(setting.device, memory_format=LAYOUTS[setting.layout])
     x = torch.randn(site.N, site.C, site.H, site.W, generator=g).to(setting.device, getattr(torch, site.dtype))
     x = x.contiguous(memory_format=LAYOUTS[setting.layout]).requires_grad_()
+    optimizer = _optimizer(list(module.parameters()))
     with torch.no_grad(), setting.context():
         dy = torch.ones_like(module(x))
 
@@ -391,7 +392,8 @@ def _layer_step(candidate, site, setting, norm):
         with setting.context():
             y = module(x)
         y.backward(dy)
-        module.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         x.grad = None
 
     return step
@@ -513,10 +515,7 @@ def _share(times):
 
 def _train_step(net, x, y, setting, parameters=None):
     """Forward, loss, backward and update of `net`, as a function; of the parameters those are updated that took part."""
-    settings = dict(lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)  # as in training
-    optimizer = torch.optim.SGD(parameters or net.parameters(), **settings)
-    for p in parameters or net.parameters():  # the fused update fails where only some have a momentum
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizer = _optimizer(list(parameters or net.parameters()))
 
     def step():
         with setting.context():
@@ -526,6 +525,14 @@ def _train_step(net, x, y, setting, parameters=None):
         optimizer.zero_grad()
 
     return step
+
+
+def _optimizer(parameters):
+    """The update as in training; the fused one fails where only some parameters have a momentum."""
+    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    for p in parameters:
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
