@@ -350,7 +350,7 @@ class Setting:
 
 
 def latencies(found, candidates, setting, *, norm=True):
-    """Seconds of a training step of each candidate at each site, forward, backward, update: (dict name -> dict candidate -> s, seconds cached).
+    """Seconds of each candidate's training step (forward, backward, update) at each site: (name -> candidate -> s, seconds cached).
 
     Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk by sizes, number format,
     layout, device and version; `cached` is what measuring those took that come from there.
