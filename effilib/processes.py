@@ -114,7 +114,8 @@ def _cause(codes, folder):
     for rank, code in enumerate(codes):
         failed = folder / f"failed-{rank}"
         if code is not None and code < 0:
-            found.append((0, f"rank {rank} of {len(codes)} was killed by {signal.Signals(-code).name}"))
+            names = {s.value: s.name for s in signal.Signals}
+            found.append((0, f"rank {rank} of {len(codes)} was killed by {names.get(-code, f'signal {-code}')}"))
         elif failed.exists():
             words = _read(failed)
             lost = any(sign in words.lower() for sign in LOST)

@@ -332,13 +332,13 @@ def take_part(rank, job):
     wire, workers = Wire(), dist.get_world_size() - 1
     if len(job.batches[0][1]) % workers:
         raise BadInput(f"a batch of {len(job.batches[0][1])} images cannot be shared out among {workers} workers")
-    seconds = []
+    seconds, shape = [], near_shape(near, job.batches[0][0][:1]) if far else None
     optimizer = job.optimizer([*trainable(near), *(trainable(far) if far else [])]) if rank == 0 else None
     for x, y in job.batches:
         with elapsed() as t:
             if rank == 0:
                 before = wire.sent + wire.received
-                serve(wire, near, far, optimizer, x, y, workers)
+                serve(wire, near, far, optimizer, y, workers, shape)
                 if job.bandwidth:
                     pause((wire.sent + wire.received - before) / job.bandwidth)
             else:
@@ -348,14 +348,13 @@ def take_part(rank, job):
     return {"parameters": parameters, "sent": wire.sent, "received": wire.received, "seconds": stats.median(seconds)}
 
 
-def serve(wire, near, far, optimizer, x, y, workers):
-    """The server's step. `far`, the layers behind the cut, sees the images of all workers at once; its loss is their mean."""
+def serve(wire, near, far, optimizer, y, workers, shape):
+    """The server's step. `far`, the layers behind the cut, sees the activations of all workers at once; its loss is their mean."""
     ranks = range(1, workers + 1)
     weights = parameters_to_vector(trainable(near))
     for r in ranks:
         wire.send(weights, r)
     if far:
-        shape = near_shape(near, x[:1])
         A = torch.cat([wire.receive((len(y) // workers, *shape), r) for r in ranks]).requires_grad_()  # (W b, ...)
         F.cross_entropy(far(A), y).backward()
         for r, dA in zip(ranks, A.grad.chunk(workers), strict=True):
