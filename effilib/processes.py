@@ -42,10 +42,14 @@ def run(function, n, *args, timeout=600, silence=SILENCE, threads=1):
     """
     if getattr(function, "__module__", None) in (None, "__main__") or "<" in getattr(function, "__qualname__", "<"):
         raise BadInput(f"{getattr(function, '__qualname__', function)} cannot be sent to other processes: put it into a file and import it")
+    try:
+        request = pickle.dumps((function, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise BadInput(f"what {function.__name__} is given cannot be sent to other processes: {error}") from error
     with tempfile.TemporaryDirectory(prefix="effilib-") as name:
         folder, processes = Path(name), []
         (folder / "call").write_bytes(pickle.dumps(dict(n=n, silence=silence, threads=threads)))
-        (folder / "function").write_bytes(pickle.dumps((function, args)))
+        (folder / "function").write_bytes(request)
         try:
             for rank in range(n):
                 processes.append(_start(folder, rank, threads))

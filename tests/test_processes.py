@@ -95,6 +95,8 @@ def test_what_takes_too_long_is_ended(tmp_path):
 def test_a_function_that_cannot_be_imported_is_refused():
     with pytest.raises(BadInput, match="cannot be sent to other processes: put it into a file"):
         processes.run(lambda rank: rank, 2)
+    with pytest.raises(BadInput, match="what hang is given cannot be sent to other processes"):
+        processes.run(hang, 2, lambda: 0)
 
 
 CALLER = """

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from effilib import cost
+from effilib import cost, models
 from effilib.clock import elapsed, interleaved, pause
 from effilib.errors import BadInput
 from effilib.methods import Info
@@ -262,11 +262,10 @@ def estimate(layers, rate):
 
 def measure(chain, layers, x, *, repeats=9, seconds=None):
     """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H, W), interleaved medians."""
-    functions, was = {}, chain.traced.training
-    chain.traced.eval()  # BatchNorm's statistics stay as they are
-    try:
+    functions = {}
+    with models.seeded(0, x.device):  # dropout draws from the global generator
         for i in range(len(chain)):
-            part = chain.part(i, i + 1)
+            part = copy.deepcopy(chain.part(i, i + 1)).train()  # BatchNorm's statistics stay as they are
 
             def step(part=part, x=x, first=i == 0):
                 x = x.detach().requires_grad_(not first)
@@ -277,8 +276,6 @@ def measure(chain, layers, x, *, repeats=9, seconds=None):
             with torch.no_grad():
                 x = part(x)
         times = interleaved(functions, repeats=repeats, warm_up=2, device=x.device, seconds=seconds)
-    finally:
-        chain.traced.train(was)
     return [replace(layer, seconds=stats.median(times[i]) / len(x)) for i, layer in enumerate(layers)]
 
 
@@ -325,7 +322,10 @@ class Wire:
 
 
 def take_part(rank, job):
-    """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server), "sent", "received", "seconds"}."""
+    """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server), "sent", "received", "seconds"}.
+
+    Buffers, such as BatchNorm's running statistics, stay with their worker.
+    """
     chain = Chain(job.make().train())
     k = len(chain) if job.cut is None else job.cut
     near, far = chain.part(0, k), chain.part(k, len(chain)) if k < len(chain) else None

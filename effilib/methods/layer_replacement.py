@@ -9,6 +9,7 @@ measures its whole training step, and takes back what did not pay.
 The outcome is a plan, plain values that go into JSON: the same seed and the same plan give the same weights.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -194,7 +195,7 @@ def fisher_potential(A, dA):
     return float((A.float() * dA.float()).sum((2, 3)).square().mean(0).sum() / 2)
 
 
-def potentials(model, names, x, y, context=torch.no_grad):
+def potentials(model, names, x, y, context=contextlib.nullcontext):
     """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is differentiated."""
     outputs, hooks = {}, []
     for name in names:
@@ -250,7 +251,7 @@ def swap_(model, name, module):
     return old
 
 
-def sites(model, x, context=torch.no_grad):
+def sites(model, x, context=contextlib.nullcontext):
     """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict name -> why not)."""
     calls, hooks, found, left = {}, [], {}, {}
     for name, m in model.named_modules():
@@ -415,21 +416,20 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
         raise NoEffect(f"layer replacement: {type(model).__name__} has no layer that can be replaced ({reasons})")
     norm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     seconds, cached = latencies(found, candidates, setting, norm=norm)
-    layers = {
-        name: {c: {"seconds": t, "damage": 0.0, "flops": found[name].flops(c)} for c, t in seconds[name].items()} for name in found
-    }  # fmt: skip
-    before = potentials(net, list(found), x, y, setting.context) if score == "fisher" else {}
-    whole = sum(before.values()) or 1.0
-    for name, choices in layers.items():
-        for c in [c for c in choices if c != ORIGINAL]:
-            if score == "spectral":
-                choices[c]["damage"] = spectral(net.get_submodule(name).weight, c)
-                continue
-            new = replacement(c, found[name], stream(seed, f"{name}/{c}"), norm=norm).to(x.device, memory_format=LAYOUTS[setting.layout])
-            old = swap_(net, name, new)
-            choices[c]["damage"] = max(0.0, before[name] - potentials(net, [name], x, y, setting.context)[name]) / whole
-            swap_(net, name, old)
-    step = stats.median(setting.interleaved({"step": _train_step(net, x, y, setting)})["step"])
+    layers = {name: {c: {"seconds": t, "damage": 0.0, "flops": found[name].flops(c)} for c, t in seconds[name].items()} for name in found}
+    with models.seeded(stream(seed, "survey").initial_seed(), setting.device):  # dropout draws from the global generator
+        before = potentials(net, list(found), x, y, setting.context) if score == "fisher" else {}
+        whole = sum(before.values()) or 1.0
+        for name, choices in layers.items():
+            for c in [c for c in choices if c != ORIGINAL]:
+                if score == "spectral":
+                    choices[c]["damage"] = spectral(net.get_submodule(name).weight, c)
+                    continue
+                new = replacement(c, found[name], stream(seed, f"{name}/{c}"), norm=norm)
+                old = swap_(net, name, new.to(x.device, memory_format=LAYOUTS[setting.layout]))
+                choices[c]["damage"] = max(0.0, before[name] - potentials(net, [name], x, y, setting.context)[name]) / whole
+                swap_(net, name, old)
+        step = stats.median(setting.interleaved({"step": _train_step(net, x, y, setting)})["step"])
     return {"layers": layers, "left": left, "step": step, "norm": norm, "score": score, "cached": cached}
 
 
@@ -497,11 +497,12 @@ def guard(model, plan, x, y, setting, *, seed=0, least=0.05):
         return {k: [a - b for a, b in zip(t, times["rebuilt"], strict=True)] for k, t in times.items()}, _share(times)
 
     kept = set(old)
-    gains, share = measured(kept) if kept else ({}, 1.0)
-    idle = {n for n in kept if stats.median(gains[n]) <= 0}
-    if idle and kept - idle:
-        kept -= idle
-        share = _share(setting.interleaved({"original": rebuilt(()), "rebuilt": rebuilt(kept)}))
+    with models.seeded(stream(seed, "guard").initial_seed(), setting.device):
+        gains, share = measured(kept) if kept else ({}, 1.0)
+        idle = {n for n in kept if stats.median(gains[n]) <= 0}
+        if idle and kept - idle:
+            kept -= idle
+            share = _share(setting.interleaved({"original": rebuilt(()), "rebuilt": rebuilt(kept)}))
     if share > 1 - least:
         kept = set()
     layers = {n: c for n, c in plan["layers"].items() if n in kept}
