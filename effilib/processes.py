@@ -126,6 +126,7 @@ def _cause(codes, folder):
             found.append((2 if lost else 1, f"rank {rank} of {len(codes)} failed: {words}"))
         elif code is not None and not (folder / f"done-{rank}").exists():
             log = (folder / f"log-{rank}").read_text(errors="replace").strip().splitlines()
+            log = [line for line in log if not line.startswith("[Gloo]")]  # it greets
             found.append((1, f"rank {rank} of {len(codes)} ended without an answer" + (f": {log[-1][:300]}" if log else "")))
     return min(found)[1] + "; the others were ended"
 

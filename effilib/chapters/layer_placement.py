@@ -260,9 +260,9 @@ def real(task, dataset, layers):
     stages = min(3, len(layers))
     _, cuts = pipeline(layers, stages, b, GBIT)
     where = {"plain server": None, "placed": cut}
-    jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k) for name, k in where.items()}
+    jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k, lr=0.02) for name, k in where.items()}
     few = everything[:SLOW_STEPS]
-    jobs |= {(n, label): Job(make=make, batches=few, cut=k, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
+    jobs |= {(n, label): Job(make=make, batches=few, cut=k, lr=0.02, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
     x, y = everything[0]
     calls = [(take_part, (job,)) for job in jobs.values()] + [(pipelined, (make, c, x, y, WORKERS)) for c in ((cut,), cuts)]
     by_rank = processes.run(several, WORKERS + 1, calls)

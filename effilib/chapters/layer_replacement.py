@@ -267,7 +267,8 @@ def trained_table(task, dataset, seen, epochs=1):
     rows = {}
     for n, W in before.items():
         now = model.get_submodule(n).weight
-        rows[n] = {c: f"{spectral(W, c):.3f} → {spectral(now, c):.3f}" for c in ("lowrank/2", "lowrank/4", "spatial/2", "group/4", "dwsep")}
+        fitting = [c for c in ("lowrank/2", "lowrank/4", "spatial/2", "group/4", "dwsep", "bneck/2") if c in seen.found["layers"][n]]
+        rows[n] = {c: f"{spectral(W, c):.3f} → {spectral(now, c):.3f}" for c in fitting}
     return pd.DataFrame(rows).T.rename_axis("random → trained")
 
 

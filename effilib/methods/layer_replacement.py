@@ -142,6 +142,8 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
 def halves(M, d):
     """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out evenly."""
     U, S, V = torch.linalg.svd(M, full_matrices=False)
+    short = max(0, d - S.shape[-1])  # M may have fewer directions than the candidate has room for
+    U, S, V = F.pad(U, (0, short)), F.pad(S, (0, short)), F.pad(V, (0, 0, 0, short))
     root = S[..., :d].sqrt()
     return U[..., :d] * root[..., None, :], root[..., :, None] * V[..., :d, :]
 
@@ -166,7 +168,7 @@ def factors(W, candidate):
     W = W.float()
     (O, C, kh, kw), (kind, _, number) = W.shape, candidate.partition("/")  # noqa: E741
     if kind == "bneck":
-        out, into = (torch.linalg.svd(M.reshape(len(M), -1)).U[:, : len(M) // int(number)] for M in (W, W.transpose(0, 1)))
+        out, into = (_leading(M.flatten(1), len(M) // int(number)) for M in (W, W.transpose(0, 1)))
         core = torch.einsum("ocij,on,cm->nmij", W, out, into)
         return [into.T[..., None, None], core, out[..., None, None]]
     L, R = halves(*matrix(W, candidate))
@@ -175,6 +177,11 @@ def factors(W, candidate):
     if kind == "spatial":
         return [L.reshape(C, kh, -1).permute(2, 0, 1)[..., None], R.reshape(-1, O, kw).transpose(0, 1)[:, :, None]]
     return [R.reshape(C, -1, kh, kw), L.transpose(0, 1).reshape(O, C, 1, 1)]  # dwsep, group
+
+
+def _leading(M, d):
+    """The d leading left singular vectors of M (m, n): (m, d)."""
+    return torch.linalg.svd(M, full_matrices=M.shape[0] > M.shape[1]).U[:, :d]
 
 
 def spectral(W, candidate):
@@ -206,8 +213,8 @@ def potentials(model, names, x, y, context=contextlib.nullcontext):
     finally:
         for h in hooks:
             h.remove()
-    gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
-    return {n: fisher_potential(outputs[n].detach(), g) for n, g in zip(names, gradients, strict=True)}
+    gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
+    return {n: 0.0 if g is None else fisher_potential(outputs[n].detach(), g) for n, g in zip(names, gradients, strict=True)}
 
 
 # The budget
