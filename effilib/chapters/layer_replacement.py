@@ -36,20 +36,26 @@ BUDGET = 0.6
 AIM = 1 / 0.7  # step time at most 0.7x
 BUDGETS = (0.75, 0.6, 0.5, 0.35)
 NARROW = 0.7  # of every width, in blocks of 16 channels: about the same time as the replaced network
-SIZES = {"quick": dict(epochs=0.75), "study": dict(epochs=8)}
+WIDER = {"widths": (64, 128, 256), "blocks": (1, 1, 1)}  # convolutions are most of the step here; at half of it other work is a third
+SIZES = {
+    "quick": dict(epochs=0.75),
+    "study": dict(epochs=4, held=1500, widths=WIDER),
+    "full": dict(widths=WIDER),
+}
 FEW = {  # rounds of a measurement; evaluations of a run
     "smoke": dict(repeats=3, evaluations=2),
     "quick": dict(repeats=3, evaluations=5),
-    "study": dict(repeats=7, evaluations=10),
+    "study": dict(repeats=7, evaluations=8),
 }
 DENSE, REPLACED, NARROWED = "as built", f"replaced, budget {BUDGET:g}", "narrower, as built"
 
 
 def wide(book):
-    """The task of this chapter: the wide network, in which convolutions dominate; fewer epochs in the short presets, 2 points of margin."""
+    """This chapter's task: a network so wide that convolutions dominate, fewer epochs in the short presets, 2 points of margin."""
     t = book.task
     task = tasks.task(t.preset, t.dataset, "" if t.network == "resnet" else t.network, "wide", device=t.device, seeds=t.seeds)
-    return task.but(**SIZES.get(t.preset, {}), margin=2.0, target=None)
+    own = {k: v for k, v in SIZES.get(t.preset, {}).items() if k != "widths" or task.network == "resnet"}
+    return task.but(**own, margin=2.0, target=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ def test_the_task_is_the_wide_one_within_two_points():
     found = chapter.wide(book)
     assert found.widths == {"widths": (32, 64, 128), "blocks": (1, 1, 1)}
     assert (found.margin, found.target, found.recipe.epochs) == (2.0, None, chapter.SIZES["quick"]["epochs"])
+    book = notebook.start("06_4_layer_replacement", preset="study", dataset="synthetic", network="convnet")
+    assert chapter.wide(book).widths == {}
 
 
 def test_arms_and_grid():
