@@ -32,6 +32,16 @@ def date():
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def pause(seconds):
+    """Do nothing for so long: what a slower link would take."""
+    time.sleep(seconds)
+
+
+def duration(seconds):
+    """Seconds as `datetime.timedelta`, which `torch.distributed` wants."""
+    return datetime.timedelta(seconds=seconds)
+
+
 def synchronize(device):
     """Wait until `device` has done what it was given."""
     if torch.device(device).type == "cuda":

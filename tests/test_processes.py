@@ -1,0 +1,129 @@
+"""Several processes: what they return, and that none is left, however they, or their caller, come to an end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from effilib import processes
+from effilib.errors import BadInput
+from effilib.processes import WorkerFailed
+
+# What the processes do; they import it from this file
+
+
+def note(folder):
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+
+
+def add(rank, folder, tensor):
+    note(folder)
+    total = tensor * (rank + 1)
+    dist.all_reduce(total)
+    return rank, dist.get_world_size(), torch.get_num_threads(), total
+
+
+def misbehave(rank, folder, how):
+    note(folder)
+    if rank == 1:
+        {
+            "raises": lambda: 1 / 0,
+            "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "leaves": lambda: os._exit(0),
+            "falls silent": lambda: time.sleep(60),
+        }[how]()
+    dist.recv(torch.zeros(1), 1)  # in vain
+
+
+def hang(rank, folder):
+    note(folder)
+    time.sleep(120)
+
+
+def left(folder):
+    """Processes that noted their number and are still there."""
+    return [p for p in (int(f.stem) for f in Path(folder).glob("*.pid")) if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_results_come_by_rank_and_the_ranks_are_joined(tmp_path):
+    found = processes.run(add, 2, tmp_path, torch.tensor([1.0, 2.0]))
+    assert [r[:3] for r in found] == [(0, 2, 1), (1, 2, 1)]
+    assert all(torch.equal(r[3], torch.tensor([3.0, 6.0])) for r in found)
+    assert len(list(tmp_path.glob("*.pid"))) == 2
+    assert not left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", "rank 1 of 2 failed: ZeroDivisionError: division by zero; the others were ended"),
+        ("is killed", "rank 1 of 2 was killed by SIGKILL; the others were ended"),
+        ("leaves", "rank 1 of 2 ended without an answer"),
+        ("falls silent", "rank 0 of 2 failed: "),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_one_sentence(tmp_path, how, words):
+    begin = time.monotonic()
+    with pytest.raises(WorkerFailed) as error:
+        processes.run(misbehave, 2, tmp_path, how, silence=2)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 30
+    assert not left(tmp_path)
+
+
+def test_what_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(WorkerFailed, match="took longer than 6 s and were ended; not done: rank 0"):
+        processes.run(hang, 1, tmp_path, timeout=6)
+    assert not left(tmp_path)
+
+
+def test_a_function_that_cannot_be_imported_is_refused():
+    with pytest.raises(BadInput, match="cannot be sent to other processes: put it into a file"):
+        processes.run(lambda rank: rank, 2)
+    with pytest.raises(BadInput, match="what hang is given cannot be sent to other processes"):
+        processes.run(hang, 2, lambda: 0)
+
+
+CALLER = """
+import sys
+from effilib import processes
+from test_processes import hang
+processes.run(hang, 1, sys.argv[1])
+"""
+
+
+def test_the_processes_end_with_their_caller_however_it_ends(tmp_path):
+    """Killed outright, ended by a signal, interrupted by Ctrl-C: three callers at once, to save their imports."""
+    modules = os.pathsep.join([str(Path(processes.__file__).parents[1]), str(Path(__file__).parent)])
+    callers = {}
+    for end in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / end.name
+        folder.mkdir()
+        log = (folder / "log").open("wb")
+        command = [sys.executable, "-c", CALLER, str(folder)]
+        callers[end] = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": modules}, stdout=log, stderr=log), folder
+    try:
+        for end, (caller, folder) in callers.items():
+            wait_for(lambda folder=folder: left(folder), 60)
+            caller.send_signal(end)
+            caller.wait(20)
+            wait_for(lambda folder=folder: not left(folder), 5)
+    finally:
+        for caller, _ in callers.values():
+            caller.kill()
+            caller.wait()
