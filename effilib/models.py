@@ -141,7 +141,10 @@ class VGG(nn.Module):
                 widths.append([])
             elif isinstance(layer, nn.Conv2d):
                 widths[-1].append(layer.out_channels)
-        return {"widths": widths, "bn": any(isinstance(m, nn.BatchNorm2d) for m in self.features)}
+        return {
+            "widths": widths,
+            "bn": all(m.bias is None for m in self.features if isinstance(m, nn.Conv2d)),
+        }  # also where a method took the BatchNorm
 
 
 def resnet(classes, channels=3, **settings):
