@@ -139,7 +139,7 @@ class VGG(nn.Module):
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 widths.append([])
-            elif isinstance(layer, nn.Conv2d):
+            elif hasattr(layer, "out_channels"):  # a convolution, or what stands in its place
                 widths[-1].append(layer.out_channels)
         return {
             "widths": widths,
