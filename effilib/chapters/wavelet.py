@@ -15,6 +15,7 @@ from torch import nn
 from effilib import cost, figures, models
 from effilib.clock import elapsed, interleaved
 from effilib.data import Batches
+from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm, compare
 from effilib.methods import wavelet
 from effilib.methods.wavelet import WaveletStem, analysis, butterfly, flip_bands, haar, inverse_haar, precompute, synthesis
@@ -94,7 +95,7 @@ def wae(task, dataset, seed=0):
         return WAE(c, dataset.classes, low, high, (F_L, F_H)).to(dataset.device)
 
 
-def arms(kinds=(BANDS, S2D), roles=None):
+def arms(kinds=(BANDS, S2D)):
     """The full resolution and the arms of these names."""
     made = {
         BANDS: dict(methods=(WaveletStem(),)),
@@ -115,7 +116,7 @@ def takes_stem(task, dataset, kind="bands", keep=True):
     """Why the task's network cannot take such a stem, in words; "" if it can."""
     try:
         wavelet.wavelet_stem_(task.build(dataset), dataset, kind=kind, keep=keep)
-    except (wavelet.NoEffect, wavelet.BadInput) as error:
+    except (NoEffect, BadInput) as error:
         return str(error)
     return ""
 

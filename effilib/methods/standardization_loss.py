@@ -38,69 +38,55 @@ def divergence_of(mean, var, eps=0.0):
     return 0.5 * (mean**2 + var - torch.log(var + eps) - 1).sum()
 
 
-def naive_divergence(x, eps=EPS):
+def naive_divergence(x, eps=EPS, *, bias=None):
     """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would be. In 32 bits or more."""
     x = x if x.dtype == torch.float64 else x.float()
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
-    return divergence_of(mean, var, eps)
+    return divergence_of(mean if bias is None else mean + bias, var, eps)
 
 
 class Divergence(torch.autograd.Function):
     """`naive_divergence` in one pass forward and one backward: with n values a channel,
 
-    dD/dx = (mu + (x - mu) (1 - 1 / (sigma^2 + eps))) / n
+    dD/dx = (mu + (x - mean(x)) (1 - 1 / (sigma^2 + eps))) / n,  dD/dbias = mu = mean(x) + bias
+
+    The bias comes by itself, and x is kept for backward as it was before: what is added up may be changed in place by a ReLU.
     """
 
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx, x, bias, eps):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         # statistics of 32 bits make the kernel add up in 32 bits; at momentum 0 it leaves them as they are
         zeros, ones = x.new_zeros(x.shape[1], dtype=wide), x.new_ones(x.shape[1], dtype=wide)
         mean, var = torch.batch_norm_update_stats(x, zeros, ones, 0.0)
-        ctx.save_for_backward(x, mean, var)
+        mu = mean if bias is None else mean + bias
+        ctx.save_for_backward(x, mean, var, mu)
         ctx.eps = eps
-        return divergence_of(mean, var, eps)
+        return divergence_of(mu, var, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, mean, var = ctx.saved_tensors
+        x, mean, var, mu = ctx.saved_tensors
         n = x.numel() // x.shape[1]
-        a, b = (1 - 1 / (var + ctx.eps)) * (g / n), mean * (g / n)
-        return torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)[0], None  # a (x - mu) + b
+        a, b = (1 - 1 / (var + ctx.eps)) * (g / n), mu * (g / n)
+        dx = torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)[0]  # a (x - mean(x)) + b
+        return dx, mu * g if ctx.needs_input_grad[1] else None, None
 
 
-def divergence(x, eps=EPS):
-    """D of the pre-activations x: (N, C) or (N, C, H, W), a scalar of 32 bits or more, summed over the channels.
+def divergence(x, eps=EPS, *, bias=None):
+    """D of the pre-activations x + bias: a scalar of 32 bits or more, summed over the channels. x: (N, C) or (N, C, H, W); bias: (C,).
 
     Source: the paper, section 3; it is the sum over channels that lambda multiplies. eps: in the logarithm only.
     Raises `BadInput` where a channel has fewer than two values, for these have no variance.
     """
     if x.dim() < 2 or x.numel() < 2 * x.shape[1]:
         raise BadInput(f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a channel are needed")
-    return Divergence.apply(x, eps)
-
-
-class Standardized(nn.Module):
-    """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets through.
-
-    The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure: (x, eps) -> D.
-    """
-
-    def __init__(self, channels, eps=EPS, measure=divergence):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps, self.measure, self.terms = eps, measure, []
-
-    def forward(self, x):
-        x = x + self.bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-        if self.training and torch.is_grad_enabled():
-            self.terms.append(self.measure(x, self.eps))
-        return x
+    return Divergence.apply(x, bias, eps)
 
 
 class Bias(nn.Module):
-    """What is left of a `Standardized` after training: a bias per channel, (C,)."""
+    """Adds a bias per channel, (C,): what stands where a BatchNorm was, in the end."""
 
     def __init__(self, bias):
         super().__init__()
@@ -110,8 +96,27 @@ class Bias(nn.Module):
         return x + self.bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
+class Standardized(Bias):
+    """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets through.
+
+    The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure: `divergence`, or the naive one.
+    """
+
+    def __init__(self, channels, eps=EPS, measure=divergence):
+        super().__init__(nn.Parameter(torch.zeros(channels)))
+        self.eps, self.measure, self.terms = eps, measure, []
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.terms.append(self.measure(x, self.eps, bias=self.bias))
+        return super().forward(x)
+
+
 class Watch:
-    """The same for a network without BatchNorm: a forward hook on a layer whose output is a pre-activation."""
+    """The same for a network without BatchNorm: a forward hook on a layer whose output is a pre-activation.
+
+    The network goes on with a copy, for a ReLU in place would change what the gradient needs.
+    """
 
     def __init__(self, layer, eps=EPS):
         self.eps, self.terms = eps, []
@@ -120,6 +125,8 @@ class Watch:
     def hook(self, layer, inputs, output):
         if layer.training and torch.is_grad_enabled():
             self.terms.append(divergence(output, self.eps))
+            return output.clone()
+        return output
 
 
 def collect_(sources):

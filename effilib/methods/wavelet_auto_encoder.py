@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput
 from effilib.models import conv3x3
 from effilib.training import Method, autocast
 
@@ -111,7 +111,7 @@ class WaveletAutoEncoder(Method):
     def stage(self, run, step):
         """The stage of a step."""
         share, first, second = (step + 0.5) / run.steps, self.stages[0], sum(self.stages[:2])
-        return choose("stage", STAGES[(share > first) + (share > second)], STAGES)
+        return STAGES[(share > first) + (share > second)]
 
     def on_epoch_start(self, run):
         run.model.stage = self.stage(run, run.step)  # also of a run that is resumed

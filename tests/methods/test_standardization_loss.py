@@ -105,6 +105,25 @@ def test_gradcheck(shape):
     assert torch.autograd.gradcheck(lambda x: divergence(x, 1e-3), (x,))
 
 
+def test_a_bias_counts_as_part_of_the_pre_activation():
+    x, bias = draw(5, 3, 2, 2).requires_grad_(), draw(3, seed=2).requires_grad_()
+    parts = [torch.autograd.grad(d, (x, bias)) for d in (divergence(x, bias=bias), naive_divergence(x + bias.view(1, -1, 1, 1)))]
+    assert all(torch.allclose(ours, theirs) for ours, theirs in zip(*parts, strict=True))
+    assert torch.autograd.gradcheck(lambda x, b: divergence(x, 1e-3, bias=b), (x, bias))
+
+
+def test_a_relu_in_place_behind_it_changes_nothing():
+    grads = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=inplace), nn.Conv2d(4, 2, 3), nn.ReLU(inplace=inplace))
+        sources = [*standardize_(model).values(), Watch(model[3])]
+        out = model(torch.rand(4, 1, 8, 8, generator=g()))
+        (out.sum() + collect_(sources)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_the_two_identities_of_the_gradient():
     x = draw(8, 4, 3, 3).requires_grad_()
     (dx,) = torch.autograd.grad(divergence(x, 0.0), x)
@@ -207,7 +226,7 @@ def test_terms_are_noted_in_training_only_and_collected_once():
         model.train()(x)
     assert collect_(layers) is None
     seen = []
-    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o)) for m in layers]
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(o.clone())) for m in layers]
     model(x)
     assert collect_(layers).item() == pytest.approx(sum(naive_divergence(o).item() for o in seen), rel=1e-5)
     assert collect_(layers) is None
