@@ -166,7 +166,7 @@ def subsets():
 
 
 def standardization():
-    """A step with the standardization loss against BatchNorm's, six 3x3 convolutions, batch 128: aim at most 1.15x; naive and none beside it."""
+    """A step with the standardization loss against BatchNorm's, six convolutions, batch 128: aim at most 1.15x."""
     from effilib.chapters.standardization_loss import BN, NONE, SL, step_times
 
     steady_memory()
