@@ -18,7 +18,17 @@ from effilib.data import Batches
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm, compare
 from effilib.methods import wavelet
-from effilib.methods.wavelet import WaveletStem, analysis, butterfly, flip_bands, haar, inverse_haar, precompute, synthesis
+from effilib.methods.wavelet import (
+    WaveletStem,
+    analysis,
+    flip_bands,
+    haar,
+    haar_matrix,
+    inverse_haar,
+    precompute,
+    space_to_depth,
+    synthesis,
+)
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
 from effilib.training import History, autocast, resolve_precision, stream, train
 
@@ -291,7 +301,7 @@ def check(task, dataset):
     rows["mirrored bands against bands of the mirrored image, largest difference"] = f"{mirrored.abs().max():.1e}"
     if not any(n % 2 for n in x.shape[-2:]):
         rows["precomputed batches against bands of the same crops and flips, largest difference"] = f"{flip_check(dataset):.1e}"
-    s2d, mix = F.pixel_unshuffle(wavelet.even(x), 2), mixing(dataset.shape[0]).to(x)
+    s2d, mix = space_to_depth(x), haar_matrix(dataset.shape[0]).to(x)[..., None, None]
     rows["Haar as a 1 x 1 convolution of space-to-depth, largest difference"] = f"{(F.conv2d(s2d, mix) - haar(x)).abs().max():.1e}"
     return pd.DataFrame({"result": rows}).rename_axis("what")
 
@@ -301,12 +311,6 @@ def literal_pool(x):
     level1 = haar(x)
     low = level1.chunk(4, 1)[0]
     return inverse_haar(haar(low))[..., : low.shape[-2], : low.shape[-1]]
-
-
-def mixing(channels):
-    """The orthogonal 1 x 1 convolution (4C, 4C, 1, 1) that takes space-to-depth to Haar bands: they span the same space."""
-    unit = torch.eye(4 * channels).view(4 * channels, 4 * channels, 1, 1)
-    return butterfly(F.pixel_shuffle(unit, 2)).div(2).squeeze(-1).squeeze(-1).T[..., None, None]
 
 
 def energy(dataset):

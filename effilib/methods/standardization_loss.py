@@ -145,7 +145,7 @@ def replace_norms_(model, make, optimizer=None):
     """
     found, made = {}, {}
     for prefix, parent in list(model.named_modules()):
-        for child, norm in list(parent.named_children()):
+        for child, norm in list(parent._modules.items()):  # `named_children` leaves out repetitions
             if not isinstance(norm, NORMS):
                 continue
             if norm not in made:
@@ -182,7 +182,7 @@ def plain_(model):
     """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit for bit. Returns how many."""
     made = {}
     for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
+        for child, layer in list(parent._modules.items()):
             if isinstance(layer, Standardized):
                 made.setdefault(layer, Bias(layer.bias).train(layer.training))
                 setattr(parent, child, made[layer])

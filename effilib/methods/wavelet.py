@@ -159,12 +159,25 @@ class WaveletPool2d(nn.Module):
 KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
+def space_to_depth(x):
+    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row, column, C), channels last."""
+    n, c, height, width = even(x).shape
+    pixels = even(x).permute(0, 2, 3, 1).reshape(n, height // 2, 2, width // 2, 2, c)
+    return pixels.permute(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * c).permute(0, 3, 1, 2)
+
+
+def haar_matrix(channels):
+    """The orthogonal matrix (4C, 4C) that takes the channels of `space_to_depth` to those of `haar`."""
+    signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
+    return torch.kron(signs, torch.eye(channels))
+
+
 def split(x, kind, wavelet="haar"):
     """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided" reads x itself."""
     if kind == "strided":
         return x
     if kind == "space-to-depth":
-        return F.pixel_unshuffle(even(x), 2)
+        return space_to_depth(x)
     return wavelet_pool(x, wavelet) if kind == "low" else analysis(x, wavelet)
 
 
@@ -177,14 +190,17 @@ def moments(dataset, kind, wavelet="haar", images=2000):
 class FrontEnd(nn.Module):
     """Stands where the network's first convolution stood: images -> bands of mean 0 and variance 1 -> that convolution, half as large.
 
-    x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set.
+    x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set. Haar and the
+    standardisation are one small product behind space-to-depth: strided sums of 3 channels are not vectorised.
     """
 
     def __init__(self, conv, kind, wavelet, mean, std):
         super().__init__()
         self.conv, self.kind, self.wavelet = conv, kind, wavelet
-        self.register_buffer("scale", (1 / std).view(1, -1, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+        self.direct = kind == "bands" and wavelet == "haar"
+        matrix = haar_matrix(len(mean) // 4).to(mean) if self.direct else torch.eye(len(mean)).to(mean)
+        self.register_buffer("matrix", matrix / std.view(-1, 1))
+        self.register_buffer("shift", -mean / std)
 
     @property
     def out_channels(self):
@@ -194,10 +210,16 @@ class FrontEnd(nn.Module):
     def in_channels(self):
         return self.conv.in_channels
 
+    def bands(self, x):
+        """What the convolution reads."""
+        if self.kind == "strided":
+            return x
+        x = space_to_depth(x) if self.direct else split(x, self.kind, self.wavelet)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.permute(0, 2, 3, 1), self.matrix.to(x.dtype), self.shift.to(x.dtype)).permute(0, 3, 1, 2)
+
     def forward(self, x):
-        if self.kind != "strided":
-            x = torch.addcmul(self.shift.to(x.dtype), split(x, self.kind, self.wavelet), self.scale.to(x.dtype))
-        return self.conv(x)
+        return self.conv(self.bands(x))
 
     def extra_repr(self):
         return f"kind={self.kind}, wavelet={self.wavelet}"

@@ -1,7 +1,6 @@
 """What chapter 7.3 shows beyond its methods: arms, tables, figures, numerics."""
 
 import pytest
-import torch
 
 from effilib.chapters import wavelet as chapter
 from effilib.chapters.wavelet import BANDS, FULL, JOINT, LONGER, LOW, PUSHED, READY, S2D, STAGED, STRIDED
@@ -71,8 +70,6 @@ def test_the_numerics_and_the_case_by_hand():
     assert len(small) == 10
     assert max(map(abs, small)) < 1e-4
     assert abs(float(result["bior4.4: energy of the bands less the image's, relative"])) > 1e-6
-    mix = chapter.mixing(3).flatten(1)
-    assert torch.allclose(mix @ mix.T, torch.eye(12))
     assert float(chapter.energy(DATA).loc["haar", "A"][:-1]) > 25
 
 

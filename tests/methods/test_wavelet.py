@@ -26,10 +26,12 @@ from effilib.methods.wavelet import (
     even,
     flip_bands,
     haar,
+    haar_matrix,
     inverse_haar,
     keep_sizes_,
     matrices,
     precompute,
+    space_to_depth,
     synthesis,
     wavelet_pool,
     wavelet_stem_,
@@ -109,9 +111,9 @@ def test_three_ways_to_compute_haar_agree():
     A, V = both[..., :4, :5], both[..., :4, 5:]
     H, D = both[..., 4:, :5], both[..., 4:, 5:]
     assert torch.allclose(haar(x), torch.cat([A, H, V, D], 1))
-    signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
-    s2d = F.pixel_unshuffle(x, 2).view(2, 3, 4, 4, 5)  # (N, C, place in the 2 x 2, h, w)
-    assert torch.allclose(haar(x), torch.einsum("bp,ncphw->nbchw", signs, s2d).flatten(1, 2))
+    assert torch.allclose(haar(x), torch.einsum("bp,nphw->nbhw", haar_matrix(3).double(), space_to_depth(x)))
+    s2d = F.pixel_unshuffle(x, 2).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)  # PyTorch's, its channels in our order
+    assert torch.equal(space_to_depth(x), s2d)
     whole = torch.randint(0, 256, (2, 3, 8, 10), generator=torch.Generator().manual_seed(0))
     assert torch.equal(butterfly(whole.to(torch.int16)).float() / 2, haar(whole.float()))  # exact in integers
 
@@ -209,7 +211,11 @@ def test_what_the_stem_reads_has_mean_0_and_variance_1():
     model(d.normalize(d.train.x))
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4
     assert (seen[0].std((0, 2, 3)) - 1).abs().max() < 1e-3
-    raw = haar(d.normalize(d.train.x)).std((0, 2, 3))
+    bands = haar(d.normalize(d.train.x))
+    mean, std = (v.view(1, -1, 1, 1) for v in wavelet.moments(d, "bands"))
+    assert torch.allclose(seen[0], (bands - mean) / std, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    raw = bands.std((0, 2, 3))
     assert raw.max() > 1.2 * raw.min()  # there was something to standardise
 
 
@@ -356,11 +362,10 @@ def test_a_space_to_depth_stem_can_be_any_haar_stem():
     d = data(8, 3)
     conv = nn.Conv2d(12, 5, 3, padding=1, bias=False).double()
     x = d.normalize(d.train.x[:4]).double()
-    unit = torch.eye(12, dtype=torch.float64).view(12, 12, 1, 1)
-    mix = haar(F.pixel_shuffle(unit, 2))[:, :, 0, 0]  # one-hot space-to-depth -> bands
-    other = torch.einsum("obij,pb->opij", conv.weight, mix)
-    assert torch.allclose(conv(haar(x)), F.conv2d(F.pixel_unshuffle(x, 2), other, padding=1))
-    assert torch.allclose(mix @ mix.T, unit[:, :, 0, 0])  # orthogonal: nothing is lost, nothing weighs more
+    mix = haar_matrix(3).double()  # space-to-depth -> bands
+    other = torch.einsum("obij,bp->opij", conv.weight, mix)
+    assert torch.allclose(conv(haar(x)), F.conv2d(space_to_depth(x), other, padding=1))
+    assert torch.allclose(mix @ mix.T, torch.eye(12, dtype=torch.float64))  # orthogonal: nothing is lost, nothing weighs more
 
 
 def test_info_says_what_it_is():
