@@ -55,10 +55,10 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, eps):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # statistics of 32 bits make the kernel add up in 32 bits; at momentum 0 it leaves them as they are
-        zeros, ones = x.new_zeros(x.shape[1], dtype=wide), x.new_ones(x.shape[1], dtype=wide)
-        mean, var = torch.batch_norm_update_stats(x, zeros, ones, 0.0)
+        # statistics of 32 bits make the kernel add up 16-bit inputs in 32; at momentum 0 it leaves them as they are
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        held = [x.new_zeros(x.shape[1], dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)] if narrow else [None, None]
+        mean, var = torch.batch_norm_update_stats(x, *held, 0.0)
         mu = mean if bias is None else mean + bias
         ctx.save_for_backward(x, mean, var, mu)
         ctx.eps = eps

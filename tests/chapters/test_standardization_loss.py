@@ -53,7 +53,8 @@ def test_batch_sizes_with_every_normalisation():
     found = chapter.batch_sizes(TASK)
     assert list(found) == [32, 8]  # the judged one first
     assert [a.name for a in found[32].arms] == [NONE, SL, BN]
-    assert [a.name for a in found[8].arms] == [NONE, SL, BN, GN]
+    assert list(chapter.by_kind(found[8])) == [NONE, SL, BN, GN]
+    assert found[8].baseline == "no normalisation, batch 8"
     assert [a.role for a in found[8].arms] == ["baseline", "method", "control", "control"]
     assert found[8].illustration
     assert not found[32].illustration

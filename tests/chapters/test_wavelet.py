@@ -40,7 +40,7 @@ def test_every_arm_runs_at_equal_epochs():
 
 
 def test_the_verdict_has_three_arms():
-    arms = chapter.arms()
+    arms = chapter.arms(TASK, DATA)
     assert [(a.name, a.role) for a in arms] == [(FULL, "baseline"), (BANDS, "method"), (S2D, "control")]
     c = compare(TASK, arms, seeds=1, quantity="time per step")
     assert c.predicted(BANDS) > 1
@@ -52,6 +52,14 @@ def test_a_users_network_gets_the_arms_that_it_can_take():
     assert [a.name for a in found] == [FULL, BANDS, S2D, LOW, PUSHED, LONGER]
     assert any("has a stride of 2 already" in s for s in left_out)
     assert any("built for our networks" in s for s in left_out)
+
+
+def test_a_network_without_a_stride_to_take_out_works_at_half_its_sizes():
+    own = TASK.but(network="convnet", widths={"widths": (8,)})
+    found, left_out = chapter.all_arms(own, DATA)
+    assert [a.name for a in found] == [FULL, BANDS, S2D, STRIDED, LOW, LONGER]
+    assert "no layer of VGG has a stride of 2" in left_out[0]
+    assert not found[1].methods[0].keep
 
 
 def test_costs_are_of_every_network():
