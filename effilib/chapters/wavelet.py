@@ -263,7 +263,7 @@ def transform_table(task, dataset):
     images, ready = (iter(_endless(d, len(x))) for d in (part, bands))
     work = {f"{w} of a batch": lambda w=w: analysis(x, w) for w in wavelet.FILTERS}
     work |= {"reading and augmenting a batch of images": lambda: next(images), "the same of precomputed bands": lambda: next(ready)}
-    work |= {f"precomputing {len(part):,} images": lambda: precompute(part)}
+    work |= {f"precomputing {len(part.train):,} images": lambda: precompute(part)}
     times = interleaved(work, repeats=3 if few else 11, warm_up=1, device=dataset.device, seconds=3)
     return pd.DataFrame({"ms": {n: f"{1e3 * stats.median(t):.2f}" for n, t in times.items()}}).rename_axis(f"batch of {len(x)}")
 
