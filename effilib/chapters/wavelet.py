@@ -33,6 +33,7 @@ from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
 from effilib.training import History, autocast, resolve_precision, stream, train
 
 FULL, BANDS, S2D, STRIDED, LOW = "full resolution", "wavelet stem", "space-to-depth stem", "strided stem", "low band only"
+RAW, WIDE = "wavelet stem, bands as they are", "wavelet stem, first stage twice as wide"
 PUSHED, LONGER, READY, JOINT, STAGED = (
     "wavelet, all maps halved",
     "wavelet, db2",
@@ -113,6 +114,8 @@ def arms(task, dataset, kinds=(BANDS, S2D)):
         S2D: dict(methods=(WaveletStem(kind="space-to-depth", keep=keep),)),
         STRIDED: dict(methods=(WaveletStem(kind="strided", keep=keep),)),
         LOW: dict(methods=(WaveletStem(kind="low", keep=keep),)),
+        RAW: dict(methods=(WaveletStem(keep=keep, standardize=False),)),
+        WIDE: dict(methods=(WaveletStem(keep=keep, standardize=False),), network=wider(task, dataset)),
         PUSHED: dict(methods=(WaveletStem(keep=False),)),
         LONGER: dict(methods=(WaveletStem(wavelet="db2", keep=keep),)),
         READY: dict(fit=Precomputed()),
@@ -121,6 +124,14 @@ def arms(task, dataset, kinds=(BANDS, S2D)):
     }
     controls = {S2D, STRIDED, LOW}
     return [Arm(name=FULL, role="baseline"), *(Arm(name=k, role="control" if k in controls else "method", **made[k]) for k in kinds)]
+
+
+def wider(task, dataset):
+    """Settings of our networks with twice the channels in the first stage: a quarter of the pixels times four are as many products."""
+    if not ours(task):
+        return {}
+    first, *rest = task.build(dataset).settings()["widths"]
+    return {"widths": [[2 * w for w in first] if isinstance(first, list) else 2 * first, *rest]}
 
 
 def takes_stem(task, dataset, kind="bands", keep=True):
@@ -134,7 +145,7 @@ def takes_stem(task, dataset, kind="bands", keep=True):
 
 def all_arms(task, dataset):
     """(arms, sentences): every arm that the task's network can take, and why others are left out."""
-    kinds, left_out = [BANDS, S2D], []
+    kinds, left_out = [BANDS, S2D, RAW], []
     why = takes_stem(task, dataset)
     keep = not why
     if why:
@@ -151,9 +162,9 @@ def all_arms(task, dataset):
         elif name != PUSHED or keep:
             kinds.append(name)
     if ours(task) and keep:
-        kinds += [READY, JOINT, STAGED]
+        kinds += [WIDE, READY, JOINT, STAGED]
     else:
-        left_out.append(f"Left out: {READY}, {JOINT} and {STAGED}, which are built for our networks, whose widths are lists.")
+        left_out.append(f"Left out: {WIDE}, {READY}, {JOINT} and {STAGED}, which are built for our networks, whose widths are lists.")
     return arms(task, dataset, kinds), left_out
 
 
@@ -225,9 +236,9 @@ def cost_table(task, dataset):
     for a in all_arms(task, dataset)[0]:
         if a.fit and a.name != JOINT:
             continue
-        model = wae(task, dataset) if a.fit else task.build(dataset)
+        model = wae(task, dataset) if a.fit else task.build(dataset, **a.network)
         for m in a.methods:
-            wavelet.wavelet_stem_(model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep)
+            wavelet.wavelet_stem_(model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep, standardize=m.standardize)
         model = model.to(memory_format=torch.channels_last).train()
 
         def step(model=model):

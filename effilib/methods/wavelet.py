@@ -283,14 +283,14 @@ class Passed(nn.MaxPool2d):
         return x
 
 
-def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar", keep=True, generator=None):
+def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar", keep=True, standardize=True, generator=None):
     """Put a `FrontEnd` in place of the first convolution, in place. Returns a dict: the stem's name, what it reads, strides taken out.
 
     kind: "bands"; or, the controls, "low" (A alone), "space-to-depth" or "strided" (the image, at stride 2). The new convolution has
     the old one's output channels and He initialisation from `generator`. keep: later maps keep their sizes. If the old convolution
     had an even stride, the bands take the place of a factor 2 of it, and a kernel above 3 is halved (7 x 7 pixels lie in about
-    3 x 3 bands); else the network's next halving goes. Without `keep` the whole network works at half its sizes. dataset: its
-    training images give the bands' moments. Raises `NoEffect` where there is no stride to take out, `BadInput` if the network
+    3 x 3 bands); else the network's next halving goes. Without `keep` the whole network works at half its sizes. standardize: give
+    every channel mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is no stride to take out, `BadInput` if the network
     cannot take the smaller maps.
     """
     choose("kind of stem", kind, KINDS)
@@ -306,6 +306,8 @@ def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar
         before = old(torch.zeros(1, c, *size, device=old.weight.device, dtype=old.weight.dtype)).shape[2]
     target = before if keep and strided else (before + 1) // 2  # rows that the stem gives
     mean, std = moments(dataset, kind, wavelet)
+    if not standardize:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     if keep and strided:
         stride, k = stride // 2, max(3, k // 4 * 2 + 1) if k > 3 else k
     rows, stride = (size[0], 2 * stride) if kind == "strided" else ((size[0] + 1) // 2, stride)
@@ -337,9 +339,11 @@ class WaveletStem(Method):
     kind: str = "bands"
     wavelet: str = "haar"
     keep: bool = True
+    standardize: bool = True
 
     def on_fit_start(self, run):
-        done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep, generator=run.generator(self))
+        done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep, standardize=self.standardize)
+        how["generator"] = run.generator(self)
         run.restructure(lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how)))
         run.state[self] = {}
         taken = ", ".join(done["strides taken out"]) or "none"

@@ -219,6 +219,9 @@ def test_what_the_stem_reads_has_mean_0_and_variance_1():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     raw = bands.std((0, 2, 3))
     assert (raw - 1).abs().max() > 0.02  # there was something to standardise
+    model = models.build("resnet", 4, d.shape, widths=(8, 8), blocks=(1, 1))
+    wavelet_stem_(model, d, standardize=False)
+    assert torch.allclose(model.stem.bands(d.normalize(d.train.x)), bands, atol=1e-5)
 
 
 def test_a_pooling_that_is_taken_out_leaves_widths_legible():
