@@ -8,6 +8,7 @@ moments from BatchNorm's own kernel and writes its gradient in one pass, a x + b
 BatchNorm's kernel of eval mode computes: 32-bit sums whatever the input's format, either memory format, CPU or CUDA.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,13 @@ INFO = Info(
 )
 
 EPS = 1e-5  # in the logarithm, as BatchNorm's: a dead channel has variance 0
+NARROW = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def divergence_of(mean, var, eps=0.0):
     """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased variances."""
-    return 0.5 * (mean**2 + var - torch.log(var + eps) - 1).sum()
+    return 0.5 * (mean * mean + var - torch.log(var + eps) - 1).sum()
 
 
 def naive_divergence(x, eps=EPS, *, bias=None):
@@ -43,6 +45,12 @@ def naive_divergence(x, eps=EPS, *, bias=None):
     x = x if x.dtype == torch.float64 else x.float()
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
     return divergence_of(mean if bias is None else mean + bias, var, eps)
+
+
+@functools.lru_cache
+def _held(channels, device, narrow):
+    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32. They are never read."""
+    return (torch.zeros(channels, device=device), torch.ones(channels, device=device)) if narrow else (None, None)
 
 
 class Divergence(torch.autograd.Function):
@@ -55,10 +63,7 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, eps):
-        # statistics of 32 bits make the kernel add up 16-bit inputs in 32; at momentum 0 it leaves them as they are
-        narrow = x.dtype in (torch.bfloat16, torch.float16)
-        held = [x.new_zeros(x.shape[1], dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)] if narrow else [None, None]
-        mean, var = torch.batch_norm_update_stats(x, *held, 0.0)
+        mean, var = torch.batch_norm_update_stats(x, *_held(x.shape[1], x.device, x.dtype in NARROW), 0.0)
         mu = mean if bias is None else mean + bias
         ctx.save_for_backward(x, mean, var, mu)
         ctx.eps = eps

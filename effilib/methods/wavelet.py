@@ -290,8 +290,8 @@ def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar
     the old one's output channels and He initialisation from `generator`. keep: later maps keep their sizes. If the old convolution
     had an even stride, the bands take the place of a factor 2 of it, and a kernel above 3 is halved (7 x 7 pixels lie in about
     3 x 3 bands); else the network's next halving goes. Without `keep` the whole network works at half its sizes. standardize: give
-    every channel mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is no stride to take out, `BadInput` if the network
-    cannot take the smaller maps.
+    every channel mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is no
+    stride to take out, `BadInput` if the network cannot take the smaller maps.
     """
     choose("kind of stem", kind, KINDS)
     choose("wavelet", wavelet, FILTERS)
