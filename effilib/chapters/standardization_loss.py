@@ -191,7 +191,7 @@ def arm(task, kind, batch, role="method"):
     return Arm(
         name=label(task, kind, batch),
         role=role,
-        methods=methods(kind, normalized=normalized(task)),
+        methods=methods(kind, LAM[_sweep(task)], normalized(task)),
         changes={"lr": rate(task, kind, batch)},
     )
 
