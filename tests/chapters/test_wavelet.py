@@ -3,7 +3,7 @@
 import pytest
 
 from effilib.chapters import wavelet as chapter
-from effilib.chapters.wavelet import BANDS, FULL, JOINT, LONGER, LOW, PUSHED, RAW, READY, S2D, STAGED, STRIDED, WIDE
+from effilib.chapters.wavelet import BANDS, FULL, JOINT, LOW, PUSHED, RAW, READY, S2D, STAGED, STRIDED, WIDE
 from effilib.data import synthetic
 from effilib.experiment import compare
 from effilib.tasks import task
@@ -21,7 +21,7 @@ def test_every_arm_runs_at_equal_epochs():
     found, left_out = chapter.everything(TASK, DATA)
     assert not left_out
     names = [a.name for a in found.arms]
-    assert names == [FULL, BANDS, S2D, RAW, STRIDED, LOW, PUSHED, LONGER, WIDE, READY, JOINT, STAGED]
+    assert names == [FULL, BANDS, S2D, RAW, STRIDED, LOW, PUSHED, WIDE, READY, JOINT, STAGED]
     assert [a.role for a in found.arms[1:5]] == ["method", "control", "method", "control"]
     runs = {n: found.histories(n)[0] for n in names}
     assert len({h.steps for h in runs.values()}) == 1
@@ -50,7 +50,7 @@ def test_the_verdict_has_three_arms():
 def test_a_users_network_gets_the_arms_that_it_can_take():
     own = task("smoke", "synthetic", "torchvision.models:resnet18")
     found, left_out = chapter.all_arms(own, synthetic(images=64, channels=3, size=32))
-    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, LOW, PUSHED, LONGER]
+    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, LOW, PUSHED]
     assert any("has a stride of 2 already" in s for s in left_out)
     assert any("built for our networks" in s for s in left_out)
 
@@ -58,7 +58,7 @@ def test_a_users_network_gets_the_arms_that_it_can_take():
 def test_a_network_without_a_stride_to_take_out_works_at_half_its_sizes():
     own = TASK.but(network="convnet", widths={"widths": (8,)})
     found, left_out = chapter.all_arms(own, DATA)
-    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, STRIDED, LOW, LONGER]
+    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, STRIDED, LOW]
     assert "no layer of VGG has a stride of 2" in left_out[0]
     assert not found[1].methods[0].keep
 
