@@ -124,6 +124,10 @@ class Dataset:
         rows = x.reshape(n, height, width * channels).float()  # long rows vectorise, 3 channels don't
         return rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
 
+    def shuffled(self, batch_size, generator, *, augmentation="auto"):
+        """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
+        return Batches(self, batch_size, generator, augmentation=augmentation)
+
     def batches(self, split, batch_size=500):
         """Normalised (x, y) of a split in its order, nothing augmented, the last batch shorter: for evaluation."""
         for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):

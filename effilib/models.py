@@ -157,9 +157,12 @@ class VGG(nn.Module):
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 widths.append([])
-            elif isinstance(layer, nn.Conv2d):
+            elif hasattr(layer, "out_channels"):  # a convolution, or what stands in its place
                 widths[-1].append(layer.out_channels)
-        return {"widths": widths, "bn": any(isinstance(m, nn.BatchNorm2d) for m in self.features)}
+        return {
+            "widths": widths,
+            "bn": all(m.bias is None for m in self.features if isinstance(m, nn.Conv2d)),
+        }  # also where a method took the BatchNorm
 
 
 def resnet(classes, channels=3, **settings):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from effilib import checkpoint as checkpoints
 from effilib import cost, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
-from effilib.data import Batches
 from effilib.errors import BadInput, choose
 from effilib.models import stream
 
@@ -306,13 +305,13 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
         mine = checkpoints.identity(model, dataset, recipe, methods, seed) if checkpoint else None
         saved = checkpoints.read(checkpoint, mine)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
-        batches = Batches(dataset, recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
+        batches = dataset.shuffled(recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
         run = Run(model, dataset, recipe, tuple(methods), seed)
         run.batches, per_epoch = batches, len(batches)
         run.steps = run.planned = max(1, round(recipe.epochs * per_epoch))
         marks = {round(run.steps * i / evaluations) for i in range(1, evaluations + 1)}
         history = History(precision=run.precision)
-        history.warm_up = warm_up(run, next(iter(Batches(dataset, recipe.batch_size, stream(seed, "warm-up")))))
+        history.warm_up = warm_up(run, next(iter(dataset.shuffled(recipe.batch_size, stream(seed, "warm-up")))))
         flops = {}  # of a step, by structure
         losses, pending = [], []  # losses since the last evaluation; rows whose time is read at the epoch's end
 

@@ -165,9 +165,28 @@ def subsets():
         print(f"subsets, {name}: backward {t['backward']:.1f} ms, {exact / t['backward']:.2f}x (aim >= 1.3 where dX and dW are subsets)")
 
 
+def standardization():
+    """A step with the standardization loss against BatchNorm's, six convolutions, batch 128: aim at most 1.15x."""
+    from effilib.chapters.standardization_loss import BN, NONE, SL, step_times
+
+    steady_memory()
+    for p in products.formats():
+        ms = {k: 1e3 * stats.median(t) for k, t in step_times(precision=p, repeats=41, seconds=40).items()}
+        listed = ", ".join(f"{k} {v:.1f} ms = {v / ms[NONE]:.2f}x of none" for k, v in ms.items())
+        print(f"standardization, {p}: {ms[SL] / ms[BN]:.2f}x of BatchNorm's step (aim <= 1.15); {listed}")
+
+
+def stems():
+    """A step behind the wavelet stem against full resolution, the study task's network and images of its size: aim at least 1.3x."""
+    from effilib.chapters import wavelet
+
+    task = tasks.task("study", "synthetic", batch_size=64)
+    print(wavelet.cost_table(task, data.synthetic(size=32, channels=3)).to_string(), "\nstems: aim for the wavelet stem >= 1.3x")
+
+
 if __name__ == "__main__":
     known = {"loop": loop, "batches": batches, "import": imports, "series": series}
-    known |= {"pooling": pooling, "sampling": sampling, "subsets": subsets}
+    known |= {"pooling": pooling, "sampling": sampling, "subsets": subsets, "standardization": standardization, "stems": stems}
     for name in sys.argv[1:] or known:
         if name not in known:
             sys.exit(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")

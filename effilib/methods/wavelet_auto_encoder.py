@@ -1,0 +1,138 @@
+"""Wavelet-like auto-encoder (WAE; Chen et al. 2018, arXiv:1712.07493): the two half-resolution images of a picture are learned.
+
+An encoder makes a low and a high image of a quarter of the pixels each; a large network reads the low one, one with a quarter of
+the channels the high one. A decoder, for training alone, keeps the picture's content; an energy term pushes it into the low image.
+Layers and loss follow the paper's figures and the authors' prototxt, made small for pictures of 32 pixels. The paper's lambda,
+gamma and lengths of its three stages could not be read; those here are our own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effilib.errors import BadInput
+from effilib.models import conv3x3
+from effilib.training import Method, autocast
+
+STAGES = ("encoder", "classifier", "joint")
+
+
+class Decoder(nn.Module):
+    """A half-resolution image back to full size: (N, C, h, w) -> (N, C, 2h, 2w)."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.up, self.out = nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1), conv3x3(width, channels, bias=True)
+
+    def forward(self, x):
+        return self.out(F.relu(self.up(x), inplace=True))
+
+
+class WAE(nn.Module):
+    """Encoder, two trunks, two classifiers whose logits add up, and a decoder per image that only training uses.
+
+    x: (N, C, H, W) -> logits (N, classes). low, high: trunks from (N, C, ceil(H/2), ceil(W/2)) to features (N, F). features: their two
+    F. width: channels of encoder and decoder. stage: one of `STAGES`. In training `terms` holds the two parts of the
+    auto-encoder's loss, means over elements: reconstruction ||I - I'||^2 and energy ||I_H||^2.
+    """
+
+    def __init__(self, channels, classes, low, high, features, width=8):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            conv3x3(channels, width, bias=True), nn.ReLU(inplace=True), conv3x3(width, width, bias=True), nn.ReLU(inplace=True),
+            conv3x3(width, 2 * channels, stride=2, bias=True),
+        )  # fmt: skip
+        self.norm = nn.BatchNorm2d(2 * channels)  # behind the energy term: in front of it, it would make that a constant
+        self.low, self.high = low, high
+        self.head_low, self.head_both = nn.Linear(features[0], classes), nn.Linear(sum(features), classes)
+        self.decode_low, self.decode_high = Decoder(channels, width), Decoder(channels, width)
+        self.classes, self.stage, self.terms = classes, "joint", None
+
+    def images(self, x):
+        """(I_L, I_H), each (N, C, ceil(H/2), ceil(W/2))."""
+        return self.encoder(x).chunk(2, 1)
+
+    def reconstruct(self, I_L, I_H, size):
+        """The picture, (N, C, H, W), from its two images."""
+        return (self.decode_low(I_L) + self.decode_high(I_H))[..., : size[0], : size[1]]
+
+    def classify(self, I):  # noqa: E741  (the paper's symbol)
+        I_L, I_H = self.norm(I).chunk(2, 1)
+        F_L, F_H = self.low(I_L), self.high(I_H)
+        return self.head_low(F_L) + self.head_both(torch.cat([F_L, F_H], 1))
+
+    def forward(self, x):
+        if not self.training:
+            return self.classify(self.encoder(x))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "classifier"):
+            I = self.encoder(x)  # noqa: E741
+        self.terms = None
+        if self.stage != "classifier":
+            I_L, I_H = I.chunk(2, 1)
+            self.terms = F.mse_loss(self.reconstruct(I_L, I_H, x.shape[2:]).float(), x.float()), I_H.float().square().mean()
+        return self.classify(I) if self.stage != "encoder" else x.new_zeros(len(x), self.classes)
+
+
+@torch.no_grad()
+def energy_share(model, x):
+    """(share of the high image in the energy of both, reconstruction's signal-to-noise ratio in dB) on pictures x: (N, C, H, W)."""
+    was = model.training
+    model.eval()
+    I_L, I_H = (i.float() for i in model.images(x))
+    low, high = I_L.square().sum(), I_H.square().sum()
+    error = F.mse_loss(model.reconstruct(I_L, I_H, x.shape[2:]).float(), x)
+    model.train(was)
+    return (high / (low + high)).item(), 10 * math.log10(x.var().item() / max(error.item(), 1e-12))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveletAutoEncoder(Method):
+    """Train a `WAE`: cross-entropy + gamma (reconstruction + lambda energy), at once or in the paper's three stages.
+
+    stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both; (0, 0, 1) is joint from the
+    start. All of it is on the clock. Raises `BadInput` for another network, or shares that are not >= 0 with a sum of 1.
+    """
+
+    gamma: float = 0.1
+    lam: float = 1.0
+    stages: tuple = (0.0, 0.0, 1.0)
+
+    def on_fit_start(self, run):
+        if not isinstance(run.model, WAE):
+            raise BadInput(f"wavelet-like auto-encoder: {type(run.model).__name__} is not a WAE; build one from two trunks")
+        if len(self.stages) != 3 or min(self.stages) < 0 or abs(sum(self.stages) - 1) > 1e-6:
+            raise BadInput(f"wavelet-like auto-encoder: stages are {self.stages}, expected three shares >= 0 with a sum of 1")
+        run.state[self] = {}
+        run.model.stage = self.stage(run, 0)
+
+    def stage(self, run, step):
+        """The stage of a step."""
+        share, first, second = (step + 0.5) / run.steps, self.stages[0], sum(self.stages[:2])
+        return STAGES[(share > first) + (share > second)]
+
+    def on_epoch_start(self, run):
+        run.model.stage = self.stage(run, run.step)  # also of a run that is resumed
+
+    def loss_terms(self, run):
+        if run.model.terms is None:
+            return None
+        reconstruction, energy = run.model.terms
+        run.model.terms = None
+        weight = 1.0 if run.model.stage == "encoder" else self.gamma
+        return weight * (reconstruction + self.lam * energy)
+
+    def on_step_end(self, run):
+        new = self.stage(run, run.step + 1)
+        if new != run.model.stage and run.step + 1 < run.steps:
+            run.log(self, f"stage {new} begins", stage=new)
+            run.model.stage = new
+            run.structures += 1  # another step to count
+
+    def on_fit_end(self, run):
+        with run.clock.paused(), autocast(run.precision, run.device):
+            x = run.dataset.normalize(run.decide.x[:500])
+            share, ratio = energy_share(run.model, x)
+        run.log(self, f"{share:.1%} of the energy is in the high image; reconstruction {ratio:.1f} dB", energy_share=share, snr=ratio)
