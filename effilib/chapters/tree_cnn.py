@@ -516,7 +516,7 @@ def likelihood_figure(comparison, dataset, arm=TREE):
     event = placed(comparison.histories(arm)[0])[0]
     L = torch.tensor(event["L"])
     figure, axes = figures.new(width=2.6 + 0.75 * L.shape[1], height=1.4 + 0.36 * L.shape[0])
-    image = axes.imshow(L, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(L.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for k in range(L.shape[0]):
         for m in range(L.shape[1]):
             axes.text(m, k, f"{L[k, m]:.2f}", ha="center", va="center", fontsize=8, color="white" if L[k, m] > 0.6 else "black")

@@ -117,7 +117,7 @@ def test_every_arm_runs_and_the_tables_add_up():
     for figure, caption in (chapter.trade_figure(found), chapter.tree_figure(found, DATA), chapter.likelihood_figure(found, DATA)):
         figure.canvas.draw()
         assert caption.endswith(".")
-    assert [a.get_title() for a in chapter.tree_figure(found, DATA)[0].axes] == ["stage 1", "stage 2: 2 new"]
+    assert [a.get_title(loc="left") for a in chapter.tree_figure(found, DATA)[0].axes] == ["stage 1", "stage 2: 2 new"]
 
 
 def test_the_grid_has_the_other_depths_and_caps():
