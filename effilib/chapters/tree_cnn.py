@@ -21,7 +21,7 @@ from effilib.methods.tree_cnn import Tree, TreeCNN, accuracy, effort, fitting, g
 from effilib.models import stream
 from effilib.training import History, Method, autocast, resolve_precision, train
 
-SIZES = {"smoke": {}, "quick": dict(images=2500, epochs=2), "study": dict(epochs=8), "full": {}}  # epochs: of every training of every stage
+SIZES = {"smoke": {}, "quick": dict(images=2500, epochs=2), "study": dict(epochs=7), "full": {}}  # epochs: of every training of every stage
 EVALUATIONS = 8  # in the judged stages
 TREE, FLAT, SCRATCH = "Tree-CNN", "flat, all layers", "flat, from scratch"
 AIM = round(1 / 0.6, 2)  # what the paper's effort of 0.60 would be in time
@@ -543,7 +543,7 @@ def tree_figure(comparison, dataset, arm=TREE):
     columns = min(4, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     tall = max(len(groups) for _, groups, _, _ in drawn)
-    figure, axes = figures.new(columns, rows, width=3.1 * columns, height=rows * (0.9 + 0.42 * min(tall, 30)), squeeze=False)
+    figure, axes = figures.new(columns, rows, width=3.1 * columns, height=rows * (0.9 + tall * (0.42 if tall <= 12 else 0.26)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (title, groups, how, new) in zip(axes.flat, drawn, strict=False):
@@ -553,10 +553,10 @@ def tree_figure(comparison, dataset, arm=TREE):
             ax.plot([0.07, 0.24], [middle, y], color="black", lw=0.8, zorder=1)
             label = _say(group, [n + "*" * (c in new) for c, n in enumerate(dataset.names)], 28)
             box = dict(boxstyle="round,pad=0.25", fc=COLOUR[state], ec="none")
-            ax.text(0.25, y, label, va="center", fontsize=7 if tall < 16 else 5, bbox=box)
+            ax.text(0.25, y, label, va="center", fontsize=7 if tall <= 12 else 5, bbox=box)
         ax.text(0.05, middle, "root", va="center", ha="center", fontsize=8, bbox=dict(boxstyle="circle", fc="white", ec="black"))
         ax.set_xlim(-0.05, 1)
-        ax.set_ylim(len(groups) - 0.4, -0.6)
+        ax.set_ylim(tall - 0.4, -0.6)
         ax.set_title(title)
     handles = [Patch(color=c, label=n) for n, c in COLOUR.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
