@@ -56,6 +56,8 @@ def stages(dataset):
         raise BadInput(f"{dataset.name}: class {dataset.names[least]!r} has {counts[least]} training images, at least 2 are needed")
     order = ORDER.get(dataset.name, tuple(range(n)))
     sizes = [round(0.6 * n), n - round(0.6 * n)] if n <= 20 else [n // 10 + (i < n % 10) for i in range(10)]
+    if not torch.isin(dataset.validation.y.cpu(), torch.tensor(order[: sizes[0]])).any():
+        raise BadInput(f"{dataset.name}: no validation image of the first stage's classes, there are too few images")
     return [order[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
@@ -111,12 +113,12 @@ class FineTune(Method):
                 p.requires_grad_(False)
         group = run.optimizer.param_groups[0]
         group["params"] = [p for p in group["params"] if p.requires_grad]
-        leaves = [name for name in frozen if not any(run.model.get_submodule(name).children())]
-        run.state[self] = {"leaves": leaves}
-        run.log(self, f"{len(frozen)} modules frozen", weights=weights(run.model), samples=len(run.dataset.train))
+        whole = [name for name in frozen if all(f"{name}.{n}" in frozen for n, _ in run.model.get_submodule(name).named_modules() if n)]
+        run.state[self] = {"still": [name for name in whole if name]}
+        run.log(self, f"all but the last {self.depth} layers frozen", weights=weights(run.model), samples=len(run.dataset.train))
 
     def on_batch(self, run, x, y):
-        for name in run.state[self]["leaves"]:
+        for name in run.state[self]["still"]:
             run.model.get_submodule(name).training = False  # every evaluation sets it back
         return x, y
 
@@ -146,12 +148,16 @@ def _layer_places(model, names):
 
 
 def before(model, dataset, depth):
-    """Names of what comes before the `depth`-th last layer. Raises `NoEffect` if there is nothing."""
+    """Names of the modules before the `depth`-th last layer: all but those reached from it on, and what is inside these.
+
+    Raises `NoEffect` if nothing comes before it.
+    """
     names = reached(model, dataset)
     places = _layer_places(model, names)
     if not 0 < depth <= len(places) or not places[-depth]:
         raise NoEffect(f"fine-tuning: the network has {len(places)} layers, with depth {depth} none stays as it is")
-    return names[: places[-depth]]
+    later = names[places[-depth] :]
+    return [name for name, _ in model.named_modules() if not any(name == n or name.startswith(f"{n}.") for n in later)]
 
 
 def depths(task, dataset):
@@ -488,11 +494,11 @@ def log_table(comparison, dataset, arm=TREE):
     return pd.DataFrame(rows).set_index("stage")
 
 
-def retrained(comparison, arm=TREE):
+def retrained(comparison, dataset, arm=TREE):
     """What was trained in the first seed's later stages: the part, its weights, images and seconds."""
     rows = [
-        {"trained": f"{'' if e['part'] == 'root' else 'child '}{e['part']} ({e['how']})", "weights": e["weights"]}
-        | {"images": e["samples"], "seconds": e["seconds"]}
+        {"trained": "root" if e["part"] == "root" else ", ".join(dataset.names[c] for c in e["classes"]), "how": e["how"]}
+        | {"weights": e["weights"], "images": e["samples"], "seconds": e["seconds"]}
         for e in comparison.histories(arm)[0].events
         if "part" in e
     ]
@@ -543,7 +549,9 @@ def tree_figure(comparison, dataset, arm=TREE):
     columns = min(4, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     tall = max(len(groups) for _, groups, _, _ in drawn)
-    figure, axes = figures.new(columns, rows, width=3.1 * columns, height=rows * (0.9 + tall * (0.42 if tall <= 12 else 0.26)), squeeze=False)
+    figure, axes = figures.new(
+        columns, rows, width=3.1 * columns, height=rows * (0.9 + tall * (0.42 if tall <= 12 else 0.26)), squeeze=False
+    )
     for ax in axes.flat:
         ax.axis("off")
     for ax, (title, groups, how, new) in zip(axes.flat, drawn, strict=False):

@@ -332,7 +332,14 @@ class TreeCNN:
             h = train(net, own, fitting(recipe, own), (), seed, evaluations=times, progress=look)
             rows = [{**row, "accuracy": a} for row, a in zip(h.rows, seen, strict=True)]
             event = {"step": h.steps, "epoch": rows[-1]["epoch"], "method": "TreeCNN", "text": f"{part} trained ({state})"}
-            event |= {"part": str(part), "how": state, "weights": weights(net), "samples": len(own.train), "seconds": h.seconds}
+            event |= {
+                "part": str(part),
+                "classes": list(labels),
+                "how": state,
+                "weights": weights(net),
+                "samples": len(own.train),
+                "seconds": h.seconds,
+            }
             history = history + replace(h, rows=rows, events=[*h.events, event])
         tree.eval()
         held = cost.size_bytes(tree.parameters())  # all of the tree stays in memory, whatever is trained

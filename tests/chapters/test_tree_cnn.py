@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from effilib import models
 from effilib.chapters import tree_cnn as chapter
@@ -52,6 +53,8 @@ def test_too_few_classes_or_images_are_refused():
         chapter.stages(of(3))
     with pytest.raises(BadInput, match="class 'c3' has 1 training images"):
         chapter.stages(replace(of(5), train=of(5).train[:8]))
+    with pytest.raises(BadInput, match="own: no validation image of the first stage's classes"):
+        chapter.stages(replace(of(5), validation=DATA.validation[DATA.validation.y == 3]))
 
 
 def test_the_published_efforts_come_out_of_the_parameter_counts():
@@ -94,7 +97,27 @@ def test_depths_of_ours_and_of_users_networks():
     rgb = synthetic(size=32, channels=3)
     found = chapter.depths(Own(), rgb)
     assert found == [1, 5, 10, 16]
-    assert "layer4.1.conv2" not in chapter.before(Own().build(rgb), rgb, 2)
+    frozen = chapter.before(Own().build(rgb), rgb, 2)
+    assert {"conv1", "layer4.1.conv1", "layer4.0"} <= set(frozen)
+    assert not {"layer4.1.conv2", "layer4.1.bn2", "fc"} & set(frozen)
+
+
+def test_an_attention_layer_is_frozen_with_what_it_does_not_call():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.stem, self.attention, self.head = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, 0.5, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x.flatten(1, 2)) + self.token  # (N, 1, 8, 8) -> (N, 8, 8)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    model = Attention()
+    assert set(chapter.before(model, DATA, 1)) == {"", "stem", "attention", "attention.out_proj"}
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    train(model, DATA, TASK.recipe, [FineTune(depth=1)], 0)
+    assert [k for k, t in model.state_dict().items() if not torch.equal(t, before[k])] == ["head.weight", "head.bias"]
 
 
 def test_every_arm_runs_and_the_tables_add_up():
@@ -108,7 +131,7 @@ def test_every_arm_runs_and_the_tables_add_up():
     history = found.histories(TREE)[0]
     mine, whole = (sum(w * n for w, n in chapter.trained(h)) for h in (history, found.histories(FLAT)[0]))
     assert costs.loc[TREE, "effort"] == pytest.approx(mine / whole)
-    assert chapter.retrained(found).index[0].startswith("root (")
+    assert chapter.retrained(found, DATA).index[0] == "root"
     log = chapter.log_table(found, DATA)
     assert sorted(log["class"]) == ["2", "3"]
     accounts = chapter.accounts_table(found, DATA)
