@@ -526,15 +526,16 @@ def likelihood_figure(comparison, dataset, arm=TREE):
     for k in range(L.shape[0]):
         for m in range(L.shape[1]):
             axes.text(m, k, f"{L[k, m]:.2f}", ha="center", va="center", fontsize=8, color="white" if L[k, m] > 0.6 else "black")
-    axes.set_xticks(range(L.shape[1]), [dataset.names[c] for c in event["new"]], rotation=30)
+    names = [dataset.names[c] for c in event["new"]]
+    axes.set_xticks(range(L.shape[1]), names, rotation=30 if max(map(len, names)) > 4 else 0)
     axes.set_yticks(range(L.shape[0]), [_say(group, dataset.names, 30) for group in event["before"]])
     axes.set_xlabel("new class")
     axes.set_ylabel("child of the root")
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="likelihood L")
     return figure, (
-        "What the root takes images of the second stage's classes for, before it was trained on them (first seed). One dark cell in a "
-        "column: add. Two: merge. A pale column: a new leaf."
+        "What the root takes images of the second stage's classes for, before it was trained on them (first seed). One cell far above the "
+        "rest of its column: add. Two rivals: merge. All alike: a new leaf."
     )
 
 
@@ -549,9 +550,9 @@ def tree_figure(comparison, dataset, arm=TREE):
     columns = min(4, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     tall = max(len(groups) for _, groups, _, _ in drawn)
-    figure, axes = figures.new(
-        columns, rows, width=3.1 * columns, height=rows * (0.9 + tall * (0.42 if tall <= 12 else 0.26)), squeeze=False
-    )
+    width = 3.1 if max(map(len, dataset.names)) > 3 else 2.2
+    height = 0.9 + tall * (0.42 if tall <= 12 else 0.26)
+    figure, axes = figures.new(columns, rows, width=width * columns, height=height * rows, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (title, groups, how, new) in zip(axes.flat, drawn, strict=False):
@@ -559,7 +560,7 @@ def tree_figure(comparison, dataset, arm=TREE):
         middle = (len(groups) - 1) / 2
         for y, (group, state) in enumerate(zip(groups, how, strict=True)):
             ax.plot([0.07, 0.24], [middle, y], color="black", lw=0.8, zorder=1)
-            label = _say(group, [n + "*" * (c in new) for c, n in enumerate(dataset.names)], 28)
+            label = _say(group, [n + "*" * (c in new) for c, n in enumerate(dataset.names)], 28 if width > 3 else 18)
             box = dict(boxstyle="round,pad=0.25", fc=COLOUR[state], ec="none")
             ax.text(0.25, y, label, va="center", fontsize=7 if tall <= 12 else 5, bbox=box)
         ax.text(0.05, middle, "root", va="center", ha="center", fontsize=8, bbox=dict(boxstyle="circle", fc="white", ec="black"))
