@@ -1,0 +1,346 @@
+"""Tree-CNN (Roy, Panda, Roy 2020, arXiv:1802.05800): a tree of small networks that grows as classes arrive.
+
+The root decides between children; a child with one class is a leaf, one with several is a branch with a small network
+of its own. Where new classes go is read from the root: it is shown images of them, and what it takes them for decides
+(`likelihood`, `grow`). Then only what changed is trained again: the root, on all classes so far, and the branches whose
+classes changed, on theirs.
+
+The rules are those of the second generation of the authors' code, with its alpha = beta = 0.1. Theirs read the likelihood
+of CIFAR-10 from training *and test* images; here it is read from training images of the new classes, which the root has
+never seen. Old images are kept and trained on: this saves work, not memory.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effilib import clock, cost
+from effilib.data import Split
+from effilib.errors import BadInput, NoEffect
+from effilib.methods import Info
+from effilib.training import History, autocast, resolve_precision, train
+
+INFO = Info(
+    name="Tree-CNN",
+    name_de="Tree-CNN",
+    chapter="7.1",
+    paper="Roy et al. 2018, arXiv:1802.05800",
+    claim="Where classes arrive in stages, a tree of small networks that retrains only what changed needs 40 % less training effort "
+    "(weights x samples) on CIFAR-10 than retraining one large network, at somewhat less accuracy.",
+    cost_model="The root on all images so far, small branches on their own classes' images, nothing for the rest; at inference the root "
+    "and one branch.",
+)
+EPS = 1e-9  # 0.4 - 0.3 is not above 0.1
+
+
+def likelihood(logits, labels, full=()):
+    """(L, classes): L (K, M) says how much the root takes the m-th new class for each of its K children; each column sums to 1.
+
+    logits: (N, K), the root's in eval mode for images of the new classes; labels: (N,) their classes. full: children that
+    hold as many classes as they may; they are left out of the sum and get 0. The mean is that of the logits, before the softmax.
+    """
+    classes = labels.unique()  # sorted
+    O = torch.stack([logits[labels == c].double().mean(0) for c in classes], dim=1)  # noqa: E741  (K, M), the paper's symbol
+    O[torch.tensor(list(full), dtype=torch.int64, device=O.device)] = -torch.inf
+    L = torch.softmax(O, dim=0) if len(set(full)) < len(O) else torch.zeros_like(O)
+    return L, classes.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Where new classes went. T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which one it was, None if it is new.
+
+    log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge refused", "new leaf"),
+    child (as in T), values (the likelihoods compared), why.
+    """
+
+    T: dict
+    origin: list
+    log: list
+
+
+def grow(L, T, classes=None, *, cap=5, alpha=0.1, beta=0.1):
+    """Place new classes by the likelihoods L (K, M) among the K children of T (class -> child 0 ... K - 1): a `Growth`.
+
+    classes: of L's columns (default: the numbers after T's). cap: classes that a child may hold. One class after the other,
+    the surest first; a, b: its two likeliest children from the first with room on, with values v1, v2 and v3 that of the next:
+
+    - add to a, if v1 - v2 > alpha;
+    - else, if v2 - v3 > beta, two rivals that the root confuses: *merge* b into a and add to a. Not if b was a branch before, or
+      a would be over the cap: then the class goes to the one of a, b with fewer classes;
+    - else the class is like none of them: a *new leaf* of the root. So it is where no child has room.
+
+    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap already.
+    """
+    v = torch.as_tensor(L).double()
+    K, M = _check(v, T, cap, alpha, beta)
+    classes = [max(T) + 1 + m for m in range(M)] if classes is None else list(classes)
+    if len(classes) != M or len(set(classes)) != M or set(classes) & set(T):
+        raise BadInput(f"tree: {M} columns of L need {M} new classes, got {classes} beside {sorted(T)}")
+    old, T, log, left = dict(T), dict(T), [], list(range(M))
+    v, n = v.sort(dim=0, descending=True, stable=True)  # (K, M): values, and the children's names
+    v = F.pad(v, (0, 0, 0, 2))  # fewer than three children: the missing ones have likelihood 0
+
+    def held(child, table):
+        return sum(k == child for k in table.values())
+
+    while left:
+        m = max(left, key=lambda m: v[0, m])
+        left.remove(m)
+        s = next((r for r in range(K) if held(int(n[r, m]), T) < cap), None)
+        if s is None:
+            v1 = v2 = v3 = 0.0
+        else:
+            v1, v2, v3 = v[s : s + 3, m].tolist()
+            a = int(n[s, m])
+            b = int(n[s + 1, m]) if s + 1 < K else None
+        entry = {"class": classes[m], "values": [v1, v2, v3]}
+        if s is None:
+            child, rule, why = max(K - 1, *T.values()) + 1, "new leaf", f"every child holds {cap} classes"
+        elif v1 - v2 > alpha + EPS:
+            child, rule, why = a, "add", f"{v1:.2f} - {v2:.2f} > {alpha:g}"
+        elif a == b:
+            child, rule, why = a, "add", "both rivals were merged before"
+        elif v2 - v3 > beta + EPS:
+            rivals, after = f"{v1:.2f} and {v2:.2f} are close, the next is {v3:.2f}", held(a, T) + held(b, T) + 1
+            if held(b, old) > 1 or after > cap:
+                child, rule = min(a, b, key=lambda k: held(k, T)), "merge refused"
+                why = rivals + ("; the rival was a branch before" if held(b, old) > 1 else f"; together {after} classes, over {cap}")
+            else:
+                child, rule, why = a, "merge", rivals
+                entry["merged"] = [c for c, k in T.items() if k == b]
+                T = {c: a if k == b else k for c, k in T.items()}
+                n[n == b] = a  # later columns mean the merged child
+        else:
+            child, rule, why = max(K - 1, *T.values()) + 1, "new leaf", f"{v1:.2f}, {v2:.2f}, {v3:.2f}: like none"
+        T[classes[m]] = child
+        log.append(entry | {"rule": rule, "why": why})
+    kept = sorted(set(T.values()))  # a merged child leaves a gap
+    T = {c: kept.index(k) for c, k in T.items()}
+    return Growth(T=T, origin=[k if k < K else None for k in kept], log=[e | {"child": T[e["class"]]} for e in log])
+
+
+def _check(L, T, cap, alpha, beta):
+    children = sorted(set(T.values()))
+    if L.dim() != 2 or children != list(range(len(L))) or not torch.isfinite(L).all():
+        raise BadInput(f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: one row per child 0, 1, ..., finite")
+    largest = max(sum(k == child for k in T.values()) for child in children)
+    if largest > cap:
+        raise BadInput(f"tree: a child holds {largest} classes, but the cap is {cap}")
+    if min(alpha, beta) < 0:
+        raise BadInput(f"tree: alpha is {alpha} and beta {beta}, they must be 0 or more")
+    return L.shape
+
+
+class Tree(nn.Module):
+    """root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its network, None for a leaf.
+
+    A branch's logits are in the order of its group. Depth 2, as in the paper.
+    """
+
+    def __init__(self, root, groups, branches):
+        super().__init__()
+        self.root, self.groups, self.branches = root, [list(g) for g in groups], nn.ModuleList(branches)
+
+    @property
+    def T(self):
+        """class -> child."""
+        return {c: k for k, group in enumerate(self.groups) for c in group}
+
+    def decide(self, x):
+        """The root's decision: (N, C, H, W) -> (N,) children. With a single child there is none to take."""
+        return self.root(x).argmax(1) if len(self.groups) > 1 else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+    def forward(self, x):
+        """The class of each image: (N, C, H, W) -> (N,) int64. The batch is sorted by decision; each branch sees its own part once."""
+        decision = self.decide(x)
+        order = decision.argsort(stable=True)
+        counts = torch.bincount(decision, minlength=len(self.groups)).tolist()  # the only wait for the device
+        classes = torch.empty_like(decision)
+        for group, branch, part in zip(self.groups, self.branches, order.split(counts), strict=True):
+            if len(part):
+                labels = torch.tensor(group, device=x.device)
+                classes[part] = labels if branch is None else labels[branch(x[part]).argmax(1)]
+        return classes
+
+
+def rebuild_(tree, growth, make_root, make_branch):
+    """Give the tree the children of `growth`; the networks that changed are new ones with transferred weights. Untrained.
+
+    make_root, make_branch: number of outputs -> network. Returns {child or "root": how}: "kept" (all weights), "new last layer"
+    (all others transferred), "fresh", "untouched" (the same module, not to be trained) or "leaf". A root whose children are
+    not the same as before gets a new last layer, even if as many went as came.
+    """
+    groups = [[c for c, k in growth.T.items() if k == child] for child in range(len(growth.origin))]
+    if groups == tree.groups:
+        raise NoEffect("tree: no class is new, there is nothing to train")
+    how, branches = {}, []
+    if growth.origin == list(range(len(tree.groups))):
+        how["root"] = "kept"
+    else:
+        tree.root, how["root"] = transferred(make_root, len(groups), tree.root), "new last layer"
+    for child, (group, before) in enumerate(zip(groups, growth.origin, strict=True)):
+        was = None if before is None else tree.branches[before]
+        if len(group) == 1:
+            net, how[child] = None, "leaf"
+        elif was is None:
+            net, how[child] = make_branch(len(group)), "fresh"
+        elif group == tree.groups[before]:
+            net, how[child] = was, "untouched"
+        else:
+            net, how[child] = transferred(make_branch, len(group), was), "new last layer"
+        branches.append(net)
+    tree.groups, tree.branches = groups, nn.ModuleList(branches)
+    return how
+
+
+def head(make):
+    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make: outputs -> network."""
+    two, three = (make(outputs).state_dict() for outputs in (2, 3))
+    return [name for name in two if name not in three or two[name].shape != three[name].shape]
+
+
+def transferred(make, outputs, old):
+    """A new network with that many outputs and the weights of `old` in all layers but the last.
+
+    Raises `BadInput` if the two do not agree in these layers.
+    """
+    net, last = make(outputs), set(head(make))
+    state = {name: t for name, t in old.state_dict().items() if name not in last}
+    missing = [k for k, t in net.state_dict().items() if k not in last and (k not in state or state[k].shape != t.shape)]
+    if missing or not last or not state:
+        every = f"{'no' if not last else 'every'} layer depends on the number of outputs"
+        why = f"{missing[0]} differs from one network to the next" if missing else every
+        raise BadInput(f"tree: the weights of {type(old).__name__} cannot be transferred: {why}")
+    net.load_state_dict(state, strict=False)
+    return net
+
+
+def weights(model):
+    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without normalisation's."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in norms)
+
+
+def effort(trained, full):
+    """Training effort relative to another training: sum of weights x samples. trained, full: lists of (weights, samples)."""
+    return sum(w * n for w, n in trained) / sum(w * n for w, n in full)
+
+
+def relabel(dataset, labels):
+    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four splits."""
+    table = torch.full((dataset.classes,), -1, device=dataset.device)
+    for c, label in labels.items():
+        table[c] = label
+
+    def part(split):
+        keep = table[split.y] >= 0
+        return Split(x=split.x[keep], y=table[split.y[keep]])
+
+    names = ["+".join(dataset.names[c] for c in labels if labels[c] == label) for label in range(max(labels.values()) + 1)]
+    splits = {k: part(getattr(dataset, k)) for k in ("train", "decide", "validation", "test")}
+    return replace(dataset, names=tuple(names), **splits)
+
+
+def fitting(recipe, dataset):
+    """The recipe, its batch no larger than the data: a branch can have few images."""
+    return replace(recipe, batch_size=min(recipe.batch_size, len(dataset.train)))
+
+
+@torch.no_grad()
+def accuracy(tree, dataset, split, precision="fp32"):
+    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises `BadInput` if there are none."""
+    part, correct = getattr(dataset, split), 0
+    part = part[torch.isin(part.y, torch.tensor(list(tree.T), device=dataset.device))]
+    if not len(part):
+        raise BadInput(f"{dataset.name}: no {split} image of the classes {sorted(tree.T)}")
+    tree.eval()
+    with autocast(precision, dataset.device):
+        for x, y in dataset.batches(part):
+            correct += int((tree(x) == y).sum())
+    return 100 * correct / len(part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeCNN:
+    """How a tree grows. cap: classes a child may hold. alpha, beta: see `grow`. images: of each new class, for the likelihood.
+
+    evaluations: of the root's training and half as many of a branch's; each is one of the whole tree. Not a `Method`: a stage is several
+    trainings, and an `Arm(fit=...)` calls `start` and `learn_`.
+    """
+
+    cap: int = 5
+    alpha: float = 0.1
+    beta: float = 0.1
+    images: int = 50
+    evaluations: int = 4
+
+    def likelihood(self, tree, dataset, new, precision="fp32"):
+        """`likelihood` (L, classes) of the classes `new` from their first training images: the root has never been trained on them."""
+        y = dataset.train.y
+        few = torch.cat([(y == c).nonzero()[: self.images, 0] for c in new])
+        missing = set(new) - set(y[few].tolist())
+        if missing:
+            raise BadInput(f"{dataset.name}: no training image of class {min(missing)}")
+        full = [k for k, group in enumerate(tree.groups) if len(group) >= self.cap]
+        tree.eval()
+        with torch.no_grad(), autocast(precision, dataset.device):
+            logits = torch.cat([tree.root(x) for x, _ in dataset.batches(dataset.train[few])])
+        return likelihood(logits, y[few], full)
+
+    def start(self, dataset, groups, make_root, make_branch, recipe, seed=0):
+        """(tree, `History`): the first stage, its classes grouped as told: one group a child."""
+        branches = [make_branch(len(g)) if len(g) > 1 else None for g in groups]
+        tree = Tree(make_root(len(groups)), groups, branches)
+        how = {"root": "fresh", **{k: "leaf" if len(g) == 1 else "fresh" for k, g in enumerate(groups)}}
+        return tree, self.fit_(tree, dataset, how, recipe, seed)
+
+    def learn_(self, tree, dataset, new, make_root, make_branch, recipe, seed=0):
+        """One more stage: place the classes `new` in the tree and train what changed, in place. Returns the `History`, all on its clock."""
+        precision, before = resolve_precision(recipe.precision, dataset.device), tree.groups
+        clock.synchronize(dataset.device)
+        with clock.elapsed() as seconds:
+            L, classes = self.likelihood(tree, dataset, new, precision)
+            growth = grow(L.cpu(), tree.T, classes, cap=self.cap, alpha=self.alpha, beta=self.beta)
+            how = rebuild_(tree, growth, make_root, make_branch)
+            took = seconds()
+        event = {"step": 0, "epoch": 0, "method": "TreeCNN", "text": f"{len(new)} classes placed", "L": L.tolist(), "new": classes}
+        event |= {"log": growth.log, "before": before, "groups": tree.groups}
+        event |= {"root": how["root"], "how": [how[k] for k in range(len(tree.groups))]}
+        kinds = {"grow": {"count": 1, "seconds": took, "median": took}}
+        return History(seconds=took, raw_seconds=took, kinds=kinds, events=[event]) + self.fit_(tree, dataset, how, recipe, seed)
+
+    def fit_(self, tree, dataset, how, recipe, seed=0):
+        """Train the parts that `how` does not leave alone. Every row has the accuracy of the whole tree; its loss is that part's own."""
+        precision, history = resolve_precision(recipe.precision, dataset.device), History()
+        for part, state in how.items():
+            if state in ("leaf", "untouched") or (part == "root" and len(tree.groups) == 1):
+                continue
+            labels = tree.T if part == "root" else {c: i for i, c in enumerate(tree.groups[part])}
+            net = tree.root if part == "root" else tree.branches[part]
+            own, seen = relabel(dataset, labels), []
+            own = replace(own, validation=own.validation if len(own.validation) else own.train[:1], test=own.train[:1])  # test: not read
+
+            def look(row, net=net, seen=seen):
+                seen.append(accuracy(tree, dataset, "validation", precision))
+                net.train()
+
+            times = self.evaluations if part == "root" else max(1, self.evaluations // 2)
+            h = train(net, own, fitting(recipe, own), (), seed, evaluations=times, progress=look)
+            rows = [{**row, "accuracy": a} for row, a in zip(h.rows, seen, strict=True)]
+            event = {"step": h.steps, "epoch": rows[-1]["epoch"], "method": "TreeCNN", "text": f"{part} trained ({state})"}
+            event |= {
+                "part": str(part),
+                "classes": list(labels),
+                "how": state,
+                "weights": weights(net),
+                "samples": len(own.train),
+                "seconds": h.seconds,
+            }
+            history = history + replace(h, rows=rows, events=[*h.events, event])
+        tree.eval()
+        held = cost.size_bytes(tree.parameters())  # all of the tree stays in memory, whatever is trained
+        return replace(history, memory={**history.memory, "parameters": held}, test_accuracy=None, structure={"groups": tree.groups})
