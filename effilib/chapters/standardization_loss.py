@@ -277,10 +277,11 @@ def batch_figure(found):
             some = [(b, v) for b, v in zip(here, values, strict=True) if v]
             axes.plot([b for b, _ in some], [stats.median(v) for _, v in some], "-", color=colour[kind], lw=1.8, label=kind)
             for b, v in some:
-                axes.plot([b] * len(v), v, ".", color=colour[kind], alpha=0.6)
+                axes.plot([b] * len(v), v, "o", color=colour[kind], ms=4, alpha=0.6)
     for axes in (left, right):
         axes.set_xscale("log")
         figures.plain_log(axes.xaxis, values=batches)
+        axes.set_xlim(0.8 * batches[0], 1.25 * batches[-1])
         axes.set_xlabel("batch size (log scale)")
     left.set_ylabel("final validation accuracy (%)")
     right.set_ylabel("seconds to the target")
@@ -422,10 +423,13 @@ def descent_figure():
     axes.axhline(0, color="black", lw=0.8)
     axes.axhline(1, color="black", lw=0.8, ls="--")
     axes.set_xlabel("steps of gradient descent on D")
-    axes.set_ylabel("of 256 numbers (symmetric log scale)")
+    axes.set_ylabel("value (log above 1)")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([0, 1, 10], ["0", "1", "10"])
+    axes.set_ylim(bottom=-0.15)
+    axes.set_xticks(range(0, 20, 5))
     axes.legend()
-    return figure, "With no other loss the numbers end at mean 0 and variance 1 (dashed), from wherever they began."
+    return figure, "With no other loss 256 numbers end at mean 0 and variance 1 (dashed), from wherever they began."
 
 
 def left_over(task, dataset):

@@ -200,11 +200,11 @@ def everything_figure(comparison):
     """(figure, caption): final accuracy over the seconds of the whole run, every arm and seed a dot."""
     figure, axes = figures.new(width=8.0, height=4.2)
     names = [a.name for a in comparison.arms]
-    palette = [figures.GREY, *figures.COLOURS]
+    colours, kinds = figures.colours(names), len(figures.COLOURS)
     for i, name in enumerate(names):
         h = comparison.histories(name)
         x, y = [v.seconds for v in h], [v.accuracy for v in h]
-        colour, mark = palette[i % len(palette)], "os^"[i // len(palette)]
+        colour, mark = colours[name], "os^"[max(0, i - 1) // kinds]  # a second round of the colours has another mark
         axes.plot(x, y, mark, color=colour, ms=4, alpha=0.4)
         axes.plot(stats.mean(x), stats.mean(y), mark, color=colour, ms=9, label=name)
     axes.set_xlabel("seconds on the clock, whole run")

@@ -307,7 +307,7 @@ def replace_pools_(model, make):
     """
     made = {}
     for prefix, parent in list(model.named_modules()):
-        for child, pool in list(parent.named_children()):
+        for child, pool in list(parent._modules.items()):  # `named_children` leaves out repetitions
             name = f"{prefix}.{child}".lstrip(".")
             if isinstance(pool, nn.MaxPool2d):
                 if pool.return_indices:

@@ -422,10 +422,11 @@ def test_the_method_works_on_vgg11_bn_in_training():
 
 def test_a_shared_layer_stays_shared_and_names_are_kept():
     pool = nn.MaxPool2d(2)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), pool, nn.Sequential(nn.ReLU(), pool))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), pool, nn.Sequential(nn.ReLU(), pool), pool)
     names = []
     assert replace_pools_(model, lambda p, n: names.append(n) or StochasticPool2d(p.kernel_size)) == 1
-    assert model[2] is model[3][1]
+    assert model[2] is model[3][1] is model[4]
+    assert isinstance(model[4], StochasticPool2d)
     assert names == ["2"]
 
 
