@@ -601,7 +601,7 @@ def test_steps_of_another_size_are_a_kind_of_their_own_and_not_capped_by_the_oth
 
     _, history = trained(methods=[Small()])
     assert history.kinds["step, small"]["count"] == 7
-    assert history.kinds["step"]["count"] == 17
+    assert history.kinds["step"]["count"] >= 17  # and what is left over between epochs
     assert history.seconds > 1.6  # five of them were in an epoch whose median step was small
     assert history.step_seconds == history.kinds["step"]["median"] >= 0.1
     history.kinds.pop("step")

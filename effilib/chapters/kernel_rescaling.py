@@ -125,7 +125,7 @@ def patch_task(base):
 
 def patch_arms():
     """For illustration: images halved for half of the steps, with the patches as they are, or PI-resized to half."""
-    halved = dict(schedule=((0.5, 0.5), (0.5, 1.0)), multiple=PATCH)
+    halved = dict(schedule=((0.5, 0.5), (0.5, 1.0)), multiple=PATCH // 2)
     return [
         Arm(name=FULL, role="baseline"),
         Arm(name=f"images halved, patches of {PATCH} px", role="control", methods=(KernelRescaling(**halved, kernels=False),)),
