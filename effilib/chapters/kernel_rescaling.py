@@ -13,10 +13,9 @@ from torch import nn
 
 from effilib import cost, figures, models
 from effilib.data import Split
-from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
+from effilib.experiment import Arm, compare
 from effilib.methods.kernel_rescaling import KernelRescaling, kernels, matrix, pi_resize, recalibrate_, rescale_, rescale_kernel, resize
 from effilib.training import evaluate, stream, train
-from effilib.tuning import held
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
 # Chosen in trial runs with seeds that are not measured. Small images teach less a step, so `longer` times the baseline's epochs are
@@ -41,7 +40,7 @@ PATCH = 4  # of the network whose stem cuts the image into patches
 
 
 def task(base):
-    """The task of the kernel arms: our ResNet with 5x5 kernels in stem and first stage. Nobody tuned it: `with_target` runs a pilot.
+    """The task of the kernel arms: our ResNet with 5x5 kernels in stem and first stage. Nobody tuned it: a pilot finds the target.
 
     Another network is taken as it is.
     """
@@ -51,16 +50,6 @@ def task(base):
     stages = len(base.widths.get("widths", (0, 0, 0)))
     widths = base.widths | {"kernels": (FIRST, FIRST, *[3] * (stages - 1))}
     return base.but(widths=widths, target=None, **({"epochs": epochs} if epochs else {}))
-
-
-def with_target(base):
-    """The task with its target. Where none was tuned it is what the baseline holds for two evaluations with both of the pilot's seeds, less
-    the margin: a single last evaluation would be no target, for nothing after it holds it.
-    """
-    if base.target is not None:
-        return base
-    blocks = measure(base, [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS), title="pilot for the target")
-    return replace(base, target=round(min(held(b["arms"]["pilot"].rows) for b in blocks) - base.margin, 1))
 
 
 def method(base, dataset, **changes):

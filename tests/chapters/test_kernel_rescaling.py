@@ -6,9 +6,8 @@ import torch
 from effilib import models
 from effilib.chapters import kernel_rescaling as chapter
 from effilib.chapters.kernel_rescaling import BARE, BOTH, FULL, IMAGES
-from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
+from effilib.experiment import compare
 from effilib.methods.kernel_rescaling import kernels
-from effilib.statistics import time_to_target
 from effilib.tasks import task
 
 TASK = task("smoke", "synthetic")
@@ -35,14 +34,6 @@ def test_the_kernel_arms_train_one_network_with_5x5_kernels_where_pixels_are_man
     assert quick.recipe.epochs == chapter.SETTINGS["quick"]["epochs"]
     study = chapter.task(task("study", "synthetic"))
     assert {a.changes["epochs"] / study.recipe.epochs for a in chapter.arms(study, DATA)[1:]} == {chapter.SETTINGS["study"]["longer"]}
-
-
-def test_the_pilots_target_is_one_that_it_holds():
-    t = chapter.with_target(chapter.task(TASK))
-    blocks = measure(chapter.task(TASK), [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS))
-    assert all(time_to_target(b["arms"]["pilot"].rows, t.target) is not None for b in blocks)
-    assert any(time_to_target(b["arms"]["pilot"].rows, t.target + t.margin + 0.2) is None for b in blocks)
-    assert chapter.with_target(TASK.but(target=50.0)).target == 50.0
 
 
 def test_a_network_without_large_kernels_has_its_images_resized():
