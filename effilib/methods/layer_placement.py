@@ -403,6 +403,29 @@ def alone(job):
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
+class Pack(torch.autograd.Function):
+    """The identity, laid out for sending: contiguous forward, and its gradient contiguous too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.contiguous()
+
+
+class Stage(nn.Module):
+    """A part of the chain between two links."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return Pack.apply(self.part(Pack.apply(x)))
+
+
 def pipelined(rank, make, cuts, x, y, microbatches):
     """Gradients of this rank's stage, by name, through `torch.distributed.pipelining`: a step of GPipe over the parts between the cuts.
 
@@ -416,7 +439,7 @@ def pipelined(rank, make, cuts, x, y, microbatches):
     if rank >= len(stages):
         return {}
     part = stages[rank]
-    stage = PipelineStage(part, rank, len(stages), torch.device("cpu"), group=group)
+    stage = PipelineStage(Stage(part), rank, len(stages), torch.device("cpu"), group=group)
     schedule = ScheduleGPipe(stage, microbatches, loss_fn=F.cross_entropy)
     images, labels = [x] if rank == 0 else [], {"target": y, "losses": []} if rank == len(stages) - 1 else {}
     schedule.step(*images, **labels)

@@ -35,7 +35,7 @@ def test_the_simulator_gains_where_the_head_is_heavy_and_the_link_slow():
     assert at["VGG-16", "1 Gbit/s"] > at["ResNet-50", "1 Gbit/s"]
     assert len(chapter.simulation_table(frame, 8)) == 9
     figure, caption = chapter.simulation_figure(frame)
-    assert [a.get_title() for a in figure.axes] == list(chapter.PUBLISHED)
+    assert [a.get_title(loc="left") for a in figure.axes] == list(chapter.PUBLISHED)
     assert "ring" in caption
 
 

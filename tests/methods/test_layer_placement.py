@@ -47,7 +47,11 @@ def g(seed=0):
 
 def some_batches(n, size=8):
     source = g(3)
-    return tuple((torch.randn(size, *SHAPE, generator=source), torch.randint(4, (size,), generator=source)) for _ in range(n))
+    # laid out as data sets are, channels last: what is sent has to be made contiguous
+    return tuple(
+        (torch.randn(size, *SHAPE, generator=source).to(memory_format=torch.channels_last), torch.randint(4, (size,), generator=source))
+        for _ in range(n)
+    )
 
 
 def chain_of(*layers):
@@ -200,11 +204,11 @@ def test_the_profile_adds_up_to_the_network():
     model = NETWORKS["residual"]()
     before = {n: b.clone() for n, b in model.named_buffers()}
     layers = profile(Chain(model), SHAPE)
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert all(p.grad is None for p in model.parameters())
     assert sum(x.parameters for x in layers) == cost.parameters(model)
     assert sum(x.flops for x in layers) == pytest.approx(cost.step_flops(model, SHAPE, 2) / 2)
     assert [x.outputs for x in layers] == [8 * 144, 8 * 144, 8 * 36, 8, 4]  # what flows on after the pooling
-    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
-    assert all(p.grad is None for p in model.parameters())
     assert [x.seconds for x in estimate(layers, 10.0)] == [x.flops / 10 for x in layers]
 
 
