@@ -164,6 +164,7 @@ def simulation_figure(frame):
         for i, label in enumerate(BANDWIDTHS):
             part = frame[(frame["network"] == name) & (frame["bandwidth"] == label)]
             ax.plot(part["workers"], part["speed-up"], "o-", ms=4, color=figures.COLOURS[i], label=f"placed, {label}")
+            part = part[part["workers"] > 1]  # one worker alone has nobody to send to
             ax.plot(part["workers"], part["ring"], "--", lw=1.2, color=figures.COLOURS[i], label=f"ring, {label}")
         ax.axhline(1, color="black", lw=0.8)
         ax.set_yscale("log")
