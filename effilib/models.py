@@ -119,9 +119,11 @@ class ResNet(nn.Module):
             "blocks": [[b.inner for b in s] for s in self.stages],
             "stem": self.stem.out_channels,
         }
-        if self.stem.stride != (1, 1):
+        plain = isinstance(self.stem, nn.Conv2d)  # else what a method put in its place
+        if plain and self.stem.stride != (1, 1):
             found["patch"] = self.stem.kernel_size[0]
-        kernels = [3 if "patch" in found else self.stem.kernel_size[0], *([b.kernels for b in s] for s in self.stages)]
+        first = self.stem.kernel_size[0] if plain and "patch" not in found else 3
+        kernels = [first, *([b.kernels for b in s] for s in self.stages)]
         if kernels[0] != 3 or any(pair != [3, 3] for stage in kernels[1:] for pair in stage):
             found["kernels"] = kernels
         return found
