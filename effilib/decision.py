@@ -116,8 +116,9 @@ class Trace:
 class Policy:
     """How to decide. mode says when a decision is due, the rest is the same for all.
 
-    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if `patience` epochs have not brought the smoothed
-    validation loss a share `tau` below its best, and the training loss falls by less than `progress` an epoch; "periodic", every
+    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if the
+    mean validation loss of `patience` epochs is not by `tau` below that of as many before, and the training loss falls by less than
+    `progress` an epoch; "periodic", every
     `period` epochs. cooldown: epochs without a decision after an action. window: epochs over which pruning is looked at, longer if the
     penalty needs longer. low, high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
     them it is left alone. gap: points of training over validation accuracy from which on the network over-fits. gain: points that a
@@ -128,7 +129,7 @@ class Policy:
 
     mode: str = "windowed"
     patience: int = 2
-    tau: float = 0.01
+    tau: float = 0.02
     progress: float = 0.05
     period: int = 3
     cooldown: int = 2
@@ -160,12 +161,12 @@ def flat(losses, patience, tau):
     return len(losses) > patience and min(losses[-patience:]) >= (1 - tau) * min(losses[:-patience])
 
 
-def smooth(values, beta=0.5):
-    """Exponential average: noise of single epochs at a high learning rate halves."""
-    found = []
-    for v in values:
-        found.append(v if not found else beta * found[-1] + (1 - beta) * v)
-    return found
+def level(losses, patience, tau):
+    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before: noise averages out."""
+    if len(losses) < 2 * patience:
+        return False
+    before, after = losses[-2 * patience : -patience], losses[-patience:]
+    return stats.mean(after) >= (1 - tau) * stats.mean(before)
 
 
 def since(trace):
@@ -189,7 +190,7 @@ def due(trace, policy):
     losses = [e.loss for e in epochs]
     if policy.mode == "thesis":
         return "one more epoch improved nothing" if flat(losses, 1, 0.0) else ""
-    if not flat(smooth(losses), policy.patience, policy.tau):
+    if not level(losses, policy.patience, policy.tau):
         return ""
     before, after = epochs[-1 - policy.patience].train_loss, epochs[-1].train_loss
     if over_fits(trace, policy) or after > before * (1 - policy.progress) ** policy.patience:
