@@ -19,7 +19,6 @@ from effilib.errors import BadInput, choose
 MODES = ("thesis", "windowed", "periodic")
 GROWTH = ("widen", "deepen")
 KINDS = ("wait", "shrink", *GROWTH, "stop")
-FULL = 99.5  # % training accuracy at which capacity is not what lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,8 @@ class Policy:
     `progress` an epoch; "periodic", every
     `period` epochs. cooldown: epochs without a decision after an action. window: epochs over which pruning is looked at, longer if the
     penalty needs longer. low, high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
-    them it is left alone. gap: points of training over validation accuracy from which on the network over-fits. gain: points that a
+    them it is left alone. full: training accuracy (%) from which on
+    capacity is not what lacks; gap: points of training over validation accuracy from which on the network over-fits. gain: points that a
     growth must bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which growth
     comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure: whether "nothing was pruned"
     counts only under a penalty that had the time to; False is for growth without pruning.
@@ -136,6 +136,7 @@ class Policy:
     window: int = 2
     low: float = 0.01
     high: float = 0.05
+    full: float = 99.5
     gap: float = 10.0
     gain: float = 0.2
     sigmas: float = 1.0
@@ -212,7 +213,7 @@ def over_fits(trace, policy):
     """In words, if capacity is not what lacks; else ""."""
     recent = since(trace)[-policy.patience :] or [trace.now]
     train, held = (stats.mean(getattr(e, k) for e in recent) for k in ("train_accuracy", "accuracy"))
-    if train >= FULL:
+    if train >= policy.full:
         return f"{train:.1f} % of the training images are right"
     return f"{train:.1f} % on training images, {held:.1f} % on others" if train - held >= policy.gap else ""
 

@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from effilib import cost, figures, models, stages, surgery, tasks
+from effilib import cost, figures, models, stages, surgery
 from effilib.chapters import prune_train
 from effilib.chapters.net2net import shared
 from effilib.data import Batches
 from effilib.decision import GROWTH, MODES, Action, Epoch, Policy, Stage, Trace, decide
 from effilib.experiment import PILOT_SEEDS, Arm, measure
-from effilib.methods.prune_then_grow import PruneThenGrow, grow_, plan
-from effilib.methods.prune_train import PruneTrain, prune_
+from effilib.methods.prune_then_grow import GENTLE, PruneThenGrow, grow_, plan
+from effilib.methods.prune_train import prune_
 from effilib.statistics import lower_bound
 from effilib.training import stream, train
 
@@ -25,11 +25,10 @@ SCRATCH, ON, SMALL = "final architecture, from scratch", "same checkpoint, train
 FAST = 0.55  # the aim: the baseline's accuracy in this share of its time
 SCHEDULE = ((0.4, 0.5), (0.3, 0.75), (0.3, 1.0))  # of resizing: share of the steps, factor on the images' sides
 
-GENTLE = PruneTrain(weigh="norm", rule="readers", keep_scale=True)
 # What the procedure does in each preset: decisions come at epochs' ends, so that short presets take few images and more epochs.
 SETTINGS = {
-    "smoke": dict(prune=replace(GENTLE, multiple=2), idle=0.1, patience=1, tau=1.0, progress=1.0, period=1, window=1, cooldown=1, search=0.7,
-                  gap=100.0),
+    "smoke": dict(prune=replace(GENTLE, multiple=2), idle=0.1, patience=1, tau=1.0, progress=1.0, period=1, window=1, cooldown=1,
+                  search=0.7, full=101.0, gap=100.0),
     "quick": dict(idle=0.1, tau=0.05, progress=0.1, period=3, search=0.6),
     "study": dict(idle=0.12, tau=0.05, progress=0.1, period=2, search=0.5),
     "full": dict(idle=0.1, patience=3, tau=0.01, period=4, search=0.7),
@@ -201,9 +200,7 @@ SITUATIONS = {
 def situation(lost, last="", kept=16, before=60.0, train=62.0, spent=0.0, lam=1e-3, falling=1.0):
     """A trace of eight epochs with two stages whose rates stay as they are."""
     seen = tuple(
-        Stage(
-            name=f"stage {i + 1}", widths=(32,), live=(32,), lost=rate, born=16 * (i == 1 and last != ""), kept=kept, widen=1.0, deepen=1.0
-        )
+        Stage(name=f"stage {i + 1}", widths=(32,), live=(32,), lost=rate, born=16 if last and i else 0, kept=kept, widen=1.0, deepen=1.0)
         for i, rate in enumerate(lost)
     )
     epochs = tuple(
@@ -224,7 +221,7 @@ def toy():
 
 
 def check(task, dataset):
-    """What each action changes of the network's outputs, relative to their spread, in eval and in training; and whether it can be undone."""
+    """What each action changes of the outputs, relative to their spread, in eval and in training; and whether it can be undone."""
     x, y = next(iter(Batches(dataset, min(32, len(dataset.train)), stream(0, "numerics"))))
     model = task.build(dataset, **start(task))
     layout, rows = stages.find(model, dataset.shape), {}
@@ -393,7 +390,7 @@ MARKS = {"widen": ("o", "widen"), "deepen": ("^", "deepen"), "shrink": ("v", "ke
 
 
 def run_figure(comparison, arm, seed=0):
-    """(figure, caption): one run as a picture: channels over epochs with the decisions marked, accuracy over seconds beside the baseline's."""
+    """(figure, caption): one run as a picture: channels over epochs with the decisions marked, accuracy over seconds."""
     history, base = comparison.histories(arm)[seed], comparison.histories(comparison.baseline)[seed]
     events = seen(history)
     figure, (left, right) = figures.new(2, width=10.5, height=4.2)
@@ -455,12 +452,6 @@ def rates_figure(history, policy=None):
     axes.set_ylabel("share of the channels (%)")
     axes.legend(fontsize=8, ncols=2)
     return figure, (
-        "What a stage lost in an epoch (line) and what is on its way out (dotted), weighted by FLOPs. Below the grey band over the window a "
-        "stage is taken to need its channels; above it, it still shrinks."
+        "What a stage lost in an epoch (line) and what is on its way out (dotted), weighted by FLOPs. Below the grey band over the window "
+        "a stage is taken to need its channels; above it, it still shrinks."
     )
-
-
-def variants(book):
-    """The network of the task in the wide variant, for those who want to start from there: `start` is not used then."""
-    t = book.task
-    return tasks.task(t.preset, t.dataset, "" if t.network == "resnet" else t.network, "wide", device=t.device, seeds=t.seeds)
