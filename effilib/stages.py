@@ -11,6 +11,8 @@ from torch import nn
 from effilib import surgery
 from effilib.errors import BadInput
 
+ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
+
 
 def find(model, shape):
     """The layout of a network on images (C, H, W) = `shape`."""
@@ -112,6 +114,34 @@ def follow(layout, before, model, stage=None):
             if place is not None:
                 of[name] = place
     return {**layout, "of": of}
+
+
+def table(structure):
+    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its strength."""
+    return {n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width} for n in structure.nodes}
+
+
+def owners(structure):
+    """Producer -> its node's name."""
+    return {p: n.name for n in structure.nodes for p in n.producers}
+
+
+def carry(channels, owners, before, structure, cuts, epoch):
+    """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and `follow`; structure: of now.
+
+    cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in this epoch.
+    """
+    found, new = {}, 0
+    for node in structure.nodes:
+        old = next((owners[before[m]] for m in map(node.layer, node.producers) if before.get(m) in owners), None)
+        noted = channels.get(old, {"born": [], "alive": [], "strength": []})
+        if old in cuts:
+            noted = {k: [v[i] for i in cuts[old].tolist()] for k, v in noted.items()}
+        more = node.width - len(noted["born"])
+        fresh = {"born": [epoch] * more, "alive": [True] * more, "strength": [0.0] * more}
+        found[node.name] = {k: [*v, *fresh[k]] for k, v in noted.items()}
+        new += more
+    return found, new
 
 
 def flops(model, layout, layers):

@@ -90,6 +90,24 @@ def test_a_stage_whose_paths_are_gone_keeps_its_place_and_can_still_become_deepe
     assert [b.inner for b in model.stages[2]] == [0, 8]
 
 
+def test_the_table_of_channels_follows_cuts_growth_and_renumbered_layers():
+    model = vgg()
+    table = stages.table(surgery.trace(model))
+    assert table["features.4"] == {"born": [stages.ALWAYS] * 6, "alive": [True] * 6, "strength": [0.0] * 6}
+    table["features.4"]["strength"] = [float(i) for i in range(6)]
+    before, owners = {m: n for n, m in model.named_modules()}, stages.owners(surgery.trace(model))
+    index = torch.tensor([1, 4, 5])
+    surgery.select_(surgery.trace(model)["features.4"], index)
+    net2net.widen_(surgery.trace(model)["features.4"], 5, breaker="pair")
+    net2net.deepen_(model, "features.2")
+    later, new = stages.carry(table, owners, before, surgery.trace(model), {"features.4": index}, 7)
+    assert set(later) == {"features.0", "features.3", "features.7", "features.10"}
+    assert later["features.3"]["born"] == [7] * 4  # the new layer
+    assert later["features.7"] == {"born": [*[stages.ALWAYS] * 3, 7, 7], "alive": [True] * 5, "strength": [1.0, 4.0, 5.0, 0.0, 0.0]}
+    assert later["features.10"] == table["features.7"]
+    assert new == 6
+
+
 def test_where_nothing_can_follow_is_bad_input():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4))
     layout = stages.find(model, (1, 8, 8))

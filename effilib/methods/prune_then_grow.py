@@ -21,7 +21,18 @@ from effilib import cost, models, stages, surgery
 from effilib.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide, due
 from effilib.errors import BadInput, choose
 from effilib.methods import Info, net2net
-from effilib.methods.prune_train import PruneTrain, anything_dead, group_norms, group_weight, live, places, prune_, shrink_, weights
+from effilib.methods.prune_train import (
+    PruneTrain,
+    anything_dead,
+    group_norms,
+    group_weight,
+    live,
+    places,
+    prune_,
+    shrink_,
+    shrink_steps,
+    weights,
+)
 from effilib.training import Method, autocast
 
 INFO = Info(
@@ -35,7 +46,6 @@ INFO = Info(
     "over the weights a step, a look at held-out images an epoch, and some milliseconds of surgery. All is held within a budget of FLOPs.",
 )
 
-ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
 GENTLE = PruneTrain(weigh="norm", rule="readers", keep_scale=True)  # what lives keeps its scale: under BatchNorm that is its learning rate
 
 
@@ -152,15 +162,15 @@ class PruneThenGrow(Policy, Method):
 
     def on_fit_start(self, run):
         model, shape = run.model, run.dataset.shape
-        nodes = surgery.nodes(model)  # refuses what has none
+        surgery.nodes(model)  # refuses what has none
         layout = stages.find(model, shape)
         if self.growths and not any(self.able(model, layout, i, g) for i in range(len(layout["pixels"])) for g in GROWTH):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
-        channels = {n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width} for n in nodes}
         run.lr_at = partial(self.lr_at, run)
         run.state[self] = {
-            "lambda": None, "layout": layout, "channels": channels, "newborn": {}, "epochs": [], "actions": [], "frozen": [], "final": None,
-            "spent": 0.0, "looked": 0.0, "budget": 0.0, "pressed": 0.0, "sums": [0.0, 0.0, 0], "batch": None, "size": shape[1:],
+            "lambda": None, "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {}, "epochs": [], "actions": [], "frozen": [], "final": None,
+            "spent": 0.0, "looked": 0.0, "budget": 0.0, "idle": math.inf, "pressed": 0.0, "sums": [0.0, 0.0, 0], "batch": None,
+            "size": shape[1:],
             "flops": {"structure": -1}, "groups": {"epoch": None},
         }  # fmt: skip
         baseline = self.baseline or run.planned * self.step_cost(run, shape[1:])
@@ -182,8 +192,9 @@ class PruneThenGrow(Policy, Method):
     def loss_terms(self, run):
         state = run.state[self]
         if state["lambda"] is None:
-            state["lambda"] = self.coefficient(run)
-            run.log(self, f"lambda = {state['lambda']:.3g}", lam=state["lambda"])
+            lam, steps = self.coefficient(run)
+            state["lambda"], state["idle"] = lam, steps / len(run.batches)
+            run.log(self, f"lambda = {lam:.3g}: a channel that no gradient holds is gone after {state['idle']:.1f} epochs", lam=lam)
 
     def on_step_end(self, run):
         state, (_, y) = run.state[self], run.state[self]["batch"]
@@ -224,15 +235,16 @@ class PruneThenGrow(Policy, Method):
             return run.recipe.lr * (position + 1) / (math.floor(rise) + 1)
         return run.recipe.lr * min(1.0, max(0.0, (planned - position) / (planned - max(final, rise))))
 
+    @torch.no_grad()
     def coefficient(self, run):
-        """lambda, from the first batch."""
-        r = run.recipe
+        """(lambda, steps after which it has removed a mean group that no gradient holds), from the first batch."""
         groups = [g for g, _ in self.groups(run)]
+        norm = torch.cat([(group_norms(*g) / group_weight(*g, self.prune.weigh)).cpu() for g in groups]).mean().item()
+        how = run.recipe.lr, run.recipe.momentum, run.recipe.weight_decay
         if not self.idle or not self.prune.ratio:
-            return self.prune.price(run, groups)[0]
-        with torch.no_grad():
-            norm = torch.cat([(group_norms(*g) / group_weight(*g, self.prune.weigh)).cpu() for g in groups]).mean().item()
-        return price(self.idle * run.planned, norm, r.lr, r.momentum, r.weight_decay)
+            lam = self.prune.price(run, groups)[0]
+            return lam, shrink_steps(norm, lam, *how) if lam else math.inf
+        return price(self.idle * run.planned, norm, *how), self.idle * run.planned
 
     def step_cost(self, run, size):
         """FLOPs of a step of the network as it is now, on images of a size."""
@@ -285,7 +297,8 @@ class PruneThenGrow(Policy, Method):
 
     def stage(self, run, structure, number, name):
         """A stage as the decision sees it; the channels' table is brought up to date."""
-        state, window = run.state[self], max(self.window, math.ceil(self.idle_epochs(run)) if self.idle_epochs(run) < math.inf else 0)
+        state = run.state[self]
+        window = max(self.window, math.ceil(min(state["idle"], run.planned)))
         nodes = stages.members(structure, state["layout"], number)
         total = lost = leaving = 0.0
         (birth, born), kept = state["newborn"].get(name, (None, 0)), 0
@@ -324,13 +337,6 @@ class PruneThenGrow(Policy, Method):
         kept = state["groups"]["places"]
         return list(zip(weights(run.model, [place for place, _ in kept]), [mask for _, mask in kept], strict=True))
 
-    def idle_epochs(self, run):
-        """Epochs after which the penalty has removed a channel that no gradient holds."""
-        state = run.state[self]
-        if not state["lambda"]:
-            return math.inf
-        return self.idle * run.planned / len(run.batches) if self.idle else 1.0
-
     def trace(self, run):
         """The run so far, as the decision sees it. What a growth would cost is found out only where one is due."""
         state = run.state[self]
@@ -340,7 +346,7 @@ class PruneThenGrow(Policy, Method):
         found = Trace(
             epochs=epochs, actions=actions, frozen=frozenset(tuple(f) for f in state["frozen"]), spent=state["spent"] + state["looked"],
             projected=self.rest(run, partial(self.step_cost, run), left), budget=state["budget"], lam=state["lambda"],
-            idle=self.idle_epochs(run), pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
+            idle=state["idle"], pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
             over=run.position >= self.search * run.planned, seed=run.seed,
         )  # fmt: skip
         if not due(found, self):
@@ -416,23 +422,13 @@ class PruneThenGrow(Policy, Method):
         """Cut, then grow; and keep the tables of layers and channels."""
         state, cuts, (x, y) = run.state[self], {}, run.state[self]["batch"]
         before = {m: name for name, m in model.named_modules()}
-        owners = {p: n.name for n in surgery.trace(model).nodes for p in n.producers}
+        owners = stages.owners(surgery.trace(model))
         done += prune_(model, optimizer, cuts=cuts, **how)
         if stage is not None:
             done += self.enlarge(model, state["layout"], stage, action.kind, how["multiple"], optimizer, breaker=self.breaker, x=x, y=y,
                                  generator=run.generator(self))  # fmt: skip
         state["layout"] = stages.follow(state["layout"], before, model, stage)
-        channels, new = {}, 0
-        for node in surgery.trace(model).nodes:
-            old = next((owners[before[m]] for m in map(node.layer, node.producers) if before.get(m) in owners), None)
-            table = state["channels"].get(old, {"born": [], "alive": [], "strength": []})
-            if cuts.get(old) is not None:
-                table = {k: [v[i] for i in cuts[old].tolist()] for k, v in table.items()}
-            more = node.width - len(table["born"])
-            fresh = {"born": [run.epoch] * more, "alive": [True] * more, "strength": [0.0] * more}
-            channels[node.name] = {k: [*v, *fresh[k]] for k, v in table.items()}
-            new += more
-        state["channels"] = channels
+        state["channels"], new = stages.carry(state["channels"], owners, before, surgery.trace(model), cuts, run.epoch)
         if action.kind == "widen":
             state["newborn"][action.stage] = [run.epoch, new]
 
