@@ -168,10 +168,11 @@ class PruneThenGrow(Policy, Method):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
         run.lr_at = partial(self.lr_at, run)
         run.state[self] = {
-            "lambda": None, "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {}, "epochs": [], "actions": [], "frozen": [], "final": None,
-            "spent": 0.0, "looked": 0.0, "budget": 0.0, "idle": math.inf, "pressed": 0.0, "sums": [0.0, 0.0, 0], "batch": None,
-            "size": shape[1:],
-            "flops": {"structure": -1}, "groups": {"epoch": None},
+            "lambda": None, "idle": math.inf, "pressed": 0.0, "final": None,  # penalty and schedule
+            "budget": 0.0, "spent": 0.0, "looked": 0.0, "flops": {"structure": -1},
+            "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {}, "groups": {"epoch": None},
+            "epochs": [], "actions": [], "frozen": [],  # what the decision sees
+            "sums": [0.0, 0.0, 0], "batch": None, "size": shape[1:],  # of this epoch
         }  # fmt: skip
         baseline = self.baseline or run.planned * self.step_cost(run, shape[1:])
         run.state[self]["budget"] = self.budget * baseline
