@@ -294,9 +294,14 @@ def seen(history):
     return [e for e in history.events if "seen" in e]
 
 
+def account(history):
+    """What the procedure's run spent: the event with `spent`, `looked` and `budget`, FLOPs."""
+    return next(e for e in reversed(history.events) if "budget" in e)
+
+
 def decisions(history):
     """One row a decision: when, what, why, and what was spent by then."""
-    budget = history.events[-1]["budget"]
+    budget = account(history)["budget"]
     rows = []
     for e in seen(history):
         if e["action"]["kind"] != "wait" or e["done"]:
@@ -333,7 +338,7 @@ def tried(comparison):
         runs = comparison.histories(arm.name)
         if not seen(runs[0]):
             continue
-        last = [h.events[-1] for h in runs]
+        last = [account(h) for h in runs]
         rows[arm.name] = {
             "decisions": ", ".join(f"{k} {s}".strip() + f" at {e + 1}" for e, k, s in plan(runs[0])) or "none",
             "growths a run": f"{stats.mean(sum(k in GROWTH for _, k, _ in plan(h)) for h in runs):.1f}",

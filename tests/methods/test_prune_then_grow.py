@@ -51,7 +51,8 @@ def actions(history, *kinds):
 
 
 def spent(history):
-    return history.events[-1]["spent"], history.events[-1]["looked"], history.events[-1]["budget"]
+    last = next(e for e in reversed(history.events) if "budget" in e)
+    return last["spent"], last["looked"], last["budget"]
 
 
 def told(history):
