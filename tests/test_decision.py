@@ -241,6 +241,14 @@ def test_an_action_is_always_affordable_allowed_and_the_same_again(found, policy
             assert max(rates(found, max(policy.window, 2))[action.stage], chosen.pending) <= policy.low or not policy.pressure
 
 
+@settings(max_examples=300, deadline=None)
+@given(traces(), policies)
+def test_what_growth_costs_matters_only_where_there_is_growth(found, policy):
+    free = tuple(replace(s, widen=0.0, deepen=0.0) for s in found.now.stages)
+    action = decide(replace(found, epochs=(*found.epochs[:-1], replace(found.now, stages=free))), policy)
+    assert action.kind in GROWTH or "budget" in action.reason or decide(found, policy) == action
+
+
 @settings(max_examples=60, deadline=None)
 @given(stages_, policies, st.lists(st.floats(0.5, 1.5), min_size=40, max_size=40))
 def test_on_stages_that_go_on_as_they_are_it_never_goes_to_and_fro(seen, policy, losses):

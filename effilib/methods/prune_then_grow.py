@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib import cost, models, stages, surgery
-from effilib.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide, due
+from effilib.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide
 from effilib.errors import BadInput, choose
 from effilib.methods import Info, net2net
 from effilib.methods.prune_train import (
@@ -339,25 +339,22 @@ class PruneThenGrow(Policy, Method):
         return list(zip(weights(run.model, [place for place, _ in kept]), [mask for _, mask in kept], strict=True))
 
     def trace(self, run):
-        """The run so far, as the decision sees it. What a growth would cost is found out only where one is due."""
+        """The run so far, as the decision sees it; every growth is free as yet."""
         state = run.state[self]
-        epochs = tuple(Epoch(**{**e, "stages": tuple(Stage(**s) for s in e["stages"])}) for e in state["epochs"])
+        epochs = tuple(
+            Epoch(**{**e, "stages": tuple(replace(Stage(**s), widen=0.0, deepen=0.0) for s in e["stages"])}) for e in state["epochs"]
+        )
         actions = tuple((e, Action(kind=kind, stage=stage, reason=reason)) for e, kind, stage, reason in state["actions"])
-        left = self.least(run)
-        found = Trace(
+        return Trace(
             epochs=epochs, actions=actions, frozen=frozenset(tuple(f) for f in state["frozen"]), spent=state["spent"] + state["looked"],
-            projected=self.rest(run, partial(self.step_cost, run), left), budget=state["budget"], lam=state["lambda"],
+            projected=self.rest(run, partial(self.step_cost, run), self.least(run)), budget=state["budget"], lam=state["lambda"],
             idle=state["idle"], pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
             over=run.position >= self.search * run.planned, seed=run.seed,
         )  # fmt: skip
-        if not due(found, self):
-            return found
-        priced = tuple(replace(s, **self.prices(run, i, left)) for i, s in enumerate(found.now.stages))
-        return replace(found, epochs=(*epochs[:-1], replace(found.now, stages=priced)))
 
     def least(self, run):
-        """Steps that must still be affordable after a growth: the recipe's, and all of FINAL."""
-        return max(run.planned - run.step, math.ceil((1 - self.search) * run.planned))
+        """Steps that must still be affordable after a growth: those left of the recipe's, and all of FINAL."""
+        return max(min(run.planned, run.steps) - run.step, math.ceil((1 - self.search) * min(run.planned, run.steps)))
 
     def prices(self, run, stage, left):
         """{"widen": FLOPs that it adds to `left` steps, "deepen": ...}; infinite where it cannot be."""
@@ -391,7 +388,12 @@ class PruneThenGrow(Policy, Method):
     def decided(self, run):
         """The decision, or what the plan says."""
         if self.plan is None:
-            return decide(self.trace(run), self)
+            trace = self.trace(run)
+            action = decide(trace, self)
+            if action.kind in GROWTH:  # what growth costs takes time to find out, and tells nothing where there is none
+                priced = tuple(replace(s, **self.prices(run, i, self.least(run))) for i, s in enumerate(trace.now.stages))
+                action = decide(replace(trace, epochs=(*trace.epochs[:-1], replace(trace.now, stages=priced))), self)
+            return action
         steps = [s for s in self.plan if s[0] == run.epoch and s[1] != "wait"]
         return Action(kind=steps[0][1], stage=steps[0][2], reason="as planned") if steps else Action(kind="wait", reason="as planned")
 
