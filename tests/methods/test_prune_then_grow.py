@@ -377,7 +377,7 @@ def test_a_users_network_is_pruned_and_grown(growth):
     small = data.synthetic(images=96, size=16, channels=3)
     model = resnet18()
     before = step_flops(model, (3, 16, 16), 2)
-    chosen = method(plan=((0, growth, "stage 4"), (1, "stop", "")), budget=4.0, prune=replace(GENTLE, multiple=16))
+    chosen = method(plan=((0, growth, "stage 4"), (1, "stop", "")), budget=4.0, idle=0.9, prune=replace(GENTLE, multiple=16))
     history = train(model, small, replace(RECIPE, epochs=3, batch_size=16, lr=0.01), [chosen])
     assert actions(history)[0]["stage"] == "stage 4"
     assert step_flops(model, (3, 16, 16), 2) > before
@@ -396,16 +396,25 @@ def test_what_cannot_be_pruned_or_grown_is_refused():
     with pytest.raises(BadInput, match="Fixed has no channels that could be pruned or widened"):
         train(Fixed(), DATA, RECIPE, [method()])
 
+    class Added(nn.Module):
+        """A residual path without inner channels."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv(x)
+
     class Trunk(nn.Module):
         """Its only node is a trunk, and its blocks are not in a Sequential."""
 
         def __init__(self):
             super().__init__()
-            self.stem, self.a, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
+            self.stem, self.blocks, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.ModuleList([Added()]), nn.Linear(4, 4)
 
         def forward(self, x):
-            x = self.stem(x)
-            return self.head((x + self.a(x)).mean((2, 3)))
+            return self.head(self.blocks[0](self.stem(x)).mean((2, 3)))
 
     with pytest.raises(BadInput, match="no stage of Trunk can become wider or deeper"):
         train(Trunk(), DATA, RECIPE, [method()])
