@@ -117,6 +117,7 @@ class Run:
         self.batches = None  # what the loop reads
         self.position = 0  # on the schedule, in steps of the recipe's batch size; each step moves it by `pace`
         self.planned, self.pace, self.lr_scale = 0, 1, 1.0
+        self.lr_at = recipe.lr_at  # (position, planned) -> learning rate; a method may put a schedule of its own here when it is set up
         self.logits = self.loss = None
         self.counting = False  # whether this step's FLOPs are counted, off the clock
         self.step_kind = self._kind = "step"  # what a training step is timed as: "step" is one on full-size images
@@ -127,7 +128,7 @@ class Run:
     @property
     def lr(self):
         """Learning rate of this step."""
-        return self.lr_scale * self.recipe.lr_at(self.position, self.planned)
+        return self.lr_scale * self.lr_at(self.position, self.planned)
 
     @property
     def kind(self):
@@ -193,6 +194,13 @@ class Run:
         self.lr_scale *= lr_factor
         self.steps = self.step + math.ceil((self.planned - self.position) / self.pace)
         self.structures += 1  # another step to count
+
+    def replan(self, left):
+        """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it at an epoch's start or end."""
+        if left < 1:
+            raise BadInput(f"a run needs at least one more step, got {left}")
+        self.pace = (self.planned - self.position) / left
+        self.steps = self.step + left
 
     def settle(self):
         """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none.

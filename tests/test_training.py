@@ -539,6 +539,48 @@ def test_a_batch_that_the_data_do_not_fill_is_bad_input():
         trained(methods=[Grows()])
 
 
+@dataclass(frozen=True)
+class Replans(Method):
+    """Goes through what is left after the first epoch in another number of steps."""
+
+    left: int
+
+    def on_epoch_end(self, run):
+        if run.epoch == 0:
+            run.replan(self.left)
+
+
+@pytest.mark.parametrize("left", [7, 40])
+def test_what_is_left_of_the_schedule_can_take_another_number_of_steps(left):
+    _, plain = trained(methods=[Notes()])
+    _, replanned = trained(methods=[Replans(left), Notes()])
+    before, after = ([lr for _, lr in h.events[-1]["steps"]] for h in (plain, replanned))
+    first = plain.steps // 4
+    assert replanned.steps == first + left == len(after)
+    assert after[:first] == before[:first]
+    assert max(after[first:]) <= max(before)
+    assert after[first] == pytest.approx(before[first])
+    assert after[-1] <= max(before[-1], before[-1] * (plain.steps - first) / left) + 1e-9
+    assert [r["epoch"] for r in replanned.rows] == pytest.approx([r["epoch"] for r in plain.rows], abs=0.9)
+    assert replanned.rows[-1]["step"] == replanned.steps
+
+
+def test_a_run_of_no_more_steps_is_bad_input():
+    with pytest.raises(BadInput, match="at least one more step, got 0"):
+        trained(methods=[Replans(0)])
+
+
+def test_a_method_can_bring_a_schedule_of_its_own():
+    @dataclass(frozen=True)
+    class Staircase(Method):
+        def on_fit_start(self, run):
+            run.lr_at = lambda position, planned: 0.1 if position < planned / 2 else 0.01
+
+    _, history = trained(methods=[Staircase(), Notes()])
+    half = history.steps // 2
+    assert [lr for _, lr in history.events[-1]["steps"]] == [0.1] * half + [0.01] * half
+
+
 # The clock
 
 

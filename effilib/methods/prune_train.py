@@ -117,34 +117,45 @@ def kept(alive, multiple):
     return (~alive).int().argsort(stable=True)[:n].sort().values
 
 
-def dead_paths(structure, threshold=0.0, rule="union"):
+def stays(node, threshold=0.0, rule="union", spare=None):
+    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name -> (width,) bool."""
+    alive = live(node, threshold, rule)
+    return alive | spare[node.name] if spare and node.name in spare else alive
+
+
+def dead_paths(structure, threshold=0.0, rule="union", spare=None):
     """Residual paths through which nothing flows, because all channels of a node inside are dead."""
     return [
         path for path in structure.paths
-        if any(not live(node, threshold, rule).any() for node in structure.inner(path)) and surgery.can_remove(path)
+        if any(not stays(node, threshold, rule, spare).any() for node in structure.inner(path)) and surgery.can_remove(path)
     ]  # fmt: skip
 
 
-def anything_dead(model, threshold=0.0, multiple=1, rule="union"):
+def anything_dead(model, threshold=0.0, multiple=1, rule="union", spare=None):
     """Whether `prune_` would do anything."""
     found = surgery.trace(model)
-    return bool(dead_paths(found, threshold, rule)) or any(len(kept(live(n, threshold, rule), multiple)) < n.width for n in found.nodes)
+    if dead_paths(found, threshold, rule, spare):
+        return True
+    return any(len(kept(stays(n, threshold, rule, spare), multiple)) < n.width for n in found.nodes)
 
 
-def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union"):
+def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", spare=None, cuts=None):
     """Cut the dead channels of `model`, and remove the residual paths that are dead as a whole. In place.
 
+    spare: channels that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut.
     Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead enough.
     """
     done = []
-    for path in dead_paths(surgery.trace(model), threshold, rule):
+    for path in dead_paths(surgery.trace(model), threshold, rule, spare):
         surgery.remove_path_(path, optimizer)
         done.append(f"residual path {path.name} removed")
     for node in surgery.trace(model).nodes:
-        index = kept(live(node, threshold, rule), multiple)
+        index = kept(stays(node, threshold, rule, spare), multiple)
         if len(index) < node.width:
             done.append(f"{node.name} {node.width} -> {len(index)}")
             surgery.select_(node, index, optimizer)
+            if cuts is not None:
+                cuts[node.name] = index
     return done
 
 
@@ -155,7 +166,7 @@ def widths(model, rule="union"):
 
 def lr_steps(run):
     """Sum of the learning rate over the run's steps: how far its penalty can shrink a group, in units of lambda / (1 - mu)."""
-    return sum(run.recipe.lr_at(step, run.planned) for step in range(run.planned))
+    return sum(run.lr_at(step, run.planned) for step in range(run.planned))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +222,22 @@ class PruneTrain(Method):
     def loss_terms(self, run):
         state, groups = run.state[self], self.groups(run)
         if state["lambda"] is None:
-            scale = PUBLISHED_LR_STEPS / lr_steps(run) if self.scale == "schedule" else self.scale
-            with torch.no_grad():
-                state["lambda"] = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
+            state["lambda"], scale = self.price(run, groups)
             run.log(
                 self, f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})", lam=state["lambda"]
             )
         if self.mode == "published" and state["lambda"] and self.active(run):
             return state["lambda"] * group_lasso(groups, weigh=self.weigh)
+
+    @torch.no_grad()
+    def price(self, run, groups):
+        """(lambda, the factor in it), from the first batch."""
+        scale = PUBLISHED_LR_STEPS / lr_steps(run) if self.scale == "schedule" else self.scale
+        return scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh))), scale
+
+    def blocks(self, run):
+        """The multiple that cuts leave on this device."""
+        return {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
 
     def active(self, run):
         return run.position < self.until * run.planned
@@ -231,9 +250,8 @@ class PruneTrain(Method):
     def on_epoch_end(self, run):
         state = run.state[self]
         if (run.epoch + 1) % self.every == 0 and run.step < run.steps:
-            multiple = {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
             threshold = THRESHOLD if self.mode == "published" else 0.0
-            how = dict(threshold=threshold, multiple=multiple, rule=self.rule)
+            how = dict(threshold=threshold, multiple=self.blocks(run), rule=self.rule)
             if anything_dead(run.model, **how):
                 done = []
                 run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, **how)))

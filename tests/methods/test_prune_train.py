@@ -239,6 +239,26 @@ def test_cutting_dead_channels_changes_nothing(multiple):
     assert prune_(model, optimizer, multiple=multiple) == []
 
 
+def test_spared_channels_stay_and_what_is_kept_is_told():
+    model = network()
+    node = surgery.trace(model)["stages.1.0.conv1"]
+    with torch.no_grad():
+        for W, axis, _ in weights(model, places([node])):
+            W.index_fill_(axis, torch.tensor([0, 2, 3]), 0)
+    spare = {node.name: torch.tensor([False, False, True, False, False, False])}
+    cuts = {}
+    assert anything_dead(model, spare=spare)
+    assert prune_(model, spare=spare, cuts=cuts) == ["stages.1.0.conv1 6 -> 4"]
+    assert {n: i.tolist() for n, i in cuts.items()} == {"stages.1.0.conv1": [1, 2, 4, 5]}
+    everything = {node.name: torch.ones(4, dtype=torch.bool)}
+    assert not anything_dead(model, spare=everything)
+    with torch.no_grad():
+        for W, _, _ in weights(model, places([surgery.trace(model)["stages.1.0.conv1"]])):
+            W.zero_()
+    assert prune_(model, spare=everything) == []  # a newborn path is no dead one
+    assert prune_(model) == ["residual path stages.1.0 removed"]
+
+
 def test_a_dead_residual_path_is_removed_as_a_whole():
     model = network()
     with torch.no_grad():

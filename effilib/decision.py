@@ -1,0 +1,310 @@
+"""When a network in training should grow, where, and in which direction: the thesis' rule as a pure function, `decide(trace)`.
+
+The thesis trains until one more epoch improves nothing, and then looks at how much was pruned in the last epochs. Read here as a rule
+per stage (layers whose maps have the same size): much pruned, keep shrinking; little pruned although the penalty had the time to,
+the stage needs its channels, widen it; widening brought nothing, or its newborns were pruned again, deepen it; else stop.
+
+Nothing here knows a network or a clock: a `Trace` of plain numbers goes in, an `Action` with its reason in words comes out, the same one
+every time.
+"""
+
+import math
+import random
+import statistics as stats
+from dataclasses import dataclass
+from itertools import takewhile
+
+from effilib.errors import BadInput, choose
+
+MODES = ("thesis", "windowed", "periodic")
+GROWTH = ("widen", "deepen")
+KINDS = ("wait", "shrink", *GROWTH, "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage at the end of an epoch.
+
+    widths, live: channels of its nodes, and how many of these live. lost: share of its grown-up channels, weighted by FLOPs, that died in
+    this epoch. pending: share of them that will have died within the window if they go on as in this epoch. born, kept: channels of
+    its last widening, and how many of these live. flops: of a training step's image. widen, deepen: FLOPs that a growth would add to
+    the rest of the run; infinite where it cannot be.
+    """
+
+    name: str
+    depth: int = 1
+    widths: tuple = (16,)
+    live: tuple = (16,)
+    lost: float = 0.0
+    pending: float = 0.0
+    born: int = 0
+    kept: int = 0
+    flops: float = 1.0
+    widen: float = math.inf
+    deepen: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images' present size."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    loss: float
+    accuracy: float
+    stages: tuple
+    size: tuple = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What to do, and why. freeze: (stage, growth) that are never to be tried again."""
+
+    kind: str
+    stage: str = ""
+    reason: str = ""
+    freeze: tuple = ()
+
+    def __post_init__(self):
+        choose("kind of action", self.kind, KINDS)
+
+    def __str__(self):
+        return f"{self.kind}{' ' * bool(self.stage)}{self.stage}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """All that a decision may rest on.
+
+    actions: (epoch, `Action`) so far, waiting left out. frozen: (stage, growth) given up. spent, projected, budget: FLOPs so far, of the
+    rest of the run if nothing changes, and in all. lam: the penalty's coefficient; idle: epochs after which it has removed a
+    channel that no gradient holds; pressed: epochs for which it has acted. images: behind an accuracy. over: the search's share
+    of the run has passed. seed: of the control that grows at random.
+    """
+
+    epochs: tuple
+    actions: tuple = ()
+    frozen: frozenset = frozenset()
+    spent: float = 0.0
+    projected: float = 0.0
+    budget: float = math.inf
+    lam: float = 0.0
+    idle: float = math.inf
+    pressed: float = 0.0
+    images: int = 1000
+    over: bool = False
+    seed: int = 0
+
+    @property
+    def now(self):
+        return self.epochs[-1]
+
+    @property
+    def last(self):
+        """Epoch of the last action, -1 if there was none."""
+        return self.actions[-1][0] if self.actions else -1
+
+    @property
+    def growths(self):
+        """(epoch, `Action`) of every growth."""
+        return [(e, a) for e, a in self.actions if a.kind in GROWTH]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How to decide. mode says when a decision is due, the rest is the same for all.
+
+    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if the
+    mean validation loss of `patience` epochs is not by `tau` below that of as many before, and the training loss falls by less than
+    `progress` an epoch; "periodic", every
+    `period` epochs. cooldown: epochs without a decision after an action. window: epochs over which pruning is looked at, longer if the
+    penalty needs longer. low, high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
+    them it is left alone. full: training accuracy (%) from which on
+    capacity is not what lacks; gap: points of training over validation accuracy from which on the network over-fits. gain: points that a
+    growth must bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which growth
+    comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure: whether "nothing was pruned"
+    counts only under a penalty that had the time to; False is for growth without pruning.
+    """
+
+    mode: str = "windowed"
+    patience: int = 2
+    tau: float = 0.02
+    progress: float = 0.05
+    period: int = 3
+    cooldown: int = 2
+    window: int = 2
+    low: float = 0.01
+    high: float = 0.05
+    full: float = 99.5
+    gap: float = 10.0
+    gain: float = 0.2
+    sigmas: float = 1.0
+    growths: int = 4
+    order: tuple = GROWTH
+    where: str = "pruned"
+    pressure: bool = True
+
+    def __post_init__(self):
+        choose("mode", self.mode, MODES)
+        choose("way to choose a stage", self.where, ("pruned", "random"))
+        object.__setattr__(self, "order", tuple(self.order))
+        if sorted(self.order) != sorted(GROWTH):
+            raise BadInput(f"the order of growths is {self.order}, expected 'widen' and 'deepen', one first")
+        if not 0 <= self.low <= self.high:
+            raise BadInput(f"pruning rates low = {self.low}, high = {self.high}: expected 0 <= low <= high")
+        if min(self.patience, self.period, self.cooldown, self.window) < 1 or self.growths < 0:
+            raise BadInput("patience, period, cooldown and window are at least 1 epoch, growths at least 0")
+
+
+def flat(losses, patience, tau):
+    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if nothing is before."""
+    return len(losses) > patience and min(losses[-patience:]) >= (1 - tau) * min(losses[:-patience])
+
+
+def level(losses, patience, tau):
+    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before: noise averages out."""
+    if len(losses) < 2 * patience:
+        return False
+    before, after = losses[-2 * patience : -patience], losses[-patience:]
+    return stats.mean(after) >= (1 - tau) * stats.mean(before)
+
+
+def since(trace):
+    """Epochs since the last action on images of the present size: only these can be compared."""
+    now = trace.now
+    return list(takewhile(lambda e: e.epoch > trace.last and e.size == now.size, reversed(trace.epochs)))[::-1]
+
+
+def cooling(trace, policy):
+    """Whether the last action is too recent for another."""
+    return bool(trace.actions) and trace.now.epoch - trace.last < policy.cooldown
+
+
+def due(trace, policy):
+    """Why a decision is due, "" if it is not."""
+    if any(a.kind == "stop" for _, a in trace.actions) or cooling(trace, policy):
+        return ""
+    if policy.mode == "periodic":
+        return f"{policy.period} epochs have passed" if trace.now.epoch - trace.last >= policy.period else ""
+    epochs = since(trace)
+    losses = [e.loss for e in epochs]
+    if policy.mode == "thesis":
+        return "one more epoch improved nothing" if flat(losses, 1, 0.0) else ""
+    if not level(losses, policy.patience, policy.tau):
+        return ""
+    before, after = epochs[-1 - policy.patience].train_loss, epochs[-1].train_loss
+    if over_fits(trace, policy) or after > before * (1 - policy.progress) ** policy.patience:
+        return f"{policy.patience} epochs improved the validation loss by less than {policy.tau:.1%}"
+    return ""  # still learning: the validation loss was only noisy
+
+
+def rates(trace, epochs):
+    """Share of its channels that each stage lost in the last epochs, (its name -> rate)."""
+    found = {s.name: 1.0 for s in trace.now.stages}
+    for e in trace.epochs[-epochs:]:
+        for s in e.stages:
+            if s.name in found:
+                found[s.name] *= 1 - max(0.0, s.lost)
+    return {name: 1 - left for name, left in found.items()}
+
+
+def over_fits(trace, policy):
+    """In words, if capacity is not what lacks; else ""."""
+    recent = since(trace)[-policy.patience :] or [trace.now]
+    train, held = (stats.mean(getattr(e, k) for e in recent) for k in ("train_accuracy", "accuracy"))
+    if train >= policy.full:
+        return f"{train:.1f} % of the training images are right"
+    return f"{train:.1f} % on training images, {held:.1f} % on others" if train - held >= policy.gap else ""
+
+
+def gained(trace, policy):
+    """Points of accuracy since the last growth, None if there was none or the images have another size since."""
+    if not trace.growths:
+        return None
+    at = trace.growths[-1][0]
+    before = [e for e in trace.epochs if e.epoch <= at][-policy.patience :]
+    after = [e for e in trace.epochs if e.epoch > at][-policy.patience :]
+    if not before or not after or len({e.size for e in [*before, *after]}) > 1:
+        return None
+    return stats.mean(e.accuracy for e in after) - stats.mean(e.accuracy for e in before)
+
+
+def refuted(trace, policy):
+    """[((stage, growth), why)] of the last growth, if it brought nothing or its newborns were pruned again."""
+    if not trace.growths:
+        return []
+    _, last = trace.growths[-1]
+    stage = next((s for s in trace.now.stages if s.name == last.stage), None)
+    gain, p = gained(trace, policy), trace.now.accuracy / 100
+    needed = max(policy.gain, policy.sigmas * 100 * math.sqrt(max(0.0, p * (1 - p)) / trace.images))
+    done = {"widen": "widening", "deepen": "deepening"}[last.kind]
+    if last.kind == "widen" and stage and stage.born and stage.kept <= stage.born / 2:
+        return [((last.stage, "widen"), f"of its {stage.born} new channels {stage.born - stage.kept} were pruned again")]
+    if gain is not None and gain < needed:
+        return [((last.stage, last.kind), f"{done} it brought {gain:+.1f} points, less than {needed:.1f}")]
+    return []
+
+
+def decide(trace, policy=None):
+    """What to do after the last epoch of the trace: an `Action`."""
+    policy = policy or Policy()
+    if any(a.kind == "stop" for _, a in trace.actions):
+        return Action(kind="wait", reason="the search is over")
+    if trace.over:
+        return Action(kind="stop", reason="the search's share of the run has passed")
+    if trace.spent >= trace.budget:
+        return Action(kind="stop", reason="the budget is spent")
+    why = due(trace, policy)
+    if not why:
+        return Action(kind="wait", reason="the last action is too recent" if cooling(trace, policy) else "still improving")
+    if policy.pressure and (trace.lam <= 0 or trace.pressed < trace.idle):
+        much = f"for {trace.pressed:.1f} of {trace.idle:.1f} epochs" if trace.lam > 0 else "with no penalty"
+        return Action(kind="wait", reason=f"{why}, but without pressure ({much}) it says nothing that little was pruned")
+    over = over_fits(trace, policy)
+    if over:
+        return Action(kind="stop", reason=f"{why}, and capacity is not what lacks: {over}")
+    if len(trace.growths) >= policy.growths:
+        return Action(kind="stop", reason=f"{why}, and there were {len(trace.growths)} growths, as many as are allowed")
+    return _grow(trace, policy, why)
+
+
+def _grow(trace, policy, why):
+    window = max(policy.window, math.ceil(trace.idle) if policy.pressure else 0)
+    lost, stages = rates(trace, window), trace.now.stages
+    pruned = {s.name: f"{s.name} lost {lost[s.name]:.1%} of its channels in {window} epochs, {s.pending:.1%} are going" for s in stages}
+    judged = refuted(trace, policy)
+    freeze = tuple(f for f, _ in judged)
+    frozen = trace.frozen | set(freeze)
+    blind = policy.where == "random"
+    needy = [s for s in stages if blind or max(lost[s.name], s.pending) <= policy.low]
+    if not needy:
+        busy = max(stages, key=lambda s: max(lost[s.name], s.pending))
+        shrinks = max(lost[busy.name], busy.pending) >= policy.high
+        return Action(kind="shrink" if shrinks else "wait", reason=f"{why}, but {pruned[busy.name]}", freeze=freeze)
+    able = {}  # stage -> the growths that it can still have
+    for s in needy:
+        left = [g for g in policy.order if (s.name, g) not in frozen and math.isfinite(getattr(s, g))]
+        able[s] = left if blind else left[:1]
+    options = [(s, g) for s, left in able.items() for g in left]
+    if not options:
+        return Action(kind="stop", reason=f"{why}, and no stage that needs its channels can grow any further", freeze=freeze)
+    options = [(s, g) for s, g in options if trace.spent + trace.projected + getattr(s, g) <= trace.budget]
+    if not options:
+        return Action(kind="stop", reason=f"{why}, and no growth fits the budget", freeze=freeze)
+    if blind:
+        stage, growth = random.Random(f"{trace.seed}/{trace.now.epoch}").choice(options)
+        return Action(kind=growth, stage=stage.name, reason=f"{why}; drawn at random", freeze=freeze)
+    stage, growth = max(options, key=lambda option: _worth(trace, *option, {f[0] for f in freeze}))
+    first, reason = policy.order[0], f"{why}; {pruned[stage.name]}"
+    if growth != first:
+        reason += "; " + dict(judged).get((stage.name, first), f"it cannot {first} any further")
+    return Action(kind=growth, stage=stage.name, reason=reason, freeze=freeze)
+
+
+def _worth(trace, stage, growth, just_refuted):
+    """What is compared: the stage whose last growth has just been refuted first, then living channels per FLOP, then the fewest growths
+    so far (round robin), then the later stage, whose pixels are few."""
+    alive = sum(stage.live) / max(1, sum(stage.widths))
+    so_far = sum(a.stage == stage.name for _, a in trace.growths)
+    return stage.name in just_refuted, alive / max(getattr(stage, growth), 1e-12), -so_far, trace.now.stages.index(stage)

@@ -1,0 +1,154 @@
+"""A network's stages: layers whose maps have the same size, what can become wider in them, and where they can become deeper.
+
+Where there are residual paths, a stage is a trunk with all that lies on its paths; other layers go by the size of their maps. A layout
+holds plain values only and goes into checkpoints: `of` (layer -> number of its stage), `holders` (per stage, the Sequential of
+its blocks, "" for plain layers) and `pixels` (per stage, of a map).
+"""
+
+import torch
+from torch import nn
+
+from effilib import surgery
+from effilib.errors import BadInput
+
+ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
+
+
+def find(model, shape):
+    """The layout of a network on images (C, H, W) = `shape`."""
+    found = surgery.trace(model)
+    everything, sizes, keys = [*found.nodes, *found.refused], _sizes(model, shape), {}
+    for path in found.paths:
+        trunk = next(n for n in everything if path.convs[-1] in n.producers)
+        for node in (trunk, *found.inner(path)):
+            keys[node.name] = trunk.name
+    order = list(dict.fromkeys(keys.get(n.name, sizes.get(n.producers[-1])) for n in found.nodes))
+    layout = {"of": {}, "holders": [""] * len(order), "pixels": [1] * len(order)}
+    for node in found.nodes:
+        i = order.index(keys.get(node.name, sizes.get(node.producers[-1])))
+        layout["of"].update(dict.fromkeys(node.producers, i))
+        layout["pixels"][i] = max(1, sizes.get(node.producers[-1], 1))
+    for path in found.paths:
+        if path.convs[-1] in layout["of"]:
+            layout["holders"][layout["of"][path.convs[-1]]] = path.name.rpartition(".")[0]
+    return layout
+
+
+def names(layout):
+    """What the stages are called, in the order of the forward pass."""
+    return [f"stage {i + 1}" for i in range(len(layout["pixels"]))]
+
+
+def _sizes(model, shape):
+    """Pixels of what every convolution and linear layer writes: name -> number."""
+    found, hooks = {}, []
+    for name, m in model.named_modules():
+        if isinstance(m, surgery.CONVS):
+            hook = m.register_forward_hook(lambda m, inputs, output, name=name: found.__setitem__(name, output[0, 0].numel()))
+            hooks.append(hook)
+    was, p = model.training, next(model.parameters())
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    model.train(was)
+    for h in hooks:
+        h.remove()
+    return found
+
+
+def stage_of(node, layout):
+    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its path."""
+    return next((layout["of"][p] for p in node.producers if p in layout["of"]), None)
+
+
+def members(structure, layout, stage):
+    """The nodes of a stage (its number)."""
+    return [n for n in structure.nodes if stage_of(n, layout) == stage]
+
+
+def paths(structure, layout, stage):
+    """The residual paths of a stage."""
+    return [p for p in structure.paths if layout["of"].get(p.convs[-1]) == stage]
+
+
+def depth(structure, layout, stage):
+    """Residual paths of a stage; of a plain one its layers."""
+    return len((paths if layout["holders"][stage] else members)(structure, layout, stage))
+
+
+def widenable(structure, layout, stage, trunk=False):
+    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of a plain stage all."""
+    nodes = members(structure, layout, stage)
+    if not layout["holders"][stage] or trunk:
+        return nodes
+    inner = {n.name for path in paths(structure, layout, stage) for n in structure.inner(path)}
+    return [n for n in nodes if n.name in inner]
+
+
+def deepenable(model, layout, stage):
+    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if nowhere."""
+    holder = layout["holders"][stage]
+    if holder:
+        blocks = model.get_submodule(holder)
+        if isinstance(blocks, nn.Sequential):
+            return f"{holder}.{list(blocks._modules)[-1]}"
+        raise BadInput(f"{names(layout)[stage]}: its blocks do not lie in a Sequential, so that none can follow")
+    last = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and layout["of"].get(n) == stage]
+    parent, _, child = last[-1].rpartition(".") if last else ("", "", "")
+    siblings = model.get_submodule(parent)
+    if last and isinstance(siblings, nn.Sequential):
+        layers = list(siblings._modules.items())
+        for name, m in layers[list(siblings._modules).index(child) + 1 :]:
+            if isinstance(m, nn.ReLU):
+                return f"{parent}.{name}".lstrip(".")
+            if not isinstance(m, surgery.NORMS):
+                break
+    raise BadInput(f"{names(layout)[stage]}: no ReLU in a Sequential follows its last layer, so that no other can")
+
+
+def follow(layout, before, model, stage=None):
+    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong to `stage`."""
+    of = {}
+    for name, m in model.named_modules():
+        if isinstance(m, surgery.CONVS):
+            place = layout["of"].get(before[m]) if m in before else stage
+            if place is not None:
+                of[name] = place
+    return {**layout, "of": of}
+
+
+def table(structure):
+    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its strength."""
+    return {n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width} for n in structure.nodes}
+
+
+def owners(structure):
+    """Producer -> its node's name."""
+    return {p: n.name for n in structure.nodes for p in n.producers}
+
+
+def carry(channels, owners, before, structure, cuts, epoch):
+    """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and `follow`; structure: of now.
+
+    cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in this epoch.
+    """
+    found, new = {}, 0
+    for node in structure.nodes:
+        old = next((owners[before[m]] for m in map(node.layer, node.producers) if before.get(m) in owners), None)
+        noted = channels.get(old, {"born": [], "alive": [], "strength": []})
+        if old in cuts:
+            noted = {k: [v[i] for i in cuts[old].tolist()] for k, v in noted.items()}
+        more = node.width - len(noted["born"])
+        fresh = {"born": [epoch] * more, "alive": [True] * more, "strength": [0.0] * more}
+        found[node.name] = {k: [*v, *fresh[k]] for k, v in noted.items()}
+        new += more
+    return found, new
+
+
+def flops(model, layout, layers):
+    """Products of layers (names), for one image, in a training step: 6 x weights x pixels."""
+    found = 0
+    for name in layers:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if weight is not None:
+            found += 6 * weight.numel() * (layout["pixels"][layout["of"][name]] if name in layout["of"] else 1)
+    return found
