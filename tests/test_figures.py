@@ -51,12 +51,12 @@ ONE = judge([2.0], [1.0], [0.0], margin=1, arm="one seed")
 @pytest.mark.parametrize("target", [None, 90.0])
 def test_accuracy_over_time_draws_each_seed_thin_and_the_median_thick(arms, seeds, rows, target):
     figure = figures.accuracy_over_time(comparison(arms, seeds, target, rows))
-    left, right = figure.axes
+    left, _ = figure.axes
     curves = [line for line in left.lines if line.get_linestyle() == "-"]
     assert len([c for c in curves if c.get_linewidth() < 1]) == arms * seeds
     assert len([c for c in curves if c.get_linewidth() > 2]) == arms
     assert len([line for line in left.lines if line.get_linestyle() == "--"]) == (target is not None)
-    assert [t.get_text() for t in right.get_legend().get_texts()] == ["baseline", *[f"arm {i}" for i in range(1, arms)]]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["baseline", *[f"arm {i}" for i in range(1, arms)]]
     drawn(figure)
 
 

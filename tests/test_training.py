@@ -555,13 +555,14 @@ def test_what_is_left_of_the_schedule_can_take_another_number_of_steps(left):
     _, plain = trained(methods=[Notes()])
     _, replanned = trained(methods=[Replans(left), Notes()])
     before, after = ([lr for _, lr in h.events[-1]["steps"]] for h in (plain, replanned))
-    first = plain.steps // 4
+    first = plain.steps // 2
     assert replanned.steps == first + left == len(after)
     assert after[:first] == before[:first]
     assert max(after[first:]) <= max(before)
     assert after[first] == pytest.approx(before[first])
     assert after[-1] <= max(before[-1], before[-1] * (plain.steps - first) / left) + 1e-9
-    assert [r["epoch"] for r in replanned.rows] == pytest.approx([r["epoch"] for r in plain.rows], abs=0.9)
+    assert len(replanned.rows) <= len(plain.rows)  # a mark that no step comes near is passed over
+    assert replanned.rows[-1]["epoch"] == pytest.approx(plain.rows[-1]["epoch"])
     assert replanned.rows[-1]["step"] == replanned.steps
 
 

@@ -15,6 +15,7 @@ from effilib.chapters.net2net import shared
 from effilib.data import Batches
 from effilib.decision import GROWTH, MODES, Action, Epoch, Policy, Stage, Trace, decide
 from effilib.experiment import PILOT_SEEDS, Arm, measure
+from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.prune_then_grow import GENTLE, PruneThenGrow, grow_, plan
 from effilib.methods.prune_train import prune_
 from effilib.statistics import lower_bound
@@ -68,8 +69,6 @@ def step_flops(task, model, shape):
 
 def resizing(dataset):
     """Progressive resizing: images of half the side, then of three quarters, then in full."""
-    from effilib.methods.kernel_rescaling import KernelRescaling
-
     return KernelRescaling(schedule=SCHEDULE, kernels=False, multiple=8 if min(dataset.shape[1:]) >= 24 else 1)
 
 

@@ -199,7 +199,7 @@ def spectral(W, candidate):
 
 def fisher_potential(A, dA):
     """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2; never negative."""
-    return float((A.float() * dA.float()).sum((2, 3)).square().mean(0).sum() / 2)
+    return (A.detach().float() * dA.float()).sum((2, 3)).square().mean(0).sum().item() / 2
 
 
 def potentials(model, names, x, y, context=contextlib.nullcontext):

@@ -67,4 +67,5 @@ def test_no_two_arms_of_the_grid_are_alike(tmp_path, monkeypatch):
     found = compare(TASK, chapter.grid(TASK), quantity="time per step", seeds=1, illustration=True)
     losses = [found.histories(a.name)[0].rows[-1]["loss"] for a in found.arms]
     assert len(set(losses)) == len(losses)
-    assert len(chapter.grid(task("quick", "mnist5k"))) == 16
+    assert len(chapter.grid(task("quick", "mnist5k"))) == 10
+    assert len(chapter.grid(task("study", "mnist5k"))) == 16
