@@ -347,3 +347,28 @@ def set_kernel_(conv, size, stride, padding):
 def describe(model):
     """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own."""
     return model.settings() if isinstance(model, ResNet | VGG) else {}
+
+
+@torch.no_grad()
+def reestimate_(model, batches, *, training=False):
+    """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in place. Returns how many layers.
+
+    All other layers compute as in eval mode (exact products, no dropout), or with `training` as in training.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if norms:
+        modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
+        try:
+            model.train(training)
+            for m in norms:
+                m.train()
+                m.reset_running_stats()
+                m.momentum = None  # a plain average
+            for x in batches:
+                model(x)
+        finally:
+            for m, momentum in zip(norms, momenta, strict=True):
+                m.momentum = momentum
+            for m, was in modes.items():
+                m.training = was
+    return len(norms)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from effilib import surgery
+from effilib.convolution import probe
 from effilib.errors import BadInput
 
 ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
@@ -46,12 +47,8 @@ def _sizes(model, shape):
         if isinstance(m, surgery.CONVS):
             hook = m.register_forward_hook(lambda m, inputs, output, name=name: found.__setitem__(name, output[0, 0].numel()))
             hooks.append(hook)
-    was, p = model.training, next(model.parameters())
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
-    model.train(was)
-    for h in hooks:
-        h.remove()
+    p = next(model.parameters())
+    probe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), hooks)
     return found
 
 

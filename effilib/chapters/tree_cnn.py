@@ -15,6 +15,7 @@ from torch import nn
 
 from effilib import cost, figures, models
 from effilib.clock import interleaved
+from effilib.convolution import probe
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.methods.tree_cnn import Tree, TreeCNN, accuracy, effort, fitting, grow, likelihood, relabel, transferred, weights
@@ -133,12 +134,7 @@ def reached(model, dataset):
     for name, m in model.named_modules():
         if not any(m.children()) or any(True for _ in m.parameters(recurse=False)):
             hooks.append(m.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name)))
-    was = model.training
-    with torch.no_grad():
-        model.eval()(dataset.normalize(dataset.train.x[:2]))
-    model.train(was)
-    for h in hooks:
-        h.remove()
+    probe(model, dataset.normalize(dataset.train.x[:2]), hooks)
     return list(dict.fromkeys(order))
 
 

@@ -13,13 +13,13 @@ The 2018 version of the paper counts operations; times are in the version of 202
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.data import Batches
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
+from effilib.models import reestimate_
 from effilib.training import Method, evaluate, stream
 
 INFO = Info(
@@ -151,29 +151,6 @@ def sample_columns_(model, ratio=0.5, *, where="forward", minimal=10, linear=Tru
     channels = {n: m.weight.shape[where == "forward"] for n, m in chosen.items()}
     wanted = [n for n, m in chosen.items() if getattr(m, "groups", 1) == 1 and how_many(ratio, channels[n], minimal) < channels[n]]
     return conv.convert_(chosen, dict.fromkeys(wanted, approximation), owner, "column-row sampling")
-
-
-@torch.no_grad()
-def reestimate_(model, batches):
-    """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), all layers exact; in place.
-
-    Returns how many BatchNorms there are.
-    """
-    norm = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if norm:
-        training, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norm]
-        model.eval()  # exact products, no dropout
-        for m in norm:
-            m.train()
-            m.reset_running_stats()
-            m.momentum = None  # a plain average
-        for x in batches:
-            model(x)
-        for m, momentum in zip(norm, momenta, strict=True):
-            m.momentum = momentum
-        for m, was in training.items():
-            m.training = was
-    return len(norm)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,29 +166,15 @@ def _rescale(conv, k, optimizer, amplitude):
     models.set_kernel_(conv, (k, k), (k, k) if patch else conv.stride, padding)
 
 
-@torch.no_grad()
 def recalibrate_(model, batches):
     """Set BatchNorm's running statistics to the means over `batches`, images (N, C, H, W), in place. Returns how many layers.
 
     At another resolution, or behind a rescaled kernel, the old statistics are of other numbers. Raises `NoEffect` if the model has none.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    if not norms:
+    found = models.reestimate_(model, batches, training=True)
+    if not found:
         raise NoEffect(f"{type(model).__name__} has no BatchNorm with running statistics")
-    momenta, training = [m.momentum for m in norms], {m: m.training for m in model.modules()}
-    try:
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # PyTorch then keeps the mean over all batches
-        model.train()
-        for x in batches:
-            model(x)
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-        for m, was in training.items():
-            m.training = was
-    return len(norms)
+    return found
 
 
 # In training
@@ -320,10 +306,8 @@ class KernelRescaling(Method):
 
     def restate(self, run, model, size):
         """BatchNorm's statistics from a few training batches of the new size."""
-        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules()):
-            return 0
         batches = copy.copy(run.batches)
         batches.generator = run.generator(self)  # the order of the training is not touched
         xs = (resize(x, size).contiguous(memory_format=run.layout) for x, _ in itertools.islice(batches, self.recalibrate))
         with run.autocast():
-            return recalibrate_(model, xs)
+            return models.reestimate_(model, xs, training=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from effilib import surgery
+from effilib.convolution import probe
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.training import Method
@@ -283,11 +284,6 @@ def activations(model, shape):
     for m in model.modules():
         if isinstance(m, surgery.CONVS):
             hooks.append(m.register_forward_hook(lambda m, inputs, output: total.append(output[0].numel())))
-    was = model.training
-    with torch.no_grad():
-        p = next(model.parameters())
-        model.eval()(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
-    model.train(was)
-    for h in hooks:
-        h.remove()
+    p = next(model.parameters())
+    probe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), hooks)
     return sum(total)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.utils import _pair
 
+from effilib.convolution import probe
 from effilib.data import Batches, Dataset, Split
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
@@ -237,20 +238,14 @@ def first_convolution(model, shape):
     return convs[0], first
 
 
-@torch.no_grad()
 def sizes(model, shape):
     """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass on zeros of `shape`."""
-    order, hooks, was = [], [], model.training
+    order, hooks = [], []
     like = next(model.parameters())
     for name, m in model.named_modules():
         if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
             hooks.append(m.register_forward_pre_hook(lambda m, inputs, name=name: order.append((name, tuple(inputs[0].shape[2:])))))
-    try:
-        model.eval()(torch.zeros(2, *shape, device=like.device, dtype=like.dtype))
-    finally:
-        model.train(was)
-        for h in hooks:
-            h.remove()
+    probe(model, torch.zeros(2, *shape, device=like.device, dtype=like.dtype), hooks)
     return order
 
 

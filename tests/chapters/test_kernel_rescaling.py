@@ -14,9 +14,7 @@ TASK = task("smoke", "synthetic")
 DATA = TASK.load()
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def test_the_kernel_arms_train_one_network_with_5x5_kernels_where_pixels_are_many():

@@ -13,9 +13,7 @@ TASK = task("smoke", "synthetic")
 DATA = TASK.load()
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 @pytest.fixture

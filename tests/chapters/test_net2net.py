@@ -13,9 +13,7 @@ TASK = task("smoke", "synthetic")
 DATA = TASK.load()
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def test_a_student_starts_where_its_teacher_ended_and_the_teachers_time_can_be_counted():

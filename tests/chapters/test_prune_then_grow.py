@@ -14,9 +14,7 @@ DATA = TASK.load()
 RUN = chapter.mode_name("windowed")
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from effilib.tasks import task
 TASK = task("smoke", "synthetic", NETWORK, precision="fp32")
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def test_the_papers_network():

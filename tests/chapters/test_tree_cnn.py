@@ -20,9 +20,7 @@ TASK = chapter.sized(task("smoke", "synthetic"))
 DATA = TASK.load()
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def of(classes, name="own", images=6):

@@ -12,9 +12,7 @@ TASK = task("smoke", "synthetic", precision="fp32", images=128)
 DATA = TASK.load()
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def test_every_arm_runs_at_equal_epochs():
