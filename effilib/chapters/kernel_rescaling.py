@@ -19,12 +19,12 @@ from effilib.training import evaluate, stream, train
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
 # Chosen in trial runs with seeds that are not measured. Small images teach less a step, so `longer` times the baseline's epochs are
-# trained. epochs: of the network with 5x5 kernels, None: the task's.
+# trained. epochs, images: of the network with 5x5 kernels, else the task's.
 SETTINGS = {
-    "smoke": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0, epochs=None),
-    "quick": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0, epochs=2),
+    "smoke": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0),
+    "quick": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0, epochs=2, images=2500),
     "study": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.1, epochs=8),
-    "full": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.1, epochs=None),
+    "full": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.1),
 }
 # For the illustration: (share of the steps, factor on the images' sides).
 SCHEDULES = (
@@ -44,12 +44,12 @@ def task(base):
 
     Another network is taken as it is.
     """
-    epochs = SETTINGS[base.preset]["epochs"]
+    size = {k: v for k, v in SETTINGS[base.preset].items() if k in ("epochs", "images")}
     if base.network != "resnet":
         return base
     stages = len(base.widths.get("widths", (0, 0, 0)))
     widths = base.widths | {"kernels": (FIRST, FIRST, *[3] * (stages - 1))}
-    return base.but(widths=widths, target=None, **({"epochs": epochs} if epochs else {}))
+    return base.but(widths=widths, target=None, **size)
 
 
 def method(base, dataset, **changes):

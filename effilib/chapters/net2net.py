@@ -98,11 +98,6 @@ def arms(preset):
     return found
 
 
-def judged(task):
-    """The task of the judged arms: in the quick preset with fewer evaluations."""
-    return task.but(evaluations=8) if task.preset == "quick" else task
-
-
 def with_epochs(task, arms):
     """The arms with shares of the epochs turned into epochs of this task."""
     return [replace(a, changes={"epochs": a.changes["epochs"] * task.recipe.epochs}) if "epochs" in a.changes else a for a in arms]

@@ -40,6 +40,11 @@ def sized(task, sizes):
     return task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None})
 
 
+def judged(task):
+    """The task of the judged arms: in the quick preset with fewer evaluations, which would take longer than the training."""
+    return task.but(evaluations=8) if task.preset == "quick" else task
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A way of computing a network's products: convert(model) in place (None: exact), with a precision ("auto": the task's)."""
