@@ -225,6 +225,8 @@ def test_a_tuned_task_is_what_its_sweep_and_its_target_runs_say(key):
     best = {b["epochs"]: b["accuracy"] for b in tuning.best(rows)}
     mine = np.mean([r["accuracy"] for r in rows if all(r[k] == v for k, v in setting.items())])
     assert mine >= best[setting["epochs"]] - 0.25  # what two seeds cannot tell apart
+    if "target" not in tuned:  # where a pilot finds it, because chapters choose a margin of their own
+        return
     with file.with_suffix(".target.csv").open(newline="") as f:
         runs = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     assert len(runs) == 5

@@ -2,7 +2,7 @@
 
 import copy
 import statistics as stats
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -32,9 +32,11 @@ SHORT = dict(scale="schedule", weigh="norm", rule="readers", keep_scale=True)
 SETTINGS = {
     "smoke": dict(SHORT, until=0.6, multiple=2),
     "quick": dict(SHORT, until=0.5),
-    "study": dict(SHORT, until=0.22),
+    "study": dict(SHORT, until=0.15),
     "full": dict(scale="schedule", every=5),
 }
+RATIO = {"smoke": 0.2, "quick": 0.1, "study": 0.2, "full": 0.2}  # of the judged arm; published is 0.2
+LONGER = {"study": 1.4}  # pruned networks train for so many times the dense one's epochs: steps that are cheaper may be more
 SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=10)}
 
 
@@ -45,13 +47,28 @@ def wide(book):
     return task.but(**SIZES.get(t.preset, {}), margin=1.0, target=None)
 
 
-def method(preset, ratio=0.2):
-    """PruneTrain as this preset runs it."""
-    return PruneTrain(ratio=ratio, **SETTINGS[preset])
+def method(preset, ratio=None):
+    """PruneTrain as this preset runs it; without a ratio the judged one."""
+    return PruneTrain(ratio=RATIO[preset] if ratio is None else ratio, **SETTINGS[preset])
 
 
 def name(ratio):
     return f"PruneTrain, r = {ratio:g}" if ratio else "dense"
+
+
+def judged(task):
+    """Name of the judged arm."""
+    return name(RATIO[task.preset])
+
+
+def longer(task):
+    """What a pruned network's arm changes of the recipe."""
+    return {"epochs": LONGER[task.preset] * task.recipe.epochs} if task.preset in LONGER else {}
+
+
+def pruned(task, ratio):
+    """An arm of PruneTrain."""
+    return Arm(name=name(ratio), methods=(method(task.preset, ratio),), changes=longer(task))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,26 +90,27 @@ class Smaller:
 
 
 def pilot(task):
-    """The history of PruneTrain (r = 0.2) with a seed that is never measured: it says which network is left in the end."""
-    arm = Arm(name="pilot", role="baseline", methods=(method(task.preset),))
+    """The history of the judged arm with a seed that is never measured: it says which network is left in the end."""
+    arm = Arm(name="pilot", role="baseline", methods=(method(task.preset),), changes=longer(task))
     return measure(task, [arm], [PILOT_SEEDS[0]], title="pilot for the smaller network")[0]["arms"]["pilot"]
 
 
-def smaller(pilot):
+def smaller(task, pilot):
     """The control that could beat the method: the network that pruning ends with, from scratch and from the first step."""
+    arm = Arm(name="the smaller network from scratch", role="control", changes=longer(task))
     if pilot.structure:
-        return Arm(name="the smaller network from scratch", role="control", network=pilot.structure)
+        return replace(arm, network=pilot.structure)
     final = pilot.events[-1]["widths"][-1]
     removed = tuple(
         d.split()[2] for e in pilot.events for d in e.get("pruned", ()) if d.startswith("residual path")
     )  # fmt: skip
     fit = Smaller(widths=tuple((n, w) for n, (w, _) in final.items()), removed=removed)
-    return Arm(name="the smaller network from scratch", role="control", fit=fit)
+    return replace(arm, fit=fit)
 
 
 def arms(task, pilot):
     """The judged arms: dense, PruneTrain, the smaller network; in the longer presets also dense with fewer epochs."""
-    found = [Arm(name="dense", role="baseline"), Arm(name=name(0.2), methods=(method(task.preset),)), smaller(pilot)]
+    found = [Arm(name="dense", role="baseline"), pruned(task, RATIO[task.preset]), smaller(task, pilot)]
     if task.preset != "quick":
         early = Arm(name=f"dense, {SHORTER:g}x the epochs", role="control", changes={"epochs": SHORTER * task.recipe.epochs})
         found.append(early)
@@ -101,7 +119,7 @@ def arms(task, pilot):
 
 def grid(task):
     """One arm a ratio; r = 0 is the baseline."""
-    return [Arm(name=name(r), role="method" if r else "baseline", methods=(method(task.preset, r),) if r else ()) for r in RATIOS]
+    return [pruned(task, r) if r else Arm(name=name(r), role="baseline") for r in RATIOS]
 
 
 def subset(task):

@@ -9,6 +9,7 @@ threshold decides. A proximal step (the default here) reaches exact zeros, and c
 multiples that pay on the device: a CPU's convolutions work in blocks of 16 channels, and a width of 31 is slower than 32.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -165,9 +166,9 @@ def widths(model, rule="union"):
     return {node.name: (node.width, int(live(node, rule=rule).sum())) for node in surgery.trace(model).nodes}
 
 
-def lr_steps(run):
-    """Sum of the learning rate over the run's steps: how far its penalty can shrink a group, in units of lambda / (1 - mu)."""
-    return sum(run.lr_at(step, run.planned) for step in range(run.planned))
+def lr_steps(run, until=1.0):
+    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of lambda / (1 - mu)."""
+    return sum(run.lr_at(step, run.planned) for step in range(math.ceil(until * run.planned)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +182,9 @@ class PruneTrain(Method):
     grow_batch: enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
 
     scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the learning rate, so a short run prunes nothing with
-    the published lambda; "schedule" multiplies it by the published sum over this run's. until: share of the steps after which the penalty
-    ends, so that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also shrinks what lives, and under
-    BatchNorm smaller weights mean a larger effective learning rate.
+    the published lambda; "schedule" multiplies it by the published sum over that of this run's steps under the penalty. until: share of
+    the steps after which the penalty ends, so that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also
+    shrinks what lives, and under BatchNorm smaller weights mean a larger effective learning rate.
     """
 
     ratio: float = 0.2
@@ -233,7 +234,7 @@ class PruneTrain(Method):
     @torch.no_grad()
     def price(self, run, groups):
         """(lambda, the factor in it), from the first batch."""
-        scale = PUBLISHED_LR_STEPS / lr_steps(run) if self.scale == "schedule" else self.scale
+        scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until) if self.scale == "schedule" else self.scale
         return scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh))), scale
 
     def blocks(self, run):

@@ -376,7 +376,12 @@ def test_schedule_scales_by_the_sum_of_the_learning_rate():
     train(network(), DATA, RECIPE, [method, Look()])
     assert one["lambda"] / seen["lambda"] == pytest.approx(pt.PUBLISHED_LR_STEPS / seen["steps"])
     recipe = Recipe(epochs=1, schedule="constant", warmup=0.0, lr=0.5, batch_size=32)
+    method = PruneTrain(scale="schedule", until=0.5)
     train(network(), DATA, recipe, [method, Look()])
+    half = dict(seen)
+    method = PruneTrain(scale="schedule")
+    train(network(), DATA, recipe, [method, Look()])
+    assert half["lambda"] == pytest.approx(2 * seen["lambda"], rel=0.2)  # the same in half of the steps
     assert seen["steps"] == pytest.approx(0.5 * (len(DATA.train) // 32))
 
 
