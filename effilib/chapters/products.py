@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib import convolution, cost, figures
-from effilib.clock import elapsed, steady_memory, synchronize
+from effilib.clock import elapsed, interleaved, steady_memory, synchronize
 from effilib.convolution import EXACT, approx_conv2d
 from effilib.cost import Conv
 from effilib.data import Batches
@@ -43,6 +43,39 @@ def sized(task, sizes):
 def judged(task):
     """The task of the judged arms: in the quick preset with fewer evaluations, which would take longer than the training."""
     return task.but(evaluations=8) if task.preset == "quick" else task
+
+
+def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_entropy(logits, y)):
+    """Forward and backward of networks (name -> module), timed in turn, beside what FLOPs predict, relative to the first.
+
+    loss: (model, logits in fp32, y) -> what is differentiated.
+    """
+    x, y = next(iter(Batches(dataset, min(task.recipe.batch_size, len(dataset.train)), stream(0, "numerics"))))
+    layout, precision = LAYOUTS[resolve_layout(task.recipe, task.device)], resolve_precision(task.recipe.precision, task.device)
+    x, steps, flops = x.contiguous(memory_format=layout), {}, {}
+    for name, model in networks.items():
+        model.train().to(memory_format=layout)
+
+        def step(model=model):
+            with autocast(precision, dataset.device):
+                logits = model(x)
+            loss(model, logits.float(), y).backward()
+            model.zero_grad()
+
+        steps[name], flops[name] = step, cost.count_flops(step)
+    seconds = {"quick": 3, "study": 15, "full": 15}.get(task.preset, 1)
+    times = interleaved(steps, repeats=3 if task.preset == "smoke" else 15, warm_up=2, device=dataset.device, seconds=seconds)
+    first, ms = next(iter(steps)), {name: 1e3 * stats.median(t) for name, t in times.items()}
+    rows = {
+        name: {
+            "GFLOP a step": f"{flops[name] / 1e9:.2f}",
+            "predicted": f"{flops[first] / flops[name]:.2f}x",
+            "ms": f"{ms[name]:.2f}",
+            "measured": f"{ms[first] / ms[name]:.2f}x",
+        }
+        for name in steps
+    }
+    return pd.DataFrame(rows).T.rename_axis(f"forward and backward, batch {len(x)}")
 
 
 @dataclass(frozen=True, kw_only=True)

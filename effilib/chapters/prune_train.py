@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from effilib import cost, figures, surgery, tasks
-from effilib.clock import interleaved
+from effilib import figures, surgery, tasks
+from effilib.chapters.products import step_table
 from effilib.data import Batches
 from effilib.experiment import PILOT_SEEDS, Arm, measure
 from effilib.methods.prune_train import (
@@ -22,7 +22,7 @@ from effilib.methods.prune_train import (
     shrink_steps,
     weights,
 )
-from effilib.training import LAYOUTS, autocast, resolve_layout, resolve_precision, stream, train
+from effilib.training import stream, train
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 SHORTER = 0.8  # the control "dense, stopped early" trains for this share of the epochs: the time that the aim allows the method
@@ -36,7 +36,6 @@ SETTINGS = {
     "full": dict(scale="schedule", every=5),
 }
 RATIO = {"smoke": 0.2, "quick": 0.1, "study": 0.2, "full": 0.2}  # of the judged arm; published is 0.2
-LONGER = {"study": 1.4}  # pruned networks train for so many times the dense one's epochs: steps that are cheaper may be more
 SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=10)}
 
 
@@ -61,14 +60,9 @@ def judged(task):
     return name(RATIO[task.preset])
 
 
-def longer(task):
-    """What a pruned network's arm changes of the recipe."""
-    return {"epochs": LONGER[task.preset] * task.recipe.epochs} if task.preset in LONGER else {}
-
-
 def pruned(task, ratio):
     """An arm of PruneTrain."""
-    return Arm(name=name(ratio), methods=(method(task.preset, ratio),), changes=longer(task))
+    return Arm(name=name(ratio), methods=(method(task.preset, ratio),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +85,13 @@ class Smaller:
 
 def pilot(task):
     """The history of the judged arm with a seed that is never measured: it says which network is left in the end."""
-    arm = Arm(name="pilot", role="baseline", methods=(method(task.preset),), changes=longer(task))
+    arm = Arm(name="pilot", role="baseline", methods=(method(task.preset),))
     return measure(task, [arm], [PILOT_SEEDS[0]], title="pilot for the smaller network")[0]["arms"]["pilot"]
 
 
-def smaller(task, pilot):
+def smaller(pilot):
     """The control that could beat the method: the network that pruning ends with, from scratch and from the first step."""
-    arm = Arm(name="the smaller network from scratch", role="control", changes=longer(task))
+    arm = Arm(name="the smaller network from scratch", role="control")
     if pilot.structure:
         return replace(arm, network=pilot.structure)
     final = pilot.events[-1]["widths"][-1]
@@ -110,7 +104,7 @@ def smaller(task, pilot):
 
 def arms(task, pilot):
     """The judged arms: dense, PruneTrain, the smaller network; in the longer presets also dense with fewer epochs."""
-    found = [Arm(name="dense", role="baseline"), pruned(task, RATIO[task.preset]), smaller(task, pilot)]
+    found = [Arm(name="dense", role="baseline"), pruned(task, RATIO[task.preset]), smaller(pilot)]
     if task.preset != "quick":
         early = Arm(name=f"dense, {SHORTER:g}x the epochs", role="control", changes={"epochs": SHORTER * task.recipe.epochs})
         found.append(early)
@@ -199,42 +193,17 @@ def _simulate(norm, lam, lr, momentum=0.9):
 
 def cost_table(task, dataset):
     """FLOPs and milliseconds of a training step with every node at a share of its width: predicted and measured speed-up."""
-    recipe = task.recipe
-    x, y = _batch(dataset, recipe.batch_size)
-    layout = LAYOUTS[resolve_layout(recipe, task.device)]
-    x, precision = x.contiguous(memory_format=layout), resolve_precision(recipe.precision, task.device)
-    steps, flops = {}, {}
-    for label, width in {
+    shares = {
         "as built": lambda n: n,
         "3/4 of every width": lambda n: max(1, 3 * n // 4),
         "1/2 of every width": lambda n: max(1, n // 2),
         "1/2 of every width, less 1": lambda n: max(1, n // 2 - 1),
-    }.items():
-        model = task.build(dataset).train()
+    }
+    networks = {name: task.build(dataset) for name in shares}
+    for model, width in zip(networks.values(), shares.values(), strict=True):
         for node in surgery.nodes(model):
             surgery.select_(node, range(width(node.width)))
-        model.to(memory_format=layout)
-
-        def step(model=model):
-            with autocast(precision, dataset.device):
-                logits = model(x)
-            F.cross_entropy(logits.float(), y).backward()
-            model.zero_grad()
-
-        steps[label] = step
-        flops[label] = cost.count_flops(step)
-    times = interleaved(steps, repeats=3 if task.preset == "smoke" else 15, warm_up=2, device=dataset.device, seconds=4)
-    ms = {label: 1e3 * stats.median(t) for label, t in times.items()}
-    rows = {
-        label: {
-            "GFLOP a step": f"{flops[label] / 1e9:.2f}",
-            "predicted": f"{flops['as built'] / flops[label]:.2f}x",
-            "measured ms": f"{ms[label]:.1f}",
-            "measured": f"{ms['as built'] / ms[label]:.2f}x",
-        }
-        for label in steps
-    }
-    return pd.DataFrame(rows).T.rename_axis("network")
+    return step_table(task, dataset, networks)
 
 
 # What was pruned

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, figures, models
+from effilib import figures, models
+from effilib.chapters.products import step_table
 from effilib.clock import elapsed, interleaved
 from effilib.data import Batches
 from effilib.errors import BadInput, NoEffect
@@ -30,7 +31,7 @@ from effilib.methods.wavelet import (
     synthesis,
 )
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
-from effilib.training import History, autocast, resolve_precision, stream, train
+from effilib.training import History, stream, train
 
 FULL, BANDS, S2D, STRIDED, LOW = "full resolution", "wavelet stem", "space-to-depth stem", "strided stem", "low band only"
 RAW, WIDE = "wavelet stem, bands as they are", "wavelet stem, first stage twice as wide"
@@ -228,40 +229,17 @@ def say_everything(comparison):
 
 def cost_table(task, dataset):
     """A training step of every network, timed in turn, and what FLOPs predict."""
-    few = task.preset == "smoke"
-    x, y = _batch(dataset, task.recipe.batch_size)
-    precision = resolve_precision(task.recipe.precision, dataset.device)
-    steps, flops = {}, {}
+    networks = {}
     for a in all_arms(task, dataset)[0]:
-        if a.fit and a.name != JOINT:
-            continue
-        model = wae(task, dataset) if a.fit else task.build(dataset, **a.network)
-        for m in a.methods:
-            wavelet.wavelet_stem_(model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep, standardize=m.standardize)
-        model = model.to(memory_format=torch.channels_last).train()
+        if not a.fit or a.name == JOINT:
+            networks[a.name] = model = wae(task, dataset) if a.fit else task.build(dataset, **a.network)
+            for m in a.methods:
+                wavelet.wavelet_stem_(model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep, standardize=m.standardize)
 
-        def step(model=model):
-            with autocast(precision, dataset.device):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), y)
-            terms = getattr(model, "terms", None)
-            (loss if terms is None else loss + 0.1 * sum(terms)).backward()
-            model.zero_grad()
+    def loss(model, logits, y):
+        return F.cross_entropy(logits, y) + 0.1 * sum(getattr(model, "terms", None) or ())
 
-        steps[a.name] = step
-        flops[a.name] = cost.count_flops(step)
-    times = interleaved(steps, repeats=3 if few else 21, device=dataset.device, seconds=2 if task.preset == "quick" else 15)
-    ms = {n: 1e3 * stats.median(t) for n, t in times.items()}
-    rows = {
-        n: {
-            "GFLOP a step": f"{flops[n] / 1e9:.2f}",
-            "predicted": f"{flops[FULL] / flops[n]:.2f}x",
-            "ms": f"{ms[n]:.2f}",
-            "measured": f"{ms[FULL] / ms[n]:.2f}x",
-        }
-        for n in steps
-    }
-    return pd.DataFrame(rows).T.rename_axis(f"forward and backward, batch {len(x)}")
+    return step_table(task, dataset, networks, loss)
 
 
 def transform_table(task, dataset):

@@ -37,7 +37,7 @@ def test_every_presets_settings_make_a_method():
 def test_the_smaller_network_is_the_one_that_pruning_ended_with():
     model = TASK.build(DATA)
     history = Arm(name="p", methods=(pruning(),), changes={"epochs": 6}).run(TASK, DATA, 0)
-    control = chapter.smaller(TASK, history)
+    control = chapter.smaller(history)
     small = TASK.build(DATA, 0, **control.network)
     final = history.events[-1]["widths"][-1]
     assert {n.name: n.width for n in surgery.trace(small).nodes} == {n: w for n, (w, _) in final.items()}
@@ -47,7 +47,7 @@ def test_the_smaller_network_is_the_one_that_pruning_ended_with():
 def test_a_users_network_is_cut_to_the_same_widths(monkeypatch):
     monkeypatch.setattr("effilib.models.describe", lambda model: {})  # as for a network that is not ours
     history = Arm(name="p", methods=(pruning(),), changes={"epochs": 6}).run(TASK, DATA, 0)
-    control = chapter.smaller(TASK, history)
+    control = chapter.smaller(history)
     assert control.fit
     small = control.run(TASK, DATA, 0)
     assert small.flops < Arm(name="d").run(TASK, DATA, 0).flops
@@ -58,8 +58,6 @@ def test_arms_and_grid():
     found = chapter.arms(TASK, pilot)
     assert [a.role for a in found] == ["baseline", "method", "control", "control"]
     assert found[-1].changes == {"epochs": 1.6}
-    longer = chapter.arms(TASK.but(preset="study", epochs=10), pilot)
-    assert [a.changes.get("epochs") for a in longer] == [None, 14, 14, 8]  # what is cheaper may train longer, the control too
     assert [a.methods[0].ratio for a in chapter.grid(TASK)[1:]] == [0.1, 0.2, 0.3]
     quick = TASK.but(preset="quick", images=100)
     assert len(chapter.arms(quick, pilot)) == 3
