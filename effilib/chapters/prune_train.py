@@ -36,7 +36,7 @@ SETTINGS = {
     "full": dict(scale="schedule", every=5),
 }
 RATIO = {"smoke": 0.2, "quick": 0.1, "study": 0.2, "full": 0.2}  # of the judged arm; published is 0.2
-SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=10)}
+SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=10, evaluations=10)}
 
 
 def wide(book):
