@@ -108,7 +108,7 @@ def test_copies_stay_copies_without_a_symmetry_breaker():
 
 
 def test_the_cost_table_adds_up():
-    table = chapter.cost_table(TASK, DATA, {"epochs": 0.5})
+    table = chapter.cost_table(TASK, DATA, {"epochs": 0.5, "factor": 0.5})
     rho = float(table.loc["teacher", "training FLOPs"])
     assert 0.2 < rho < 0.6
     assert float(table.loc["teacher and student", "training FLOPs"]) == pytest.approx(rho + 0.5, abs=0.011)
