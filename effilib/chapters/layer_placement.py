@@ -40,7 +40,7 @@ GBIT = 1e9 / 8  # bytes/s
 BANDWIDTHS = {"1 Gbit/s": GBIT, "10 Gbit/s": 10 * GBIT, "100 Gbit/s": 100 * GBIT}
 WORKERS = 2
 STEPS = 20
-RATE = 0.002  # small: at a high rate the rounding of 20 steps grows to where nothing is equal any more
+LR = 0.002  # small: at a high one the rounding of 20 steps grows to where nothing is equal any more
 SLOW_STEPS = 4  # of the runs with a slowed-down link
 SIZES = {
     "smoke": dict(batch=4, width=4),
@@ -262,9 +262,9 @@ def real(task, dataset, layers):
     stages = min(3, len(layers))
     _, cuts = pipeline(layers, stages, b, GBIT)
     where = {"plain server": None, "placed": cut}
-    jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k, lr=RATE) for name, k in where.items()}
+    jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k, lr=LR) for name, k in where.items()}
     few = everything[:SLOW_STEPS]
-    jobs |= {(n, label): Job(make=make, batches=few, cut=k, lr=RATE, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
+    jobs |= {(n, label): Job(make=make, batches=few, cut=k, lr=LR, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
     x, y = everything[0]
     calls = [(take_part, (job,)) for job in jobs.values()] + [(pipelined, (make, c, x, y, WORKERS)) for c in ((cut,), cuts)]
     by_rank = processes.run(several, WORKERS + 1, calls)
