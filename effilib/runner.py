@@ -7,6 +7,7 @@ scoreboard after each. A complete result is left alone until its notebook, its p
 
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import json
 import re
@@ -136,15 +137,22 @@ def run_key(job):
         read += paths.recorded().glob("*/*/record.json")
     if job.name.startswith(LAST):
         read += (file for file in job.folder.glob("*/record.json") if file.parent != job.results)
-    library = (file for file in Path(__file__).parent.rglob("*.py") if file.name not in NOT_IN_KEY)
     return provenance.digest(
         cells(job.notebook),
         job.parameters,
         {name: listing(path) for name, path in job.files.items()},
         {str(file): file.read_bytes() for file in read},
-        {str(file): provenance.normalized(file.read_text()) for file in library},
+        _library(),
         importlib.metadata.version("torch"),
     )
+
+
+@functools.cache
+def _library():
+    """Digest of effilib's code, without what no result depends on."""
+    folder = Path(__file__).parent
+    files = [file for file in folder.rglob("*.py") if file.name not in NOT_IN_KEY]
+    return provenance.digest({str(file.relative_to(folder)): provenance.normalized(file.read_text()) for file in files})
 
 
 def up_to_date(job):

@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up(tmp_path, notebooks):
 # A damaged record
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3", '"complete"', "null", "{}", '{"status": "failed"}', "\udcff", "\0" * 100])
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3", '"complete"', "null", "{}", '{"status": "failed"}', "\udcff", "\0"])
 @pytest.mark.parametrize("name", ["record.json", "run.json"])
 def test_a_damaged_record_is_no_result(notebooks, plan, name, content):
     write_notebook(notebooks / "04_1_x.ipynb")
