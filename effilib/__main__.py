@@ -47,8 +47,8 @@ def parser():
         "--scheduler",
         default="",
         metavar="ADDRESS",
-        help="run on the workers of this dask scheduler (tcp://head:8786) instead; they need the same folders at the same paths, "
-        "and one thread each (dask worker --nthreads 1), one worker a machine, if times are to count",
+        help="run on the workers of this dask scheduler (tcp://head:8786) instead: a notebook a GPU (dask worker --resources GPU=1), "
+        "else a notebook a thread, and one a machine if times are to count; no files need be shared, but the same versions installed",
     )
     run.add_argument("--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)")
     run.add_argument("--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval")

@@ -6,7 +6,8 @@ kept too, with a report of how far it came: in the notebook's own folder if ther
 `failed/<notebook>`; `run.json` tells that the last run failed, and why. An interrupted run leaves only its finished seeds.
 
 Whatever a notebook starts carries its `EFFILIB_OUT` in the environment, and is killed by that mark when the notebook
-ends, however it ends. A job goes on only while its run holds the results folder, also on another machine.
+ends, however it ends. A job goes on only while its run holds the results folder. On another machine a notebook is executed
+by `effilib.cluster`; all the rest of a job happens here.
 """
 
 import contextlib
@@ -27,11 +28,12 @@ from effilib import paths, report
 from effilib.errors import BadInput
 
 TICK = 0.2  # seconds between two looks at what runs
+GIVEN_UP = "its results folder was given up"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One notebook to run: all that a worker needs to know, on this machine or on another with the same folders."""
+    """One notebook to run, and where its results go."""
 
     notebook: Path
     folder: Path  # of this series' results
@@ -65,6 +67,13 @@ class Job:
     def recorded(self):
         return paths.recorded() / f"{self.preset}-{self.dataset}" / self.name
 
+    @property
+    def files(self):
+        """The user's own files and folders behind the parameters, such as /home/me/mine.py:net: dict parameter -> path."""
+        texts = {name: value for name, value in self.parameters.items() if isinstance(value, str)}
+        found = {name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()}
+        return {name: path for name, path in found.items() if path.is_absolute() and path.exists()}
+
     def held(self):
         """Does the run that this job belongs to still hold the results folder?"""
         try:
@@ -83,6 +92,18 @@ class Outcome:
     seconds: float = 0.0
 
 
+def listing(path):
+    """What can be seen of a file, or of all files in a folder, without reading them: names, sizes and times."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def saved(file):
+    """The JSON object in a file; an empty one where there is none, or where it is damaged."""
+    found = paths.read_json(file)
+    return found if isinstance(found, dict) else {}
+
+
 class Interrupted(Exception):
     """The run that a job belongs to gave up its results folder."""
 
@@ -99,48 +120,123 @@ def hold(folder):
         except OSError:
             pass  # a file system without locks
         token = uuid.uuid4().hex
-        file.write_text(token)
+        try:
+            file.write_text(token)
+        except OSError as error:  # a disk without a byte left
+            raise BadInput(f"cannot write results into {folder}: {error.strerror}") from error
         try:
             yield token
         finally:
-            file.write_text("")
+            with contextlib.suppress(OSError):
+                file.write_text("")
+
+
+# ------------------------------------------------------------------------------------------------------ executing
+
+
+def execute(job, wanted=None):
+    """Execute a notebook in a child process, into `job.partial`. Returns the reason of its failure, "" if there is none.
+
+    wanted: does anybody wait for it still? By default, as long as its run holds the results folder. Raises `Interrupted` if not.
+    """
+    wanted = wanted or job.held
+    request = json.dumps([str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout])
+    with tempfile.TemporaryDirectory(prefix="effilib-") as sockets, (job.partial / "process.log").open("wb") as log:
+        environment = {**os.environ, **job.environment, "EFFILIB_OUT": str(job.partial), "JUPYTER_RUNTIME_DIR": sockets}
+        if job.shared:
+            environment["EFFILIB_SHARED"] = "1"
+        if (paths.root() / "effilib").is_dir():  # a checkout that need not be installed
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, request],  # -P: files in the current folder shadow nothing
+            env={name: value for name, value in environment.items() if value is not None},
+            cwd=job.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    reason, _ = process.communicate(timeout=TICK)
+                    break
+                if not wanted():
+                    raise Interrupted
+        finally:
+            end(job.partial)
+            process.wait()
+    if process.returncode < 0 and not reason:
+        return f"its process was ended by signal {-process.returncode}"
+    return reason or ("its process ended badly" if process.returncode else "")
+
+
+def end(out):
+    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook started."""
+    import psutil
+
+    for _ in range(10):  # what starts while we look is found the next time
+        found = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("EFFILIB_OUT") == str(out)]
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if not found:
+            return
+        psutil.wait_procs(found, timeout=1)
 
 
 # --------------------------------------------------------------------------------------------------------- one job
 
 
-def run_one(job):
+def run_one(job, execute=execute):
     """Run one notebook, put its results in place and render its report. Returns its `Outcome`.
 
-    Whatever the notebook does, nothing is raised; but OSError where the results cannot be written, on a full disk for
-    one. `run.json` is written last: without it, or with another key in it, the notebook runs again.
+    execute: what executes it into `job.partial` and returns the reason of its failure. Whatever the notebook does, nothing is
+    raised; but OSError where the results cannot be written, on a full disk for one. `run.json` is written last: without it, or
+    with another key in it, the notebook runs again. If only the report is missing, it is rendered and nothing is executed.
     """
-    from effilib import clock  # brings torch, for which the child process below need not wait
+    from effilib import clock  # brings torch, for which the child process need not wait
 
     if not job.held():
-        return Outcome(job.name, "interrupted", "its results folder was given up")
+        return Outcome(job.name, "interrupted", GIVEN_UP)
+    _tidy(job)
+    place, failure = job.results, ""
+    before = saved(place / "run.json").get("seconds", 0) if executed(job) else 0
+
+    def state(reason):
+        status, spent = "failed" if reason else "complete", round(before + seconds(), 1)
+        return {"status": status, "reason": reason, "seconds": spent, "key": job.key, "date": clock.date(), "executed": not failure}
+
     with clock.elapsed() as seconds:
-        _tidy(job)
-        try:
-            job.partial.mkdir(parents=True)
-            reason = _execute(job)
-            if not reason and not _complete(job.partial):
-                reason = "it wrote no complete record.json: its last cell, tagged `record`, does that"
-            place = _put(job, reason)
-        except Interrupted:
-            return Outcome(job.name, "interrupted", "its results folder was given up")
-        finally:
-            shutil.rmtree(job.partial, ignore_errors=True)
-        reason = _render(job, place, reason)
-    outcome = Outcome(job.name, "failed" if reason else "complete", reason, round(seconds(), 1))
+        if not executed(job):
+            try:
+                job.partial.mkdir(parents=True)
+                failure = execute(job)
+                if not failure and not _complete(job.partial):
+                    failure = "it wrote no complete record.json: its last cell, tagged `record`, does that"
+                paths.write(job.partial / "run.json", state(failure or "its report was not rendered; the next call does that"))
+                place = _put(job, failure)
+            except Interrupted:
+                return Outcome(job.name, "interrupted", GIVEN_UP)
+            finally:
+                shutil.rmtree(job.partial, ignore_errors=True)
+        reason = _render(job, place, failure)
     kept = "" if place == job.results else " (the earlier result is kept; see failed/ for this run)"
-    state = {"status": outcome.status, "reason": reason + kept, "seconds": outcome.seconds, "key": job.key, "date": clock.date()}
-    paths.write(job.results / "run.json", state)
-    return outcome
+    last = state(reason + kept if reason else "")
+    paths.write(job.results / "run.json", last)
+    return Outcome(job.name, last["status"], reason, last["seconds"])
+
+
+def executed(job):
+    """Is there a complete record of this very job, with a report or without? Times from a shared machine do not do if it runs alone."""
+    run, record = (saved(job.results / name) for name in ("run.json", "record.json"))
+    whole = record.get("status") == "complete" and run.get("key") == job.key and run.get("executed", run.get("status") == "complete")
+    return whole and (job.shared or not record.get("shared_machine"))
 
 
 def _complete(folder):
-    return (paths.read_json(folder / "record.json") or {}).get("status") == "complete"
+    return saved(folder / "record.json").get("status") == "complete"
 
 
 def _tidy(job):
@@ -150,12 +246,17 @@ def _tidy(job):
     if job.old.exists() and not job.results.exists():
         job.old.rename(job.results)
     shutil.rmtree(job.old, ignore_errors=True)
+    for name in ("report.html", "run.json"):  # what `paths.write` was about to put in place
+        for rest in job.results.glob(f".{name}.*"):
+            rest.unlink()
 
 
 def _put(job, reason):
     """Put a finished run in its place, which is never that of a complete result if it failed. Returns the place."""
     # Nobody shall take the record of a failed run for a result, and nobody needs the log of one that went well.
     (job.partial / ("record.json" if reason else "process.log")).unlink(missing_ok=True)
+    if not saved(job.partial / "notebook.ipynb"):  # half-written, on a full disk for one
+        (job.partial / "notebook.ipynb").unlink(missing_ok=True)
     failed = job.folder / "failed" / job.name
     shutil.rmtree(failed, ignore_errors=True)
     place = failed if reason and _complete(job.results) else job.results
@@ -190,54 +291,6 @@ def sentence(error):
 def _line(text):
     line = text.strip().partition("\n")[0]
     return line if len(line) <= 300 else line[:299] + "…"
-
-
-def _execute(job):
-    """Execute a notebook in a child process. Returns the reason of its failure, "" if there is none. Raises `Interrupted`."""
-    request = json.dumps([str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout])
-    with tempfile.TemporaryDirectory(prefix="effilib-") as sockets, (job.partial / "process.log").open("wb") as log:
-        environment = {**os.environ, **job.environment, "EFFILIB_OUT": str(job.partial), "JUPYTER_RUNTIME_DIR": sockets}
-        if job.shared:
-            environment["EFFILIB_SHARED"] = "1"
-        if (paths.root() / "effilib").is_dir():  # a checkout that need not be installed
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, request],  # -P: files in the current folder shadow nothing
-            env=environment,
-            cwd=job.home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    reason, _ = process.communicate(timeout=TICK)
-                    break
-                if not job.held():
-                    raise Interrupted
-        finally:
-            end(job.partial)
-            process.wait()
-    if process.returncode < 0 and not reason:
-        return f"its process was ended by signal {-process.returncode}"
-    return reason or ("its process ended badly" if process.returncode else "")
-
-
-def end(out):
-    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook started."""
-    import psutil
-
-    for _ in range(10):  # what starts while we look is found the next time
-        found = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("EFFILIB_OUT") == str(out)]
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        if not found:
-            return
-        psutil.wait_procs(found, timeout=1)
 
 
 # ------------------------------------------------------------------------------------------------- the child process

@@ -25,8 +25,8 @@ def results():
 
 
 def recorded():
-    """The committed study runs that chapter 2, chapter 10 and the README read."""
-    return root() / "results" / "recorded"
+    """The committed study runs that chapter 2, chapter 10 and the README read; on another machine a copy, `EFFILIB_RECORDED`."""
+    return Path(os.environ.get("EFFILIB_RECORDED") or root() / "results" / "recorded")
 
 
 def notebooks():

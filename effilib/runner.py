@@ -1,33 +1,32 @@
 """Run the series: check what was asked for, execute what is missing or changed, and say how it goes.
 
 `run` is what the command line calls: it checks all that can be checked before the first kernel starts, submits
-`jobs.run_one` for each notebook to a `concurrent.futures.Executor` (threads here, dask for a cluster), and rebuilds the
+`jobs.run_one` for each notebook to a `concurrent.futures.Executor` (threads here, `cluster` for more machines), and rebuilds the
 scoreboard after each. A complete result is left alone until its notebook, its parameters, torch or effilib's code change.
 """
 
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import json
 import re
 import shutil
 import sys
-import urllib.parse
-from collections import Counter
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
-from effilib import clock, data, models, paths, provenance, report, series, tasks
+from effilib import clock, cluster, data, models, paths, provenance, report, series, tasks
 from effilib.errors import BadInput, choose
-from effilib.jobs import TICK, Job, Outcome, hold, run_one, sentence
+from effilib.jobs import TICK, Job, Outcome, executed, hold, listing, run_one, saved, sentence
 from effilib.progress import say_seconds
 
 SECONDS = {"smoke": 10, "quick": 60, "study": 1200, "full": 24 * 3600}  # expected for a notebook that never ran
 TIMEOUT = {"smoke": 300, "quick": 1200, "study": 3 * 3600, "full": 7 * 24 * 3600}  # for one cell
 LAST = "10"  # this chapter reads the results of the others
 PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
-NOT_IN_KEY = {"jobs.py", "runner.py", "report.py", "__main__.py"}  # a result does not depend on them
+NOT_IN_KEY = {"cluster.py", "jobs.py", "runner.py", "report.py", "__main__.py"}  # a result does not depend on them
 
 # ------------------------------------------------------------------------------------------ notebooks and parameters
 
@@ -138,61 +137,48 @@ def run_key(job):
         read += paths.recorded().glob("*/*/record.json")
     if job.name.startswith(LAST):
         read += (file for file in job.folder.glob("*/record.json") if file.parent != job.results)
-    library = (file for file in Path(__file__).parent.rglob("*.py") if file.name not in NOT_IN_KEY)
     return provenance.digest(
         cells(job.notebook),
         job.parameters,
-        [_files(value) for value in job.parameters.values() if isinstance(value, str)],
-        {str(file): file.read_text() for file in read},
-        {str(file): provenance.normalized(file.read_text()) for file in library},
+        {name: listing(path) for name, path in job.files.items()},
+        {str(file): file.read_bytes() for file in read},
+        _library(),
         importlib.metadata.version("torch"),
     )
 
 
-def _files(value):
-    """Name, size and time of the user's files behind a parameter such as `/home/me/mine.py:net` or `/home/me/photos`."""
-    path = Path(value.rpartition(":")[0] if ".py:" in value else value)
-    files = [path, *sorted(path.rglob("*"))] if path.is_absolute() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+@functools.cache
+def _library():
+    """Digest of effilib's code, without what no result depends on."""
+    folder = Path(__file__).parent
+    files = [file for file in folder.rglob("*.py") if file.name not in NOT_IN_KEY]
+    return provenance.digest({str(file.relative_to(folder)): provenance.normalized(file.read_text()) for file in files})
 
 
 def up_to_date(job):
-    """Is there a complete result of this very job? Times from a shared machine do not do for a job that runs alone."""
-    run, record = (paths.read_json(job.results / name) or {} for name in ("run.json", "record.json"))
-    whole = run.get("status") == record.get("status") == "complete" and (job.results / "report.html").exists()
-    return whole and (job.shared or not record.get("shared_machine")) and run.get("key") == job.key
+    """Is there a complete result of this very job, and its report?"""
+    return executed(job) and saved(job.results / "run.json")["status"] == "complete" and (job.results / "report.html").exists()
 
 
 def expected(job):
     """Seconds that a job will take: as last time, else as recorded, else the preset's budget."""
-    run = paths.read_json(job.results / "run.json") or {}
+    run, recorded = saved(job.results / "run.json"), saved(job.recorded / "record.json")
     last = run.get("seconds") if run.get("status") == "complete" else None
-    return last or (paths.read_json(job.recorded / "record.json") or {}).get("duration_s") or SECONDS[job.preset]
+    return next((s for s in (last, recorded.get("duration_s")) if isinstance(s, int | float) and s), SECONDS[job.preset])
 
 
 # --------------------------------------------------------------------------------------------------------- many jobs
 
 
 @contextlib.contextmanager
-def workers(jobs=1, scheduler=""):
-    """An executor, and whether two notebooks may meet on one of its machines. Raises `BadInput` if dask can't be reached."""
-    if not scheduler:
+def workers(jobs, scheduler, planned, say):
+    """An executor for the planned jobs, and whether two notebooks may meet on one of its machines. Raises `BadInput`."""
+    if scheduler:
+        with cluster.connect(scheduler, planned, say) as executor:
+            yield executor, executor.shared
+    else:
         with futures.ThreadPoolExecutor(jobs) as executor:
             yield executor, jobs > 1
-        return
-    try:
-        from distributed import Client
-
-        client = Client(scheduler, timeout=5)
-    except ImportError:
-        raise BadInput("--scheduler needs the package `distributed`: pip install distributed") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"no dask scheduler answers at {scheduler!r}: give its address, such as tcp://head:8786") from error
-    with client, client.get_executor() as executor:
-        machines = Counter()
-        for address, threads in client.nthreads().items():
-            machines[urllib.parse.urlsplit(address).hostname] += threads
-        yield executor, max(machines.values(), default=0) > 1
 
 
 def run_series(jobs, executor, progress):
@@ -208,9 +194,11 @@ def run_series(jobs, executor, progress):
 def _outcome(future, job):
     try:
         return future.result()
+    except cluster.SchedulerLost:
+        raise
     except OSError as error:  # a full disk, for one
         return Outcome(job.name, "failed", f"its results cannot be written: {sentence(error)}")
-    except Exception as error:  # a worker was lost, say
+    except Exception as error:
         return Outcome(job.name, "failed", sentence(error))
 
 
@@ -274,7 +262,7 @@ def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
     """
     planned = plan(selectors, preset=preset, parameters=parameters, name=name, notebooks=notebooks)
     for job in planned:
-        run, record = (paths.read_json(job.results / file) or {} for file in ("run.json", "record.json"))
+        run, record = (saved(job.results / file) for file in ("run.json", "record.json"))
         if not run.get("status") == record.get("status") == "complete":
             raise BadInput(f"{job.results} holds no complete result of {job.name}: effilib run {job.name} --preset {job.preset}")
         if job.preset == "smoke" or record.get("shared_machine"):
@@ -291,12 +279,15 @@ def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler=""
     """Run the notebooks that `selectors` name (by default all) and build their report.
 
     preset: by default `EFFILIB_PRESET`, else "quick". parameters: pairs (name, text) as typed after `-p`. jobs: notebooks
-    at a time on this machine. scheduler: address of a dask scheduler instead. timeout: seconds for one cell. compare: say
-    whether ratios lie inside the recorded intervals. notebooks: another folder than that of the series.
-    Returns the exit code: 0 if all are complete, 1 if any failed, 130 if interrupted. Raises `BadInput` before anything runs.
+    at a time on this machine. scheduler: address of a dask scheduler whose workers execute them instead. timeout: seconds for
+    one cell. compare: say whether ratios lie inside the recorded intervals. notebooks: another folder than that of the series.
+    Returns the exit code: 0 if all are complete, 1 if any failed or the scheduler went away, 130 if interrupted.
+    Raises `BadInput` before anything runs.
     """
     if jobs < 1:
         raise BadInput(f"--jobs is the number of notebooks at a time, at least 1, not {jobs}")
+    if scheduler and jobs > 1:
+        raise BadInput("--jobs is for this machine; with --scheduler, the workers' GPUs or threads say how many notebooks run at a time")
     planned = plan(selectors, preset=preset, parameters=parameters, name=name, timeout=timeout, notebooks=notebooks)
     folder = paths.make(planned[0].folder)
     progress, outcomes = Progress(), []
@@ -308,7 +299,7 @@ def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler=""
     progress.say(f"{len(planned)} notebook{'s' * (len(planned) > 1)}, preset {planned[0].preset}, into {folder}")
     try:
         # Left in this order: first the hold on the folder, which ends the jobs that still run, then their workers.
-        with workers(jobs, scheduler) as (executor, shared), hold(folder) as token:
+        with workers(jobs, scheduler, planned, progress.say) as (executor, shared), hold(folder) as token:
             for last in (False, True):
                 batch = [job for job in planned if job.name.startswith(LAST) == last]
                 batch = [replace(job, key=run_key(job), token=token, shared=shared) for job in batch]
@@ -319,11 +310,12 @@ def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler=""
                     ended(outcome)
                     with contextlib.suppress(OSError):  # a full disk ends no series; it is said at its end
                         report.index(folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, cluster.SchedulerLost) as end:
         finished = [outcome.name for outcome in outcomes]
         left = [job.name for job in planned if job.name not in finished]
-        progress.say(f"interrupted: {', '.join(finished) or 'none'} finished, {', '.join(left)} not; the same command goes on from there")
-        return 130
+        why = str(end) or "interrupted"
+        progress.say(f"{why}: {', '.join(finished) or 'none'} finished, {', '.join(left)} not; the same command goes on from there")
+        return 130 if isinstance(end, KeyboardInterrupt) else 1
     if compare:
         progress.say(comparison(planned))
     failed = [outcome for outcome in outcomes if outcome.reason]

@@ -106,7 +106,7 @@ def recorded():
     found = {}
     for file in sorted(paths.recorded().glob("*-*/*/record.json")):
         record = paths.read_json(file)
-        if record and record.get("status") == "complete":
+        if isinstance(record, dict) and record.get("status") == "complete":
             found.setdefault(file.parent.name, []).append(record | {"folder": file.parent})
     return {stem: sorted(records, key=lambda r: r.get("date", "")) for stem, records in found.items()}
 

@@ -34,6 +34,10 @@ def notebooks(tmp_path, monkeypatch):
         (["-p", "dataset", "mnist6k"], "unknown data set 'mnist6k'"),
         (["-p", "epochs"], "argument -p: expected 2 arguments"),
         (["--jobs", "0"], "--jobs is the number of notebooks at a time, at least 1, not 0"),
+        (
+            ["--jobs", "2", "--scheduler", "tcp://head:8786"],
+            "--jobs is for this machine; with --scheduler, the workers' GPUs or threads say",
+        ),
         (["--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["--timeout", "0"], "--timeout is a number of seconds"),
         (["--name", "recorded"], "--name 'recorded' cannot name the results"),

@@ -1,181 +1,18 @@
-"""The runner, with real papermill runs of tiny notebooks, real kernels that die, and real signals."""
+"""The runner, with real papermill runs of tiny notebooks, and real signals. What happens when something breaks is in `test_faults.py`."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import nbformat
-import psutil
 import pytest
 
-from effilib import clock, paths, runner
+from effilib import paths, runner
 from effilib.errors import BadInput
+from tests.runs import WAIT, alive, command, status, wait_for, write_notebook
 
-PARAMETERS = """
-preset = ""
-dataset = ""
-epochs = 3  # of training = passes over the data
-lr: float = 0.1
-amp: bool | None = False
-widths = [16, 32]
-network = "resnet"
-tag = "a"
-"""
-
-RECORD = """
-import json, os, pathlib
-out = pathlib.Path(os.environ["EFFILIB_OUT"])
-record = {"schema": 1, "status": "complete", "preset": preset, "dataset": dataset, "duration_s": 1.0, "headline": None, "verdicts": []}
-record |= {"epochs": epochs, "network": network, "shared_machine": os.environ.get("EFFILIB_SHARED") == "1"}
-(out / "record.json").write_text(json.dumps(record))
-"""
-
-# Writes down its kernel and a process that hides in a session of its own, and goes on once there is a file `go`.
-WAIT = """
-import json, os, pathlib, subprocess, time
-hidden = subprocess.Popen(["sleep", "600"], start_new_session=True)
-here = pathlib.Path({here!r})
-(here / "pids.new").write_text(json.dumps([os.getpid(), os.getppid(), hidden.pid]))
-(here / "pids.new").rename(here / "pids.json")
-while not (here / "go").exists():
-    time.sleep(0.05)
-hidden.kill()
-"""
-
-
-def write_notebook(path, *code, parameters=PARAMETERS, record=RECORD):
-    """A notebook in the layout of the series: title, parameters, some code, the record."""
-    new = nbformat.v4
-    tagged = [new.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}), *map(new.new_code_cell, code)]
-    tagged += [new.new_code_cell(record.strip(), metadata={"tags": ["record"]})] if record else []
-    cells = [new.new_markdown_cell(f"# Title of {path.stem}"), *tagged]
-    path.parent.mkdir(exist_ok=True)
-    nbformat.write(new.new_notebook(cells=cells), path)
-    return path
-
-
-def status(folder, name):
-    return paths.read_json(folder / name / "run.json")["status"]
-
-
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    """Results go to a folder of the test's own."""
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
-    return tmp_path / "results"
-
-
-@pytest.fixture
-def folder(results):
-    """The results of a series with the preset smoke on its data set."""
-    return results / "smoke-mnist5k"
-
-
-@pytest.fixture
-def notebooks(tmp_path):
-    return tmp_path / "notebooks"
-
-
-@pytest.fixture
-def run(notebooks):
-    """Call the runner on the test's notebooks."""
-    return lambda *selectors, **settings: runner.run(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
-
-
-@pytest.fixture
-def plan(notebooks):
-    return lambda *selectors, **settings: runner.plan(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
-
-
-def command(notebooks, within="true"):
-    """The command line as a process, after a command of the shell's."""
-    line = ["bash", "-c", f'{within}; exec "$@"', "bash", sys.executable, "-m", "effilib", "run"]
-    line += ["--preset", "smoke", "--notebooks", str(notebooks)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=paths.root())
-
-
-def wait_for(condition, seconds=60):
-    end = clock.now() + seconds
-    while not condition():
-        assert clock.now() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-# A series in which nearly everything goes wrong: run once, looked at by several tests
-
-WRONG = {
-    "03_1_killed": ("import os\nos.kill(os.getpid(), 9)", "its kernel was killed or crashed in the cell `import os`"),
-    "03_2_slow": ("while True: pass", "the cell `while True: pass` took longer than the 3 s of --timeout"),
-    "03_3_raising": ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
-    "03_4_bad_input": ("from effilib.errors import BadInput\nraise BadInput('give it a name')", "give it a name"),
-    "03_5_full_disk": ("open('/dev/full', 'w', 1).write('x\\n')", "OSError: [Errno 28] No space left on device"),
-    "03_6_no_record": ("epochs", "it wrote no complete record.json"),
-}
-
-
-@pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
-    """(exit code, folder, lines printed) of a run with two jobs at a time."""
-    where = tmp_path_factory.mktemp("wrong")
-    for name, (code, _) in WRONG.items():
-        write_notebook(where / "notebooks" / f"{name}.ipynb", code, record="" if "no_record" in name else RECORD)
-    for name in ("02_good", "10_good"):
-        write_notebook(where / "notebooks" / f"{name}.ipynb")
-    with pytest.MonkeyPatch.context() as patch, (where / "said").open("w+") as said:
-        patch.setenv("EFFILIB_RESULTS", str(where / "results"))
-        patch.setattr(sys, "stdout", said)
-        code = runner.run(notebooks=where / "notebooks", preset="smoke", jobs=2, timeout=3)
-        said.seek(0)
-        return code, where / "results" / "smoke-mnist5k", said.read().splitlines()
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_failure_has_its_reason(wrong, name):
-    code, folder, said = wrong
-    run = paths.read_json(folder / name / "run.json")
-    assert code == 1
-    assert run["status"] == "failed"
-    assert run["reason"].startswith(WRONG[name][1])
-    assert f"  {name}: {run['reason']}" in said
-    assert not (folder / name / "record.json").exists()
-    assert WRONG[name][1].split("`")[0] in (folder / name / "report.html").read_text()
-
-
-def test_the_rest_goes_on(wrong):
-    _, folder, said = wrong
-    assert {status(folder, "02_good"), status(folder, "10_good")} == {"complete"}
-    assert {file.name for file in (folder / "02_good").iterdir()} == {"notebook.ipynb", "report.html", "record.json", "run.json"}
-    assert f"{2} complete, {len(WRONG)} failed" in said
-    assert said[-1] == f"report: {folder / 'index.html'}"
-    assert all(name in (folder / "index.html").read_text() for name in [*WRONG, "02_good", "10_good"])
-
-
-def test_two_jobs_share_the_machine(wrong):
-    assert json.loads((wrong[1] / "02_good" / "record.json").read_text())["shared_machine"] is True
-
-
-def test_chapter_10_runs_last(wrong):
-    ended = [line.split(":")[0] for line in wrong[2] if ": complete in" in line or ": failed in" in line]
-    assert sorted(ended[:-1]) == ["02_good", *WRONG]
-    assert ended[-1] == "10_good"
-
-
-def test_no_process_and_no_half_result_is_left(wrong):
-    folder = wrong[1]
-    assert not list((folder / ".partial").iterdir())
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
-
+pytestmark = pytest.mark.usefixtures("results")
 
 # One notebook over several runs
 
@@ -464,34 +301,6 @@ def test_live_line_on_a_terminal(notebooks, plan, tmp_path):
             said += os.read(main, 10_000).decode()
     os.close(main)
     assert said.startswith("\r\x1b[K04_1_x: 0.0 s of 10 s\r\x1b[K04_1_x: complete in 61 s")
-
-
-# Beyond one machine
-
-
-def test_dask(notebooks, folder, run, capsys):
-    distributed = pytest.importorskip("distributed", reason="the dask path needs the package `distributed`")
-    write_notebook(notebooks / "04_1_x.ipynb")
-    write_notebook(notebooks / "04_2_y.ipynb", "1 / 0")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        assert run(scheduler=cluster.scheduler_address) == 1
-    assert status(folder, "04_1_x") == "complete"
-    assert paths.read_json(folder / "04_1_x" / "record.json")["shared_machine"] is False
-    assert "04_2_y: ZeroDivisionError: division by zero" in capsys.readouterr().out
-
-
-def test_no_scheduler(notebooks, run):
-    pytest.importorskip("distributed", reason="the dask path needs the package `distributed`")
-    write_notebook(notebooks / "04_1_x.ipynb")
-    with pytest.raises(BadInput, match=r"no dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
-        run(scheduler="tcp://127.0.0.1:1")
-
-
-def test_dask_is_optional(notebooks, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)  # as if not installed
-    write_notebook(notebooks / "04_1_x.ipynb")
-    with pytest.raises(BadInput, match="pip install distributed"):
-        run(scheduler="tcp://127.0.0.1:1")
 
 
 # What is kept

@@ -1,0 +1,38 @@
+"""Fixtures for tests that run notebooks."""
+
+import pytest
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results go to a folder of the test's own."""
+    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def folder(results):
+    """The results of a series with the preset smoke on its data set."""
+    return results / "smoke-mnist5k"
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    """The folder of the test's notebooks."""
+    return tmp_path / "notebooks"
+
+
+@pytest.fixture
+def run(notebooks, results):
+    """Call the runner on the test's notebooks."""
+    from effilib import runner  # brings torch, which most tests do not need
+
+    return lambda *selectors, **settings: runner.run(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+
+
+@pytest.fixture
+def plan(notebooks, results):
+    """Plan a run of the test's notebooks."""
+    from effilib import runner
+
+    return lambda *selectors, **settings: runner.plan(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
