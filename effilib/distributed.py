@@ -10,6 +10,7 @@ step. BatchNorm normalises each share by itself. What is decided is decided by r
 import atexit
 import os
 import platform
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -65,7 +66,10 @@ def _ranks():
 
 
 def _leave():
+    """Part. Gloo's threads may still hold a tensor of the last exchange, and dropping it needs Python's lock: later, in an interpreter
+    that is being torn down, that aborts a process whose work is done. DDP keeps the group, so that its threads cannot be joined."""
     if dist.is_initialized():
+        time.sleep(0.1)  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
         dist.destroy_process_group()
 
 

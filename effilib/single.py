@@ -116,30 +116,21 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
     chosen = [method(*words) for words in methods]
     task = make_task(preset, dataset, network, variant, device, settings)
     ranks = distributed.ranks(task.device)
+    folder = Path(out) if out else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
+    file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
+    what = {"methods": provenance.settings(chosen), "task": provenance.settings(task), "seed": seed, "processes": ranks.size}
+    what = ranks.agree(what)  # the device is each one's own
 
     def say(words):
         if ranks.rank == 0:
             print(words, flush=True)
 
-    several = [f"processes={ranks.size}"] * (ranks.size > 1)
-    words = [word for words in methods for word in words] or ["baseline"]
-    name = file_name("train", task.preset, label(task.dataset), task.network, *words, *settings, *several, f"seed={seed}")
-    folder = Path(out) if out else paths.results() / "play" / name
-    file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
-    what = {"methods": provenance.settings(chosen), "task": provenance.settings(task), "seed": seed, "processes": ranks.size}
-    what = ranks.agree(what)  # the device is each one's own
-    before = ranks.first(lambda: paths.read_json(paths.make(folder) / "record.json"))
-    if before and before.get("run") != what:
-        raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
+    before = ranks.first(lambda: complete(folder, what))
     if before:
         say(f"{headline(before)}; it was complete, {folder / 'record.json'} says so")
         return 0
-    loaded = []
-    ranks.first(lambda: loaded.append(task.load()))  # what is downloaded or cached is written once
-    data = loaded[0] if loaded else task.load()
-    batches = f"batches of {task.recipe.batch_size}" + (f", shared by {ranks.size} processes" if ranks.size > 1 else "")
-    say(f"{data.name}, {len(data.train)} images, {task.network}; {', '.join(map(repr, chosen)) or 'no method'}; "
-        f"{task.recipe.epochs:g} epochs, {batches}; into {folder}")  # fmt: skip
+    data = load(task, ranks)
+    say(f"{plan(task, data, chosen, ranks.size)}; into {folder}")
     if file.exists():
         say(f"goes on from {file}")
     begun = clock.now()
@@ -155,6 +146,35 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
         ranks.first(lambda: file.unlink(missing_ok=True))
     say(f"{headline(record)}\n{folder}: history.csv, model.pt, record.json")
     return 0
+
+
+def default_folder(task, methods, settings, seed, processes):
+    """Where results go if no folder is named: one for each run, below the results' `play`."""
+    several = [f"processes={processes}"] * (processes > 1)
+    words = [task.preset, label(task.dataset), task.network, *(methods or ["baseline"]), *settings, *several, f"seed={seed}"]
+    return paths.results() / "play" / file_name("train", *words)
+
+
+def complete(folder, what):
+    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's lies there."""
+    record = paths.read_json(paths.make(folder) / "record.json")
+    if record and record.get("run") != what:
+        raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
+    return record or None
+
+
+def load(task, ranks):
+    """The data set, on rank 0 first: what is downloaded or cached is written once."""
+    loaded = []
+    ranks.first(lambda: loaded.append(task.load()))
+    return loaded[0] if loaded else task.load()
+
+
+def plan(task, data, methods, processes):
+    """What is going to be trained, in a line."""
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"
+    return f"{data.name}, {len(data.train)} images, {task.network}; {', '.join(map(repr, methods)) or 'no method'}; {how}"
 
 
 def fit(task, data, methods, seed, file, progress):

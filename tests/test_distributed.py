@@ -20,6 +20,7 @@ from effilib import distributed, models, paths
 from effilib.data import Batches, synthetic
 from effilib.distributed import ALONE, Ranks
 from effilib.errors import BadInput, NoEffect
+from effilib.experiment import Arm, compare
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
@@ -29,6 +30,7 @@ from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
 from effilib.single import methods as all_methods
+from effilib.tasks import task
 from effilib.training import Method, Recipe, train
 from tests.common import users
 
@@ -155,6 +157,7 @@ def refusals(rank, folder):
         "sync_bn": lambda: train(with_bn(), DATA, Recipe(sync_bn=True)),
         "unused": lambda: train(unused(), DATA, RECIPE),
         "another run's": lambda: train(with_bn(), DATA, RECIPE, checkpoint=folder / "alone.pt"),
+        "compare": lambda: compare(task("smoke", "mnist5k"), [Arm(name="plain", role="baseline")]),
     }
     for name, call in calls.items():
         try:
@@ -301,6 +304,7 @@ def test_what_cannot_work_is_refused_by_all_processes(found):
         "sync_bn": "sync_bn needs CUDA",
         "unused": "over several processes every parameter must take part in every step: spare.weight does not",
         "another run's": "alone.pt belongs to another run: other number of processes",
+        "compare": "arms are measured in one process; over several only train() works",
     }
     first, second = found["refused"]
     assert first == second
