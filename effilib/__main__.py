@@ -1,11 +1,12 @@
 """The command line, also as `python -m effilib`.
 
-`run` executes the series, `record` keeps its results, `list` shows it, `tune` tunes a baseline.
+`run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a notebook, `tune` tunes a baseline.
 
 What is heavy is imported by the command that needs it: `--help` is instant.
 """
 
 import argparse
+import os
 import signal
 import sys
 
@@ -23,6 +24,19 @@ examples:
 A second call runs only what is missing, failed or changed.
 """
 
+TRAIN = """\
+examples:
+  effilib train                                               the baseline, preset quick, embedded data
+  effilib train --method prune_train ratio=0.3 every=2        one method, two of its settings changed
+  effilib train --method kernel_rescaling --method net2net at=0.5 wider=1.5         two at once
+  effilib train --dataset cifar10 --preset study --set epochs=10 batch_size=128 --seed 3
+  effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
+  torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
+
+Settings are Python literals; an unknown name is answered with the choices. A training that was interrupted, or killed,
+goes on from its last whole epoch when the same command is given again.
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `BadInput`: one line, like all others."""
@@ -35,7 +49,7 @@ def parser():
     """The command line's parser."""
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,tune}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,train,tune}")
 
     formatter = argparse.RawDescriptionHelpFormatter
     run = commands.add_parser("run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter)
@@ -60,6 +74,36 @@ def parser():
 
     show = commands.add_parser("list", help="show the series, and what is recorded of it")
     show.set_defaults(call=show_series)
+
+    train = commands.add_parser("train", help="train once, without a notebook", epilog=TRAIN, formatter_class=formatter)
+    train.add_argument(
+        "--method",
+        dest="methods",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "SETTING=VALUE"),
+        help="a method and settings of it; may be repeated (default: none, the baseline)",
+    )
+    train.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
+    train.add_argument("--preset", default="", help="smoke, quick, study or full: network and recipe (default: EFFILIB_PRESET, else quick)")
+    train.add_argument("--network", default="", help="resnet, vgg, convnet, or a path such as torchvision.models:resnet18 or mine.py:net")
+    train.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
+    train.add_argument("--epochs", type=float, metavar="N", help="length of the schedule (default: the preset's)")
+    train.add_argument("--seed", type=int, default=0, help="of the initial weights, the data's order and all draws (default: 0)")
+    train.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the recipe (lr=0.1, batch_size=128, precision=fp32, augmentation=none, ...), or images, held, widths",
+    )
+    train.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    train.add_argument("--checkpoint", default="", metavar="FILE", help="written after every epoch (default: in --out, until the end)")
+    train.add_argument("--out", default="", metavar="FOLDER", help="for history.csv, model.pt and record.json (default: in results/play)")
+    train.set_defaults(call=train_once)
 
     tune = commands.add_parser("tune", help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped")
     tune.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
@@ -122,6 +166,13 @@ def show_series():
     return 0
 
 
+def train_once(epochs, settings, **words):
+    """`effilib train`: returns its exit code."""
+    from effilib import single
+
+    return single.run(settings=[*settings, *([f"epochs={epochs}"] if epochs is not None else [])], **words)
+
+
 def tune_baseline(preset, dataset, variant, target, **grid):
     """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the schedule; or find a target."""
     from effilib import tasks, tuning
@@ -150,13 +201,15 @@ def tune_baseline(preset, dataset, variant, target, **grid):
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130 interrupted."""
+    process = int(os.environ["RANK"]) if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else None  # of several
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted: nothing is left running
     try:
         arguments = vars(parser().parse_args(argv))
-        del arguments["command"]
+        if (command := arguments.pop("command")) != "train" and process is not None:
+            raise BadInput(f"{command} is one process: of the commands torchrun starts train alone")
         return arguments.pop("call")(**arguments)
     except BadInput as error:
-        print(f"effilib: {error}", file=sys.stderr)
+        print(f"effilib: {f'process {process}: ' if process else ''}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,16 +1,19 @@
 """Save and resume a training run, architecture included. Plain tensors and values only: loads with `weights_only=True`.
 
-Written at the end of an epoch, atomically: a run that is killed goes on from its last whole epoch, bit for bit.
+Written at the end of an epoch, atomically: a run that is killed goes on from its last whole epoch, bit for bit. A network whose
+shape had changed is built anew: ours by its widths and depths, a user's by doing the same surgery again.
 """
 
+import contextlib
 import io
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from effilib import models, paths
+from effilib import models, paths, surgery
 from effilib.errors import BadInput
 
 
@@ -28,6 +31,9 @@ def load_model(path):
     saved = _read(path, "architecture", map_location="cpu")
     a = saved["architecture"]
     model = models.build(a["network"], a["classes"], tuple(a["shape"]), **a["settings"])
+    if not a["settings"]:
+        operate_again_(model, saved["model"])
+    model.to(next(t.dtype for t in saved["model"].values() if t.is_floating_point()))
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
@@ -35,11 +41,12 @@ def load_model(path):
     return model
 
 
-def identity(model, dataset, recipe, methods, seed):
+def identity(model, dataset, recipe, methods, seed, ranks):
     """What makes a run this one, as plain data: `model` as it is before the first step."""
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     methods = [repr(m) for m in methods]
-    return {"network": shapes, "data": dataset.digest, "recipe": asdict(recipe), "methods": methods, "seed": seed}
+    mine = {"network": shapes, "data": dataset.digest, "recipe": asdict(recipe), "methods": methods, "seed": seed}
+    return {**mine, "number of processes": ranks.size}  # shares are normalised apart, and draw apart
 
 
 def save(path, mine, run, history, batches):
@@ -47,9 +54,9 @@ def save(path, mine, run, history, batches):
     if path is None:
         return
     names = {p: name for name, p in run.model.named_parameters()}
-    cuda = run.device.type == "cuda"
     with run.clock.paused():
-        _write(path, {
+        of_ranks = run.ranks.gather(_bytes(_own(run)))
+        run.ranks.first(lambda: _write(path, {
             "run": mine,
             "settings": models.describe(run.model),
             "kernels": models.kernels(run.model),
@@ -57,36 +64,47 @@ def save(path, mine, run, history, batches):
             "optimizer": run.optimizer.state_dict(),
             "order": [[names[p] for p in group["params"]] for group in run.optimizer.param_groups],  # surgery may change it
             "scaler": run.scaler.state_dict(),
-            "state": [run.state.get(m) for m in run.methods],
-            "generators": [run.generators[m].get_state() for m in run.methods],
+            **_own(run),
+            "other ranks": of_ranks[1:],
             "data": batches.generator.get_state(),
-            "dropout": [torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if cuda else None],
             "step": run.step, "epoch": run.epoch + 1, "structures": run.structures, "events": run.events,
             "schedule": {k: getattr(run, k) for k in ("steps", "position", "pace", "lr_scale")}, "batch_size": batches.batch_size,
             "clock": run.clock.totals(),
             "history": {k: getattr(history, k) for k in ("rows", "flops", "memory", "warm_up")},
-        })  # fmt: skip
+        }))  # fmt: skip
 
 
-def read(path, mine):
-    """The content of a checkpoint, or None where there is none.
+def _own(run):
+    """What each of several processes has of its own: the states of methods and of what draws."""
+    return {
+        "state": [run.state.get(m) for m in run.methods],
+        "generators": [[g[m].get_state() for m in run.methods] for g in (run.generators, run.own)],
+        "dropout": [torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None],
+    }
+
+
+def read(path, mine, ranks, device):
+    """The content of a checkpoint, read by rank 0 for all, its tensors on `device`; None where there is none.
 
     Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or seed.
     """
-    if path is None or not Path(path).exists():
+    content = ranks.first(lambda: _content(path) if path is not None and Path(path).exists() else None)
+    if content is None:
         return None
-    saved = _read(path, "run")
-    other = [k for k, v in mine.items() if saved["run"][k] != v]
+    saved = _read(path, "run", content, map_location={f"cuda:{i}": str(device) for i in range(torch.cuda.device_count())})
+    other = [k for k, v in mine.items() if saved["run"].get(k) != v]
     if other:
         raise BadInput(f"checkpoint {path} belongs to another run: other {' and '.join(other)}; delete it or name another file")
     return saved
 
 
 def shape_(model, saved):
-    """Give one of our networks the widths and depths that it had when it was saved, and any network its kernel sizes, in place."""
+    """Give a network the widths, depths and kernel sizes that it had when it was saved, in place."""
     if saved and saved["settings"] != models.describe(model):
         rebuilt = type(model)(model.head.out_features, next(model.parameters()).shape[1], **saved["settings"])
         model.__dict__ = rebuilt.__dict__  # the caller's model it stays
+    elif saved and not saved["settings"]:
+        operate_again_(model, saved["model"])
     now = models.kernels(model)
     for name, kernel in saved.get("kernels", {}).items() if saved else ():
         if name in now and kernel != now[name]:
@@ -96,10 +114,34 @@ def shape_(model, saved):
     return model
 
 
+def operate_again_(model, tensors):
+    """Bring a fresh network of a user's to the shape of `tensors`, its state after surgery, in place; what else differs stays.
+
+    Blocks that were put behind a Sequential's last one come back, residual paths that were removed go, and channel nodes get
+    their widths. Values mean nothing: the state is loaded next. Layers that were inserted are beyond it.
+    """
+    if {name: t.shape for name, t in model.state_dict().items()} == {name: t.shape for name, t in tensors.items()}:
+        return
+    with contextlib.suppress(BadInput), models.seeded(0):  # what cannot be followed stays, and does not fit
+        for name, blocks in list(model.named_modules()):
+            inside = f"{name}." if name else ""
+            places = {key.removeprefix(inside).partition(".")[0] for key in tensors if key.startswith(inside)}
+            while isinstance(blocks, nn.Sequential) and str(len(blocks)) in places:
+                surgery.append_block_(model, f"{inside}{len(blocks) - 1}")
+        for path in surgery.trace(model).paths:
+            if not any(f"{layer}.weight" in tensors for layer in path.convs):
+                surgery.remove_path_(path)
+        for node in surgery.trace(model).nodes:
+            keys = [f"{layer}.{p}" for layer in [*node.producers, *node.bns] for p in ("weight", "bias")]
+            width = next((len(tensors[key]) for key in keys if key in tensors), node.width)
+            if width != node.width:
+                surgery.select_(node, [i % node.width for i in range(width)])
+
+
 def restore(saved, path, run, history, batches):
     """Bring `run`, whose methods have been set up, to the saved state.
 
-    Raises `BadInput` if surgery had changed a user's network, which nobody but the user can build in its new shape.
+    Raises `BadInput` if a user's network was changed in a way that `operate_again_` does not know.
     """
     try:
         run.model.load_state_dict(saved["model"])
@@ -108,14 +150,14 @@ def restore(saved, path, run, history, batches):
     named = dict(run.model.named_parameters())
     run.optimizer.param_groups[:] = [{**run.optimizer.defaults, "params": [named[n] for n in names]} for names in saved["order"]]
     run.optimizer.load_state_dict(saved["optimizer"])
-    run.settle()
     run.scaler.load_state_dict(saved["scaler"])
-    for method, state, generator in zip(run.methods, saved["state"], saved["generators"], strict=True):
-        run.generators[method].set_state(generator)
-        if state is not None:
-            run.state[method] = state
+    mine = saved if not run.ranks.rank else torch.load(io.BytesIO(saved["other ranks"][run.ranks.rank - 1]), weights_only=True)
+    for generators, states in zip((run.generators, run.own), mine["generators"], strict=True):
+        for method, state in zip(run.methods, states, strict=True):
+            generators[method].set_state(state)
+    run.state.update((m, state) for m, state in zip(run.methods, mine["state"], strict=True) if state is not None)
     batches.generator.set_state(saved["data"])
-    cpu, cuda = saved["dropout"]
+    cpu, cuda = mine["dropout"]
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, run.device)
@@ -128,18 +170,33 @@ def restore(saved, path, run, history, batches):
         setattr(history, k, v)
 
 
-def _write(path, content):
+def _bytes(content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    paths.write(paths.make(Path(path).absolute().parent) / Path(path).name, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _read(path, part, **options):
-    """The content of a file that must hold `part`. What a damaged file makes the readers raise is endless: it is one error here."""
+def _write(path, content):
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+        paths.write(paths.make(Path(path).absolute().parent) / Path(path).name, _bytes(content))
+    except OSError as error:  # a full disk; what was there before is there still
+        raise BadInput(f"cannot write the checkpoint {path}: {error.strerror}") from error
+
+
+def _content(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} is not a readable checkpoint ({error.strerror})") from error
+
+
+def _read(path, part, content=None, **options):
+    """What is in a file that must hold `part`. What a damaged file makes the readers raise is endless: it is one error here."""
+    content = _content(path) if content is None else content
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
-        content = None if damaged else torch.load(path, weights_only=True, **options)
+        content = None if damaged else torch.load(io.BytesIO(content), weights_only=True, **options)
     except Exception as error:
         raise BadInput(f"{path} is not a readable checkpoint ({str(error).split(chr(10))[0] or type(error).__name__})") from error
     if damaged:

@@ -77,8 +77,8 @@ def step_flops(model, shape, batch_size=1):
 
     The images need no gradient, so the first layer's dX is not in it, as in training.
     """
-    device = next(model.parameters()).device
-    x = torch.empty(batch_size, *shape, device=device)
+    p = next(model.parameters())
+    x = torch.empty(batch_size, *shape, device=p.device, dtype=p.dtype)
     return count_flops(lambda: model(x).sum().backward())
 
 

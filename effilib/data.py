@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib import paths
+from effilib.distributed import ALONE
 from effilib.errors import BadInput, choose
 
 SPLIT_SEED = 2019  # of the splits alone: the same images for every seed of every run
@@ -72,7 +73,8 @@ class Dataset:
     """Four disjoint stratified splits and what training needs to know of them.
 
     train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a run.
-    mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip: mirrored or not.
+    mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip: mirrored or not. dtype: of the
+    numbers that a network sees.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Dataset:
     pad: int = 0
     flip: bool = False
     note: str = ""  # what must be said where a figure is quoted
+    dtype: torch.dtype = torch.float32
 
     @property
     def classes(self):
@@ -118,10 +121,10 @@ class Dataset:
         return replace(self, train=self.train[:images])
 
     def normalize(self, x):
-        """(N, H, W, C) uint8 -> (N, C, H, W) float32 with mean 0 and variance 1 per channel, channels last in memory."""
+        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel, channels last in memory."""
         n, height, width, channels = x.shape
-        mean, std = (torch.tensor(v, device=x.device).repeat(width) for v in (self.mean, self.std))
-        rows = x.reshape(n, height, width * channels).float()  # long rows vectorise, 3 channels don't
+        mean, std = (torch.tensor(v, device=x.device, dtype=self.dtype).repeat(width) for v in (self.mean, self.std))
+        rows = x.reshape(n, height, width * channels).to(self.dtype)  # long rows vectorise, 3 channels don't
         return rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
 
     def shuffled(self, batch_size, generator, *, augmentation="auto"):
@@ -139,6 +142,7 @@ class Batches:
 
     x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64. The last, incomplete batch is dropped.
     Order, crops and flips are drawn per image from `generator` (on the CPU, so that every device sees the same data).
+    ranks: the processes that share each batch (`effilib.distributed`); only this one's images are cut.
 
     Raises `BadInput` if the split is smaller than one batch.
     """
@@ -146,6 +150,7 @@ class Batches:
     def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
+        self.ranks = ALONE
         self.pad = {"auto": dataset.pad, "none": 0}.get(augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8))
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
@@ -170,8 +175,9 @@ class Batches:
         order = torch.randperm(n, generator=self.generator).to(device)
         dy, dx = (draw(2 * self.pad + 1) if self.pad else torch.zeros_like(order) for _ in range(2))
         mirrored = draw(2).bool() if self.flip else torch.zeros_like(order, dtype=torch.bool)
+        mine = self.ranks.share(self.batch_size)
         for i in range(len(self)):
-            s = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            s = slice(i * self.batch_size + mine.start, i * self.batch_size + mine.stop)
             yield self.cut(order[s], dy[s], dx[s], mirrored[s]), self.dataset.train.y[order[s]]
 
     def cut(self, index, dy, dx, mirrored):

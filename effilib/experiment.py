@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from effilib import clock, models, paths, provenance
+from effilib import clock, distributed, models, paths, provenance
 from effilib.errors import BadInput, choose
 from effilib.progress import Progress
 from effilib.statistics import SHARED, SMOKE, held, interval, judge, paired_ratio, time_to_target
@@ -163,8 +163,11 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
     seeds: how many pairs (default: the task's). quantity: what is judged, "time to target", "time per step", or "training time":
     of the whole run, for methods that end with less accuracy or less work in the same number of epochs.
     claim: the speed-up fixed for this scale before running: for every method, or a dict by arm. illustration: a grid that
-    is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline.
+    is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline, or in one of several
+    processes.
     """
+    if distributed.several():
+        raise BadInput("compare: arms are measured in one process; over several only train() works (torchrun -m effilib train)")
     seeds = seeds or task.seeds
     if not isinstance(seeds, int) or seeds < 1:
         raise BadInput(f"compare: seeds is {seeds!r}, it must be a whole number above 0")

@@ -266,8 +266,8 @@ def fits(model, network, classes, shape):
     """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes)."""
     try:
         with torch.no_grad():
-            was = model.training
-            logits = model.eval()(torch.zeros(2, *shape))
+            was, dtype = model.training, next((p.dtype for p in model.parameters()), None)
+            logits = model.eval()(torch.zeros(2, *shape, dtype=dtype))
             model.train(was)
     except Exception as error:  # whatever a user's own code raises
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -281,8 +281,8 @@ def fits(model, network, classes, shape):
         raise BadInput(f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})")
 
 
-def find(network):
-    """The function behind `"module:function"` or `"file.py:function"`."""
+def find(network, what="network"):
+    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in errors."""
     place, _, name = network.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -293,9 +293,9 @@ def find(network):
         else:
             module = importlib.import_module(place)
     except Exception as error:  # a user's file can fail in any way
-        raise BadInput(f"network {network}: cannot import {place} ({_say(error)})") from error
+        raise BadInput(f"{what} {network}: cannot import {place} ({_say(error)})") from error
     functions = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
-    return getattr(module, choose(f"network in {place}", name, functions))
+    return getattr(module, choose(f"{what} in {place}", name, functions))
 
 
 def _say(error):

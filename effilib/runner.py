@@ -26,7 +26,7 @@ SECONDS = {"smoke": 10, "quick": 60, "study": 1200, "full": 24 * 3600}  # expect
 TIMEOUT = {"smoke": 300, "quick": 1200, "study": 3 * 3600, "full": 7 * 24 * 3600}  # for one cell
 LAST = "10"  # this chapter reads the results of the others
 PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
-NOT_IN_KEY = {"cluster.py", "jobs.py", "runner.py", "report.py", "__main__.py"}  # a result does not depend on them
+NOT_IN_KEY = {"cluster.py", "jobs.py", "runner.py", "report.py", "single.py", "__main__.py"}  # a result does not depend on them
 
 # ------------------------------------------------------------------------------------------ notebooks and parameters
 

@@ -9,7 +9,7 @@ before the method is run: `effilib.experiment.pilot`.
 import os
 from dataclasses import dataclass, field, replace
 
-from effilib import data, models, paths
+from effilib import data, distributed, models, paths
 from effilib.errors import BadInput, choose
 from effilib.training import EVALUATIONS, Recipe, stream
 
@@ -125,15 +125,15 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
 
 
 def pick_device(device="auto"):
-    """ "auto" -> "cuda" if there is one, else "cpu"."""
+    """ "auto" -> "cuda" if there is one, else "cpu"; with several processes on a machine each has a GPU of its own."""
     import torch
 
     choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput(f"device {device!r}: this machine has no CUDA; choose auto or cpu")
-    return device
+    return distributed.gpu() if device == "cuda" else device
 
 
 def recorded_tuning():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib import checkpoint as checkpoints
-from effilib import cost, models
+from effilib import cost, distributed, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.errors import BadInput, choose
 from effilib.models import stream
@@ -28,7 +28,7 @@ class Recipe:
     """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to 0."""
 
     epochs: float = 10  # a fraction ends in mid-epoch
-    batch_size: int = 128
+    batch_size: int = 128  # of all processes together
     lr: float = 0.1  # the highest of the schedule
     schedule: str = "linear"  # to 0; or "cosine" to 0, or "constant"
     warmup: float = 0.2  # share of the steps
@@ -36,13 +36,14 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augmentation: str = "auto"  # the data set's; or "none", "crop", "crop+flip"
-    precision: str = "auto"  # bf16 where the machine has it natively, else fp32; or "fp32", "tf32", "bf16", "fp16" (CUDA)
+    precision: str = "auto"  # bf16 where the machine has it natively, else fp32; or "fp32", "bf16", "fp64", on CUDA "tf32", "fp16"
     memory_format: str = "auto"  # channels_last where the kernels read it, else contiguous; or one of the two
     compile: bool = False
+    sync_bn: bool = False  # over several GPUs: BatchNorm's moments of the whole batch; else of each share by itself
 
     def __post_init__(self):
         choose("schedule", self.schedule, ("linear", "cosine", "constant"))
-        choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
+        choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16", "fp64"))
         choose("memory format", self.memory_format, ("auto", *LAYOUTS))
         for name in ("epochs", "batch_size", "lr"):
             if not getattr(self, name) > 0:
@@ -96,10 +97,16 @@ HOOKS = [name for name in vars(Method) if name.startswith("on_") or name == "los
 
 
 class Run:
-    """What a method sees of the training that it takes part in."""
+    """What a method sees of the training that it takes part in.
 
-    def __init__(self, model, dataset, recipe, methods, seed):
+    Over several processes x, y and `logits` are this one's share of the batch; `loss` is the mean over the whole. What is decided
+    from anything else that is a share's goes through `ranks` first (`effilib.distributed`).
+    """
+
+    def __init__(self, model, dataset, recipe, methods, seed, ranks=distributed.ALONE):
         self.model, self.dataset, self.recipe, self.methods, self.seed = model, dataset, recipe, methods, seed
+        self.ranks = ranks
+        self.resumed = False  # from a checkpoint: the model has its later shape when methods are set up
         self.device = dataset.device
         self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
@@ -107,7 +114,9 @@ class Run:
         self.state = {}  # method -> its state; goes into checkpoints
         self.events = []  # what methods did, in words: goes into the history
         self.clock = Stopwatch(self.device)
-        self.generators = {m: stream(seed, f"method {i}") for i, m in enumerate(methods)}
+        self.generators = self.own = {m: stream(seed, f"method {i}") for i, m in enumerate(methods)}
+        if ranks.size > 1:
+            self.own = {m: stream(seed, f"method {i}, process {ranks.rank}") for i, m in enumerate(methods)}
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
             weight_decay=recipe.weight_decay, fused=True,
@@ -122,7 +131,7 @@ class Run:
         self.counting = False  # whether this step's FLOPs are counted, off the clock
         self.step_kind = self._kind = "step"  # what a training step is timed as: "step" is one on full-size images
         self.structures = 0  # how often the structure changed
-        self.compile()
+        self.wrap()
         self._hooks = {h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)] for h in HOOKS}
 
     @property
@@ -147,9 +156,13 @@ class Run:
             self.clock.lap(self._kind)
         self._kind = self.step_kind if kind == "step" else kind
 
-    def generator(self, method):
-        """The method's own random stream (on the CPU), so that its draws do not shift the order of the data."""
-        return self.generators[method]
+    def generator(self, method, share=False):
+        """The method's own random stream (on the CPU), so that its draws do not shift the order of the data.
+
+        It is the same in all processes, for what they decide alike. share: of draws for single images or activations, of which every
+        process has its own. With one process both are the same stream.
+        """
+        return (self.own if share else self.generators)[method]
 
     def log(self, method, text, **values):
         """Note what a method did, for the history: a sentence and plain values."""
@@ -167,18 +180,19 @@ class Run:
         """Change the structure in mid-training: the one way to do it.
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with exactly the
-        model's parameters, and no state of others. Compiled graphs and the count of FLOPs follow here. Timed as
-        "reconfigure", never capped. Call it between steps: at an epoch's start or end, or a step's end.
+        model's parameters, and no state of others. Compiled graphs, the exchange of gradients and the count of FLOPs follow here.
+        Timed as "reconfigure", never capped. Call it between steps: at an epoch's start or end, or a step's end; with several
+        processes in all of them alike: at an epoch's end they are equal to the last bit, so that what is read from the model is too.
         Raises `ValueError` if the optimizer and the model differ afterwards.
         """
         before, self.kind = self._kind, "reconfigure"
+        distributed.sync_(self.model, on=False)  # surgery knows plain layers
         self.model = change(self.model, self.optimizer) or self.model
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if len(held) != len(set(held)) or set(held) != set(self.model.parameters()) or not set(self.optimizer.state) <= set(held):
             raise ValueError("after a change of structure the optimizer must hold exactly the model's parameters")
         self.structures += 1
         self.settle()
-        self.compile()
         self.kind = before
 
     def grow_batch(self, factor, lr_factor=1.0):
@@ -203,7 +217,8 @@ class Run:
         self.steps = self.step + left
 
     def settle(self):
-        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none.
+        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none;
+        and what the loop calls is made anew.
 
         PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the layouts differ.
         """
@@ -212,6 +227,7 @@ class Run:
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
             old = self.optimizer.state[p].get("momentum_buffer")
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
+        self.wrap()
 
     def align_gradients(self):
         """Lay out gradients that a method set as their parameters, for the same reason."""
@@ -219,8 +235,19 @@ class Run:
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
 
-    def compile(self):
-        self.forward = torch.compile(self.model) if self.recipe.compile else self.model
+    def wrap(self):
+        """Make what the loop calls: the model, with several processes inside of what averages its gradients, compiled if told."""
+        self.ranks.statistics_(self.model)
+        self.wrapped = self.ranks.wrap(self.model, self.recipe.sync_bn)
+        self.forward = torch.compile(self.wrapped) if self.recipe.compile else self.wrapped
+
+    def level(self):
+        """Over several processes: let all go on from rank 0's numbers, to the last bit, and from the mean of BatchNorm's statistics."""
+        if self.ranks.size > 1:
+            self.ranks.statistics_(self.model)
+            states = [self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"]]
+            momenta = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+            self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
     def autocast(self):
         return autocast(self.precision, self.device)
@@ -230,14 +257,16 @@ class Run:
         for hook in self._hooks["on_batch"]:
             x, y = hook(self, x, y)
         with self.autocast():
-            self.logits = (self.model if self.counting else self.forward)(x)
-        loss = F.cross_entropy(self.logits.float(), y, label_smoothing=self.recipe.label_smoothing)
-        self.loss = loss.detach()
+            self.logits = (self.wrapped if self.counting else self.forward)(x)
+        loss = F.cross_entropy(full(self.logits), y, label_smoothing=self.recipe.label_smoothing)
+        self.loss = self.ranks.mean(loss.detach(), self.batches)
         for hook in self._hooks["loss_terms"]:
             term = hook(self)
             if term is not None:
                 loss = loss + term
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(self.ranks.weigh(loss, self.batches)).backward()
+        if self.counting:
+            self.ranks.complete(self.model)
         self.scaler.unscale_(self.optimizer)
         if self._hooks["on_after_backward"]:
             for hook in self._hooks["on_after_backward"]:
@@ -304,44 +333,55 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
     caller's). The same seed and number of threads give bit-equal weights on a CPU. checkpoint: a file, written after every
     epoch; if it is there, training goes on from it. evaluations: of the validation set. progress: called with a dict after each.
 
-    Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have, or a
-    checkpoint that is damaged or another run's.
+    Called by all processes that `torchrun` started, they train together (`effilib.distributed`); dropout draws for each share apart.
+    Only rank 0 reads and writes the checkpoint, and calls `progress`.
+
+    Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have, a checkpoint that is
+    damaged or another run's, or processes that were not all called with the same.
     """
-    with models.seeded(stream(seed, "dropout").initial_seed(), dataset.device), backend(recipe, dataset.device):
+    ranks = distributed.ranks(dataset.device)
+    if recipe.sync_bn and dataset.device.type != "cuda":
+        raise BadInput("sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process normalises its share")
+    dropout = f"dropout, process {ranks.rank}" if ranks.rank else "dropout"
+    with models.seeded(stream(seed, dropout).initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
         layout = LAYOUTS[resolve_layout(recipe, dataset.device)]
-        mine = checkpoints.identity(model, dataset, recipe, methods, seed) if checkpoint else None
-        saved = checkpoints.read(checkpoint, mine)
+        mine = checkpoints.identity(model, dataset, recipe, methods, seed, ranks) if checkpoint or ranks.size > 1 else None
+        ranks.check(mine)
+        saved = checkpoints.read(checkpoint, mine, ranks, dataset.device)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
-        batches = dataset.shuffled(recipe.batch_size, stream(seed, "data"), augmentation=recipe.augmentation)
-        run = Run(model, dataset, recipe, tuple(methods), seed)
-        run.batches, per_epoch = batches, len(batches)
+        if recipe.precision == "fp64":
+            model, dataset = model.double(), replace(dataset, dtype=torch.float64)
+        batches = shares(dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation)
+        run = Run(model, dataset, recipe, tuple(methods), seed, ranks)
+        run.batches, run.resumed, per_epoch = batches, saved is not None, len(batches)
         run.steps = run.planned = max(1, round(recipe.epochs * per_epoch))
         marks = {round(run.steps * i / evaluations) for i in range(1, evaluations + 1)}
         history = History(precision=run.precision)
-        history.warm_up = warm_up(run, next(iter(dataset.shuffled(recipe.batch_size, stream(seed, "warm-up")))))
+        history.warm_up = warm_up(run, next(iter(shares(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks))))
         flops = {}  # of a step, by structure
         losses, pending = [], []  # losses since the last evaluation; rows whose time is read at the epoch's end
 
         def evaluated():
             with run.clock.paused():
+                ranks.statistics_(run.model)
                 for hook in run._hooks["on_evaluation"]:
                     hook(run)
                 row = {"step": run.step, "epoch": run.position / per_epoch, "lr": run.lr if run.step < run.steps else 0.0}
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
-                row["loss"], row["accuracy"] = evaluate(run.model, dataset, "validation", run.precision)
+                row["loss"], row["accuracy"] = ranks.first(lambda: evaluate(run.model, dataset, "validation", run.precision))
                 history.diverged |= bool(losses) and not math.isfinite(row["train_loss"] + row["loss"])
                 pending.append((len(run.clock.laps), row))
                 losses.clear()
-                if progress:
+                if progress and ranks.rank == 0:
                     progress({**row, "steps": run.steps, "seconds": run.clock.seconds})
 
         run.clock.start()
         run.call("on_fit_start")
-        run.settle()
         if saved:
             checkpoints.restore(saved, checkpoint, run, history, batches)
-        else:
+        run.settle()
+        if not saved:
             evaluated()
         for epoch in itertools.count(run.epoch):
             run.epoch = epoch
@@ -359,7 +399,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
                         run.kind = "step"  # ends other work that a hook left open
                     run.clock.lap(kind, substitute=True)
                     run.counting = False
-                    flops[structure] = count.flops
+                    flops[structure] = sum(ranks.gather(count.flops))
                     history.memory = memory(run, count.saved_bytes, history.memory)
                 run._kind = run.step_kind
                 run.step += 1
@@ -371,6 +411,7 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
                 if any(run.position - run.pace < mark <= run.position for mark in marks):
                     evaluated()
             last = run.step == run.steps or history.diverged
+            run.level()
             run.call("on_epoch_end")
             if last:
                 run.call("on_fit_end")
@@ -385,6 +426,13 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
         return finish(run, history)
 
 
+def shares(dataset, batch_size, generator, ranks, **options):
+    """This process's share of each of the training batches."""
+    batches = dataset.shuffled(batch_size, generator, **options)
+    batches.ranks = ranks
+    return batches
+
+
 def warm_up(run, batch):
     """Run forward and backward once on random labels before the clock starts, and undo what that changed. Returns seconds.
 
@@ -395,7 +443,9 @@ def warm_up(run, batch):
         x, y = batch
         for _ in range(2):
             with run.autocast():
-                loss = F.cross_entropy(run.forward(x.contiguous(memory_format=run.layout)).float(), y.roll(1))
+                loss = F.cross_entropy(full(run.forward(x.contiguous(memory_format=run.layout))), y.roll(1))
+            if run.ranks.size > 1:  # gradients are waited for, also those that only a method's loss will have
+                loss = loss + 0 * sum(p.sum() for p in run.model.parameters())
             loss.backward()
     run.optimizer.zero_grad()
     with torch.no_grad():
@@ -412,20 +462,26 @@ def evaluate(model, dataset, split, precision="fp32"):
     part = getattr(dataset, split)
     with autocast(precision, dataset.device):
         for x, y in dataset.batches(part):
-            logits = model(x).float()
+            logits = full(model(x))
             total += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     model.train(was)
     return float(total) / len(part), 100 * float(correct) / len(part)
 
 
+def full(logits):
+    """Logits in 32 bits or more, as losses need them."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def finish(run, history):
     clock = run.clock
+    distributed.sync_(run.model, on=False)
     history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
     history.timed, history.capped = clock.steps, clock.capped
     history.kinds = {k: {"count": len(s), "seconds": sum(s), "median": sorted(s)[len(s) // 2]} for k, s in clock.kinds.items()}
     history.events, history.structure = run.events, models.describe(run.model)
-    history.test_accuracy = evaluate(run.model, run.dataset, "test", run.precision)[1]
+    history.test_accuracy = run.ranks.first(lambda: evaluate(run.model, run.dataset, "test", run.precision))[1]
     return history
 
 
@@ -449,7 +505,7 @@ def resolve_precision(precision, device="cpu"):
     """ "auto" -> "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do at speed."""
     cuda = torch.device(device).type == "cuda"
     if precision in ("fp16", "tf32") and not cuda:
-        raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (fp16 is emulated in chapter 3.2)")
+        raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter 3.2 emulates fp16)")
     return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
 
 
@@ -457,7 +513,7 @@ def resolve_layout(recipe, device="cpu"):
     """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores."""
     if recipe.memory_format != "auto":
         return recipe.memory_format
-    cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) == "fp32"
+    cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in ("fp32", "fp64")
     return "contiguous" if cuda_cores else "channels_last"
 
 

@@ -20,6 +20,43 @@ OURS = {
 SHAPE = (3, 8, 8)
 
 
+class UsersBlock(nn.Module):
+    """A residual block as torchvision writes them: the sum is in place."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Users(nn.Module):
+    """A small network that is none of ours: residual blocks, dropout."""
+
+    def __init__(self, classes=4, channels=1):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(UsersBlock(8, 8), UsersBlock(8, 8))
+        self.layer2 = nn.Sequential(UsersBlock(8, 8, stride=2))
+        self.pool, self.drop, self.fc = nn.AdaptiveAvgPool2d(1), nn.Dropout(0.2), nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.relu(self.bn(self.conv(x)))))
+        return self.fc(self.drop(torch.flatten(self.pool(x), 1)))
+
+
+def users(seed=5):
+    with models.seeded(seed):
+        return Users()
+
+
 class Flat(nn.Module):
     """Convolution -> pooling -> flatten -> two linear layers, as in VGG."""
 

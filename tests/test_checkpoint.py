@@ -1,10 +1,13 @@
-"""Checkpoints: real processes are killed with SIGKILL in mid-training, and what goes on ends bit-equal."""
+"""Checkpoints: real processes are killed in mid-training, or run out of memory, and what goes on ends bit-equal."""
 
 import contextlib
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,10 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from effilib import checkpoint, models
+from effilib import checkpoint, models, paths, surgery
 from effilib.data import synthetic
 from effilib.errors import BadInput
+from effilib.methods.net2net import Net2Net
+from effilib.methods.prune_train import PruneTrain
 from effilib.training import Method, Recipe, train
+from tests.common import users
 
 RECIPE = Recipe(epochs=4, batch_size=32, precision="fp32")
 DATA = synthetic(images=200)  # 4 batches an epoch
@@ -46,16 +52,17 @@ def swap(model, optimizer, name, new):
 class Noise(Method):
     """Has all that a method can have: settings, state of tensors and plain values, draws of its own, and a log."""
 
+    head: str = "head"
     size: float = 0.05
 
     def on_fit_start(self, run):
         run.state[self] = {"mean": torch.zeros(4), "steps": 0, "seen": [("begin", 0)]}
 
     def on_after_backward(self, run):
-        state = run.state[self]
-        noise = torch.randn(run.model.head.weight.shape, generator=run.generator(self))
-        run.model.head.weight.grad += self.size * noise + state["mean"][:, None]
-        state["mean"] = 0.9 * state["mean"] + 0.1 * run.model.head.bias.grad
+        state, head = run.state[self], run.model.get_submodule(self.head)
+        noise = torch.randn(head.weight.shape, generator=run.generator(self))
+        head.weight.grad += self.size * noise + state["mean"][:, None]
+        state["mean"] = 0.9 * state["mean"] + 0.1 * head.bias.grad
         state["steps"] += 1
 
     def on_epoch_end(self, run):
@@ -84,19 +91,42 @@ class Widen(Method):
 
 @dataclass(frozen=True)
 class Stop(Method):
-    """Ends the training before a step, for once: by an exception, or as the out-of-memory killer does."""
+    """Ends the training before a step, for once: by an exception, by a signal, for want of memory, or in mid-writing."""
 
     step: int
-    kill: bool = False
+    how: str = "interrupt"
     done: list = field(default_factory=list, hash=False, compare=False, repr=False)
 
     def on_batch(self, run, x, y):
         if run.step == self.step and not self.done:
             self.done.append(1)
-            if self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
+            if self.how == "memory":
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+                torch.ones(2**28)
+            elif self.how == "writing":
+                os.replace = lambda *files: os.kill(os.getpid(), signal.SIGKILL)
+            elif self.how == "interrupt":
+                raise KeyboardInterrupt
+            else:
+                os.kill(os.getpid(), getattr(signal, self.how))
         return x, y
+
+
+@dataclass(frozen=True)
+class Operate(Method):
+    """All that surgery can do to a user's network, but for inserting layers."""
+
+    def on_epoch_end(self, run):
+        if run.epoch == 1:
+            run.restructure(lambda model, optimizer: self.change(model, optimizer, run.generator(self)))
+
+    def change(self, model, optimizer, generator):
+        surgery.append_block_(model, "layer1.1", optimizer, generator=generator)
+        surgery.remove_path_(surgery.trace(model).path("layer2.0"), optimizer)
+        found = surgery.trace(model)
+        surgery.select_(found["layer1.2.conv1"], [0, 2, 5], optimizer)
+        surgery.select_(found["conv"], [*range(8), 1, 1], optimizer)
 
 
 CASES = {
@@ -105,6 +135,9 @@ CASES = {
     "state": (network, (Noise(),)),
     "surgery": (network, (Noise(), Widen())),
     "order": (network, (Widen(),)),
+    "grown": (network, (PruneTrain(scale=100.0, weigh="size", multiple=2), Net2Net(at=0.5, wider=1.5, deeper=("stages.0.0",)))),
+    "from the start": (network, (Net2Net(wider=1.5, noise=0.1),)),
+    "a user's": (users, (Noise("fc"), Operate(), PruneTrain(scale=30.0, weigh="size", multiple=1))),
 }
 
 
@@ -113,10 +146,10 @@ def equal(a, b):
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def run(case, step=10**9, path=None, *, kill=False, seed=3, recipe=RECIPE, data=DATA):
+def run(case, step=10**9, path=None, *, how="interrupt", seed=3, recipe=RECIPE, data=DATA):
     """(model, history) of a case; it stops before `step` and goes on when it is called again."""
     make, methods = CASES[case]
-    model, stop = make(), Stop(step, kill)
+    model, stop = make(), Stop(step, how)
     try:
         return model, train(model, data, recipe, [*methods, stop], seed, checkpoint=path)
     except KeyboardInterrupt:
@@ -146,21 +179,51 @@ def same_run(a, b):
 # Killed and resumed
 
 
-@pytest.mark.parametrize("case", ["dropout", "surgery"])
-def test_a_process_killed_in_mid_training_goes_on_and_ends_bit_equal(case, tmp_path):
-    path = tmp_path / "deep" / "run.pt"
-    threads = torch.get_num_threads()
-    code = f"import torch, test_checkpoint as t; torch.set_num_threads({threads}); t.run({case!r}, 14, {str(path)!r}, kill=True)"
-    where = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[1])])
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": where}, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
+ENDS = {"dropout": "SIGTERM", "surgery": "SIGKILL", "grown": "memory", "a user's": "SIGKILL", "state": "writing"}
+
+
+def kill_all(folder, threads):
+    """Run every case of `ENDS` in a process of its own, to its bitter end; print how each ended. Forks, as imports take seconds."""
+    ends = {}
+    for case, how in ENDS.items():
+        child = os.fork()
+        if not child:
+            try:
+                torch.set_num_threads(threads)
+                run(case, 10 if how == "writing" else 14, Path(folder) / case / "run.pt", how=how)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        ends[case] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(ends))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with the checkpoints of processes that were killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    code = f"from tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True)
+    ends = json.loads(done.stdout or "{}")
+    codes = {"SIGTERM": -signal.SIGTERM, "SIGKILL": -signal.SIGKILL, "memory": 1, "writing": -signal.SIGKILL}
+    assert ends == {case: codes[how] for case, how in ENDS.items()}, done.stderr
+    assert "can't allocate memory" in done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_process_killed_in_mid_training_goes_on_and_ends_bit_equal(case, killed):
+    path, how = killed / case / "run.pt", ENDS[case]
+    if how != "writing":
+        assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
     saved = torch.load(path, weights_only=True)
-    assert saved["step"] == 12  # its last whole epoch
+    assert saved["step"] == (8 if how == "writing" else 12)  # its last whole epoch
     make, methods = CASES[case]
     model = make()
-    history = train(model, DATA, RECIPE, [*methods, Stop(14, kill=True, done=[1])], 3, checkpoint=path)
+    history = train(model, DATA, RECIPE, [*methods, Stop(10 if how == "writing" else 14, how, done=[1])], 3, checkpoint=path)
     same_run((model, history), run(case))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert (shapes != {name: p.shape for name, p in make().named_parameters()}) == (case in ("surgery", "grown", "a user's"))
     if case == "surgery":
         assert models.describe(model)["blocks"] == [[12], [8]]
         assert [e["epoch"] for e in history.events] == [0, 1, 2, 3]
@@ -270,27 +333,42 @@ def test_all_that_differs_is_named(written):
         train(network(), DATA, RECIPE, [], 5, checkpoint=written)
 
 
-def test_a_users_network_that_was_restructured_is_named(tmp_path):
+def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_layers_that_were_inserted(tmp_path):
     @dataclass(frozen=True)
     class Wider(Method):
         def on_epoch_end(self, run):
             if run.epoch == 0:
 
                 def change(model, optimizer):
-                    swap(model, optimizer, "1", nn.Linear(64, 12))
-                    swap(model, optimizer, "3", nn.Linear(12, 4))
+                    with models.seeded(1):
+                        swap(model, optimizer, "0", nn.Conv2d(1, 12, 3))
+                        swap(model, optimizer, "3", nn.Linear(12 * 36, 4))
 
                 run.restructure(change)
 
-    stop, path = Stop(6), tmp_path / "run.pt"
+    @dataclass(frozen=True)
+    class Deeper(Method):
+        def on_epoch_end(self, run):
+            if run.epoch == 0:
+                run.restructure(lambda model, optimizer: surgery.insert_layer_(model, "1", optimizer) and None)
 
     def net():
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+        with models.seeded(0):
+            return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 
-    with pytest.raises(KeyboardInterrupt):
-        train(net(), DATA, RECIPE, [Wider(), stop], checkpoint=path)
+    def start(method, stop, path=None):
+        model = net()
+        train(model, DATA, RECIPE, [method, stop], checkpoint=path)
+        return model
+
+    for method in (Wider(), Deeper()):
+        with pytest.raises(KeyboardInterrupt):
+            start(method, Stop(6), tmp_path / f"{method}.pt")
+    resumed, whole = (start(Wider(), Stop(6, done=[1]), path) for path in (tmp_path / "Wider().pt", None))
+    assert equal(resumed, whole)
+    assert resumed[0].weight.shape == (12, 1, 3, 3)
     with pytest.raises(BadInput, match="was restructured and cannot be built anew"):
-        train(net(), DATA, RECIPE, [Wider(), stop], checkpoint=path)
+        start(Deeper(), Stop(6), tmp_path / "Deeper().pt")
 
 
 def flipped(raw, path):
@@ -339,6 +417,7 @@ def outputs(model):
         ("vgg", {"widths": ((4,), (6, 8))}),
         ("convnet", {"widths": (4, 6), "bn": False}),
         ("torchvision.models:resnet18", {}),
+        ("tests.common:Users", {}),
     ],
 )
 def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path):
@@ -355,11 +434,12 @@ def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path)
 
 
 def test_a_restructured_network_is_saved_and_built_anew(tmp_path):
-    model, _ = run("surgery")
-    checkpoint.save_model(tmp_path / "net.pt", model, "resnet", 4, (1, 8, 8))
-    loaded = checkpoint.load_model(tmp_path / "net.pt")
-    assert models.describe(loaded)["blocks"] == [[12], [8]]
-    assert torch.allclose(outputs(loaded), outputs(model), atol=1e-6)
+    for case, name in (("surgery", "resnet"), ("a user's", "tests.common:Users")):
+        model, _ = run(case)
+        checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
+        loaded = checkpoint.load_model(tmp_path / "net.pt")
+        assert equal(loaded, model)
+        assert torch.allclose(outputs(loaded), outputs(model), atol=1e-6)
 
 
 MINE = """

@@ -74,6 +74,14 @@ def _nothing_run():
     RUNS.clear()
 
 
+def test_arms_are_measured_in_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=r"arms are measured in one process; over several only train\(\) works"):
+        compare(TASK, arms(BASE, Made("other")))
+    assert RUNS == []
+
+
 # Order
 
 

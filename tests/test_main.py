@@ -138,7 +138,7 @@ def test_failed_run_gives_1(notebooks, capsys):
     assert said.err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["tune", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["tune", "--help"], ["--version"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         command.main(arguments)

@@ -296,6 +296,29 @@ def test_precision_is_resolved_and_said():
             trained(replace(FP32, precision=precision))
 
 
+def test_fp64_computes_in_64_bits_from_the_images_to_the_loss():
+    seen = {}
+
+    @dataclass(frozen=True)
+    class Look(Method):
+        def on_batch(self, run, x, y):
+            seen["images"] = x.dtype
+            return x, y
+
+        def on_step_end(self, run):
+            seen["loss"] = run.loss.dtype
+            seen["momentum"] = {run.optimizer.state[p]["momentum_buffer"].dtype for p in run.model.parameters()}
+
+    model, history = trained(replace(FP32, precision="fp64"), [Look()])
+    assert seen == {"images": torch.float64, "loss": torch.float64, "momentum": {torch.float64}}
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert history.precision == "fp64"
+    single = trained()[1]
+    assert history.rows[1]["loss"] == pytest.approx(single.rows[1]["loss"], rel=1e-4)
+    assert history.flops == single.flops
+    assert history.memory["parameters"] == 2 * single.memory["parameters"]
+
+
 def test_memory_format_auto_is_channels_last_where_the_kernels_read_it():
     assert resolve_layout(FP32) == "channels_last"
     assert resolve_layout(replace(FP32, memory_format="contiguous")) == "contiguous"

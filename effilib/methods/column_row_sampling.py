@@ -171,7 +171,8 @@ class ColumnRowSampling(Method):
     images: int = 512
 
     def on_fit_start(self, run):
-        how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix, generator=run.generator(self))
+        how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
+        how["generator"] = run.generator(self, share=True)
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = sample_columns_(
             run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x, owner=self, **how

@@ -252,7 +252,7 @@ def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point"
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicFixedPoint(Method):
-    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with products rounded already.
+    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with any other.
 
     exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of a 3x3 filter, the
     authors' longest). master: keep weights and momentum in fp32, else they are rounded after every step.
@@ -265,14 +265,14 @@ class DynamicFixedPoint(Method):
     master: bool = True
 
     def on_fit_start(self, run):
-        if run.precision in ("bf16", "fp16"):
+        if run.precision not in ("fp32", "tf32"):
             raise BadInput(f"dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not {run.precision!r}")
         whole = {"forward": self.chain, "dX": self.chain, "dW": self.chain}
         run.state[self] = {"chains": {}}
         names = use_fixed_point_(
             run.model, self.bits, lambda name: run.state[self]["chains"].setdefault(name, dict(whole)),
             x=run.dataset.normalize(run.dataset.train.x[:2]), owner=self,
-            exponents=self.exponents, rounding=self.rounding, generator=run.generator(self),
+            exponents=self.exponents, rounding=self.rounding, generator=run.generator(self, share=True),
         )  # fmt: skip
         run.state[self]["layers"] = names
 

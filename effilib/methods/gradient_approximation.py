@@ -17,7 +17,7 @@ from torch import nn
 
 from effilib import convolution as conv
 from effilib.convolution import Approximation
-from effilib.errors import choose
+from effilib.errors import BadInput, choose
 from effilib.methods import Info
 from effilib.training import Method
 
@@ -141,9 +141,12 @@ class GradientApproximation(Method):
     scale: float | None = None
 
     def on_fit_start(self, run):
+        if self.how == "skip" and run.ranks.size > 1:
+            raise BadInput("gradient approximation: 'skip' needs one process, for among several every parameter gets a gradient")
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = approximate_gradients_(
-            run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, generator=run.generator(self), x=x, owner=self
+            run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, generator=run.generator(self, share=True), x=x,
+            owner=self,
         )  # fmt: skip
         run.state[self] = {"layers": names}
 

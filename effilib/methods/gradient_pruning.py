@@ -186,7 +186,7 @@ class GradientPruning(Method):
             raise NoEffect("gradient pruning: p = 0 prunes nothing")
         pruner, state = Pruner(self.p, self.law, self.fifo, self.every), run.state.setdefault(self, {})
         x = run.dataset.normalize(run.dataset.train.x[:2])
-        place = prune_gradients_(run.model, pruner, x, lambda: run.state[self], run.generator(self), owner=self)
+        place = prune_gradients_(run.model, pruner, x, lambda: run.state[self], run.generator(self, share=True), owner=self)
         state.update({n: pruner.new_state() for n in place})
         run.log(self, "pruned: " + ", ".join(f"{n} ({at})" for n, at in place.items()), placement=place)
 
@@ -251,7 +251,7 @@ class GradientSubsets(Method):
 
     def on_fit_start(self, run):
         x = run.dataset.normalize(run.dataset.train.x[:2])
-        names = subset_gradients_(run.model, self.keep, run.generator(self), dx=self.dx, dw=self.dw, x=x, owner=self)
+        names = subset_gradients_(run.model, self.keep, run.generator(self, share=True), dx=self.dx, dw=self.dw, x=x, owner=self)
         run.state[self] = {"layers": names}
 
     def on_fit_end(self, run):

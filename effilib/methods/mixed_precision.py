@@ -129,7 +129,7 @@ class LossScaler:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Method):
-    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`; raises `BadInput` with products that are rounded already.
+    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`; raises `BadInput` with any other.
 
     master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the beginning
     (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every step is taken as it comes.
@@ -141,7 +141,7 @@ class MixedPrecision(Method):
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
 
     def on_fit_start(self, run):
-        if run.precision in ("bf16", "fp16"):
+        if run.precision not in ("fp32", "tf32"):
             raise BadInput(f"mixed precision: fp16 is emulated in fp32, so it needs precision 'fp32', not {run.precision!r}")
         run.state[self] = {"layers": emulate_fp16_(run.model)}
         factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}

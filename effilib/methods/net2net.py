@@ -272,7 +272,7 @@ class Net2Net(Method):
 
     def on_fit_start(self, run):
         run.state[self] = {"grown": False}
-        if self.at == 0:
+        if self.at == 0 and not run.resumed:
             self.grow(run)
 
     def on_epoch_start(self, run):

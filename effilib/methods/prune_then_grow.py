@@ -33,7 +33,7 @@ from effilib.methods.prune_train import (
     shrink_steps,
     weights,
 )
-from effilib.training import Method, autocast
+from effilib.training import Method, autocast, full
 
 INFO = Info(
     name="Prune, then grow",
@@ -100,7 +100,7 @@ def validate(run, images, size):
         for x, y in run.dataset.batches(part):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="bilinear", antialias=True)
-            logits = model(x.contiguous(memory_format=run.layout)).float()
+            logits = full(model(x.contiguous(memory_format=run.layout)))
             loss += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     model.train()
@@ -213,7 +213,7 @@ class PruneThenGrow(Policy, Method):
         if run.step < run.steps:
             if state["final"] is None:
                 self.observe(run)
-                self.act(run, self.decided(run))
+                self.act(run, run.ranks.agree(self.decided(run)))
             self.fit_budget(run)
         state["batch"], state["sums"] = None, [0.0, 0.0, 0]
 
@@ -245,7 +245,7 @@ class PruneThenGrow(Policy, Method):
         if not self.idle or not self.prune.ratio:
             lam = self.prune.price(run, groups)[0]
             return lam, shrink_steps(norm, lam, *how) if lam else math.inf
-        return price(self.idle * run.planned, norm, *how), self.idle * run.planned
+        return run.ranks.agree(price(self.idle * run.planned, norm, *how)), self.idle * run.planned
 
     def step_cost(self, run, size):
         """FLOPs of a step of the network as it is now, on images of a size."""
@@ -286,12 +286,13 @@ class PruneThenGrow(Policy, Method):
         """Note the epoch: losses, and of every stage its widths, and what died of it."""
         state, before = run.state[self], run.kind
         run.kind = "validate"
-        loss, accuracy = validate(run, self.held, state["size"])
+        loss, accuracy = run.ranks.agree(validate(run, self.held, state["size"]))
         run.kind = before
         state["looked"] += self.look_share(run) * len(run.batches) * self.step_cost(run, state["size"])
         structure = surgery.trace(run.model)
         seen = tuple(self.stage(run, structure, i, name) for i, name in enumerate(stages.names(state["layout"])))
         total, correct, n = (float(v) for v in state["sums"])
+        correct, n = (sum(counts) for counts in zip(*run.ranks.gather((correct, n)), strict=True))
         batches = n / run.batches.batch_size
         epoch = dict(epoch=run.epoch, train_loss=total / batches, train_accuracy=100 * correct / n, loss=loss, accuracy=accuracy)
         state["epochs"].append(asdict(Epoch(**epoch, stages=seen, size=state["size"])))
@@ -423,7 +424,8 @@ class PruneThenGrow(Policy, Method):
 
     def restructure(self, run, action, stage, how, done, model, optimizer):
         """Cut, then grow; and keep the tables of layers and channels."""
-        state, cuts, (x, y) = run.state[self], {}, run.state[self]["batch"]
+        state, cuts = run.state[self], {}
+        x, y = (run.ranks.whole(t) for t in state["batch"])
         before = {m: name for name, m in model.named_modules()}
         owners = stages.owners(surgery.trace(model))
         done += prune_(model, optimizer, cuts=cuts, **how)

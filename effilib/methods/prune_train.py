@@ -235,7 +235,7 @@ class PruneTrain(Method):
     def price(self, run, groups):
         """(lambda, the factor in it), from the first batch."""
         scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until) if self.scale == "schedule" else self.scale
-        return scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh))), scale
+        return run.ranks.agree(scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))), scale
 
     def blocks(self, run):
         """The multiple that cuts leave on this device."""

@@ -333,7 +333,7 @@ class StochasticPooling(Method):
 
     def on_fit_start(self, run):
         choose("kind of pooling", self.kind, KINDS)
-        generator = run.generator(self)
+        generator = run.generator(self, share=True)
 
         def make(pool, name):
             parts = (pool.kernel_size, pool.stride, pool.padding)

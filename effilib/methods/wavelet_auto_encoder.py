@@ -105,6 +105,8 @@ class WaveletAutoEncoder(Method):
             raise BadInput(f"wavelet-like auto-encoder: {type(run.model).__name__} is not a WAE; build one from two trunks")
         if len(self.stages) != 3 or min(self.stages) < 0 or abs(sum(self.stages) - 1) > 1e-6:
             raise BadInput(f"wavelet-like auto-encoder: stages are {self.stages}, expected three shares >= 0 with a sum of 1")
+        if run.ranks.size > 1 and self.stages[2] != 1:
+            raise BadInput("wavelet-like auto-encoder: over several processes all parameters train in all steps; choose stages (0, 0, 1)")
         run.state[self] = {}
         run.model.stage = self.stage(run, 0)
 

@@ -1,0 +1,219 @@
+"""One training over several processes, started by `torchrun`: one a GPU, or a few that share a CPU.
+
+Every process (a *rank*) holds the whole network and the whole data set, and draws for the whole batch: order, crops and flips are
+those of one process. It trains on its share of each batch; DistributedDataParallel averages the gradients, and all take the same
+step. BatchNorm normalises each share by itself. What is decided is decided by rank 0 (`agree`, `first`), and only rank 0 writes.
+
+`ranks()` says who takes part. For one process alone everything here gives back what it was given.
+"""
+
+import atexit
+import os
+import platform
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from effilib.errors import BadInput
+
+
+def several():
+    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same variables."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def gpu():
+    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput` if there are too few."""
+    if not several():
+        return "cuda"
+    mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if mine >= there:
+        raise BadInput(f"process {mine} of this machine has no GPU of its own, there are {there}: start as many processes as GPUs")
+    return f"cuda:{mine}"
+
+
+def ranks(device="cpu"):
+    """The `Ranks` that train together on data on `device`. At its first call with several processes they meet: NCCL on GPUs, else gloo.
+
+    Raises `BadInput` if two processes would use the same GPU.
+    """
+    if not dist.is_available() or not (dist.is_initialized() or several()):
+        return ALONE
+    if not dist.is_initialized():
+        cuda = torch.device(device).type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # the store outlives a restart, with the addresses of those who are gone
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        atexit.register(_leave)
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # 1x1 filters: no matter
+        places = _ranks().gather((platform.node(), str(torch.device(device))))
+        if cuda and len(set(places)) < len(places):
+            raise BadInput(f"several processes on {device}: each needs a GPU of its own, e.g. dataset.to(effilib.distributed.gpu())")
+    return _ranks()
+
+
+def _ranks():
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def _leave():
+    """Part. Gloo's threads may still hold a tensor of the last exchange, and dropping it needs Python's lock: later, in an interpreter
+    that is being torn down, that aborts a process whose work is done. DDP keeps the group, so that its threads cannot be joined."""
+    if dist.is_initialized():
+        time.sleep(0.1)  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a training, seen from one of them. What exchanges something must be called by all, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    # Shares of a batch
+
+    def share(self, n):
+        """The slice of a batch of `n` images that is this rank's; shares differ by one at most."""
+        if n < self.size:
+            raise BadInput(f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image for each")
+        each, more = divmod(n, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+    def weigh(self, mean, batches):
+        """A mean over this rank's share of a batch, weighed so that the mean over all ranks is that over the batch."""
+        if self.size == 1:
+            return mean
+        mine = self.share(batches.batch_size)
+        return mean * ((mine.stop - mine.start) * self.size / batches.batch_size)
+
+    def mean(self, mean, batches):
+        """The mean over the whole batch of what is a mean over this rank's share of it."""
+        return mean if self.size == 1 else self.total(self.weigh(mean, batches)) / self.size
+
+    # Words: anything that can be pickled
+
+    def agree(self, value):
+        """Rank 0's value, on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def first(self, function):
+        """What `function()` returns on rank 0, the only one to call it, on all ranks; what it raises there is raised by all."""
+        if self.size == 1:
+            return function()
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as failed:  # the others wait for an answer
+                error = failed
+        result, error = self.agree((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value):
+        """The values of all ranks, a list, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def check(self, mine):
+        """Raise `BadInput`, on all ranks, unless all train the same. mine: a dict that says what."""
+        everyone = self.gather(mine)
+        for rank, theirs in enumerate(everyone[1:], 1):
+            other = [k for k, v in everyone[0].items() if theirs[k] != v]
+            if other:
+                raise BadInput(f"process {rank} does not train what process 0 does: other {' and '.join(other)}")
+
+    # Numbers
+
+    def total(self, t):
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            t = t.detach().clone()
+            dist.all_reduce(t)
+        return t
+
+    def whole(self, x):
+        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks. Slow, and rarely needed."""
+        return x if self.size == 1 else torch.cat([part.to(x.device) for part in self.gather(x.cpu())])
+
+    def mean_(self, tensors):
+        """Make tensors the mean over all ranks, in place."""
+
+        def mean(flat):
+            dist.all_reduce(flat)
+            flat /= self.size
+
+        self._exchange(tensors, mean)
+
+    def copy_(self, tensors):
+        """Make tensors those of rank 0, in place."""
+        self._exchange(tensors, lambda flat: dist.broadcast(flat, 0))
+
+    @torch.no_grad()
+    def _exchange(self, tensors, exchange):
+        """Exchange tensors in place: all of a format as one long vector."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors) if self.size > 1 else ():
+            some = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in some])
+            exchange(flat)
+            for t, new in zip(some, flat.split([t.numel() for t in some]), strict=True):
+                t.copy_(new.view(t.shape))
+
+    # The network
+
+    def wrap(self, model, sync_bn=False):
+        """The model with gradients that are averaged over the ranks; rank 0's parameters and buffers are given to all.
+
+        sync_bn: let BatchNorm take its moments over the whole batch. To be called anew when parameters came or went.
+        """
+        if self.size == 1:
+            return model
+        if sync_bn:
+            sync_(model)
+        wrapped = DistributedDataParallel(model)
+        wrapped.broadcast_buffers = False  # after this once: rank 0's statistics at every step would be those of its share alone
+        return wrapped
+
+    def complete(self, model):
+        """After a backward pass: raise `BadInput` if a parameter took no part in it. The others' gradients would be waited for in vain."""
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused and self.size > 1:
+            raise BadInput(f"over several processes every parameter must take part in every step: {unused[0]} does not")
+
+    def statistics_(self, model):
+        """Make BatchNorm's running statistics the mean over all ranks, in place: as they are linear, as if it were done at every step."""
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+        self.mean_([t for m in norms for t in (m.running_mean, m.running_var)])
+
+
+ALONE = Ranks()
+
+
+def sync_(model, on=True):
+    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them plain again, in place."""
+    for m in model.modules():
+        if on and type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            m.plain, m.process_group = type(m), None  # None: all ranks
+            m.__class__ = nn.SyncBatchNorm
+        elif not on and hasattr(m, "plain"):
+            m.__class__ = m.plain
+            del m.plain, m.process_group

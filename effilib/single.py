@@ -1,0 +1,262 @@
+"""`effilib train`: one training without a notebook, with any methods, on any data set. It goes on where it was interrupted.
+
+A method is named as its class is, in lower case (`prune_train`), or by the path of a user's own (`mine.py:Mine`); its settings are
+the fields of its dataclass, `name=value`. Under `torchrun` the processes train together, and rank 0 speaks and writes.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import io
+import math
+import pkgutil
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+
+from effilib import checkpoint, clock, distributed, models, paths, provenance, tasks, training
+from effilib import methods as package
+from effilib.data import label
+from effilib.errors import BadInput, NoEffect, choose
+from effilib.progress import say_seconds
+
+MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory"
+
+# Methods and settings, from words
+
+
+def methods():
+    """The methods of the library by name: dict "prune_train" -> `PruneTrain`."""
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
+    return {snake(c.__name__): c for c in found if issubclass(c, training.Method)}
+
+
+def snake(name):
+    """ "PruneTrain" -> "prune_train"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def method(name, *texts):
+    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of another type."""
+    if ":" in name:
+        cls = models.find(name, "method")
+        if not (inspect.isclass(cls) and issubclass(cls, training.Method)):
+            raise BadInput(f"{name} is no effilib.Method")
+    else:
+        known = methods()
+        if name not in known and hasattr(package, name):  # the name of a module
+            inside = [n for n, c in known.items() if c.__module__ == f"{package.__name__}.{name}"]
+            choices = f"choose {' or '.join(inside)}" if inside else "it is more than one training, see its notebook"
+            raise BadInput(f"{name} is no method: {choices}")
+        cls = known[choose("method", name, known)]
+    return make(cls, name, texts)
+
+
+def make(cls, what, texts, base=None):
+    """An instance of a dataclass with the settings in `texts`, "name=value"; "name.inner=value" for one within another.
+
+    base: the instance from which all other settings come.
+    """
+    fields = [f.name for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
+    hints, inner, values = typing.get_type_hints(cls), {}, {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name, _, rest = name.strip().partition(".")
+        if not equals:
+            raise BadInput(f"{what}: {text!r} is no setting, expected name=value")
+        choose(f"setting of {what}", name, fields or ["none, it has no settings"])
+        if rest:
+            inner.setdefault(name, []).append(f"{rest}={value}")
+        else:
+            values[name] = read(what, name, value, hints[name])
+    try:
+        new = dataclasses.replace(base, **values) if base else cls(**values)
+        for name, texts in inner.items():
+            part = getattr(new, name)
+            if not dataclasses.is_dataclass(part):
+                raise BadInput(f"setting {name!r} of {what} has no settings of its own")
+            new = dataclasses.replace(new, **{name: make(type(part), f"{what}'s {name}", texts, part)})
+    except TypeError as error:
+        raise BadInput(f"{what}: {error}") from error
+    return new
+
+
+def read(what, name, text, hint):
+    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is not of the type `hint`."""
+    try:
+        value = frozen(ast.literal_eval(text.strip()))
+    except (ValueError, SyntaxError):
+        value = text
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for candidate in (value, text):  # a number may be meant as a word
+        for kind in kinds:
+            if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
+                return candidate
+    said = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise BadInput(f"setting {name!r} of {what} takes values of type {said}, not {text!r}")
+
+
+def frozen(value):
+    """Lists as tuples, also within: settings are hashed."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
+# The training
+
+
+def run(*, methods=(), dataset="", preset="", network="", variant="base", settings=(), seed=0, device="auto", checkpoint="", out=""):
+    """Train, and write history.csv, model.pt and, last, record.json into `out`. Returns the exit code: 0 complete, 130 interrupted.
+
+    methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises `BadInput`.
+    """
+    chosen = [method(*words) for words in methods]
+    task = make_task(preset, dataset, network, variant, device, settings)
+    ranks = distributed.ranks(task.device)
+    folder = Path(out) if out else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
+    file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
+    what = {"methods": provenance.settings(chosen), "task": provenance.settings(task), "seed": seed, "processes": ranks.size}
+    what = ranks.agree(what)  # the device is each one's own
+
+    def say(words):
+        if ranks.rank == 0:
+            print(words, flush=True)
+
+    before = ranks.first(lambda: complete(folder, what))
+    if before:
+        say(f"{headline(before)}; it was complete, {folder / 'record.json'} says so")
+        return 0
+    data = load(task, ranks)
+    say(f"{plan(task, data, chosen, ranks.size)}; into {folder}")
+    if file.exists():
+        say(f"goes on from {file}")
+    begun = clock.now()
+    try:
+        model, history = fit(task, data, chosen, seed, file, Epochs(task.recipe.epochs, say))
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from the last whole epoch ({file})" if file.exists() else "interrupted")
+        return 130
+    record = {"schema": 1, "status": "complete", "run": what, **summary(history, model, data, task)}
+    record["duration_s"] = round(clock.now() - begun, 1)
+    ranks.first(lambda: write(folder, record, history, model, data, task))
+    if not checkpoint:
+        ranks.first(lambda: file.unlink(missing_ok=True))
+    say(f"{headline(record)}\n{folder}: history.csv, model.pt, record.json")
+    return 0
+
+
+def default_folder(task, methods, settings, seed, processes):
+    """Where results go if no folder is named: one for each run, below the results' `play`."""
+    several = [f"processes={processes}"] * (processes > 1)
+    words = [task.preset, label(task.dataset), task.network, *(methods or ["baseline"]), *settings, *several, f"seed={seed}"]
+    return paths.results() / "play" / file_name("train", *words)
+
+
+def complete(folder, what):
+    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's lies there."""
+    record = paths.read_json(paths.make(folder) / "record.json")
+    if record and record.get("run") != what:
+        raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
+    return record or None
+
+
+def load(task, ranks):
+    """The data set, on rank 0 first: what is downloaded or cached is written once."""
+    loaded = []
+    ranks.first(lambda: loaded.append(task.load()))
+    return loaded[0] if loaded else task.load()
+
+
+def plan(task, data, methods, processes):
+    """What is going to be trained, in a line."""
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"
+    return f"{data.name}, {len(data.train)} images, {task.network}; {', '.join(map(repr, methods)) or 'no method'}; {how}"
+
+
+def fit(task, data, methods, seed, file, progress):
+    """(the trained model, its history), one evaluation an epoch. What a user can help is `BadInput`."""
+    model, evaluations = task.build(data, seed), max(1, math.ceil(task.recipe.epochs))
+    try:
+        history = training.train(model, data, task.recipe, methods, seed, checkpoint=file, evaluations=evaluations, progress=progress)
+    except NoEffect as error:
+        raise BadInput(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search(MEMORY, str(error)):
+            raise
+        why = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        raise BadInput(f"out of memory{why}; a smaller batch needs less: --set batch_size=...") from error
+    return model, history
+
+
+def make_task(preset, dataset, network, variant, device, settings):
+    """The task, by words; settings: of it or its recipe."""
+    own = ("images", "held", "widths")
+    for text in settings:
+        choose("setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))])
+    task = tasks.task(preset, dataset, network, variant, device=device)
+    task = make(tasks.Task, "the task", [text for text in settings if text.partition("=")[0] in own], task)
+    recipe = make(training.Recipe, "the recipe", [text for text in settings if text.partition("=")[0] not in own], task.recipe)
+    return dataclasses.replace(task, recipe=recipe)
+
+
+def file_name(*words):
+    """Words as the name of a file or folder, not too long."""
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
+    return name if len(name) <= 150 else f"{name[:130]}-{provenance.digest(name)[:8]}"
+
+
+class Epochs:
+    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done in this process."""
+
+    def __init__(self, epochs, say):
+        self.epochs, self.say, self.first = epochs, say, None
+
+    def __call__(self, row):
+        now, epoch = clock.now(), row["epoch"]
+        self.first = self.first or (now, epoch)
+        (begun, start), left = self.first, ""
+        if start < epoch < self.epochs:
+            left = f"; about {say_seconds((now - begun) / (epoch - start) * (self.epochs - epoch))} left"
+        loss = "" if math.isnan(row["train_loss"]) else f"training loss {row['train_loss']:.4f}, "
+        self.say(f"epoch {epoch:.4g} of {self.epochs:g}: {loss}validation loss {row['loss']:.4f}, {row['accuracy']:.2f} %{left}")
+
+
+# What is written
+
+
+def summary(history, model, data, task):
+    """What a record says of a run, as plain values."""
+    return {
+        "dataset": data.name, "network": task.network, "accuracy": history.accuracy, "test_accuracy": history.test_accuracy,
+        "diverged": history.diverged, "seconds": history.seconds, "raw_seconds": history.raw_seconds, "steps": history.steps,
+        "capped": history.capped, "kinds": history.kinds, "flops": history.flops, "memory": history.memory, "precision": history.precision,
+        "parameters": sum(p.numel() for p in model.parameters()), "structure": history.structure, "events": history.events,
+        "machine": clock.machine(data.device), "commit": provenance.commit(), "date": clock.date(), "notes": [data.note] * bool(data.note),
+    }  # fmt: skip
+
+
+def headline(record):
+    """A record in a line."""
+    accuracy = f"{record['accuracy']:.2f} % on the validation images, {record['test_accuracy']:.2f} % on the test images"
+    end = "diverged: " if record["diverged"] else ""
+    return f"{end}{accuracy}, {record['steps']} steps in {say_seconds(record['seconds'])}, {record['parameters']:,} parameters"
+
+
+def write(folder, record, history, model, data, task):
+    """Write the three files, each atomically; the record, which says that they are complete, is the last."""
+    import pandas as pd
+
+    table = io.StringIO()
+    columns = ["step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]
+    pd.DataFrame(history.rows)[columns].to_csv(table, index=False, float_format="%.6g")
+    paths.write(folder / "history.csv", table.getvalue())
+    checkpoint.save_model(folder / "model.pt", model, task.network, data.classes, data.shape)
+    paths.write(folder / "record.json", record)
+    try:
+        checkpoint.load_model(folder / "model.pt")
+    except BadInput as error:
+        print(f"model.pt holds weights that no network by name takes: {error}", file=sys.stderr)

@@ -1,0 +1,207 @@
+"""`effilib train`: methods and settings from words, files, going on after every kind of end, several processes; errors in one line."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from effilib import __main__ as command
+from effilib import checkpoint, single
+from effilib.methods.kernel_rescaling import KernelRescaling
+from effilib.methods.net2net import Net2Net
+from effilib.methods.prune_then_grow import PruneThenGrow
+from effilib.methods.prune_train import PruneTrain
+from effilib.training import Method
+from tests.common import equal
+from tests.test_distributed import torchrun
+
+SMALL = ["--preset", "smoke", "--dataset", "synthetic", "--device", "cpu"]
+NO_BN = ["--network", "vgg", "--set", "widths={'widths': ((8,), (8,)), 'bn': False}", "precision=fp64"]
+PRUNE = ["--method", "prune_train", "scale=100.0", "weigh=size", "multiple=2"]
+
+MINE = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from effilib import Method
+
+@dataclass(frozen=True)
+class Die(Method):
+    how: str = "SIGTERM"
+    step: int = 6
+    once: str = ""
+
+    def on_batch(self, run, x, y):
+        if run.step == self.step and not Path(self.once).exists():
+            Path(self.once).touch()
+            if self.how == "memory":
+                torch.empty(2**60, dtype=torch.uint8)
+            os.kill(os.getpid(), getattr(signal, self.how))
+        return x, y
+
+class Plain(Method):
+    pass
+"""
+
+
+def train(out, *words):
+    """The exit code of `effilib train`."""
+    return command.main(["train", *SMALL, *map(str, words), *(["--out", str(out)] if out else [])])
+
+
+def model(folder):
+    return checkpoint.load_model(folder / "model.pt")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path / "mine.py"
+
+
+# What is written and said
+
+
+def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
+    assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "4") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("synthetic, 128 images, resnet; PruneTrain(ratio=0.2, ")
+    assert said[0].endswith(f"3 epochs, batches of 32; into {tmp_path / 'a'}")
+    assert [line.split(":")[0] for line in said[1:5]] == [f"epoch {e} of 3" for e in range(4)]
+    assert re.search(r": training loss [\d.]+, validation loss [\d.]+, [\d.]+ %; about [\d.]+ s left$", said[2])
+    assert said[4].endswith(" %")
+    assert re.fullmatch(r"[\d.]+ % on the validation images, [\d.]+ % on the test images, 12 steps in [\d.]+ s, [\d,]+ parameters", said[5])
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["history.csv", "model.pt", "record.json"]
+    record = json.loads((tmp_path / "a" / "record.json").read_text())
+    assert record["status"] == "complete"
+    assert record["run"]["methods"][0]["scale"] == 100
+    assert record["run"]["seed"] == 4
+    assert record["run"]["task"]["recipe"]["epochs"] == 3
+    rows = pd.read_csv(tmp_path / "a" / "history.csv")
+    assert list(rows["epoch"]) == [0, 1, 2, 3]
+    assert rows["accuracy"].iloc[-1] == pytest.approx(record["accuracy"], rel=1e-4)
+    assert record["structure"]["blocks"] == model(tmp_path / "a").settings()["blocks"] != [[8], [8], [8]]
+    before = (tmp_path / "a" / "model.pt").stat().st_mtime_ns
+    assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "4") == 0
+    assert "it was complete" in capsys.readouterr().out
+    assert (tmp_path / "a" / "model.pt").stat().st_mtime_ns == before
+    assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "5") == 2
+    assert capsys.readouterr().err == f"effilib: {tmp_path / 'a'} holds another run: name another folder with --out, or delete it\n"
+
+
+def test_without_out_the_folder_is_named_after_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+    assert train(None, "--method", "other_norm", "kind=group", "--epochs", "0.5") == 0
+    (folder,) = (tmp_path / "play").iterdir()
+    assert folder.name == "train-smoke-synthetic-resnet-other_norm-kind=group-epochs=0.5-seed=0"
+    assert (folder / "record.json").exists()
+    assert "model.pt holds weights that no network by name takes" in capsys.readouterr().err
+    assert len(single.file_name(*["long"] * 100)) < 150
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "memory"])
+def test_an_interrupted_training_goes_on_by_itself(how, mine, tmp_path, capsys):
+    words = [*PRUNE, "--epochs", "3", "--method", f"{mine}:Die", f"how={how}", f"once={tmp_path / 'once'}"]
+    ended = train(tmp_path / "a", *words)
+    said = capsys.readouterr()
+    if how == "memory":
+        assert ended == 2
+        assert re.fullmatch(r"effilib: out of memory \(.*\); a smaller batch needs less: --set batch_size=...\n", said.err)
+    else:
+        assert ended == 130
+        assert f"interrupted; the same command goes on from the last whole epoch ({tmp_path / 'a' / 'checkpoint.pt'})" in said.out
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["checkpoint.pt"]
+    assert train(tmp_path / "a", *words) == 0
+    said = capsys.readouterr().out
+    assert f"goes on from {tmp_path / 'a' / 'checkpoint.pt'}" in said
+    assert "epoch 2 of 3" in said
+    assert "epoch 0 of 3" not in said
+    assert train(tmp_path / "b", *words, "--checkpoint", tmp_path / "c.pt") == 0  # it has died once
+    assert equal(model(tmp_path / "a"), model(tmp_path / "b"))
+    assert (tmp_path / "c.pt").exists()
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_two_processes_write_what_one_does(tmp_path, capsys):
+    words = [*NO_BN, *PRUNE, "--epochs", "5"]
+    assert train(tmp_path / "one", *words) == 0
+    said = torchrun(tmp_path, "-m", "effilib", "train", *SMALL, *words, "--out", str(tmp_path / "two")).stdout
+    assert said.count("epoch 5 of 5") == 1  # one speaks
+    assert "batches of 32, shared by 2 processes" in said
+    one, two = (model(tmp_path / name) for name in ("one", "two"))
+    assert one.settings() == two.settings() != {"widths": [[8], [8]], "bn": False}
+    assert all((a - b).abs().max() < 1e-8 for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert json.loads((tmp_path / "two" / "record.json").read_text())["run"]["processes"] == 2
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["history.csv", "model.pt", "record.json"]
+
+
+# Words
+
+
+def test_methods_are_found_by_name_and_settings_are_literals(mine):
+    assert single.method("prune_train") == PruneTrain()
+    assert single.method("prune_train", "ratio=0.3", "every=2", "multiple=auto", "grow_batch=True") == PruneTrain(
+        ratio=0.3, every=2, grow_batch=True
+    )
+    assert single.method("net2net", "wider=[['stem', 8]]", "at=0") == Net2Net(wider=(("stem", 8),), at=0)
+    assert single.method("kernel_rescaling", "schedule=((0.5, 0.5), (0.5, 1.0))") == KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)))
+    assert single.method("prune_then_grow", "prune.every=3", "plan=None").prune.every == 3
+    assert single.method("prune_then_grow", "prune.every=3").prune.weigh == PruneThenGrow().prune.weigh == "norm"
+    own = single.method(f"{mine}:Die", "step=3", "once=3")  # a word, not a number
+    assert (own.step, own.once) == (3, "3")
+    assert isinstance(single.method(f"{mine}:Plain"), Method)
+    assert set(single.methods()) >= {"prune_train", "net2net", "gradient_subsets", "wavelet_stem", "other_norm"}
+    assert "policy" not in single.methods()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "prune_trian"], "unknown method 'prune_trian': choose one of .* (did you mean 'prune_train'?)"),
+        (["--method", "wavelet"], "wavelet is no method: choose wavelet_stem"),
+        (["--method", "layer_replacement"], "layer_replacement is no method: it is more than one training, see its notebook"),
+        (["--method", "prune_train", "ratoi=1"], "unknown setting of prune_train 'ratoi': choose one of .* (did you mean 'ratio'?)"),
+        (["--method", "prune_train", "ratio"], "prune_train: 'ratio' is no setting, expected name=value"),
+        (["--method", "prune_train", "ratio=much"], "setting 'ratio' of prune_train takes values of type float, not 'much'"),
+        (["--method", "prune_train", "grow_batch=1"], "setting 'grow_batch' of prune_train takes values of type bool, not '1'"),
+        (["--method", "prune_train", "mode=x"], "unknown mode 'x': choose one of proximal, published"),
+        (["--method", "prune_train", "ratio.x=1"], "setting 'ratio' of prune_train has no settings of its own"),
+        (["--method", "prune_then_grow", "prune.x=1"], "unknown setting of prune_then_grow's prune 'x'"),
+        (["--method", "MINE:Nothing"], "unknown method in"),
+        (["--method", "MINE:Path"], "MINE:Path is no effilib.Method"),
+        (["--method", "MINE:Plain", "x=1"], "unknown setting of MINE:Plain 'x': choose one of none, it has no settings"),
+        (["--method", "gradient_pruning", "p=0.0"], "gradient pruning: p = 0 prunes nothing"),
+        (["--set", "learning=1"], "unknown setting 'learning': choose one of"),
+        (["--set", "lr=fast"], "setting 'lr' of the recipe takes values of type float, not 'fast'"),
+        (["--set", "batch_size=10000"], "batch size 10000 does not fit synthetic"),
+        (["--set", "sync_bn=True"], "sync_bn needs CUDA"),
+        (["--epochs", "0"], "recipe: epochs is 0.0, it must be above 0"),
+        (["--dataset", "mnist6k"], "unknown data set 'mnist6k'"),
+        (["--network", "resent"], "unknown network 'resent'"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, mine, tmp_path, capsys):
+    assert train(tmp_path / "out", *[w.replace("MINE", str(mine)) for w in words]) == 2
+    said = capsys.readouterr().err
+    assert re.match("effilib: " + re.escape(message.replace("MINE", str(mine))).replace(r"\.\*", ".*"), said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_a_checkpoint_that_is_none_and_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("hello")
+    assert train(tmp_path / "a", "--checkpoint", tmp_path / "file") == 2
+    assert re.match(r"effilib: .*file is not a readable checkpoint \(.*\)\n$", capsys.readouterr().err)
+    assert train(tmp_path / "file" / "b") == 2
+    assert capsys.readouterr().err.startswith(f"effilib: cannot write results into {tmp_path / 'file' / 'b'}")
+
+
+def test_the_other_commands_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command.main(["list"]) == 2
+    assert capsys.readouterr().err == "effilib: process 1: list is one process: of the commands torchrun starts train alone\n"
