@@ -2,12 +2,13 @@
 
 import copy
 import statistics as stats
+from dataclasses import replace
 
 import pandas as pd
 
 from effilib import cost, figures, stages
 from effilib.chapters.decisions import deciding
-from effilib.chapters.prune_then_grow import DENSE, FAST, SHORT, procedure, start
+from effilib.chapters.prune_then_grow import DENSE, FAST, SHORT, headline, mode_name, procedure, start
 from effilib.decision import GROWTH
 from effilib.errors import BadInput
 from effilib.methods.prune_then_grow import grow_, step_flops
@@ -120,16 +121,22 @@ def equal_cost(comparison):
 # Both
 
 
-def say(comparison, arm):
-    """Both answers for one arm, in two sentences."""
+def say(comparison):
+    """Both answers in words, a sentence a method, and the best control."""
     name, best = best_control(comparison)
-    found, n = shares(comparison, arm), len(comparison.blocks)
-    accuracy = stats.mean(h.accuracy for h in comparison.histories(arm))
-    time = f"in {stats.median(found):.2f} of its time (median)" if None not in found else f"in {n - found.count(None)} of {n} runs"
-    return (
-        f"{arm}: the baseline's accuracy, less {comparison.task.margin:g} points, {time}; the aim is {FAST:g}. "
-        f"Accuracy at the end {accuracy:.2f} %; the best control at the full cost is {name} with {best:.2f} %."
-    )
+    margin, n, said = comparison.task.margin, len(comparison.blocks), []
+    for arm in (a.name for a in comparison.arms if a.role == "method"):
+        found = shares(comparison, arm)
+        time = f"in {n - found.count(None)} of {n} runs" if None in found else f"in {stats.median(found):.2f} of its time (median)"
+        end = stats.mean(h.accuracy for h in comparison.histories(arm))
+        said.append(f"{arm}: the baseline's accuracy, less {margin:g} points, {time} (aim: {FAST:g}); {end:.2f} % at the end.")
+    return [*said, f"The best control at the full cost: {name}, {best:.2f} % at the end."]
+
+
+def few(comparison):
+    """The same comparison with the arms that a picture has room for: baseline, procedure, the arm of the aim and the best control."""
+    wanted = {comparison.baseline, mode_name("windowed"), headline(comparison.task), best_control(comparison)[0]}
+    return replace(comparison, arms=tuple(a for a in comparison.arms if a.name in wanted))
 
 
 def figure(comparison):
