@@ -65,19 +65,17 @@ def shares(comparison, arm):
 
 
 def time_needed(comparison):
-    """The first question as a table: the share of the baseline's time, with its interval, and whether the aim is met."""
-    rows, n = {}, len(comparison.blocks)
+    """The first question as a table: the share of the baseline's time, with its interval; where that is the aim, whether it is met."""
+    rows, n, column = {}, len(comparison.blocks), "share of the baseline's time"
     for arm in comparison.arms:
         found = shares(comparison, arm.name)
-        row = {"role": arm.role, "reached": f"{n - found.count(None)} of {n}", "share of the baseline's time": "", f"at most {FAST:g}": ""}
+        rows[arm.name] = row = {"role": arm.role, "reached": f"{n - found.count(None)} of {n}", column: "", f"at most {FAST:g}": ""}
+        met = False
         if None not in found and min(found) > 0:
             share, low, high = paired_ratio(found, [1.0] * n)
-            row["share of the baseline's time"] = f"{share:.2f}" + (f" [{low:.2f}, {high:.2f}]" if n > 1 else "")
-            if n >= LEAST:
-                row[f"at most {FAST:g}"] = "yes" if share <= FAST else "no"
-        elif n >= LEAST:
-            row[f"at most {FAST:g}"] = "no" if None in found else "held before the first step"
-        rows[arm.name] = row
+            row[column], met = f"{share:.2f}" + (f" [{low:.2f}, {high:.2f}]" if n > 1 else ""), share <= FAST
+        if arm.name.endswith(SHORT) and n >= LEAST:
+            row[f"at most {FAST:g}"] = "yes" if met else "no"
     return pd.DataFrame(rows).T.rename_axis("arm")
 
 
