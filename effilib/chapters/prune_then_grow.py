@@ -156,11 +156,13 @@ def mode_name(mode, resized=False):
 
 
 def arms(task, dataset):
-    """Every arm at the baseline's predicted cost, and some at `FAST` of it. In the quick preset the first three."""
+    """Every arm at the baseline's predicted cost, and some at `FAST` of it; quick: the first three, smoke: these and the last ones."""
     found = [Arm(name=DENSE, role="baseline"), *judged(task, dataset)]
     if task.preset == "quick":
         return found
-    return [*found, *modes(task, dataset), *controls(task, dataset), *resized(task, dataset), *resized(task, dataset, short=True)]
+    if task.preset != "smoke":
+        found += [*modes(task, dataset), *controls(task, dataset), *resized(task, dataset)]
+    return [*found, *resized(task, dataset, short=True)]
 
 
 def judged(task, dataset):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from effilib.chapters import prune_then_grow
-from effilib.experiment import compare
+from effilib.chapters import prune_then_grow as chapter
+from effilib.experiment import Arm, compare
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.tasks import task
 
@@ -20,6 +20,7 @@ def grown(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFILIB_RESULTS", str(tmp_path_factory.mktemp("results")))
         t = task("smoke", "synthetic").but(epochs=6, evaluations=5, target=None)
-        arms = prune_then_grow.arms(t, t.load())
+        data, base = t.load(), Arm(name=chapter.DENSE, role="baseline")
+        arms = [base, *chapter.judged(t, data), *chapter.modes(t, data), *chapter.controls(t, data)]
         plain = [a for a in arms if not any(isinstance(m, KernelRescaling) for m in a.methods)]
         return compare(t, plain, seeds=1, quantity="training time")
