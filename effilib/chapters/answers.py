@@ -158,7 +158,7 @@ def figure(comparison):
     left.set_yticks(range(len(comparison.arms)), [a.name for a in comparison.arms], fontsize=9)
     left.set_ylim(len(comparison.arms) - 0.4, -0.6)
     left.set_xlabel("validation accuracy at the end (%)")
-    right.set_xlabel("time to the baseline's accuracy, of its whole time")
+    right.set_xlabel("time to the baseline's accuracy,\nas a share of its whole time")
     right.set_xlim(0, 1.1 * max([1, *(s for v in found.values() for s in v if s is not None)]))
     for role, colour in COLOUR.items():
         left.plot([], [], "o", color=colour, label=role)

@@ -16,7 +16,7 @@ from effilib.experiment import PILOT_SEEDS, Arm, measure, pilot
 from effilib.models import stream
 from effilib.statistics import held, interval, paired_ratio
 
-ROWS, COLUMNS = 10, 8  # of the picture of samples
+ROWS, COLUMNS, DRAWS = 10, 8, 3  # of the picture of samples
 BASE, AGAIN = "dense baseline", "the same again"
 
 # Data
@@ -45,14 +45,14 @@ def samples_figure(dataset):
     shown = min(ROWS, dataset.classes)
     rows = [dataset.train.x[dataset.train.y == c][:COLUMNS].cpu() for c in range(shown)]
     rows = [torch.cat([r, r.new_full((COLUMNS - len(r), *r.shape[1:]), 255)]) for r in rows]
-    figure, (left, right) = figures.new(2, width=6.8, height=0.7 + 0.48 * shown, width_ratios=(COLUMNS, 2))
+    figure, (left, right) = figures.new(2, width=6.9, height=0.7 + 0.48 * shown, width_ratios=(COLUMNS, DRAWS))
     _tiles(left, torch.stack(rows))
     height = dataset.shape[1]
     left.set_yticks([(i + 0.5) * height for i in range(shown)], [str(n) for n in dataset.names[:shown]])
     left.set_title(f"{dataset.name}, training split")
     _tiles(right, _as_trained(dataset, shown))
     right.set_yticks([])
-    right.set_title("one image, as trained")
+    right.set_title("as trained")
     kinds = [f"shifted by up to {dataset.pad} pixels"] * bool(dataset.pad) + ["mirrored by chance"] * dataset.flip
     return figure, (
         f"Left: {shown} of {dataset.classes} classes, a row each. Right: draws of one image as training sees it, "
@@ -60,13 +60,14 @@ def samples_figure(dataset):
     )
 
 
-def _as_trained(dataset, rows, columns=2):
-    """(rows, columns, H, W, C): the first training image as so many steps would see it."""
+def _as_trained(dataset, rows, columns=DRAWS):
+    """(rows, columns, H, W, C): one training image as so many steps would see it."""
     n = rows * columns
     batches = Batches(dataset, 1, stream(0, "samples"))
     draws = [torch.randint(2 * batches.pad + 1, (n,), generator=batches.generator) for _ in range(2)]
     flips = torch.randint(2, (n,), generator=batches.generator).bool() & dataset.flip
-    x = batches.cut(*(t.to(dataset.device) for t in (torch.zeros(n, dtype=torch.long), *draws, flips))).cpu()
+    one = (dataset.train.y.cpu() == dataset.classes // 2).int().argmax().repeat(n)  # the first of a class in the middle
+    x = batches.cut(*(t.to(dataset.device) for t in (one, *draws, flips))).cpu()
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     images = (255 * (x * std + mean)).round().clamp(0, 255).byte()  # (n, C, H, W)
     return images.permute(0, 2, 3, 1).unflatten(0, (rows, columns))

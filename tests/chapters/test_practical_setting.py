@@ -37,16 +37,17 @@ def test_the_picture_shows_the_images_of_each_class_and_one_as_it_is_trained():
     assert shown.shape == (30, 10 * chapter.COLUMNS, 3)
     first = small.train.x[small.train.y == 1][0]
     assert (shown[10:20, :10] == first.numpy()).all()
-    assert right.images[0].get_array().shape == (30, 20, 3)
+    assert right.images[0].get_array().shape == (30, 10 * chapter.DRAWS, 3)
     assert "3 of 3 classes" in caption
 
 
 def test_an_image_that_is_not_augmented_is_shown_as_it_is():
     moved = data.synthetic(images=200, size=10, channels=3)
+    one = moved.train.x[moved.train.y == moved.classes // 2][0]
     draws = chapter._as_trained(moved, 4)
-    assert draws.shape == (4, 2, 10, 10, 3)
-    assert not (draws == moved.train.x[0]).all()
-    assert (chapter._as_trained(replace(moved, pad=0), 4) == moved.train.x[0]).all()
+    assert draws.shape == (4, chapter.DRAWS, 10, 10, 3)
+    assert not (draws == one).all()
+    assert (chapter._as_trained(replace(moved, pad=0), 4) == one).all()
 
 
 def test_the_network_table_adds_up_to_the_network():
