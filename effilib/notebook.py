@@ -114,11 +114,12 @@ class Book:
 
         display(Image(png(figure), width=int(figure.get_figwidth() * 100)), Markdown(f"*{caption}*"))
 
-    def record(self, comparison=None, *, figure, caption, headline="", verdicts=(), notes=()):
+    def record(self, comparison=None, *, figure, caption, headline="", verdicts=(), notes=(), kept=None):
         """The notebook's last act: write history.csv, figure.png and, last, record.json with `status: complete`.
 
         comparison: a `Comparison` (or several; the first has the headline). headline: the arm whose verdict stands in the
-        scoreboard (default: the first method). verdicts: more `Verdict`s to record. Returns the record.
+        scoreboard (default: the first method). verdicts: more `Verdict`s to record. kept: further plain values that the record holds, such
+        as what a method decided. Returns the record.
         """
         comparisons = [] if comparison is None else list(comparison) if isinstance(comparison, list | tuple) else [comparison]
         found = [v for c in comparisons if not c.illustration for v in c.verdicts()] + list(verdicts)
@@ -147,6 +148,7 @@ class Book:
             "verdicts": [v.record() for v in found],
             "caption": caption,
             "notes": self._notes(comparisons, notes),
+            **({} if kept is None else {"kept": kept}),
         }
         if comparisons:
             import pandas as pd

@@ -141,10 +141,10 @@ def carry(channels, owners, before, structure, cuts, epoch):
     return found, new
 
 
-def flops(model, layout, layers):
-    """Products of layers (names), for one image, in a training step: 6 x weights x pixels."""
+def flops(model, layout, layers=None):
+    """Products of layers (names; default: all), for one image, in a training step: 6 x weights x pixels."""
     found = 0
-    for name in layers:
+    for name in [n for n, m in model.named_modules() if isinstance(m, surgery.CONVS)] if layers is None else layers:
         weight = getattr(model.get_submodule(name), "weight", None)
         if weight is not None:
             found += 6 * weight.numel() * (layout["pixels"][layout["of"][name]] if name in layout["of"] else 1)

@@ -225,6 +225,13 @@ def test_a_notebook_that_compares_nothing_has_a_record_too():
     assert {p.name for p in book.folder.iterdir()} == {"record.json", "figure.png"}
 
 
+def test_a_record_keeps_what_a_notebook_gives_it_besides():
+    book = start()
+    assert "kept" not in book.record(figure=figure(), caption="c")
+    book.record(figure=figure(), caption="c", kept={"plan": [[3, "widen", "stage 1"]]})
+    assert json.loads((book.folder / "record.json").read_text())["kept"] == {"plan": [[3, "widen", "stage 1"]]}
+
+
 def test_a_record_is_plain_json_without_nan():
     book = start()
     book.record(compared(book), figure=figure(), caption="ü")

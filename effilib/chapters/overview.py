@@ -127,12 +127,17 @@ def _halves(title):
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 
-def tuning_figure(task):
-    """(figure, caption): the sweep behind the task's baseline; where none was recorded, that of the preset's own data set."""
+def recorded_sweep(task):
+    """(preset, data set, rows) of the sweep behind the task's baseline; where none was recorded, of the quick preset's own."""
     preset, dataset = task.preset, data.identify(task.dataset)
     if not tuning.sweep_file(preset, dataset, task.variant).exists():
         preset, dataset = "quick", "mnist5k"
-    rows = tuning.read(tuning.sweep_file(preset, dataset, task.variant))
+    return preset, dataset, tuning.read(tuning.sweep_file(preset, dataset, task.variant))
+
+
+def tuning_figure(task):
+    """(figure, caption): the sweep behind the task's baseline, see `recorded_sweep`."""
+    preset, dataset, rows = recorded_sweep(task)
     seeds, settings = {r["seed"] for r in rows}, {(r["epochs"], r["lr"], r["weight_decay"]) for r in rows}
     top = max(tuning.best(rows), key=lambda r: r["accuracy"])
     return figures.sweep(rows, title=f"{dataset}, preset {preset}"), (

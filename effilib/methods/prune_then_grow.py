@@ -164,7 +164,7 @@ class PruneThenGrow(Policy, Method):
         model, shape = run.model, run.dataset.shape
         surgery.nodes(model)  # refuses what has none
         layout = stages.find(model, shape)
-        if self.growths and not any(self.able(model, layout, i, g) for i in range(len(layout["pixels"])) for g in GROWTH):
+        if self.growths and all(self.added(model, layout, i, g) is None for i in range(len(layout["pixels"])) for g in GROWTH):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
         run.lr_at = partial(self.lr_at, run)
         run.state[self] = {
@@ -172,7 +172,7 @@ class PruneThenGrow(Policy, Method):
             "budget": 0.0, "spent": 0.0, "looked": 0.0, "flops": {"structure": -1},
             "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {}, "groups": {"epoch": None},
             "epochs": [], "actions": [], "frozen": [],  # what the decision sees
-            "sums": [0.0, 0.0, 0], "batch": None, "size": shape[1:],  # of this epoch
+            "sums": [0.0, 0.0, 0], "steps": {}, "batch": None, "size": shape[1:],  # of this epoch
         }  # fmt: skip
         baseline = self.baseline or run.planned * self.step_cost(run, shape[1:])
         run.state[self]["budget"] = self.budget * baseline
@@ -184,10 +184,6 @@ class PruneThenGrow(Policy, Method):
     def on_batch(self, run, x, y):
         state = run.state[self]
         state["batch"], state["size"] = (x, y), tuple(x.shape[2:])
-        if run.counting:  # another structure, or another size of images
-            run.kind = "count"
-            self.step_cost(run, state["size"])
-            run.kind = "step"
         return x, y
 
     def loss_terms(self, run):
@@ -199,7 +195,8 @@ class PruneThenGrow(Policy, Method):
 
     def on_step_end(self, run):
         state, (_, y) = run.state[self], run.state[self]["batch"]
-        state["spent"] += state["flops"][_key(state["size"])]
+        key = _key(state["size"])
+        state["steps"][key] = state["steps"].get(key, 0) + 1
         loss, correct, n = state["sums"]
         state["sums"] = [loss + run.loss, correct + (run.logits.argmax(1) == y).sum(), n + len(y)]
         if state["lambda"] and state["final"] is None:
@@ -210,12 +207,13 @@ class PruneThenGrow(Policy, Method):
 
     def on_epoch_end(self, run):
         state = run.state[self]
+        state["spent"] += sum(n * self.step_cost(run, map(int, key.split(" x "))) for key, n in state["steps"].items())
         if run.step < run.steps:
             if state["final"] is None:
                 self.observe(run)
                 self.act(run, run.ranks.agree(self.decided(run)))
             self.fit_budget(run)
-        state["batch"], state["sums"] = None, [0.0, 0.0, 0]
+        state["batch"], state["sums"], state["steps"] = None, [0.0, 0.0, 0], {}
 
     def on_fit_end(self, run):
         state = run.state[self]
@@ -224,7 +222,12 @@ class PruneThenGrow(Policy, Method):
             raise BadInput(f"PruneThenGrow: the plan goes on after epoch {run.epoch}, where this run ends or its search was over")
         total = state["spent"] + state["looked"]
         text = f"{total / state['budget']:.3f} of the budget spent, {state['looked'] / max(total, 1):.1%} of it to look at held-out images"
-        run.log(self, f"{len(done)} growths; {text}", spent=state["spent"], looked=state["looked"], budget=state["budget"])
+        with run.clock.paused():  # for the record
+            found, layout = surgery.trace(run.model), state["layout"]
+            nodes = {name: stages.members(found, layout, i) for i, name in enumerate(stages.names(layout))}
+            ends = [{"name": name, "widths": [n.width for n in own]} for name, own in nodes.items()]
+        spent = dict(spent=state["spent"], looked=state["looked"], budget=state["budget"])
+        run.log(self, f"{len(done)} growths; {text}", **spent, stages=ends)
 
     # Schedule and budget
 
@@ -248,13 +251,18 @@ class PruneThenGrow(Policy, Method):
         return run.ranks.agree(price(self.idle * run.planned, norm, *how)), self.idle * run.planned
 
     def step_cost(self, run, size):
-        """FLOPs of a step of the network as it is now, on images of a size."""
-        kept = run.state[self]["flops"]
+        """FLOPs of a step of the network as it is now, on images of a size. Never called within a step, where the run itself may count."""
+        size, kept = tuple(size), run.state[self]["flops"]
         if kept["structure"] != run.structures:
             kept = run.state[self]["flops"] = {"structure": run.structures}
         if _key(size) not in kept:
             kept[_key(size)] = step_flops(run.model, (run.dataset.shape[0], *size), run.batches.batch_size)
         return kept[_key(size)]
+
+    def about(self, run, size):
+        """The same for what is to come: counted at the size of now, elsewhere in proportion to the pixels, for counting takes time."""
+        now = run.state[self]["size"]
+        return self.step_cost(run, now) * math.prod(size) / math.prod(now)
 
     def rest(self, run, step_cost, left):
         """FLOPs of `left` steps over the rest of the schedule, looking at held-out images included. step_cost: size -> FLOPs."""
@@ -275,7 +283,7 @@ class PruneThenGrow(Policy, Method):
     def fit_budget(self, run):
         """Shorten the run so that it stays within the budget; with `spend` lengthen it."""
         state, left = run.state[self], run.steps - run.step
-        unit = self.rest(run, partial(self.step_cost, run), 1.0)
+        unit = self.rest(run, partial(self.about, run), 1.0)
         fits = max(1, int((state["budget"] - state["spent"] - state["looked"]) / unit))
         if fits != left and (self.spend or fits < left):
             run.replan(fits)
@@ -348,7 +356,7 @@ class PruneThenGrow(Policy, Method):
         actions = tuple((e, Action(kind=kind, stage=stage, reason=reason)) for e, kind, stage, reason in state["actions"])
         return Trace(
             epochs=epochs, actions=actions, frozen=frozenset(tuple(f) for f in state["frozen"]), spent=state["spent"] + state["looked"],
-            projected=self.rest(run, partial(self.step_cost, run), self.least(run)), budget=state["budget"], lam=state["lambda"],
+            projected=self.rest(run, partial(self.about, run), self.least(run)), budget=state["budget"], lam=state["lambda"],
             idle=state["idle"], pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
             over=run.position >= self.search * run.planned, seed=run.seed,
         )  # fmt: skip
@@ -357,31 +365,31 @@ class PruneThenGrow(Policy, Method):
         """Steps that must still be affordable after a growth: those left of the recipe's, and all of FINAL."""
         return max(min(run.planned, run.steps) - run.step, math.ceil((1 - self.search) * min(run.planned, run.steps)))
 
-    def prices(self, run, stage, left):
-        """{"widen": FLOPs that it adds to `left` steps, "deepen": ...}; infinite where it cannot be."""
-        now = self.rest(run, partial(self.step_cost, run), left)
-        found = {}
-        for growth in GROWTH:
-            twin = self.able(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
-            if twin is None:
-                found[growth] = math.inf
-                continue
+    def prices(self, run, stage, growths):
+        """{"widen": FLOPs that it would add to the rest of the run, "deepen": ...} of a stage (its number), of some growths.
 
-            def after(size, twin=twin):
-                return step_flops(twin, (run.dataset.shape[0], *size), run.batches.batch_size)
-
-            found[growth] = self.rest(run, after, left) - now
+        Infinite where it cannot be, and behind the first that can be: only a choice at random looks further.
+        """
+        found, full = dict.fromkeys(GROWTH, math.inf), math.prod(run.dataset.shape[1:])
+        for growth in (g for g in self.order if g in growths):
+            more = self.added(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
+            if more is not None:
+                pixel = more * run.batches.batch_size / full
+                found[growth] = self.rest(run, lambda size, pixel=pixel: pixel * math.prod(size), self.least(run))
+                if self.where != "random":
+                    break
         return found
 
-    def able(self, model, layout, stage, growth, multiple=16):
-        """The network after a growth, without any numbers in it; None where it cannot be."""
+    def added(self, model, layout, stage, growth, multiple=16):
+        """FLOPs that a growth would add to an image's training step; None where it cannot be. Tried on a twin without any numbers in it."""
         twin = copy.deepcopy(model).to("meta")
+        before = {m: name for name, m in twin.named_modules()}
         try:
             with models.seeded(0):  # draws of constructors must not shift those of the run
                 self.enlarge(twin, layout, stage, growth, multiple, breaker="none", generator=torch.Generator())
         except BadInput:
             return None
-        return twin
+        return stages.flops(twin, stages.follow(layout, before, twin, stage)) - stages.flops(model, layout)
 
     def enlarge(self, model, layout, stage, growth, multiple, optimizer=None, **kwargs):
         return grow_(model, layout, stage, growth, optimizer, factor=self.factor, multiple=multiple, trunk=self.trunk, **kwargs)
@@ -392,8 +400,10 @@ class PruneThenGrow(Policy, Method):
             trace = self.trace(run)
             action = decide(trace, self)
             if action.kind in GROWTH:  # what growth costs takes time to find out, and tells nothing where there is none
-                priced = tuple(replace(s, **self.prices(run, i, self.least(run))) for i, s in enumerate(trace.now.stages))
-                action = decide(replace(trace, epochs=(*trace.epochs[:-1], replace(trace.now, stages=priced))), self)
+                gone, now = trace.frozen | set(action.freeze), trace.now
+                left = [[g for g in GROWTH if (s.name, g) not in gone] for s in now.stages]
+                priced = tuple(replace(s, **self.prices(run, i, left[i])) for i, s in enumerate(now.stages))
+                action = decide(replace(trace, epochs=(*trace.epochs[:-1], replace(now, stages=priced))), self)
             return action
         steps = [s for s in self.plan if s[0] == run.epoch and s[1] != "wait"]
         return Action(kind=steps[0][1], stage=steps[0][2], reason="as planned") if steps else Action(kind="wait", reason="as planned")

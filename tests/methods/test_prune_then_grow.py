@@ -62,10 +62,12 @@ def told(history):
 
 @dataclass(frozen=True)
 class Resize(Method):
-    """Images of half the side for the first half of the schedule."""
+    """Images of half the side for the first half, or another share, of the schedule."""
+
+    at: float = 0.5
 
     def phases(self, shape, steps):
-        return [(0, (shape[1] // 2, shape[2] // 2), 1.0), (steps // 2, shape[1:], 1.0)]
+        return [(0, (shape[1] // 2, shape[2] // 2), 1.0), (round(self.at * steps), shape[1:], 1.0)]
 
     def size(self, run):
         return [s for start, s, _ in self.phases(run.dataset.shape, run.planned) if start <= run.position][-1]
@@ -74,7 +76,7 @@ class Resize(Method):
         return F.interpolate(x, self.size(run), mode="bilinear", antialias=True), y
 
     def on_step_end(self, run):
-        if run.position < run.planned // 2 <= run.position + run.pace:
+        if run.position < round(self.at * run.planned) <= run.position + run.pace:
             run.restructure(lambda model, optimizer: None)
 
 
@@ -431,6 +433,25 @@ def test_it_composes_with_a_method_that_resizes_images():
     full = train(network(), DATA, RECIPE, [method(plan=())])
     small = train(network(), DATA, RECIPE, [Resize(), method(plan=())])
     assert small.flops < 0.8 * full.flops
+
+
+def test_flops_are_right_where_the_images_change_within_an_epoch():
+    assert round(0.3 * RECIPE.epochs * PER_EPOCH) % PER_EPOCH
+    history = train(network(), DATA, RECIPE, [Resize(at=0.3), method(plan=(), budget=4.0)])
+    small = round(0.3 * history.steps)
+    half, full = (step_flops(network(), (1, side, side), RECIPE.batch_size) for side in (4, 8))
+    assert history.flops == spent(history)[0] == small * half + (history.steps - small) * full
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize(("make", "number"), [(network, 0), (network, 2), (vgg, 1)])
+def test_a_growth_is_priced_by_what_a_step_then_costs(make, number, growth):
+    model = make()
+    layout, chosen = stages.find(model, SHAPE), method()
+    more = chosen.added(model, layout, number, growth, 2)
+    before = step_flops(model, SHAPE, 3)
+    grow_(model, layout, number, growth, multiple=2, generator=g())
+    assert 3 * more == step_flops(model, SHAPE, 3) - before > 0
 
 
 def test_a_resized_run_is_lengthened_to_its_budget():
