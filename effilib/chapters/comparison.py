@@ -277,14 +277,17 @@ class Plan:
 def plan(book, trial, picked):
     """Give every arm its seeds: the slow ones one, all others as many as were asked for or (where nobody asked) fit into the budget.
 
-    In the presets smoke and quick every single method has one seed, an illustration, and the combinations are judged.
+    In the presets smoke and quick every single method has one seed, an illustration (smoke: but the slow ones), and the combinations
+    are judged.
     """
     task, whole = trial.task, picked.combinations
     singles = [c for c in trial.contenders if c.name not in trial.refused and (c.name,) not in whole]
-    one_each = task.preset in ("smoke", "quick")
-    once = [c for c in singles if one_each or c.name in trial.slow]
+    once = [c for c in singles if task.preset in ("smoke", "quick") or c.name in trial.slow]
     notes = {c.name: f"one seed: {trial.slow.get(c.name) or f'preset {task.preset}'}" for c in once}
     arms = [c.arm for c in singles if c not in once] + [combined(task, [trial.find(n) for n in c]) for c in whole]
+    if task.preset == "smoke":
+        notes |= {c.name: "slow: left out of a test" for c in once if c.name in trial.slow}
+        once = [c for c in once if c.name not in trial.slow]
 
     base = OVERHEAD * trial.baseline.raw_seconds
     runs = {join(c): h for c, h in picked.histories.items()} | trial.histories
@@ -404,6 +407,7 @@ def scoreboard(result, contenders):
     mixed = result.mixed()
     if mixed:
         rows[MIXED] = {"chapter": "3.2", "role": "in all arms", "measured": f"{mixed.text}, against fp32", "verdict": mixed.verdict}
+    rows |= {n: {"chapter": chapter.get(n, ""), "note": note} for n, note in result.notes.items() if n not in rows}
     rows |= {n: {"chapter": chapter.get(n, ""), "note": f"does not apply: {why}"} for n, why in result.refused.items()}
     table = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="arm")).astype(object)
     return table.where(table.notna(), "–")

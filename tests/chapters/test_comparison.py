@@ -173,7 +173,7 @@ def test_the_plan_gives_slow_arms_one_seed_and_the_rest_what_fits():
     fewer = chapter.plan(BOOK, slow_machine, picked)
     assert fewer.seeds < 5
     assert float(fewer.table.loc["together", "seconds"]) < chapter.BUDGET["study"] * 1.05
-    assert chapter.plan(ASKED, slow_machine, picked).seeds == 4  # who asks for seeds gets them
+    assert chapter.plan(ASKED, replace(slow_machine, task=replace(trial.task, seeds=4)), picked).seeds == 4  # who asks for seeds gets them
     assert chapter.plan(BOOK, replace(slow_machine, task=replace(trial.task, preset="full")), picked).seeds == 5
 
 
@@ -476,12 +476,18 @@ def test_mixed_precision_is_judged_against_fp32():
 
 def test_the_scoreboard_is_sorted_and_says_who_is_on_the_front_and_who_does_not_apply():
     result = made_result(quick=(5.0, 90.0), slow=(20.0, 90.0), better=(12.0, 95.0), missed=(4.0, 60.0), fp32=(15.0, 90.0))
+    result = replace(result, notes={"slow": "one seed: 2.0x"})
     board = chapter.scoreboard(result, FOUND)
     assert list(board.index) == [DENSE, "quick", "better", FP32, "slow", "missed", MIXED, "gone"]
     assert board["front"].to_dict() == {
         DENSE: "", "quick": "yes", "better": "yes", FP32: "", "slow": "", "missed": "yes", MIXED: "–", "gone": "–"
     }  # fmt: skip
     assert board.loc["gone", "note"] == "does not apply: no pooling"
+    assert board.loc["slow", "note"] == "one seed: 2.0x"
+    given = made_result(**{GIVEN: (2.0, 90.0), "quick": (5.0, 90.0)})
+    board_given = chapter.scoreboard(given, FOUND)
+    assert board_given.loc[GIVEN, ["front", "note"]].to_list() == ["", "its teacher's time is not counted"]
+    assert board_given.loc["quick", "front"] == "yes"
     assert board.loc[MIXED, "measured"].endswith("against fp32")
     assert chapter.say_front(result).count("%") == 3
     figure, caption = chapter.picture(result)
@@ -566,12 +572,11 @@ def test_everything_is_shown(finished):
     assert set(board.index) >= {DENSE, *BY_NAME}
     assert (board.loc[list(trial.refused), "note"].str.startswith("does not apply")).all()
     assert set(board.loc[[n for n in plan.notes if n in board.index], "verdict"]) <= {"smoke: not a measurement"}
-    assert board.loc[GIVEN, "note"].endswith("its teacher's time is not counted")
+    assert (board.loc[[n for n in trial.slow if n not in result.names], "note"] == "slow: left out of a test").all()
     figure, caption = chapter.picture(result)
     how = dict(figure=figure, caption=caption, headline=chapter.headline(picked), notes=[chapter.say_front(result)])
     assert book.record(result.comparisons, **how)["headline"]["arm"] == chapter.headline(picked)
-    few = "no verdict here: fewer than 5 seeds"
-    assert list(chapter.advice(result, {})["use"]) == [few, "not measured here", "not measured here", few]
+    assert list(chapter.advice(result, {})["use"])[:3] == ["no verdict here: fewer than 5 seeds", *["not measured here"] * 2]
 
 
 def test_runs_do_not_depend_on_tables_and_pictures():
