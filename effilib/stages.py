@@ -11,6 +11,7 @@ from torch import nn
 from effilib import surgery
 from effilib.convolution import probe
 from effilib.errors import BadInput
+from effilib.models import Constant
 
 ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
 
@@ -130,10 +131,13 @@ def carry(channels, owners, before, structure, cuts, epoch):
     """
     found, new = {}, 0
     for node in structure.nodes:
-        old = next((owners[before[m]] for m in map(node.layer, node.producers) if before.get(m) in owners), None)
+        layers = {m: p for p, m in zip(node.producers, map(node.layer, node.producers), strict=True)}
+        old = next((owners[before[m]] for m in layers if before.get(m) in owners), None)
         noted = channels.get(old, {"born": [], "alive": [], "strength": []})
-        if old in cuts:
-            noted = {k: [v[i] for i in cuts[old].tolist()] for k, v in noted.items()}
+        then = [before.get(m, p) for m, p in layers.items() if m in before or isinstance(m, Constant)]
+        index = next((cuts[p] for p in then if p in cuts), None)  # what stands for a removed path may have given the node its name
+        if index is not None:
+            noted = {k: [v[i] for i in index.tolist()] for k, v in noted.items()}
         more = node.width - len(noted["born"])
         fresh = {"born": [epoch] * more, "alive": [True] * more, "strength": [0.0] * more}
         found[node.name] = {k: [*v, *fresh[k]] for k, v in noted.items()}

@@ -7,6 +7,7 @@ from torch import nn
 from effilib import cost, models, stages, surgery
 from effilib.errors import BadInput
 from effilib.methods import net2net
+from effilib.methods.prune_train import prune_
 
 
 def resnet(**kwargs):
@@ -138,3 +139,22 @@ def test_finding_stages_leaves_the_network_as_it_was():
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_table_follows_a_cut_of_a_trunk_whose_first_path_was_removed():
+    model = resnet(blocks=(1, 1, 1))
+    found = surgery.trace(model)
+    table, owners, before = stages.table(found), stages.owners(found), {m: name for name, m in model.named_modules()}
+    inner, trunk = found["stages.1.0.conv1"], found["stages.1.0.conv2"]
+    with torch.no_grad():
+        for node, dead in ((inner, slice(None)), (trunk, slice(3, None))):
+            for name in node.consumers:
+                node.layer(name).weight[:, dead] = 0
+    table["stages.1.0.conv2"]["born"] = list(range(6))
+    cuts = {}
+    done = prune_(model, rule="readers", cuts=cuts)
+    assert done == ["residual path stages.1.0 removed", f"{next(iter(cuts))} 6 -> 3"]
+    later, new = stages.carry(table, owners, before, surgery.trace(model), cuts, 7)
+    assert {n.name: len(later[n.name]["born"]) for n in surgery.trace(model).nodes} == {n.name: n.width for n in surgery.trace(model).nodes}
+    assert new == 0
+    assert later[next(iter(cuts))]["born"] == [0, 1, 2]

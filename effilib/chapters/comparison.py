@@ -1,0 +1,589 @@
+"""Chapter 10: one protocol for every method, the pilots that choose, the scoreboard, the Pareto front and the advice.
+
+Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 17 b; selection, 3 rounds of the baseline and about 3 arms, 9 b a
+seed; measured in the study preset 17 b a seed, in the quick one 2.4 b a seed and every single method once, 18 b; what is over 1.5x slower
+once, 9 b. b is about 20 s in the study preset and 2 s in the quick one: 17 + 2 x 9 + 5 x 17 + 9 = 129 b, 43 min, and
+17 + 9 + 5 x 2.4 + 18 + 9 = 65 b, 2 min 10 s. How many seeds really fit is found out from the pilots: `plan`.
+"""
+
+import itertools
+import math
+import random
+import statistics as stats
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
+
+from effilib import clock, data, experiment, figures, series, tuning
+from effilib.chapters import records as recorded
+from effilib.chapters.attempts import attempted, refused
+from effilib.chapters.contenders import DENSE, FP32, GIVEN, PRUNED, RESIZED, STEM, TREE, clash, combined, join
+from effilib.errors import choose
+from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
+from effilib.statistics import FASTER, LEAST, Verdict, judge, paired_ratio, time_to_target
+from effilib.tasks import Task
+from effilib.training import History, resolve_precision
+
+PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
+MIXED = "mixed precision"
+# These epochs are among those of the recorded sweep, so that the baseline of this length is a tuned one too.
+SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=5, evaluations=12)}
+BUDGET = {"quick": 180, "study": 2700}  # seconds for all that is trained here, pilots included
+PILOTS = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # seeds of the selection
+ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a combination may have
+OVERHEAD = 1.35  # evaluations, warm-up and counting are off the clock, but take time
+SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
+HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
+AIM = 1.43  # of a combination: what chapter 6.3 claims for resizing alone
+
+
+def task(book):
+    """The one task: the baseline's, in the length that fits, with the recorded sweep's best setting for that length."""
+    base, sizes = book.task, dict(SIZES.get(book.preset, {}))
+    if not sizes:
+        return base
+    if "images" in sizes and base.images:
+        sizes["images"] = min(sizes["images"], base.images)
+    return base.but(**sizes, **swept(base, sizes["epochs"]), target=None)
+
+
+def swept(base, epochs):
+    """{"lr": ..., "weight_decay": ...}: the best of the recorded sweep at so many epochs; {} where there was none."""
+    if base.network != "resnet":
+        return {}
+    rows = tuning.read(tuning.sweep_file(base.preset, data.identify(base.dataset), base.variant))
+    best = next((r for r in tuning.best(rows) if r["epochs"] == epochs), None)
+    return {k: best[k] for k in ("lr", "weight_decay")} if best else {}
+
+
+def protocol(task, records):
+    """What holds for all arms, as a table."""
+    r, current = task.recipe, sum(not why for _, why in records.values())
+    tuned = "the best of the recorded sweep at this length" if swept(task, r.epochs) else "the task's own"
+    seeds = ", ".join(map(str, PILOT_SEEDS[: PILOTS[task.preset]]))
+    facts = {
+        "task": f"{data.label(task.dataset)}, {task.images or 'all'} training images, {task.network}, {r.epochs:g} epochs",
+        "baseline": f"batch {r.batch_size}, learning rate {r.lr:g}, weight decay {r.weight_decay:g}: {tuned}",
+        "in every arm": f"{resolve_precision(r.precision, task.device)}, one memory layout, data on the device",
+        "target": f"{task.target:g} % validation accuracy, held by two evaluations",
+        "equal accuracy": f"a one-sided 95 % bound within {task.margin:g} points of the baseline's",
+        "pilots": f"seeds {seeds}: they choose, and are never measured",
+        "budget": budget(task.preset),
+        "records": f"of {len(records)} chapters, {current} of them current here",
+    }
+    return pd.DataFrame({"": facts.values()}, index=list(facts))
+
+
+def budget(preset):
+    return f"{BUDGET[preset]} s for all that is trained, pilots included" if preset in BUDGET else "no limit"
+
+
+def baseline():
+    return Arm(name=DENSE, role="baseline")
+
+
+# Pilots: who applies, what it takes, what is worth combining
+
+
+class Score(NamedTuple):
+    """How an arm did in the pilots, smaller is better: seeds that missed, whether it is less accurate than the margin allows, time."""
+
+    missed: int
+    less: bool
+    time: float  # to the target, relative to the baseline's; where it was missed, that of the whole run
+
+
+def score(base, runs, target, margin):
+    """The `Score` of some runs against the baseline's with the same seeds."""
+    pairs = list(zip(base, runs, strict=True))
+    reached = [time_to_target(h.rows, target) for h in runs]
+    less = stats.mean(h.accuracy - b.accuracy for b, h in pairs) < -margin
+    times = [
+        (h.seconds if t is None else t) / max(time_to_target(b.rows, target) or b.seconds, 1e-9)
+        for t, (b, h) in zip(reached, pairs, strict=True)
+    ]
+    return Score(reached.count(None), less, stats.mean(times))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's time. refused: name -> why."""
+
+    task: Task
+    contenders: tuple
+    baseline: History
+    histories: dict
+    slow: dict
+    factors: dict
+    refused: dict
+    seconds: float
+
+    def find(self, name):
+        return next(c for c in self.contenders if c.name == choose("arm", name, [c.name for c in self.contenders]))
+
+    @property
+    def candidates(self):
+        """Names of those that are tried in combinations: one training, not slow, and alone neither without the target nor `HELPLESS`."""
+        found = []
+        for name, history in self.histories.items():
+            s = score([self.baseline], [history], self.task.target, self.task.margin)
+            if not self.find(name).arm.fit and name not in (FP32, *self.slow) and not s.missed and s.time <= HELPLESS:
+                found.append(name)
+        return found
+
+
+def screen(task, contenders, records):
+    """Train every contender once with a pilot seed, but those that their own chapter found slow on this machine."""
+    factors = {c.name: recorded.slowdown(records.get(c.stem, [None])[0], SLOW, task.device) for c in contenders if c.arm}
+    slow = {n: f"{f:.1f}x slower in its own chapter" for n, f in factors.items() if f > 1}
+    todo = [c for c in contenders if c.arm and c.name not in slow]
+    with clock.elapsed() as seconds:
+        (block,) = measure(task, [baseline(), *(attempted(c.arm) for c in todo)], list(PILOT_SEEDS[:1]), title="screening")
+        took = seconds()
+    base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
+    no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
+    histories = {n: h for n, h in histories.items() if n not in no}
+    for n, h in histories.items():
+        factors[n] = h.seconds / base.seconds
+        if factors[n] > SLOW:
+            slow[n] = f"{factors[n]:.1f}x the baseline's time in the pilot"
+    return Trial(task=task, contenders=contenders, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=took)
+
+
+def screen_table(trial):
+    """What the one pilot run of each contender says of it."""
+    rows, candidates = {}, trial.candidates
+    for c in trial.contenders:
+        h, row = trial.histories.get(c.name), {"time": "", "accuracy, points": "", "target": ""}
+        if h:
+            reached = time_to_target(h.rows, trial.task.target) is not None
+            row = {
+                "time": f"{h.seconds / trial.baseline.seconds:.2f}",
+                "accuracy, points": f"{h.accuracy - trial.baseline.accuracy:+.2f}",
+                "target": "reached" if reached else "diverged" if h.diverged else "missed",
+            }
+        note = f"does not apply: {trial.refused[c.name]}" if c.name in trial.refused else trial.slow.get(c.name, "")
+        rows[c.name] = row | {"note": note or ("is tried in combinations" if c.name in candidates else "")}
+    return pd.DataFrame(rows).T.rename_axis("arm")
+
+
+def forward(names, measured, clash=lambda a, b: "", rounds=3):
+    """Greedy forward selection: (what was chosen, dict combination -> score of all that was tried). Smaller scores are better.
+
+    measured: list of combinations (tuples of names; () is the baseline) -> dict combination -> score: a round is measured as one. Each
+    round adds the name that improves most; the first in which none improves is the last.
+    """
+    chosen, tried = (), dict(measured([()]))
+    for _ in range(rounds):
+        todo = [(*chosen, n) for n in names if n not in chosen and not any(clash(n, c) for c in chosen)]
+        if not todo:
+            break
+        found = measured(todo)
+        tried |= found
+        winner = min(found, key=found.get)
+        if not found[winner] < tried[chosen]:
+            break
+        chosen = winner
+    return chosen, tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not apply although its parts do."""
+
+    chosen: tuple
+    prescribed: tuple
+    tried: dict  # combination -> Score
+    histories: dict
+    refused: dict
+    seconds: float
+
+    @property
+    def combinations(self):
+        """What is to be measured: the chosen combination and the prescribed one, once if they are the same."""
+        return list(dict.fromkeys(c for c in (self.chosen, self.prescribed) if c))
+
+
+def select(trial):
+    """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as its parts apply."""
+    task, seeds = trial.task, list(PILOT_SEEDS[: PILOTS[trial.task.preset]])
+    known, histories, no = {(): Score(0, False, 1.0)}, {}, {}
+
+    def note(c, base, runs):
+        known[c], histories[c], why = score(base, runs, task.target, task.margin), runs[0], refused(runs[0])
+        if why:
+            known[c], no[c] = Score(len(seeds) + 1, True, math.inf), why
+
+    def measured(combinations):
+        todo = [c for c in combinations if c not in known]
+        if todo:
+            arms = [attempted(combined(task, [trial.find(n) for n in c])) for c in todo]
+            blocks = measure(task, [baseline(), *arms], seeds, title=f"selection, {len(todo[0])} at once")
+            for c in todo:
+                note(c, *([b["arms"][name] for b in blocks] for name in (DENSE, join(c))))
+        return {c: known[c] for c in combinations}
+
+    if len(seeds) == 1:  # the screening was the first round
+        for n in trial.candidates:
+            note((n,), [trial.baseline], [trial.histories[n]])
+    with clock.elapsed() as seconds:
+        chosen, _ = forward(trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset])
+        prescribed = tuple(n for n in PRESCRIBED if n in trial.histories)
+        prescribed = next((c for c in known if set(c) == set(prescribed)), prescribed)  # in whatever order
+        measured([prescribed])
+        took = seconds()
+    prescribed = () if prescribed in no else prescribed
+    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=took)
+
+
+def selection_table(picked):
+    """Every combination that was tried, in order, how it did, and the time that its parts would have if theirs multiplied."""
+    rows = {}
+    for c, s in picked.tried.items():
+        marks = [m for m, which in (("chosen", picked.chosen), ("prescribed", picked.prescribed)) if c and c == which]
+        alone = [picked.tried[n,].time for n in c if (n,) in picked.tried]
+        row = {"target": "missed" if s.missed else "reached", "equal accuracy": "no" if s.less else "yes", "time": f"{s.time:.2f}"}
+        row["if times multiplied"] = f"{math.prod(alone):.2f}" if len(alone) == len(c) > 1 else ""
+        if c in picked.refused:
+            row, marks = dict.fromkeys(row, ""), [f"does not apply: {picked.refused[c]}"]
+        rows[join(c)] = row | {"": ", ".join(marks)}
+    return pd.DataFrame(rows).T.rename_axis("combination")
+
+
+def say_selection(picked):
+    """What was chosen, in a sentence."""
+    if not picked.chosen:
+        return "In the pilots nothing was faster than the baseline at equal accuracy, so that only the prescribed combination is measured."
+    return f"Chosen in the pilots: {join(picked.chosen)}, {picked.tried[picked.chosen].time:.2f} of the baseline's time to the target."
+
+
+# Measuring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which arms are measured with how many seeds. notes: name -> why with one only."""
+
+    task: Task
+    judged: tuple
+    once: tuple
+    seeds: int
+    claims: dict
+    notes: dict
+    table: pd.DataFrame
+
+
+def plan(book, trial, picked):
+    """Give every arm its seeds: the slow ones one, all others as many as were asked for or (where nobody asked) fit into the budget.
+
+    In the presets smoke and quick every single method has one seed, an illustration (smoke: but the slow ones), and the combinations
+    are judged.
+    """
+    task, whole = trial.task, picked.combinations
+    singles = [c for c in trial.contenders if c.name not in trial.refused and (c.name,) not in whole]
+    once = [c for c in singles if task.preset in ("smoke", "quick") or c.name in trial.slow]
+    notes = {c.name: f"one seed: {trial.slow.get(c.name) or f'preset {task.preset}'}" for c in once}
+    arms = [c.arm for c in singles if c not in once] + [combined(task, [trial.find(n) for n in c]) for c in whole]
+    if task.preset == "smoke":
+        notes |= {c.name: "slow: left out of a test" for c in once if c.name in trial.slow}
+        once = [c for c in once if c.name not in trial.slow]
+
+    base = OVERHEAD * trial.baseline.raw_seconds
+    runs = {join(c): h for c, h in picked.histories.items()} | trial.histories
+    each = base + OVERHEAD * sum(runs[a.name].raw_seconds for a in arms)
+    left = sum(base * trial.factors[c.name] for c in once) + base * bool(once)
+    spent = trial.seconds + picked.seconds
+    fitting = max(1, int((BUDGET[task.preset] - spent - left) / each)) if task.preset in BUDGET else task.seeds
+    seeds = task.seeds if book.parameters["seeds"] else min(task.seeds, fitting)
+    rows = [
+        ("pilots, as they took", "", spent),
+        (f"{len(arms)} arms and the baseline, {seeds} seed{'s' * (seeds > 1)}", (len(arms) + 1) * seeds, seeds * each),
+        (f"{len(once)} arms and the baseline, one seed", len(once) + bool(once), left),
+        ("together", "", spent + seeds * each + left),
+    ]
+    table = pd.DataFrame(rows, columns=["what", "runs", "seconds"]).set_index("what").rename_axis(budget(task.preset))
+    table["seconds"] = [f"{s:.0f}" for s in table["seconds"]]
+    claims = {join(c): AIM for c in whole}
+    return Plan(task=task, judged=tuple(arms), once=tuple(c.arm for c in once), seeds=seeds, claims=claims, notes=notes, table=table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The finished runs: the `Comparison` of what is judged, and (or None) of what has one seed. notes, refused: name -> words."""
+
+    judged: experiment.Comparison
+    once: experiment.Comparison | None
+    notes: dict
+    refused: dict
+
+    @property
+    def task(self):
+        return self.judged.task
+
+    @property
+    def comparisons(self):
+        return [c for c in (self.judged, self.once) if c is not None]
+
+    @property
+    def names(self):
+        """All arms that ran, the baseline first."""
+        return list(dict.fromkeys(a.name for c in self.comparisons for a in c.arms))
+
+    def of(self, name):
+        """The comparison that an arm belongs to, None if it did not run."""
+        return next((c for c in self.comparisons if name in [a.name for a in c.arms]), None)
+
+    def pairs(self, name):
+        """(history, the baseline's with the same seed) of every seed of an arm."""
+        c = self.of(name)
+        return list(zip(c.histories(name), c.histories(c.baseline), strict=True))
+
+    def mixed(self):
+        """The baseline's `Verdict` against fp32: what 16-bit products bring, which all arms have. None where there is no fp32 arm."""
+        c = self.of(FP32)
+        if c is None:
+            return None
+        withhold = c.verdict(FP32).verdict if c.illustration or self.task.preset == "smoke" or experiment.shared_machine() else ""
+        return judge(
+            c.times(FP32), c.times(DENSE), [-d for d in c.differences(FP32)], margin=c.task.margin, arm=MIXED, against=FP32,
+            machine=c.machine["summary"], withhold=withhold,
+        )  # fmt: skip
+
+
+def measured(plan, trial):
+    """Run, or take from the cache, what the plan says."""
+    judged = compare(plan.task, [baseline(), *plan.judged], seeds=plan.seeds, claim=plan.claims, title="measured")
+    once, no = None, dict(trial.refused)
+    if plan.once:
+        arms = [baseline(), *map(attempted, plan.once)]
+        found = compare(plan.task, arms, seeds=1, illustration=True, title="one seed")
+        no |= {a.name: refused(found.histories(a.name)[0]) for a in arms if refused(found.histories(a.name)[0])}
+        kept = [a for a in arms if a.name not in no]
+        blocks = [{**b, "arms": {a.name: b["arms"][a.name] for a in kept}} for b in found.blocks]
+        once = replace(found, arms=tuple(kept), blocks=blocks)
+    return Measured(judged=judged, once=once, notes=plan.notes, refused=no)
+
+
+# The scoreboard and the front
+
+
+def front(points):
+    """Indices of the points (time, accuracy) that no other beats, in order of time: none is as fast and as accurate, and better in one."""
+    kept, best = [], None
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if best is None or points[i][1] > best[1] or points[i] == best:
+            kept.append(i)
+            best = points[i]
+    return kept
+
+
+def ends(result):
+    """Where every arm ends: dict name -> (time of the whole run relative to the baseline's with the same seed, accuracy), means."""
+    pairs = {n: result.pairs(n) for n in result.names}
+    return {n: (stats.mean(h.seconds / b.seconds for h, b in p), stats.mean(h.accuracy for h, _ in p)) for n, p in pairs.items()}
+
+
+def best(result):
+    """Names of the arms on the Pareto front, by time; without the student whose teacher's time nobody counts."""
+    found = {n: p for n, p in ends(result).items() if n != GIVEN}
+    return [list(found)[i] for i in front(list(found.values()))]
+
+
+REMARKS = {GIVEN: "its teacher's time is not counted", TREE: "made for classes that come later: see the text"}
+
+
+def scoreboard(result, contenders):
+    """One row an arm, the fastest to the target first: time, accuracy, FLOPs, memory, front; at the end who does not apply."""
+    chapter, on = {c.name: c.chapter for c in contenders}, best(result)
+    rows, ratios = {}, {DENSE: math.inf}
+    for c in result.comparisons:
+        for name, row in c.table().drop(columns=["claim reproduced", "step ms"]).iterrows():
+            if name not in rows:
+                note = "; ".join(filter(None, [result.notes.get(name), REMARKS.get(name)]))
+                rows[name] = {"chapter": chapter.get(name, "")} | dict(row) | {"front": "yes" if name in on else "", "note": note}
+                ratios.setdefault(name, c.verdict(name).ratio or -1)
+    rows = {n: rows[n] for n in sorted(rows, key=ratios.get, reverse=True)}
+    mixed = result.mixed()
+    if mixed:
+        rows[MIXED] = {"chapter": "3.2", "role": "in all arms", "measured": f"{mixed.text}, against fp32", "verdict": mixed.verdict}
+    rows |= {n: {"chapter": chapter.get(n, ""), "note": note} for n, note in result.notes.items() if n not in rows}
+    rows |= {n: {"chapter": chapter.get(n, ""), "note": f"does not apply: {why}"} for n, why in result.refused.items()}
+    table = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="arm")).astype(object)
+    return table.where(table.notna(), "–")
+
+
+def parts_table(result, picked):
+    """Does a combination beat its parts? How many times faster it is to the target than each of them."""
+    rows, judged = [], [a.name for a in result.judged.arms]
+    for c in picked.combinations:
+        for part in c if len(c) > 1 else ():
+            text = "the part has not these seeds in this preset"
+            if part in judged:
+                times = [result.judged.times(n) for n in (part, join(c))]
+                text = "one of them missed the target"
+                if not {None, 0} & {*times[0], *times[1]}:
+                    ratio, low, high = paired_ratio(*times)
+                    text = f"{ratio:.2f}x" + (f" [{low:.2f}, {high:.2f}]" if len(times[0]) > 1 else "")
+            rows.append((join(c), part, text))
+    rows = rows or [("none of several methods was measured", "", "")]
+    return pd.DataFrame(rows, columns=["combination", "part", "faster than the part"]).set_index(["combination", "part"])
+
+
+def curve(result, name):
+    """(times relative to the baseline's whole run, accuracies): medians over the seeds, evaluation by evaluation."""
+    pairs = result.pairs(name)
+    n = min(len(h.rows) for h, _ in pairs)
+    x = [stats.median(h.rows[i]["seconds"] / b.seconds for h, b in pairs) for i in range(n)]
+    return x, [stats.median(h.rows[i]["accuracy"] for h, _ in pairs) for i in range(n)]
+
+
+def picture(result):
+    """(figure, caption): accuracy over time, relative to the baseline's whole run; right where the arms end, and the Pareto front."""
+    end, on = ends(result), best(result)
+    names = sorted(end, key=lambda n: (n not in on, end[n]))
+    loud = [n for n in on if n != DENSE]
+    colour = {n: figures.COLOURS[i % 6] for i, n in enumerate(loud)} | {DENSE: "black"}  # the seventh is black
+    figure, (left, right) = figures.new(2, width=11.5, height=5.2)
+    marks = {}
+    for i, name in reversed(list(enumerate(names, 1))):  # the front on top
+        tint = colour.get(name, "#B5B5B5")
+        left.plot(*curve(result, name), color=tint, lw=2.2 if name in colour else 0.9)
+        shape = "o" if name in on else "^" if name == GIVEN else "s"
+        (marks[f"{i}  {name}"],) = right.plot(*end[name], shape, ls="none", color=tint, ms=8 if name in on else 5)
+        right.annotate(str(i), end[name], xytext=(5, 3), textcoords="offset points", fontsize=8)
+    low, top = min(y for _, y in end.values()), max(y for _, y in end.values())
+    low = max(low, top - 4 * max(2.0, top - end[DENSE][1], *(top - end[n][1] for n in on)))  # what fell far behind is named instead
+    far = 1.1 * max(x for x, _ in end.values())
+    right.step([end[n][0] for n in on] + [far], [end[n][1] for n in [*on, on[-1]]], where="post", color="black", lw=1, ls=":")
+    left.axhline(result.task.target, color="black", lw=0.8, ls="--")
+    left.set_xlim(0, min(far, 1.7))
+    for axes in (left, right):
+        axes.set_ylim(low - 0.06 * (top - low) - 0.2, top + 0.08 * (top - low) + 0.2)
+        axes.set_xlabel("time, relative to the baseline's whole run")
+    left.set_ylabel("validation accuracy (%)")
+    left.set_title(f"on the way (target {result.task.target:g} %, dashed)")
+    right.set_xscale("log")
+    first = 0.9 * min(x for x, _ in end.values())
+    right.set_xlim(first, far)
+    figures.plain_log(right.xaxis, values=[v for v in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 12) if first <= v <= far])
+    right.set_title("where the arms end, and the front (dotted; log scale)")
+    figure.legend([*marks.values()][::-1], [*marks][::-1], loc="outside right center", fontsize=8)
+    seconds = stats.median(h.seconds for h in result.judged.histories(DENSE))
+    below = [f"{n} ({y:.1f} %)" for n, (_, y) in end.items() if y < low]
+    return figure, (
+        f"Up and to the left is better. 1 is the baseline's whole run with the same seed, {seconds:.3g} s. Circles are on the Pareto "
+        f"front: no other arm is as fast and as accurate, and better in one of both. Lines are medians, marks means, of {seeds(result)}. "
+        + (f"Below the picture: {', '.join(below)}." if below else "")
+    )
+
+
+def seeds(result):
+    """How many seeds the arms have, in words."""
+    n = len(result.judged.blocks)
+    text = f"{n} seed{'s' * (n > 1)}"
+    return text if result.once is None else f"{text}, one for {len(result.once.arms) - 1} of the {len(result.names)} arms"
+
+
+def say_front(result):
+    """The front in a sentence."""
+    end = ends(result)
+    return "Pareto front (time, accuracy): " + "; ".join(f"{n} ({end[n][0]:.2f}, {end[n][1]:.2f} %)" for n in best(result)) + "."
+
+
+def headline(picked):
+    """The arm whose verdict stands for the chapter."""
+    return join(picked.chosen or picked.prescribed)
+
+
+# What a practitioner should use
+
+
+def recommended(verdicts):
+    """(what to use, what was measured): of the `Verdict`s that are faster at equal accuracy the one with the best lower bound."""
+    judged = [v for v in verdicts if v.n >= LEAST]
+    faster = [v for v in judged if v.verdict == FASTER]
+    if faster:
+        v = max(faster, key=lambda v: v.low)
+        return v.arm, f"{v.text}, {v.accuracy_difference:+.2f} points"
+    ratios = [v for v in judged or verdicts if v.ratio is not None]
+    nearest = max(ratios, key=lambda v: v.ratio, default=None)
+    what = (
+        f"the fastest: {nearest.arm}, {nearest.text}, {nearest.accuracy_difference:+.2f} points" if nearest else "none reached the target"
+    )
+    if not verdicts:
+        return "not measured here", ""
+    if not judged:
+        return f"no verdict here: fewer than {LEAST} seeds", what
+    return "plain training", f"of {len(judged)} none was faster at equal accuracy; {what}" + (f" ({nearest.verdict})" if nearest else "")
+
+
+def advice(result, records):
+    """Use this: on a CPU, on a GPU, with little data, with a network to be improved. Computed from what was measured here and recorded."""
+    rows, mixed = {}, result.mixed()
+    for kind, name in (("cpu", "on a CPU"), ("cuda", "on a GPU")):
+        use, what = recommended(verdicts_on(result, records, kind))
+        others = recorded.on_device(records, kind)
+        where = f"chapters {recorded.numbers(others)}" if others else f"none of {len(records)} records comes from such a device"
+        if result.task.device.startswith(kind):
+            where = "this notebook"
+            what += f"; {MIXED}, in all arms: {mixed.text}, against fp32" if mixed else ""
+        rows[name] = use, what, where
+    few = {c.stem: records[c.stem][0] for c in series.CHAPTERS if c.attacks == "images" and c.stem in records}
+    images = sorted({r["task"]["images"] or 0 for r in few.values()})
+    where = f"chapters {recorded.numbers(few)}: {' and '.join(f'{n:,}' for n in images)} training images"
+    use, what = recommended([v for r in few.values() for v in recorded.verdicts(r)])
+    rows["with little data"] = use, what, where if few else "no record of a chapter on few images"
+    own = [result.of(GIVEN).verdict(GIVEN)] if result.of(GIVEN) else []
+    older = {s: records[s][0] for s in ("06_2_net2net", "09_prune_then_grow") if s in records and records[s][0].get("headline")}
+    use, what = recommended([*own, *(Verdict(**r["headline"]) for r in older.values())])
+    places = ["this notebook"] * bool(own) + [f"chapters {recorded.numbers(older)}"] * bool(older)
+    rows["with a network to be improved"] = use, what, " and ".join(places) or "no such arm here, and no record"
+    return pd.DataFrame(rows, index=["use", "measured", "where"]).T.rename_axis("situation")
+
+
+def verdicts_on(result, records, kind):
+    """All verdicts on a kind of device: this notebook's where it ran on one, else those of the records. No student with a given teacher."""
+    if result.task.device.startswith(kind):
+        return [v for c in result.comparisons for v in c.verdicts() if v.arm != GIVEN]
+    return [v for r in recorded.on_device(records, kind).values() for v in recorded.verdicts(r)]
+
+
+# By hand
+
+
+def toy():
+    """Five arms whose front can be seen by eye: which others beat each."""
+    points = {"a": (0.6, 70), "b": (0.8, 75), "c": (0.9, 74), "d": (1.0, 80), "e": (1.3, 80)}
+    on = [list(points)[i] for i in front(list(points.values()))]
+    rows = {}
+    for n, (x, y) in points.items():
+        beaten = [m for m, (u, v) in points.items() if u <= x and v >= y and (u, v) != (x, y)]
+        rows[n] = {"time": f"{x:g}", "accuracy %": f"{y:g}", "beaten by": ", ".join(beaten), "on the front": "yes" if n in on else ""}
+    return pd.DataFrame(rows).T.rename_axis("arm")
+
+
+def toy_selection():
+    """Greedy selection on made-up times: what each round tries, and why it ends."""
+    times = {(): 1.0, ("a",): 0.7, ("b",): 0.8, ("c",): 0.9, ("a", "b"): 0.6, ("a", "c"): 0.75, ("a", "b", "c"): 0.65}
+    chosen, tried = forward("abc", lambda todo: {c: times[c] for c in todo})
+    rows = {join(c): {"round": str(len(c)), "time": f"{t:g}", "": "chosen" if c == chosen else ""} for c, t in tried.items()}
+    return pd.DataFrame(rows).T.rename_axis("made up")
+
+
+def check(cases=200):
+    """The front and the selection against trying everything, on made-up numbers: a table of what was found."""
+    g, wrong, worse = random.Random(0), 0, {"add up": 0, "do not add up": 0}
+    for _ in range(cases):
+        points = [(g.randint(1, 9), g.randint(1, 9)) for _ in range(8)]
+        beaten = [any(u <= x and v >= y and (u, v) != (x, y) for u, v in points) for x, y in points]
+        wrong += set(front(points)) != {i for i, b in enumerate(beaten) if not b}
+        every = [c for k in range(4) for c in itertools.combinations("abcde", k)]
+        single = {n: g.gauss(0, 1) for n in "abcde"}
+        sums = {c: sum(single[n] for n in c) for c in every}
+        for kind, times in (("add up", sums), ("do not add up", {c: v + (len(c) > 1) * g.gauss(0, 1) for c, v in sums.items()})):
+            chosen, tried = forward("abcde", lambda todo, times=times: {c: times[tuple(sorted(c))] for c in todo})
+            worse[kind] += tried[chosen] > min(times.values()) + 1e-9
+    rows = {f"front against asking every pair, {cases} sets: wrong": f"{wrong}"}
+    rows |= {f"greedy choice, effects that {k}: not the best of all": f"{n} of {cases}" for k, n in worse.items()}
+    return pd.DataFrame({"result": rows}).rename_axis("what")
