@@ -21,7 +21,7 @@ import effilib
 from effilib import models, paths
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(effilib.__path__, "effilib.") if not m.name.endswith("__main__"))
-MACHINERY = ("jobs", "paths", "processes", "progress", "provenance", "runner")
+MACHINERY = ("distributed", "jobs", "paths", "processes", "progress", "provenance", "runner")
 LIBRARY = [m for m in MODULES if m.split(".")[1] not in (*MACHINERY, "chapters")]
 NO_EXAMPLE = {  # name -> why
     "effilib.methods.layer_placement.serve": "one side of a conversation between processes: the example of `take_part`",

@@ -64,6 +64,7 @@ def steps(task, dataset):
 
 
 def step_flops(task, model, shape):
+    """FLOPs of a training step of `model` on images (C, H, W) = `shape`, with the task's batch; nothing is computed."""
     return cost.step_flops(copy.deepcopy(model).to("meta"), shape, task.recipe.batch_size)
 
 
@@ -133,6 +134,7 @@ def renewed(model, seed):
 
 
 def mode_name(mode, resized=False):
+    """The name of the arm that decides in this mode."""
     return f"prune, then grow ({mode}{', resizing' if resized else ''})"
 
 

@@ -51,6 +51,7 @@ def method(preset, ratio=0.2):
 
 
 def name(ratio):
+    """The name of the arm with this ratio."""
     return f"PruneTrain, r = {ratio:g}" if ratio else "dense"
 
 
