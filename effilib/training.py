@@ -509,7 +509,7 @@ def native_bf16(device="cpu"):
 
 
 def resolve_precision(precision, device="cpu"):
-    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do at speed.
+    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do fast.
 
     >>> resolve_precision("fp32"), resolve_precision("auto") in ("fp32", "bf16")
     ('fp32', True)
