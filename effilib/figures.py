@@ -174,25 +174,25 @@ def scoreboard(rows):
 
     >>> row = dict(chapter="3.2", title="Mixed precision", arm="bf16", against="fp32", quantity="time per step", dataset="cifar10")
     >>> row |= dict(ratio=None, low=None, high=None, verdict="target missed", text="4 of 5 reached the target")
-    >>> [text.get_text() for text in scoreboard([row]).axes[0].texts][-1]
-    'target missed: 4 of 5 reached the target'
+    >>> [text.get_text() for text in scoreboard([row]).axes[0].texts][-2:]
+    ['4 of 5 reached the target', 'target missed']
     """
-    figure, axes = new(width=10.0, height=1.1 + 0.58 * len(rows))
+    figure, axes = new(width=10.0, height=1.0 + 0.52 * len(rows))
     right, values = axes.get_yaxis_transform(), [0.5, 2.0]  # x in shares of the axis, y in rows
     for y, row in enumerate(rows):
         colour, marker = VERDICTS.get(row["verdict"], (GREY, "s"))
         what = f"{row['arm']} against {row['against']}, {row['quantity']}, {row['dataset']}"
-        axes.text(-0.015, y - 0.14, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
+        axes.text(-0.015, y - 0.15, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
         axes.text(-0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555")
-        if row["ratio"] is None:
-            axes.plot(1, y, marker, color=colour, ms=8, mec="white")
-            axes.text(1.08, y, f"{row['verdict']}: {row['text']}", va="center", fontsize=9, color=colour)
+        axes.text(1.015, y - 0.15, row["text"].split(", n=")[0], transform=right, va="center", fontsize=9, color=colour)
+        axes.text(1.015, y + 0.22, row["verdict"], transform=right, va="center", fontsize=8, color=colour, weight="bold")
+        if row["ratio"] is None:  # no place on the axis
+            axes.axhspan(y - 0.42, y + 0.42, color=colour, alpha=0.07, lw=0)
+            axes.plot(0.5, y, marker, transform=axes.get_yaxis_transform(), color=colour, ms=8, mec="white")
             continue
         low, high = (row["ratio"] if bound is None else bound for bound in (row["low"], row["high"]))
         axes.plot([low, high], [y, y], color=colour, lw=6, alpha=0.35, solid_capstyle="round")
         axes.plot(row["ratio"], y, marker, color=colour, ms=7)
-        axes.text(1.015, y - 0.14, row["text"].split(", n=")[0], transform=right, va="center", fontsize=9, color=colour)
-        axes.text(1.015, y + 0.22, row["verdict"], transform=right, va="center", fontsize=7.5, color=colour)
         values += [low, high]
     axes.axvline(1, color="black", lw=1)
     axes.set_xscale("log")
@@ -200,7 +200,7 @@ def scoreboard(rows):
     plain_log(axes.xaxis, values=[t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if min(values) / 1.2 <= t <= max(values) * 1.2])
     axes.set_yticks([])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("speed-up against the chapter's baseline (x, log scale; right of 1 is faster), with its 95 % interval")
+    axes.set_xlabel("speed-up against the chapter's baseline, with its 95 % interval\n(x, log scale; right of 1 is faster)")
     return figure
 
 
