@@ -180,8 +180,8 @@ class Book:
 def source(*things):
     """The source of functions and classes, coloured: a chapter shows its method in full view.
 
-    >>> print(source(png).data.splitlines()[0])
-    def png(figure):
+    >>> print(source(facts).data.splitlines()[0])
+    def facts(pairs):
     """
     from IPython.display import Code
 

@@ -20,7 +20,7 @@ SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 def interval(values, level=0.95):
     """(mean, low, high): two-sided Student-t interval of the mean of `values`; low and high are nan for one value.
 
-    >>> [round(v, 2) for v in interval([1.0, 2.0, 3.0])]
+    >>> [round(float(v), 2) for v in interval([1.0, 2.0, 3.0])]
     [2.0, -0.48, 4.48]
     """
     n, mean = len(values), sum(values) / len(values)
@@ -33,7 +33,7 @@ def interval(values, level=0.95):
 def lower_bound(values, level=0.95):
     """One-sided lower bound of the mean: it lies above this with probability `level`; nan for one value.
 
-    >>> round(lower_bound([1.0, 2.0, 3.0]), 2)
+    >>> round(float(lower_bound([1.0, 2.0, 3.0])), 2)
     0.31
     """
     return interval(values, 2 * level - 1)[1]

@@ -1,6 +1,7 @@
 """A headless Chromium that tests talk to: the DevTools protocol over two pipes. No port is opened and no name resolved."""
 
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +23,12 @@ OPTIONS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hid
 --remote-debugging-pipe"""
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND"
 
+# Chromium reads from descriptor 3 and writes to 4: the pipes go there, by way of free numbers, and Python makes room for it.
+START = """import fcntl, os, sys
+read, write = (fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
 SILENCE = 60  # seconds after which a browser that says nothing is given up
 
 # What a person would see of the page, as plain values.
@@ -54,8 +62,8 @@ class Browser:
     def __init__(self, folder):
         self.numbers, self.events = itertools.count(1), []
         (read, self.commands), (self.answers, write) = os.pipe(), os.pipe()
-        # Chromium reads from descriptor 3 and writes to 4; a shell puts the pipes there.
-        line = ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', CHROMIUM, *OPTIONS.split(), OFFLINE, f"--user-data-dir={folder}"]
+        line = [sys.executable, "-I", "-S", "-c", START, str(read), str(write)]
+        line += [CHROMIUM, *OPTIONS.split(), OFFLINE, f"--user-data-dir={folder}"]
         self.process = subprocess.Popen(line, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read)
         os.close(write)
@@ -65,7 +73,8 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        self.send("Browser.close")
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self.send("Browser.close")
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
