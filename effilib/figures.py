@@ -175,20 +175,20 @@ def scoreboard(rows):
     >>> row = dict(chapter="3.2", title="Mixed precision", arm="bf16", against="fp32", quantity="time per step", dataset="cifar10")
     >>> row |= dict(ratio=None, low=None, high=None, verdict="target missed", text="4 of 5 reached the target")
     >>> [text.get_text() for text in scoreboard([row]).axes[0].texts][-2:]
-    ['4 of 5 reached the target', 'target missed']
+    ['4 of 5 reached the target', '✗ target missed']
     """
     figure, axes = new(width=10.0, height=1.0 + 0.52 * len(rows))
     right, values = axes.get_yaxis_transform(), [0.5, 2.0]  # x in shares of the axis, y in rows
     for y, row in enumerate(rows):
         colour, marker = VERDICTS.get(row["verdict"], (GREY, "s"))
+        verdict = f"{'✗ ' if marker == 'X' else ''}{row['verdict']}"
         what = f"{row['arm']} against {row['against']}, {row['quantity']}, {row['dataset']}"
         axes.text(-0.015, y - 0.15, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
         axes.text(-0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555")
         axes.text(1.015, y - 0.15, row["text"].split(", n=")[0], transform=right, va="center", fontsize=9, color=colour)
-        axes.text(1.015, y + 0.22, row["verdict"], transform=right, va="center", fontsize=8, color=colour, weight="bold")
-        if row["ratio"] is None:  # no place on the axis
+        axes.text(1.015, y + 0.22, verdict, transform=right, va="center", fontsize=8, color=colour, weight="bold")
+        if row["ratio"] is None:  # it has no place on the axis
             axes.axhspan(y - 0.42, y + 0.42, color=colour, alpha=0.07, lw=0)
-            axes.plot(0.5, y, marker, transform=axes.get_yaxis_transform(), color=colour, ms=8, mec="white")
             continue
         low, high = (row["ratio"] if bound is None else bound for bound in (row["low"], row["high"]))
         axes.plot([low, high], [y, y], color=colour, lw=6, alpha=0.35, solid_capstyle="round")
