@@ -48,6 +48,10 @@ class Node:
 
     consumers, bns: layer -> columns per channel (H*W for a linear layer behind a flatten, else 1). why: the reason for which
     the node cannot be changed, "" if it can.
+
+    >>> net = build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))
+    >>> print(trace(net)["stages.1.0.conv1"])
+    stages.1.0.conv1: 16 channels; from stages.1.0.conv1; BatchNorm stages.1.0.bn1; to stages.1.0.conv2
     """
 
     model: nn.Module = field(repr=False)
@@ -64,6 +68,7 @@ class Node:
         return self.producers[0]
 
     def layer(self, name, model=None):
+        """The module of that name: of the traced model, or of another with the same names."""
         return (model or self.model).get_submodule(name)
 
     def __str__(self):
@@ -76,7 +81,12 @@ class Node:
 
 @dataclass(eq=False)
 class Path:
-    """A residual path, added to a shortcut that begins at the same tensor. layers, shortcut: names, in the order of the pass."""
+    """A residual path, added to a shortcut that begins at the same tensor. layers, shortcut: names, in the order of the pass.
+
+    >>> path = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))).path("stages.1.0")
+    >>> path.convs, path.shortcut
+    (['stages.1.0.conv1', 'stages.1.0.conv2'], ['stages.1.0.shortcut.0', 'stages.1.0.shortcut.1'])
+    """
 
     model: nn.Module = field(repr=False)
     name: str  # the block whose forward adds them
@@ -90,12 +100,20 @@ class Path:
 
     @property
     def convs(self):
+        """Names of its convolutions and linear layers."""
         return [n for n in self.layers if isinstance(self.model.get_submodule(n), CONVS)]
 
 
 @dataclass(eq=False)
 class Structure:
-    """What `trace` found: nodes that can be changed, nodes that cannot (each says why), residual paths."""
+    """What `trace` found: nodes that can be changed, nodes that cannot (each says why), residual paths.
+
+    >>> found = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1)))
+    >>> found["stages.0.0.conv2"].name  # it writes into the trunk, as the stem does
+    'stem'
+    >>> [node.name for node in found.inner(found.path("stages.0.0"))]
+    ['stages.0.0.conv1']
+    """
 
     nodes: list
     refused: list
@@ -124,7 +142,11 @@ class Structure:
 
 
 def unknown(kind, name, choices):
-    """The sentence that refuses a name and lists the choices."""
+    """The sentence that refuses a name and lists the choices.
+
+    >>> print(unknown("layer", "stem1", ["stem", "head"]))
+    unknown layer 'stem1': choose one of stem, head (did you mean 'stem'?)
+    """
     try:
         choose(kind, name, choices or ["none"])
     except BadInput as error:
@@ -213,6 +235,10 @@ def trace(model):
 
     Input channels and outputs of the network are never nodes. Raises `BadInput` if the forward pass as a whole cannot be followed
     (data-dependent control flow at its top); inside a submodule only the nodes that touch it are refused.
+
+    >>> found = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1)))
+    >>> {node.name: node.width for node in found.nodes}
+    {'stem': 8, 'stages.0.0.conv1': 8, 'stages.1.0.conv1': 16, 'stages.1.0.conv2': 16}
     """
     graph, opaque, constants = _follow(model)
     groups = _Reader(model, graph, opaque, constants).read()
@@ -229,7 +255,11 @@ def trace(model):
 
 
 def nodes(model):
-    """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there are none."""
+    """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there are none.
+
+    >>> [node.name for node in nodes(build("convnet", 10, (3, 32, 32), widths=(4, 8)))]
+    ['features.0', 'features.4']
+    """
     found = trace(model)
     if not found.nodes:
         reason = f": {found.refused[0].name}: {found.refused[0].why}" if found.refused else ""
@@ -453,7 +483,17 @@ def _paths(model, graph):
 
 
 def checked(node):
-    """The node, if it can be changed and the network still is what it was traced in; else `BadInput`."""
+    """The node, if it can be changed and the network still is what it was traced in; else `BadInput`.
+
+    >>> net = build("convnet", 10, (3, 32, 32), widths=(4, 8))
+    >>> node = trace(net)["features.0"]
+    >>> checked(node) is node
+    True
+    >>> net.features[4] = nn.Conv2d(4, 8, 1)
+    >>> checked(node)
+    Traceback (most recent call last):
+    effilib.errors.BadInput: the network has changed since the node of features.0 was found (features.4): trace it again
+    """
     if node.why:
         raise BadInput(f"the channels of {node.name} cannot be changed: {node.why}")
     for name, module in node.modules.items():

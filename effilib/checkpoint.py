@@ -18,7 +18,13 @@ from effilib.errors import BadInput
 
 
 def save_model(path, model, network, classes, shape):
-    """Save a network with all that is needed to build it anew: its import path or name, classes, (C, H, W) and widths."""
+    """Save a network with all that is needed to build it anew: its import path or name, classes, (C, H, W) and widths.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
+    >>> torch.equal(load_model("net.pt").head.weight, net.head.weight)
+    True
+    """
     architecture = {"network": network, "classes": classes, "shape": list(shape), "settings": models.describe(model)}
     _write(path, {"architecture": architecture, "model": model.state_dict()})
 
@@ -27,6 +33,11 @@ def load_model(path):
     """Build the saved network anew, also one whose widths and depths were changed by surgery, and load its weights.
 
     Raises `BadInput` if the file cannot be read, or a user's network no longer has the shapes that were saved.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
+    >>> load_model("net.pt").settings()
+    {'widths': [[4], [8]], 'bn': True}
     """
     saved = _read(path, "architecture", map_location="cpu")
     a = saved["architecture"]
@@ -42,7 +53,13 @@ def load_model(path):
 
 
 def identity(model, dataset, recipe, methods, seed, ranks):
-    """What makes a run this one, as plain data: `model` as it is before the first step."""
+    """What makes a run this one, as plain data: `model` as it is before the first step.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> identity(net, data, Recipe(), (), seed=0, ranks=distributed.ALONE)["network"]["head.weight"]
+    [4, 8]
+    """
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     methods = [repr(m) for m in methods]
     mine = {"network": shapes, "data": dataset.digest, "recipe": asdict(recipe), "methods": methods, "seed": seed}
@@ -50,7 +67,14 @@ def identity(model, dataset, recipe, methods, seed, ranks):
 
 
 def save(path, mine, run, history, batches):
-    """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere)."""
+    """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere).
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=2), checkpoint="first.pt")  # it saves after every epoch but the last
+    >>> read("first.pt", {})["epoch"]
+    1
+    """
     if path is None:
         return
     names = {p: name for name, p in run.model.named_parameters()}
@@ -87,6 +111,9 @@ def read(path, mine, ranks, device):
     """The content of a checkpoint, read by rank 0 for all, its tensors on `device`; None where there is none.
 
     Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or seed.
+
+    >>> print(read("nowhere.pt", {}, distributed.ALONE, "cpu"))
+    None
     """
     content = ranks.first(lambda: _content(path) if path is not None and Path(path).exists() else None)
     if content is None:
@@ -99,7 +126,12 @@ def read(path, mine, ranks, device):
 
 
 def shape_(model, saved):
-    """Give a network the widths, depths and kernel sizes that it had when it was saved, in place."""
+    """Give a network the widths, depths and kernel sizes that it had when it was saved, in place.
+
+    >>> saved = {"settings": {"widths": [[2], [8]], "bn": True}}
+    >>> shape_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), saved).settings()["widths"]
+    [[2], [8]]
+    """
     if saved and saved["settings"] != models.describe(model):
         rebuilt = type(model)(model.head.out_features, next(model.parameters()).shape[1], **saved["settings"])
         model.__dict__ = rebuilt.__dict__  # the caller's model it stays
@@ -142,6 +174,13 @@ def restore(saved, path, run, history, batches):
     """Bring `run`, whose methods have been set up, to the saved state.
 
     Raises `BadInput` if a user's network was changed in a way that `operate_again_` does not know.
+
+    >>> data = load("synthetic")
+    >>> nets = [build("convnet", data.classes, data.shape, widths=(4, 8)) for _ in range(2)]
+    >>> for net in nets:  # the second run goes on from the first one's checkpoint
+    ...     history = train(net, data, Recipe(epochs=2), checkpoint="second.pt")
+    >>> torch.equal(nets[0].head.weight, nets[1].head.weight)
+    True
     """
     try:
         run.model.load_state_dict(saved["model"])

@@ -23,27 +23,49 @@ RECURRING = 5  # a kind seen less often than this in an epoch is one-off work, w
 
 
 def now():
-    """Seconds on a monotonic clock, for elapsed times of people (progress lines, time-outs)."""
+    """Seconds on a monotonic clock, for elapsed times of people (progress lines, time-outs).
+
+    >>> begin = now()
+    >>> 0 <= now() - begin < 60
+    True
+    """
     return time.monotonic()
 
 
 def date():
-    """The current UTC time, ISO 8601, to the second."""
+    """The current UTC time, ISO 8601, to the second.
+
+    >>> date().startswith("20"), date()[-6:]
+    (True, '+00:00')
+    """
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def pause(seconds):
-    """Do nothing for so long: what a slower link would take."""
+    """Do nothing for so long: what a slower link would take.
+
+    >>> with elapsed() as seconds:
+    ...     pause(0.01)
+    >>> seconds() >= 0.01
+    True
+    """
     time.sleep(seconds)
 
 
 def duration(seconds):
-    """Seconds as `datetime.timedelta`, which `torch.distributed` wants."""
+    """Seconds as `datetime.timedelta`, which `torch.distributed` wants.
+
+    >>> duration(90)
+    datetime.timedelta(seconds=90)
+    """
     return datetime.timedelta(seconds=seconds)
 
 
 def synchronize(device):
-    """Wait until `device` has done what it was given."""
+    """Wait until `device` has done what it was given.
+
+    >>> synchronize("cpu")  # which is never ahead
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -53,6 +75,14 @@ class Stopwatch:
 
     `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time out of it.
     On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation per step.
+
+    >>> watch = Stopwatch()
+    >>> watch.start()
+    >>> for kind in ("step", "step", "reconfigure"):
+    ...     watch.lap(kind)
+    >>> seconds = watch.end_epoch()  # of the run, after each segment
+    >>> len(seconds), seconds[-1] == watch.seconds == watch.raw
+    (3, True)
     """
 
     def __init__(self, device="cpu"):
@@ -74,6 +104,7 @@ class Stopwatch:
         return event
 
     def start(self):
+        """Open the first segment; time since the last one is not counted."""
         self.begin = self._read()
 
     def lap(self, kind="step", substitute=False):
@@ -137,6 +168,10 @@ def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None)
 
     functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in seconds.
     `seconds` ends the rounds early (after at least 3) once that much time was spent.
+
+    >>> times = interleaved({"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}, repeats=5)
+    >>> {name: len(seconds) for name, seconds in times.items()}
+    {'small': 5, 'large': 5}
     """
     times = {name: [] for name in functions}
     begun = time.perf_counter()
@@ -155,7 +190,13 @@ def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None)
 
 @contextlib.contextmanager
 def elapsed():
-    """`with elapsed() as t: ...; t()` gives the seconds since the beginning."""
+    """`with elapsed() as t: ...; t()` gives the seconds since the beginning.
+
+    >>> with elapsed() as seconds:
+    ...     total = torch.ones(9).sum()
+    >>> seconds() > 0
+    True
+    """
     begin = time.perf_counter()
     yield lambda: time.perf_counter() - begin
 
@@ -166,6 +207,9 @@ def steady_memory():
     Training allocates and frees the same large tensors over and over; without this each step pays page faults for
     them. It is engineering for every arm alike, not a method's credit. Elsewhere than on glibc it does nothing.
     Returns whether it was set.
+
+    >>> steady_memory() in (True, False)  # whether the system's allocator can be told
+    True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -176,7 +220,11 @@ def steady_memory():
 
 
 def cpu_flags():
-    """The processor's feature flags (Linux; elsewhere empty)."""
+    """The processor's feature flags (Linux; elsewhere empty).
+
+    >>> type(cpu_flags())  # such as "avx512_bf16"
+    <class 'frozenset'>
+    """
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith(("flags", "Features")):
@@ -193,7 +241,11 @@ def _cpu_name():
 
 
 def machine(device="cpu"):
-    """Fingerprint of what the numbers were measured on: a dict of plain values, `summary` for people."""
+    """Fingerprint of what the numbers were measured on: a dict of plain values, `summary` for people.
+
+    >>> sorted(machine())
+    ['bf16', 'cores', 'cpu', 'device', 'load', 'python', 'summary', 'system', 'threads', 'torch']
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{cores}-core CPU"
     on_cuda = torch.device(device).type == "cuda"

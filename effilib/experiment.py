@@ -33,6 +33,11 @@ class Arm:
 
     methods: `Method`s for `train`. changes: of the task or its recipe, e.g. {"epochs": 3}. network: settings of the network,
     e.g. {"widths": (8, 16, 32)}. fit: what is not one `train()` (stages, a teacher and a student): (task, seed) -> History.
+
+    >>> half = Arm(name="half the epochs", role="control", changes={"epochs": 1})
+    >>> t = task("smoke", "synthetic")
+    >>> half.run(t, t.load(), seed=0).steps
+    4
     """
 
     name: str
@@ -52,19 +57,32 @@ class Arm:
 
 
 def shared_machine():
-    """Whether other notebooks run at the same time (`effilib run --jobs`): times then mean nothing."""
+    """Whether other notebooks run at the same time (`effilib run --jobs`): times then mean nothing.
+
+    >>> shared_machine()
+    False
+    """
     return bool(os.environ.get("EFFILIB_SHARED"))
 
 
 def order(arms, index):
-    """The arms in the order of the block number `index`: A B, B A, B A, A B for two; rotated and reversed for more."""
+    """The arms in the order of the block number `index`: A B, B A, B A, A B for two; rotated and reversed for more.
+
+    >>> ["".join(order("AB", index)) for index in range(4)]
+    ['AB', 'BA', 'BA', 'AB']
+    """
     k = index // 2 % len(arms)
     rotated = [*arms[k:], *arms[:k]]
     return rotated[::-1] if index % 2 else rotated
 
 
 def key(task, dataset, arms):
-    """Under what a block is cached: all that the result depends on, but the seed."""
+    """Under what a block is cached: all that the result depends on, but the seed.
+
+    >>> t, arms = task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")]
+    >>> key(t, t.load(), arms) == key(t.but(seeds=9), t.load(), arms) != key(t.but(lr=0.2), t.load(), arms)
+    True
+    """
     return provenance.digest(
         provenance.settings(replace(task, seeds=0, target=None, margin=0.0)),  # judged later, never trained with
         provenance.settings(list(arms)),
@@ -86,7 +104,13 @@ def _network_source(network):
 
 
 def measure(task, arms, seeds, *, title="runs"):
-    """Run every arm with every seed, or take it from the cache: list of blocks {"seed", "arms": {name: History}, ...}."""
+    """Run every arm with every seed, or take it from the cache: list of blocks {"seed", "arms": {name: History}, ...}.
+
+    >>> block = measure(task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")], seeds=[3])[0]
+    runs: 1 of 1, ...: seed 3, baseline: ...
+    >>> block["seed"], block["arms"]["baseline"].steps
+    (3, 8)
+    """
     dataset = task.load()
     folder = paths.make(paths.cache() / key(task, dataset, arms))
     blocks = {s: _read(folder / f"seed-{s}.json", arms) for s in seeds}
@@ -149,6 +173,9 @@ def pilot(task):
 
     Two seeds know little of the spread, and a target that one of the baseline's five misses decides nothing. The pilot's seeds are
     never measured, and it runs before any method does.
+
+    >>> pilot(task("quick", "mnist5k")).target  # tuned: there is nothing to do
+    96.0
     """
     if task.target is not None:
         return task
@@ -165,6 +192,13 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
     claim: the speed-up fixed for this scale before running: for every method, or a dict by arm. illustration: a grid that
     is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline, or in one of several
     processes.
+
+    >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="shorter", role="control", changes={"epochs": 1})]
+    >>> comparison = compare(task("smoke", "synthetic"), arms, quantity="training time")
+    runs: 1 of 2, ...
+    runs: 2 of 2, ...
+    >>> comparison.verdict("shorter").verdict
+    'smoke: not a measurement'
     """
     if distributed.several():
         raise BadInput("compare: arms are measured in one process; over several only train() works (torchrun -m effilib train)")
@@ -185,7 +219,15 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The finished runs of some arms, and what follows from them."""
+    """The finished runs of some arms, and what follows from them.
+
+    >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", role="control", network={"widths": (4, 4, 4)})]
+    >>> comparison = compare(task("smoke", "synthetic"), arms, quantity="time per step")
+    runs: 1 of 2, ...
+    runs: 2 of 2, ...
+    >>> list(comparison.table().index), comparison.predicted("narrow") > 1
+    (['baseline', 'narrow'], True)
+    """
 
     task: Task
     arms: tuple
@@ -196,10 +238,12 @@ class Comparison:
 
     @property
     def baseline(self):
+        """The baseline's name."""
         return self.arms[0].name
 
     @property
     def machine(self):
+        """What it was measured on: see `clock.machine`."""
         return self.blocks[-1]["machine"]
 
     def histories(self, arm):

@@ -16,7 +16,12 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 
 
 class HouseAxes(Axes):
-    """Titles to the left, legends without a frame. A class and not rcParams: a user's own plots keep their own style."""
+    """Titles to the left, legends without a frame. A class and not rcParams: a user's own plots keep their own style.
+
+    >>> _, axes = new()
+    >>> axes.set_title("cost").get_position()[0]  # to the left
+    0.0
+    """
 
     def set_title(self, label, *, loc="left", fontsize=11, **kwargs):
         return super().set_title(label, loc=loc, fontsize=fontsize, **kwargs)
@@ -26,26 +31,48 @@ class HouseAxes(Axes):
 
 
 class HouseFigure(Figure):
-    """The same for a figure's legend."""
+    """The same for a figure's legend.
+
+    >>> figure, axes = new()
+    >>> lines = axes.plot([1, 2], label="baseline")
+    >>> figure.legend().get_frame_on()
+    False
+    """
 
     def legend(self, *args, frameon=False, **kwargs):
         return super().legend(*args, frameon=frameon, **kwargs)
 
 
 def new(columns=1, rows=1, width=8.0, height=3.6, **kwargs):
-    """(figure, axes) in the house style, not registered with pyplot: nothing to close, nothing shown twice."""
+    """(figure, axes) in the house style, not registered with pyplot: nothing to close, nothing shown twice.
+
+    >>> figure, (left, right) = new(2)
+    >>> type(figure).__name__, type(left).__name__
+    ('HouseFigure', 'HouseAxes')
+    """
     with mpl.rc_context(STYLE):
         figure = HouseFigure(figsize=(width, height), dpi=110, layout="constrained")
         return figure, figure.subplots(rows, columns, subplot_kw={"axes_class": HouseAxes}, **kwargs)
 
 
 def colours(names):
-    """name -> colour; the first is the baseline."""
+    """name -> colour; the first is the baseline.
+
+    >>> colours(["baseline", "method"])
+    {'baseline': '#7F7F7F', 'method': '#0072B2'}
+    """
     return {n: GREY if i == 0 else COLOURS[(i - 1) % len(COLOURS)] for i, n in enumerate(names)}
 
 
 def plain_log(axis, *, values=None):
-    """A logarithmic axis with plain numbers on it, at the given values if there are few."""
+    """A logarithmic axis with plain numbers on it, at the given values if there are few.
+
+    >>> _, axes = new()
+    >>> axes.set_xscale("log")
+    >>> plain_log(axes.xaxis, values=(1, 2, 4))
+    >>> [label.get_text() for label in axes.get_xticklabels()]
+    ['1', '2', '4']
+    """
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
     if values is not None:
@@ -54,7 +81,15 @@ def plain_log(axis, *, values=None):
 
 
 def accuracy_over_time(comparison):
-    """Validation accuracy over seconds on the clock: each seed thin, the median thick, the target dashed."""
+    """Validation accuracy over seconds on the clock: each seed thin, the median thick, the target dashed.
+
+    >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="shorter", changes={"epochs": 1})]
+    >>> comparison = compare(task("smoke", "synthetic"), arms, quantity="training time", title="two arms")
+    two arms: 1 of 2, ...
+    two arms: 2 of 2, ...
+    >>> accuracy_over_time(comparison).axes[0].get_ylabel()
+    'validation accuracy (%)'
+    """
     figure, (left, right) = new(2, width=9.5, height=4.1, width_ratios=(1, 1), sharex=True)
     colour = colours([a.name for a in comparison.arms])
     target = comparison.task.target
@@ -85,6 +120,11 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     """Forest plot: each arm's measured speed-up with its interval, the prediction from FLOPs as a diamond.
 
     verdicts: `Verdict`s. predicted: dict arm -> ratio. claim: the figure fixed before running, dotted.
+
+    >>> from effilib.statistics import judge
+    >>> verdict = judge([10.0] * 5, [8.0, 8.1, 7.9, 8.0, 8.0], [0.0] * 5, margin=0.5, arm="method")
+    >>> [label.get_text() for label in speed_ups([verdict], {"method": 1.4}).axes[0].get_yticklabels()]
+    ['method']
     """
     figure, axes = new(width=8.0, height=1.7 + 0.5 * max(1, len(verdicts)))
     values = [1.0]
@@ -120,8 +160,57 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     return figure
 
 
+VERDICTS = {  # verdict -> colour, marker: told apart without colours too
+    "faster at equal accuracy": (COLOURS[2], "o"),
+    "faster but less accurate": (COLOURS[4], "D"),
+    "slower": (COLOURS[1], "v"),
+    "target missed": ("#B00020", "X"),
+}
+
+
+def scoreboard(rows):
+    """Every method's recorded speed-up with its interval, on a log axis, coloured by verdict; one that missed the target says so.
+
+    rows: dicts as `series.headlines` gives them, one a chapter: what was measured, against what, its ratio or why there is none.
+
+    >>> row = dict(chapter="3.2", title="Mixed precision", arm="bf16", against="fp32", quantity="time per step", dataset="cifar10")
+    >>> row |= dict(ratio=None, low=None, high=None, verdict="target missed", text="4 of 5 reached the target")
+    >>> [text.get_text() for text in scoreboard([row]).axes[0].texts][-2:]
+    ['4 of 5 reached the target', '✗ target missed']
+    """
+    figure, axes = new(width=10.0, height=1.0 + 0.52 * len(rows))
+    right, values = axes.get_yaxis_transform(), [0.5, 2.0]  # x in shares of the axis, y in rows
+    for y, row in enumerate(rows):
+        colour, marker = VERDICTS.get(row["verdict"], (GREY, "s"))
+        verdict = f"{'✗ ' if marker == 'X' else ''}{row['verdict']}"
+        what = f"{row['arm']} against {row['against']}, {row['quantity']}, {row['dataset']}"
+        axes.text(-0.015, y - 0.15, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
+        axes.text(-0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555")
+        axes.text(1.015, y - 0.15, row["text"].split(", n=")[0], transform=right, va="center", fontsize=9, color=colour)
+        axes.text(1.015, y + 0.22, verdict, transform=right, va="center", fontsize=8, color=colour, weight="bold")
+        if row["ratio"] is None:  # it has no place on the axis
+            axes.axhspan(y - 0.42, y + 0.42, color=colour, alpha=0.07, lw=0)
+            continue
+        low, high = (row["ratio"] if bound is None else bound for bound in (row["low"], row["high"]))
+        axes.plot([low, high], [y, y], color=colour, lw=6, alpha=0.35, solid_capstyle="round")
+        axes.plot(row["ratio"], y, marker, color=colour, ms=7)
+        values += [low, high]
+    axes.axvline(1, color="black", lw=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 1.2, max(values) * 1.2)
+    plain_log(axes.xaxis, values=[t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if min(values) / 1.2 <= t <= max(values) * 1.2])
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("speed-up against the chapter's baseline, with its 95 % interval\n(x, log scale; right of 1 is faster)")
+    return figure
+
+
 def shares(parts, *, title="", unit="ms"):
-    """Stacked horizontal bars: where the time goes. parts: dict row -> dict part -> time in `unit`."""
+    """Stacked horizontal bars: where the time goes. parts: dict row -> dict part -> time in `unit`.
+
+    >>> shares({"resnet": {"forward": 3.0, "backward": 6.0}}).axes[0].get_xlabel()
+    'ms per training step'
+    """
     figure, axes = new(width=8.5, height=1.4 + 0.55 * len(parts))
     names = list(dict.fromkeys(p for row in parts.values() for p in row))
     longest, bars = max(sum(row.values()) for row in parts.values()), {}
@@ -147,6 +236,10 @@ def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=T
     """A panel per scan: measured times as points on a line, the FLOP prediction through the reference point dashed.
 
     panels: list of dicts: title, xlabel, x (values), series {name: times}, predicted {name: times} (may be empty).
+
+    >>> panel = {"title": "width", "xlabel": "channels", "x": [16, 32], "series": {"fp32": [1.0, 3.0]}, "predicted": {"fp32": [0.8, 3.2]}}
+    >>> measured_and_predicted([panel]).axes[0].get_ylabel()
+    'ms'
     """
     figure, axes = new(len(panels), width=width * len(panels), height=height, squeeze=False)
     for ax, panel in zip(axes[0], panels, strict=True):
@@ -170,7 +263,12 @@ def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=T
 
 
 def sweep(rows, *, title=""):
-    """The tuning of a baseline: accuracy over the learning rate, a panel per number of epochs, a line per weight decay."""
+    """The tuning of a baseline: accuracy over the learning rate, a panel per number of epochs, a line per weight decay.
+
+    >>> rows = [dict(epochs=3, lr=lr, weight_decay=5e-4, accuracy=95.0) for lr in (0.1, 0.2)]
+    >>> sweep(rows).axes[0].get_title(loc="left")
+    '3 epochs'
+    """
     epochs = sorted({r["epochs"] for r in rows})
     figure, axes = new(len(epochs), width=3.1 * len(epochs), height=3.2, sharey=True, squeeze=False)
     decays = sorted({r["weight_decay"] for r in rows})
@@ -196,7 +294,11 @@ def sweep(rows, *, title=""):
 
 
 def histogram(values, *, bins=60, xlabel="", marks=(), title="", spans=()):
-    """Histogram of several samples on one axis. values: dict name -> array. marks: (x, text). spans: (low, high, text) shaded."""
+    """Histogram of several samples on one axis. values: dict name -> array. marks: (x, text). spans: (low, high, text) shaded.
+
+    >>> histogram({"gradients": [0.0, 1.0, 1.0]}, xlabel="size").axes[0].get_xlabel()
+    'size'
+    """
     figure, axes = new(width=8.0, height=3.3)
     low = min(float(np.min(v)) for v in values.values())
     high = max(float(np.max(v)) for v in values.values())

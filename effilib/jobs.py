@@ -49,22 +49,27 @@ class Job:
 
     @property
     def name(self):
+        """The notebook's name."""
         return self.notebook.stem
 
     @property
     def results(self):
+        """Folder of its results."""
         return self.folder / self.name
 
     @property
     def partial(self):
+        """Folder that it runs in."""
         return self.folder / ".partial" / self.name
 
     @property
     def old(self):
+        """Where earlier results wait while the new ones take their place."""
         return self.folder / ".old" / self.name
 
     @property
     def recorded(self):
+        """Folder of the recorded results of the same preset and data set."""
         return paths.recorded() / f"{self.preset}-{self.dataset}" / self.name
 
     @property

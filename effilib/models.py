@@ -19,18 +19,31 @@ from effilib.errors import BadInput, choose
 
 
 def conv3x3(c_in, c_out, stride=1, bias=False, kernel=3):
+    """A convolution that keeps the size of maps, but for the stride: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride). kernel: odd.
+
+    >>> conv3x3(3, 8, stride=2)(torch.zeros(1, 3, 6, 6)).shape
+    torch.Size([1, 8, 3, 3])
+    """
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=bias)
 
 
 class Gone(nn.Module):
-    """Stands where the first layer of a removed residual path stood: nothing flows on."""
+    """Stands where the first layer of a removed residual path stood: nothing flows on.
+
+    >>> Gone()(torch.ones(2, 3, 4, 4))
+    tensor([[[[0.]]]])
+    """
 
     def forward(self, x):
         return x.new_zeros(1, 1, 1, 1)
 
 
 class Constant(nn.Module):
-    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant per channel, (C,)."""
+    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant per channel, (C,).
+
+    >>> Constant(2)(torch.ones(1, 2, 1, 1)).flatten().tolist()  # it begins at 0
+    [1.0, 1.0]
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -45,6 +58,10 @@ class Block(nn.Module):
 
     inner: channels between the two (default c_out); 0: the residual path is gone, the shortcut and a constant are left.
     kernels: sizes of the two, odd.
+
+    >>> block = Block(8, 16, stride=2, inner=4)
+    >>> block.inner, block.width, block(torch.zeros(1, 8, 6, 6)).shape
+    (4, 16, torch.Size([1, 16, 3, 3]))
     """
 
     def __init__(self, c_in, c_out, stride=1, inner=None, kernels=(3, 3)):
@@ -61,14 +78,17 @@ class Block(nn.Module):
 
     @property
     def inner(self):
+        """Channels between its two convolutions; 0 where the residual path is gone."""
         return 0 if isinstance(self.conv1, Gone) else self.conv1.out_channels
 
     @property
     def kernels(self):
+        """Sizes of its two kernels."""
         return [getattr(m, "kernel_size", (3,))[0] for m in (self.conv1, self.conv2)]  # what stands in a layer's place says nothing
 
     @property
     def width(self):
+        """Channels that it writes."""
         return len(self.bn2.bias)
 
     def forward(self, x):
@@ -83,6 +103,10 @@ class ResNet(nn.Module):
     stem: channels of the stem (default: those of the first stage). kernels: sizes, all odd, of the stem's kernel and of those in each
     stage; or, per stage, the list of its blocks' two (default: 3 everywhere). patch: the stem cuts the image into patches of this size
     (kernel and stride) instead.
+
+    >>> net = ResNet(10, widths=(8, 16), blocks=(1, 2))
+    >>> net(torch.zeros(2, 3, 32, 32)).shape, net.settings()["blocks"]
+    (torch.Size([2, 10]), [[8], [16, 16]])
     """
 
     def __init__(self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None, kernels=None, patch=None):
@@ -114,6 +138,7 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
 
     def settings(self):
+        """Widths, depths and kernel sizes as they are now: `ResNet(classes, channels, **settings)` has the same structure."""
         found = {
             "widths": [s[-1].width for s in self.stages],
             "blocks": [[b.inner for b in s] for s in self.stages],
@@ -133,6 +158,10 @@ class VGG(nn.Module):
     """VGG with BatchNorm (Simonyan & Zisserman 2014): stages of 3x3 convolutions, 2x2 max pooling between, average pooling at the end.
 
     widths: per stage, the list of its layers' channels.
+
+    >>> net = VGG(10, widths=((8,), (16, 16)))
+    >>> net(torch.zeros(2, 3, 32, 32)).shape, sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    (torch.Size([2, 10]), 3)
     """
 
     def __init__(self, classes, channels=3, widths=((32,), (64,), (128, 128)), bn=True):
@@ -155,6 +184,7 @@ class VGG(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
     def settings(self):
+        """Widths as they are now, and whether there is BatchNorm: `VGG(classes, channels, **settings)` has the same structure."""
         widths = [[]]
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
@@ -168,17 +198,29 @@ class VGG(nn.Module):
 
 
 def resnet(classes, channels=3, **settings):
-    """`ResNet` with the given widths and blocks."""
+    """`ResNet` with the given widths and blocks.
+
+    >>> resnet(10, channels=1, widths=(8,), blocks=(2,)).settings()
+    {'widths': [8], 'blocks': [[8, 8]], 'stem': 8}
+    """
     return ResNet(classes, channels, **settings)
 
 
 def vgg(classes, channels=3, **settings):
-    """`VGG` with the given widths."""
+    """`VGG` with the given widths.
+
+    >>> vgg(10, widths=((8,), (16, 16))).settings()
+    {'widths': [[8], [16, 16]], 'bn': True}
+    """
     return VGG(classes, channels, **settings)
 
 
 def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
-    """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage."""
+    """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage.
+
+    >>> convnet(10, widths=(8, 16), bn=False).settings()
+    {'widths': [[8], [16]], 'bn': False}
+    """
     return VGG(classes, channels, widths=widths, bn=bn)
 
 
@@ -186,7 +228,11 @@ NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
 
 
 def stream(seed, name):
-    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other."""
+    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other.
+
+    >>> stream(0, "weights").initial_seed() == stream(0, "weights").initial_seed() != stream(0, "data").initial_seed()
+    True
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
@@ -196,6 +242,12 @@ def initialize_(model, seed=None):
 
     seed: every layer draws from a stream of its own, so that networks of other widths start alike in the layers whose
     names and shapes agree. None: all draw from the global generator.
+
+    >>> narrow, wide = (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, width, 3)) for width in (4, 8))
+    >>> for net in (narrow, wide):
+    ...     initialize_(net, seed=1)
+    >>> torch.equal(narrow[0].weight, wide[0].weight)
+    True
     """
     for name, m in model.named_modules():
         g = None if seed is None else stream(seed, name)
@@ -213,6 +265,13 @@ def seeded(seed, device="cpu"):
     """Inside, PyTorch's global generator starts from `seed`; outside, it is as if nothing had been drawn.
 
     Layers' constructors and dropout know no generator of their own: this is the one place that touches the global one.
+
+    >>> with seeded(0):
+    ...     first = nn.Linear(2, 2)
+    >>> with seeded(0):
+    ...     second = nn.Linear(2, 2)
+    >>> torch.equal(first.weight, second.weight)
+    True
     """
     cuda = torch.device(device).type == "cuda"
     with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
@@ -228,6 +287,10 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     network: a name of `NETWORKS` or a user's `"module:function"` or `"file.py:function"`, called with the number of classes.
     shape: (C, H, W) of the images. seed: of the initial weights; the same seed gives the same weights.
     Raises `BadInput` if the network is unknown, cannot be made, or does not take such images to (N, classes) logits.
+
+    >>> net = build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1), seed=1)
+    >>> net(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     check_name(network)
     if network in NETWORKS:
@@ -255,7 +318,12 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
 
 
 def check_name(network):
-    """Raise `BadInput` unless `network` is one of ours or can be imported."""
+    """Raise `BadInput` unless `network` is one of ours or can be imported.
+
+    >>> check_name("resnt")
+    Traceback (most recent call last):
+    effilib.errors.BadInput: unknown network 'resnt': choose one of resnet, vgg, convnet, ... (did you mean 'resnet'?)
+    """
     if ":" in network:
         find(network)
     else:
@@ -263,7 +331,12 @@ def check_name(network):
 
 
 def fits(model, network, classes, shape):
-    """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes)."""
+    """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes).
+
+    >>> fits(build("convnet", 10, (3, 8, 8)), "convnet", 10, (1, 8, 8))
+    Traceback (most recent call last):
+    effilib.errors.BadInput: network convnet takes 3 input channels, but the images have 1 (C, H, W = (1, 8, 8))
+    """
     try:
         with torch.no_grad():
             was, dtype = model.training, next((p.dtype for p in model.parameters()), None)
@@ -282,7 +355,11 @@ def fits(model, network, classes, shape):
 
 
 def find(network, what="network"):
-    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in errors."""
+    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in errors.
+
+    >>> find("effilib.models:resnet") is resnet
+    True
+    """
     place, _, name = network.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -327,7 +404,11 @@ def _call(function, classes, settings):
 
 
 def kernels(model):
-    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling changes."""
+    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling changes.
+
+    >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=2)))
+    {'0': [[5, 5], [2, 2], [2, 2]]}
+    """
     return {
         name: [list(m.kernel_size), list(m.stride), m.padding if isinstance(m.padding, str) else list(m.padding)]
         for name, m in model.named_modules()
@@ -336,7 +417,13 @@ def kernels(model):
 
 
 def set_kernel_(conv, size, stride, padding):
-    """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the caller's affair."""
+    """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the caller's affair.
+
+    >>> conv = nn.Conv2d(1, 1, 3, padding=1)
+    >>> set_kernel_(conv, (5, 5), (1, 1), (2, 2))
+    >>> conv.kernel_size, conv.padding
+    ((5, 5), (2, 2))
+    """
     conv.kernel_size, conv.stride = tuple(size), tuple(stride)
     conv.padding = padding if isinstance(padding, str) else tuple(padding)
     # what PyTorch works out in the constructor, for padding other than by zeros
@@ -345,7 +432,11 @@ def set_kernel_(conv, size, stride, padding):
 
 
 def describe(model):
-    """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own."""
+    """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own.
+
+    >>> describe(build("convnet", 10, (1, 8, 8), widths=(4, 8))), describe(nn.Linear(1, 1))
+    ({'widths': [[4], [8]], 'bn': True}, {})
+    """
     return model.settings() if isinstance(model, ResNet | VGG) else {}
 
 
@@ -354,6 +445,12 @@ def reestimate_(model, batches, *, training=False):
     """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in place. Returns how many layers.
 
     All other layers compute as in eval mode (exact products, no dropout), or with `training` as in training.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(1))
+    >>> reestimate_(net, [torch.full((2, 1, 4, 4), v) for v in (1.0, 3.0)])
+    1
+    >>> net[0].running_mean
+    tensor([2.])
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if norms:

@@ -27,6 +27,10 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     """Check the parameters and return the notebook's `Book`. own: the notebook's further parameters.
 
     Raises `BadInput` in the notebook's first second for a parameter that it does not have, or a value of another type.
+
+    >>> book = start("02_overview", preset="smoke", dataset="synthetic")
+    >>> book.chapter.title, book.smoke, book.folder.parts[-2:]
+    ('Where training time goes', True, ('play', '02_overview'))
     """
     defaults = dict(preset="", dataset="", network="", seeds=0, device="auto")
     values = dict(preset=preset, dataset=dataset, network=network, seeds=seeds, device=device)
@@ -50,7 +54,11 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
 
 
 def injected():
-    """Names of the parameters that papermill passed: those assigned in the cell that it puts in."""
+    """Names of the parameters that papermill passed: those assigned in the cell that it puts in.
+
+    >>> injected()  # outside of a notebook
+    []
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     cells = [c for c in (shell.user_ns.get("In", []) if shell else []) if c.startswith("# Parameters")]
@@ -59,7 +67,12 @@ def injected():
 
 @dataclass(kw_only=True)
 class Book:
-    """A notebook that runs: its task and data, and where its results go."""
+    """A notebook that runs: its task and data, and where its results go.
+
+    >>> book = start("02_overview", preset="smoke", dataset="synthetic")
+    >>> book.settings().loc["data", ""]
+    'synthetic (1, 8, 8), 128 train / 25 decide / 51 validation / 76 test'
+    """
 
     name: str
     task: Task
@@ -70,6 +83,7 @@ class Book:
 
     @property
     def preset(self):
+        """The task's preset."""
         return self.task.preset
 
     @property
@@ -79,6 +93,7 @@ class Book:
 
     @cached_property
     def chapter(self):
+        """The notebook's place in the series."""
         return series.chapter(self.name)
 
     def settings(self):
@@ -165,21 +180,34 @@ class Book:
 
 
 def source(*things):
-    """The source of functions and classes, coloured: a chapter shows its method in full view."""
+    """The source of functions and classes, coloured: a chapter shows its method in full view.
+
+    >>> print(source(facts).data.splitlines()[0])
+    def facts(pairs):
+    """
     from IPython.display import Code
 
     return Code("\n\n".join(inspect.getsource(t).rstrip() for t in things), language="python")
 
 
 def facts(pairs):
-    """Names and values as a table of two columns."""
+    """Names and values as a table of two columns.
+
+    >>> facts({"device": "CPU", "threads": 2}).loc["threads", ""]
+    2
+    """
     import pandas as pd
 
     return pd.DataFrame({"": pairs.values()}, index=list(pairs))
 
 
 def header(info):
-    """What a method's `Info` says, as a table."""
+    """What a method's `Info` says, as a table.
+
+    >>> from effilib.methods import prune_train
+    >>> header(prune_train.INFO).loc["chapter", ""]
+    '6.1'
+    """
     return facts({f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)})
 
 
@@ -190,7 +218,11 @@ def _digits(value):
 
 
 def table_html(frame):
-    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at least four digits."""
+    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at least four digits.
+
+    >>> table_html(facts({"threads": 2}))
+    '<table class="dataframe"><tbody><tr><th class="text" style="text-align: left">threads</th><td>2</td></tr></tbody></table>'
+    """
 
     def cell(value, tag="td"):
         number = isinstance(value, numbers.Number) and not isinstance(value, bool)
@@ -219,8 +251,13 @@ def _show_tables():
         shell.display_formatter.formatters["text/html"].for_type_by_name("pandas.core.frame", "DataFrame", table_html)
 
 
-def png(figure):
-    """A matplotlib figure as PNG bytes."""
+def png(figure, **metadata):
+    """A matplotlib figure as PNG bytes. metadata: texts that go into the file, e.g. Description="...".
+
+    >>> from effilib import figures
+    >>> png(figures.new()[0])[1:4]
+    b'PNG'
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
     return buffer.getvalue()

@@ -54,6 +54,10 @@ def scoreboard_rows(folder, notebooks=()):
     notebooks: names that get a row even where nothing was run, such as `["02_overview", ...]`.
     Returns a list of flat dicts with the same keys, ready for `pandas.DataFrame`. `status` is "complete", "failed",
     "unreadable" or "not run", and `reason` says why it is not complete. Nothing that a file contains raises.
+
+    >>> rows = scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])
+    >>> rows[0]["chapter"], rows[0]["status"]
+    ('3.2', 'not run')
     """
     folder = Path(folder)
     found = {file.parent.name for name in ("record.json", "run.json") for file in folder.glob(f"*/{name}")}
@@ -61,7 +65,11 @@ def scoreboard_rows(folder, notebooks=()):
 
 
 def table(rows):
-    """Rows of the scoreboard as a `pandas.DataFrame` of ready text, for a notebook to show."""
+    """Rows of the scoreboard as a `pandas.DataFrame` of ready text, for a notebook to show.
+
+    >>> table(scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])).loc[0, "verdict"]
+    'not run'
+    """
     import pandas  # a runner that only renders need not wait for it
 
     return pandas.DataFrame(
@@ -79,7 +87,11 @@ def table(rows):
 
 
 def speedup(row):
-    """A row's measured ratio as text: "1.34x [1.29, 1.40]", or "" where there is none."""
+    """A row's measured ratio as text: "1.34x [1.29, 1.40]", or "" where there is none.
+
+    >>> speedup({"ratio": 1.342, "low": 1.291, "high": 1.4})
+    '1.34x [1.29, 1.40]'
+    """
     if row["ratio"] is None:
         return ""
     interval = "" if None in (row["low"], row["high"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
@@ -166,7 +178,11 @@ def _number(value):
 
 
 def index(folder):
-    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its path."""
+    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its path.
+
+    >>> "No notebook has been run" in index(".").read_text()
+    True
+    """
     folder = Path(folder)
     rows = scoreboard_rows(folder)
     for row in rows:
@@ -218,7 +234,7 @@ def _place(rows, width=200, margin=14, limit=32):
 
     for row in rows:
         row["plot"] = row["ratio"] and {key: x(row[key]) for key in ("ratio", "low", "high")}
-    step = 1 if high - low < 5 else 2
+    step = 1 if high - low < 4 else 2  # labels need 40 pixels
     return [{"value": 2.0**power, "x": x(2.0**power)} for power in range(-10, 11, step) if low <= power <= high]
 
 
@@ -261,6 +277,11 @@ def render(notebook, html, record=None, failure=None):
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if there is one.
     failure: why the run failed; shown on top, and then even an unreadable notebook gives a page. Returns `html`'s path.
     Raises `BadInput` if the notebook can't be read and no failure was given.
+
+    >>> from nbformat import v4, write
+    >>> write(v4.new_notebook(cells=[v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]), "norms.ipynb")
+    >>> "<msup>" in render("norms.ipynb", "report.html").read_text()
+    True
     """
     import nbformat
 
@@ -280,10 +301,13 @@ def render(notebook, html, record=None, failure=None):
         verdicts = [EMPTY | _verdict(verdict) for verdict in _verdicts(record or {})]
     except UNEXPECTED as error:
         warnings.append(_unexpected(error))
-    cells = _cells(executed, Path(notebook).absolute().parent)
+    # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a complete result.
+    up = "../.." if html.parent.parent.name == "failed" else ".."
+    cells = _cells(executed, Path(notebook).absolute().parent, up)
     content = _page(
         "report.html",
         row=row,
+        up=up,
         title=row["title"],
         facts=_run_facts(row) or [html.parent.parent.name],
         failure=failure,
@@ -319,8 +343,8 @@ def _take_heading(notebook, chapter):
     return heading[1].strip().removeprefix(chapter).lstrip(" .:·-")
 
 
-def _cells(notebook, folder):
-    """The cells of a notebook as HTML. `folder` is where relative pictures in its prose are looked for."""
+def _cells(notebook, folder, up):
+    """The cells of a notebook as HTML. folder: where relative pictures in its prose are looked for. up: the way to other reports."""
     from markupsafe import Markup
     from nbconvert import HTMLExporter  # takes a second to import
     from nbconvert.preprocessors import TagRemovePreprocessor
@@ -345,10 +369,10 @@ def _cells(notebook, folder):
                 if kind in output.get("data", {}):
                     output.data[kind] = _hide_formulas(output.data[kind], formulas)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder)}})
-    return Markup(_offline(_show_formulas(body, formulas)))
+    return Markup(_offline(_show_formulas(body, formulas), up))
 
 
-def _offline(html):
+def _offline(html, up):
     """Take out of a notebook's HTML what runs or loads: scripts, frames, remote pictures and styles. Tables get a box to scroll in."""
     from bs4 import BeautifulSoup
 
@@ -368,7 +392,7 @@ def _offline(html):
             elif name == "style":
                 element[name] = _offline_style(value)
             elif name == "href":  # another notebook of the series is its report here
-                element[name] = re.sub(r"^(?:\./)?([\w-]+)\.ipynb(?=#|$)", r"../\1/report.html", value)
+                element[name] = re.sub(r"^(?:\./)?([\w-]+)\.ipynb(?=#|$)", rf"{up}/\1/report.html", value)
     for style in soup("style"):
         style.string = _offline_style(style.string or "")
     for element in soup("table"):
@@ -446,7 +470,11 @@ LIMITS = {"max", "min", "sup", "inf", "lim", "arg\u2009max", "arg\u2009min"}  # 
 
 
 def mathml(latex, display=False):
-    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never lost."""
+    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never lost.
+
+    >>> mathml("x^2")
+    '<math display="inline" alttext="x^2"><mrow><msup><mi>x</mi><mn>2</mn></msup></mrow></math>'
+    """
     from latex2mathml.converter import convert
 
     source = latex.strip()

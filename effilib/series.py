@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from effilib import paths
+from effilib import paths, provenance
 
 ATTACKS = {  # training time = steps x images per step x operations per image x seconds per operation
     "operations": "seconds per operation",
@@ -17,7 +17,11 @@ ATTACKS = {  # training time = steps x images per step x operations per image x 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A chapter: notebook's stem, number in the thesis, titles, the module with its method, and the factor of time it attacks."""
+    """A chapter: notebook's stem, number in the thesis, titles, the module with its method, and the factor of time it attacks.
+
+    >>> CHAPTERS[0].number, CHAPTERS[0].title, CHAPTERS[0].exists
+    ('2', 'Where training time goes', True)
+    """
 
     stem: str
     number: str
@@ -97,12 +101,20 @@ CHAPTERS = (
 
 
 def chapter(stem):
-    """The chapter of a notebook, also of one that a user added to the folder."""
+    """The chapter of a notebook, also of one that a user added to the folder.
+
+    >>> chapter("06_1_prune_train").title_de
+    'Beschneiden während des Trainings'
+    """
     return next((c for c in CHAPTERS if c.stem == stem), None) or _chapter(stem, stem.split("_")[0], stem.replace("_", " "), "")
 
 
 def recorded():
-    """The committed record of every chapter: dict stem -> list of records, newest last."""
+    """The committed record of every chapter: dict stem -> list of records, newest last.
+
+    >>> "03_2_mixed_precision" in recorded()
+    True
+    """
     found = {}
     for file in sorted(paths.recorded().glob("*-*/*/record.json")):
         record = paths.read_json(file)
@@ -112,7 +124,11 @@ def recorded():
 
 
 def readme_table():
-    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never typed."""
+    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never typed.
+
+    >>> print(readme_table().splitlines()[0])
+    | chapter | notebook | attacks | source | recorded |
+    """
     rows = ["| chapter | notebook | attacks | source | recorded |", "|---|---|---|---|---|"]
     found = recorded()
     for c in CHAPTERS:
@@ -124,17 +140,84 @@ def readme_table():
 
 
 def with_table(readme):
-    """The README's text with its table of chapters brought up to date."""
+    """The README's text with its table of chapters brought up to date.
+
+    >>> text = with_table("before <!-- chapters --> old <!-- /chapters --> after")
+    >>> "old" in text, text.endswith("<!-- /chapters --> after")
+    (False, True)
+    """
     begin, end = "<!-- chapters -->", "<!-- /chapters -->"
     head, rest = readme.split(begin)
     return f"{head}{begin}\n{readme_table()}\n{end}{rest.split(end)[1]}"
 
 
+def headlines():
+    """What was recorded last of every chapter, in order, where a verdict came of it: plain values for `figures.scoreboard`.
+
+    >>> row = headlines()[0]
+    >>> row["chapter"], row["title"]
+    ('3.2', 'Mixed precision')
+    """
+    found, rows = recorded(), []
+    for c in CHAPTERS:
+        record = found.get(c.stem, [{}])[-1]
+        if record.get("headline"):
+            head = {k: record["headline"].get(k) for k in ("arm", "against", "quantity", "ratio", "low", "high", "verdict", "text")}
+            rows.append({"chapter": c.number, "title": c.title, "preset": record.get("preset"), "dataset": record.get("dataset"), **head})
+    return rows
+
+
+def picture():
+    """The scoreboard's file among the recorded results, which the README shows.
+
+    >>> picture().name
+    'scoreboard.png'
+    """
+    return paths.recorded() / "scoreboard.png"
+
+
+def drawn(file):
+    """The digest of the `headlines` that a picture shows, which `update_picture` writes into it; "" where there is none.
+
+    >>> drawn("nowhere.png")
+    ''
+    """
+    from PIL import Image  # it comes with matplotlib
+
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Description", "")
+    except OSError:
+        return ""
+
+
+def update_picture():
+    """Draw the scoreboard anew where it shows other results than the recorded ones. Returns whether it was drawn.
+
+    >>> update_picture() and update_picture()  # the second time there is nothing to do
+    False
+    """
+    rows = headlines()
+    digest = provenance.digest(rows)
+    if not rows or drawn(picture()) == digest:
+        return False
+    from effilib import figures, notebook  # matplotlib and torch take seconds
+
+    paths.write(picture(), notebook.png(figures.scoreboard(rows), Description=digest))
+    return True
+
+
 def update_readme():
-    """Bring the table in the checkout's README up to date."""
+    """Bring the checkout's README up to date: its table of chapters, and its picture.
+
+    >>> update_readme()  # python -m effilib.series
+    >>> with_table(text := (paths.root() / "README.md").read_text()) == text
+    True
+    """
     file = paths.root() / "README.md"
     if file.exists():
         paths.write(file, with_table(file.read_text(encoding="utf-8")))
+        update_picture()
 
 
 if __name__ == "__main__":  # python -m effilib.series

@@ -17,7 +17,12 @@ ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the sta
 
 
 def find(model, shape):
-    """The layout of a network on images (C, H, W) = `shape`."""
+    """The layout of a network on images (C, H, W) = `shape`.
+
+    >>> layout = find(build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1)), (1, 8, 8))
+    >>> layout["holders"], layout["pixels"]
+    (['stages.0', 'stages.1'], [64, 16])
+    """
     found = surgery.trace(model)
     everything, sizes, keys = [*found.nodes, *found.refused], _sizes(model, shape), {}
     for path in found.paths:
@@ -37,7 +42,11 @@ def find(model, shape):
 
 
 def names(layout):
-    """What the stages are called, in the order of the forward pass."""
+    """What the stages are called, in the order of the forward pass.
+
+    >>> names(find(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8)))
+    ['stage 1', 'stage 2']
+    """
     return [f"stage {i + 1}" for i in range(len(layout["pixels"]))]
 
 
@@ -54,27 +63,52 @@ def _sizes(model, shape):
 
 
 def stage_of(node, layout):
-    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its path."""
+    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its path.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
+    >>> stage_of(surgery.trace(net)["stages.1.0.conv1"], find(net, (1, 8, 8)))
+    1
+    """
     return next((layout["of"][p] for p in node.producers if p in layout["of"]), None)
 
 
 def members(structure, layout, stage):
-    """The nodes of a stage (its number)."""
+    """The nodes of a stage (its number).
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
+    >>> [node.name for node in members(surgery.trace(net), find(net, (1, 8, 8)), 1)]
+    ['stages.1.0.conv1', 'stages.1.0.conv2']
+    """
     return [n for n in structure.nodes if stage_of(n, layout) == stage]
 
 
 def paths(structure, layout, stage):
-    """The residual paths of a stage."""
+    """The residual paths of a stage.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
+    >>> [path.name for path in paths(surgery.trace(net), find(net, (1, 8, 8)), 1)]
+    ['stages.1.0', 'stages.1.1']
+    """
     return [p for p in structure.paths if layout["of"].get(p.convs[-1]) == stage]
 
 
 def depth(structure, layout, stage):
-    """Residual paths of a stage; of a plain one its layers."""
+    """Residual paths of a stage; of a plain one its layers.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
+    >>> depth(surgery.trace(net), find(net, (1, 8, 8)), 1)
+    2
+    """
     return len((paths if layout["holders"][stage] else members)(structure, layout, stage))
 
 
 def widenable(structure, layout, stage, trunk=False):
-    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of a plain stage all."""
+    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of a plain stage all.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
+    >>> [node.name for node in widenable(surgery.trace(net), find(net, (1, 8, 8)), 1)]  # without the trunk
+    ['stages.1.0.conv1']
+    """
     nodes = members(structure, layout, stage)
     if not layout["holders"][stage] or trunk:
         return nodes
@@ -83,7 +117,12 @@ def widenable(structure, layout, stage, trunk=False):
 
 
 def deepenable(model, layout, stage):
-    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if nowhere."""
+    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if nowhere.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
+    >>> deepenable(net, find(net, (1, 8, 8)), 1)
+    'stages.1.0'
+    """
     holder = layout["holders"][stage]
     if holder:
         blocks = model.get_submodule(holder)
@@ -104,7 +143,14 @@ def deepenable(model, layout, stage):
 
 
 def follow(layout, before, model, stage=None):
-    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong to `stage`."""
+    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong to `stage`.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
+    >>> layout, before = find(net, (1, 8, 8)), {m: name for name, m in net.named_modules()}
+    >>> new = surgery.append_block_(net, "stages.1.0")
+    >>> follow(layout, before, net, stage=1)["of"][f"{new}.conv1"]
+    1
+    """
     of = {}
     for name, m in model.named_modules():
         if isinstance(m, surgery.CONVS):
@@ -115,12 +161,20 @@ def follow(layout, before, model, stage=None):
 
 
 def table(structure):
-    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its strength."""
+    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its strength.
+
+    >>> table(surgery.trace(build("convnet", 4, (1, 8, 8), widths=(2, 4))))["features.0"]["alive"]
+    [True, True]
+    """
     return {n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width} for n in structure.nodes}
 
 
 def owners(structure):
-    """Producer -> its node's name."""
+    """Producer -> its node's name.
+
+    >>> owners(surgery.trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))))
+    {'stem': 'stem', 'stages.0.0.conv2': 'stem', 'stages.0.0.conv1': 'stages.0.0.conv1'}
+    """
     return {p: n.name for n in structure.nodes for p in n.producers}
 
 
@@ -128,6 +182,14 @@ def carry(channels, owners, before, structure, cuts, epoch):
     """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and `follow`; structure: of now.
 
     cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in this epoch.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
+    >>> then, before = surgery.trace(net), {m: name for name, m in net.named_modules()}
+    >>> channels, of = table(then), owners(then)
+    >>> surgery.select_(surgery.trace(net)["features.0"], [0, 1, 1])
+    >>> channels, new = carry(channels, of, before, surgery.trace(net), {}, epoch=3)
+    >>> channels["features.0"]["born"][-1], new
+    (3, 1)
     """
     found, new = {}, 0
     for node in structure.nodes:
@@ -146,7 +208,12 @@ def carry(channels, owners, before, structure, cuts, epoch):
 
 
 def flops(model, layout, layers=None):
-    """Products of layers (names; default: all), for one image, in a training step: 6 x weights x pixels."""
+    """Products of layers (names; default: all), for one image, in a training step: 6 x weights x pixels.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
+    >>> flops(net, find(net, (1, 8, 8)), ["features.4"])  # 6 x 72 weights x 16 pixels
+    6912
+    """
     found = 0
     for name in [n for n, m in model.named_modules() if isinstance(m, surgery.CONVS)] if layers is None else layers:
         weight = getattr(model.get_submodule(name), "weight", None)

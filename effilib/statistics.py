@@ -18,7 +18,11 @@ SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 
 
 def interval(values, level=0.95):
-    """(mean, low, high): two-sided Student-t interval of the mean of `values`; low and high are nan for one value."""
+    """(mean, low, high): two-sided Student-t interval of the mean of `values`; low and high are nan for one value.
+
+    >>> [round(float(v), 2) for v in interval([1.0, 2.0, 3.0])]
+    [2.0, -0.48, 4.48]
+    """
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.nan, math.nan
@@ -27,12 +31,20 @@ def interval(values, level=0.95):
 
 
 def lower_bound(values, level=0.95):
-    """One-sided lower bound of the mean: it lies above this with probability `level`; nan for one value."""
+    """One-sided lower bound of the mean: it lies above this with probability `level`; nan for one value.
+
+    >>> round(float(lower_bound([1.0, 2.0, 3.0])), 2)
+    0.31
+    """
     return interval(values, 2 * level - 1)[1]
 
 
 def paired_ratio(baseline, method):
-    """(ratio, low, high) of times: how many times faster the method is. Pairs belong to the same seed."""
+    """(ratio, low, high) of times: how many times faster the method is. Pairs belong to the same seed.
+
+    >>> [round(v, 2) for v in paired_ratio([10.0, 12.0, 11.0], [8.0, 10.0, 9.0])]
+    [1.22, 1.16, 1.29]
+    """
     if len(baseline) != len(method):
         raise ValueError(f"paired ratio of {len(baseline)} and {len(method)} times")
     return tuple(math.exp(v) for v in interval([math.log(b / m) for b, m in zip(baseline, method, strict=True)]))
@@ -43,6 +55,12 @@ def time_to_target(rows, target, value="seconds"):
 
     rows: evaluations with "seconds" and "accuracy", in order. The target counts when two evaluations in a row hold it;
     the time is interpolated linearly between the evaluation before the first of them and that one.
+
+    >>> rows = [{"seconds": 10 * i, "accuracy": accuracy} for i, accuracy in enumerate((10, 80, 90, 91))]
+    >>> time_to_target(rows, 85)
+    15.0
+    >>> print(time_to_target(rows, 91))  # reached, but not held
+    None
     """
     for i in range(len(rows) - 1):
         if rows[i]["accuracy"] >= target and rows[i + 1]["accuracy"] >= target:
@@ -55,13 +73,22 @@ def time_to_target(rows, target, value="seconds"):
 
 
 def held(rows):
-    """The highest accuracy that two evaluations in a row hold: every target up to it counts as reached."""
+    """The highest accuracy that two evaluations in a row hold: every target up to it counts as reached.
+
+    >>> held([{"accuracy": accuracy} for accuracy in (10, 90, 85, 80)])
+    85
+    """
     return max(min(a["accuracy"], b["accuracy"]) for a, b in itertools.pairwise(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How an arm did against the baseline. Ratios are speed-ups; accuracies are in points (%), method minus baseline."""
+    """How an arm did against the baseline. Ratios are speed-ups; accuracies are in points (%), method minus baseline.
+
+    >>> verdict = judge([10.0] * 5, [None, 8.0, 8.0, 8.0, 8.0], [0.0] * 5, margin=0.5)
+    >>> verdict.verdict, verdict.text, verdict.record()["ratio"]
+    ('target missed', '4 of 5 reached the target', None)
+    """
 
     arm: str
     against: str
@@ -90,6 +117,10 @@ def judge(
 
     margin: points of accuracy that count as equal. claim: the speed-up that the notebook fixed before running.
     withhold: a reason to give no verdict at all (`SMOKE`, `SHARED`), which then stands in its place.
+
+    >>> verdict = judge([10.0] * 5, [8.0, 8.1, 7.9, 8.0, 8.0], [0.1, -0.1, 0.0, 0.1, 0.0], margin=0.5)
+    >>> verdict.verdict, verdict.text
+    ('faster at equal accuracy', '1.25x [1.24, 1.26], n=5 pairs')
     """
     n = len(method)
     reached = sum(t is not None for t in method)
@@ -131,6 +162,10 @@ def judge(
 
 
 def say_ratio(ratio, low, high, n, machine=""):
-    """ "1.34x [1.29, 1.40], n=5 pairs, 2-core CPU"."""
+    """A ratio as it is quoted: with its interval, the number of pairs, and the machine.
+
+    >>> say_ratio(1.342, 1.291, 1.4, 5, "2-core CPU")
+    '1.34x [1.29, 1.40], n=5 pairs, 2-core CPU'
+    """
     spread = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
     return ", ".join(filter(None, [f"{ratio:.2f}x{spread}", f"n={n} pair{'s' * (n != 1)}", machine]))

@@ -31,6 +31,12 @@ def replace_(module, name, change, optimizer=None):
 
     change: (tensor, power) -> tensor; power is None for the parameter itself, else how the optimizer's state scales with the
     gradient (`POWERS`). The memory format stays. Raises `BadInput` for a state whose scale is not known.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> replace_(layer, "weight", lambda t, power: t[:2], optimizer)
+    >>> layer.weight.shape, optimizer.param_groups[0]["params"][0] is layer.weight
+    (torch.Size([2, 2]), True)
     """
     old = getattr(module, name)
     new = nn.Parameter(_like(change(old.detach(), None), old), requires_grad=old.requires_grad)
@@ -65,7 +71,14 @@ def _like(t, old):
 
 
 def forget_(optimizer, parameters):
-    """Take parameters out of an optimizer, with their state."""
+    """Take parameters out of an optimizer, with their state.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> forget_(optimizer, [layer.bias])
+    >>> [p is layer.weight for p in optimizer.param_groups[0]["params"]]
+    [True]
+    """
     gone = set(parameters)
     if optimizer is not None:
         for group in optimizer.param_groups:
@@ -75,7 +88,14 @@ def forget_(optimizer, parameters):
 
 
 def adopt_(optimizer, parameters, like):
-    """Put new parameters into the optimizer's group of `like`, right behind it; SGD's momentum begins at 0."""
+    """Put new parameters into the optimizer's group of `like`, right behind it; SGD's momentum begins at 0.
+
+    >>> old, new = nn.Linear(2, 3), nn.Linear(3, 3)
+    >>> optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
+    >>> adopt_(optimizer, [new.weight], like=old.weight)
+    >>> [p is new.weight for p in optimizer.param_groups[0]["params"]]
+    [False, True, False]
+    """
     if optimizer is None:
         return
     for group in optimizer.param_groups:
@@ -89,7 +109,12 @@ def adopt_(optimizer, parameters, like):
 
 
 def copies(model, ema):
-    """The model and, if there is one, its running average, which may be wrapped."""
+    """The model and, if there is one, its running average, which may be wrapped.
+
+    >>> net = nn.Linear(1, 1)
+    >>> [type(m).__name__ for m in copies(net, torch.optim.swa_utils.AveragedModel(net))]
+    ['Linear', 'Linear']
+    """
     return [model] if ema is None else [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
 
 
@@ -106,6 +131,15 @@ def select_(node, index, optimizer=None, *, share=None, ema=None):
     moments by its square), that of consumers is copied. (Momentum that came from weight decay is scaled alike, the one
     part that is not exact.) ema: a running average of the model, changed in the same way.
     Raises `BadInput` for a node that cannot be changed, or an index that is empty or out of range.
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
+    >>> before = net(x)
+    >>> select_(trace(net)["features.0"], [0, 1, 2, 3, 3, 3])  # wider: three of channel 3
+    >>> net.features[0].out_channels, torch.allclose(net(x), before, atol=1e-6)
+    (6, True)
+    >>> select_(trace(net)["features.0"], [0, 2])  # pruned
+    >>> net.settings()["widths"]
+    [[2], [8]]
     """
     checked(node)
     index = torch.as_tensor(list(index) if not isinstance(index, torch.Tensor) else index).cpu()
@@ -171,7 +205,11 @@ def _resize(m, side, size):
 
 
 def can_remove(path):
-    """Whether the constant that a dead residual path adds has somewhere to go."""
+    """Whether the constant that a dead residual path adds has somewhere to go.
+
+    >>> can_remove(trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))).path("stages.0.0"))
+    True
+    """
     shift = getattr(path.model.get_submodule(path.layers[-1]), "bias", None)
     return shift is None or not shift.any() or not path.in_place or _norm(path) is not None
 
@@ -188,6 +226,11 @@ def remove_path_(path, optimizer=None, *, ema=None):
     That is exact where the path's last convolution writes only zeros (in eval mode once BatchNorm's running mean has
     forgotten the rest), else the path's contribution is lost. Where the sum is `out += shortcut` the constant goes into the
     shortcut's BatchNorm. Raises `BadInput` if it can go nowhere there. Trace the network again afterwards.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
+    >>> remove_path_(trace(net).path("stages.0.1"))
+    >>> net.settings()["blocks"]
+    [[8, 0]]
     """
     model = path.model
     last = model.get_submodule(path.layers[-1])
@@ -215,7 +258,11 @@ def remove_path_(path, optimizer=None, *, ema=None):
 
 
 class Nothing(nn.Module):
-    """The end of a removed residual path that adds nothing: a plain 0, to which even `out += shortcut` can add."""
+    """The end of a removed residual path that adds nothing: a plain 0, to which even `out += shortcut` can add.
+
+    >>> torch.ones(2) + Nothing()(torch.ones(2))
+    tensor([1., 1.])
+    """
 
     def forward(self, x):
         return 0.0
@@ -244,6 +291,13 @@ def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
 
     The block is one of ours, or a copy of a user's block whose shortcut is the identity; its convolutions are drawn anew
     (He, fan in). On the first step only that scale has a gradient. Returns the new block's name; trace the network again.
+
+    >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).eval(), torch.rand(2, 1, 8, 8)
+    >>> before = net(x)
+    >>> append_block_(net, "stages.0.0")
+    'stages.0.1'
+    >>> torch.equal(net(x), before)
+    True
     """
     holder, place = _sequential(model, name)
     old = holder[place]
@@ -278,6 +332,11 @@ def remove_block_(model, name, optimizer=None, *, ema=None):
     """Take the block `name` out of its Sequential: exact where its residual path adds nothing and its shortcut is the identity.
 
     Raises `BadInput` if what is before and behind it would not fit. Trace the network again afterwards.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
+    >>> remove_block_(net, "stages.0.1")
+    >>> net.settings()["blocks"]
+    [[8]]
     """
     path = trace(model).path(name)
     if path.shortcut:
@@ -298,6 +357,13 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
     sqrt(var + eps), shift mean. By default 0 and 1. The function is kept in eval mode whatever they are; in training mode
     where a batch has these moments. Returns the new convolution's name; trace the network again.
     Raises `BadInput` where the activation is not a ReLU: phi(phi(x)) = phi(x) is needed.
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
+    >>> before = net(x)
+    >>> insert_layer_(net, "features.2")
+    'features.3'
+    >>> torch.allclose(net(x), before, atol=1e-6)
+    True
     """
     holder, place = _sequential(model, after)
     if not isinstance(holder[place], nn.ReLU):
@@ -335,6 +401,11 @@ def remove_layer_(model, name, optimizer=None, *, ema=None):
     """Take the convolution `name`, with the BatchNorm and ReLU behind it, out of its Sequential.
 
     Exact where it is the identity. Raises `BadInput` if it changes the number of channels or the size. Trace again afterwards.
+
+    >>> net = build("vgg", 4, (1, 8, 8), widths=((4, 4), (8,)))
+    >>> remove_layer_(net, "features.3")
+    >>> net.settings()["widths"]
+    [[4], [8]]
     """
     holder, place = _sequential(model, name)
     conv = holder[place]

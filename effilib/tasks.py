@@ -23,6 +23,10 @@ class Task:
     images: training images taken (None: all). held: at most so many validation images are evaluated (None: all).
     evaluations: of the validation set in a run. target: validation accuracy in %, or None if a pilot has to find it. margin: points of
     accuracy that count as equal. seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
+
+    >>> t = task("quick", "mnist5k")
+    >>> t.target, t.margin, t.seeds, t.but(epochs=1).recipe.epochs
+    (96.0, 1.0, 5, 1)
     """
 
     preset: str
@@ -88,12 +92,20 @@ SIZES = {  # of the presets; `full` is the thesis run on a GPU
 
 
 def default_preset():
-    """`EFFILIB_PRESET` if set, else `quick`."""
+    """`EFFILIB_PRESET` if set, else `quick`.
+
+    >>> default_preset() in PRESETS
+    True
+    """
     return os.environ.get("EFFILIB_PRESET") or "quick"
 
 
 def default_dataset(preset):
-    """The preset's data set: mnist5k for smoke and quick, CIFAR-10 (else Fashion-MNIST) for study and full."""
+    """The preset's data set: mnist5k for smoke and quick, CIFAR-10 (else Fashion-MNIST) for study and full.
+
+    >>> default_dataset("quick")
+    'mnist5k'
+    """
     choose("preset", preset, PRESETS)
     if preset in ("smoke", "quick"):
         return "mnist5k"
@@ -104,6 +116,11 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
     """The task of a preset, data set and network; "" stands for the default.
 
     changes: settings of `Task` or `Recipe`. Raises `BadInput` for an unknown preset, data set, network or setting.
+
+    >>> task("study", "cifar10").recipe.lr
+    0.2
+    >>> print(task("study", "cifar10", epochs=3).target)  # nobody tuned that
+    None
     """
     preset = choose("preset", preset or default_preset(), PRESETS)
     dataset = dataset or default_dataset(preset)
@@ -125,7 +142,13 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
 
 
 def pick_device(device="auto"):
-    """ "auto" -> "cuda" if there is one, else "cpu"; with several processes on a machine each has a GPU of its own."""
+    """The device to run on: for "auto" that is "cuda" if there is one, else "cpu"; each of several processes has a GPU of its own.
+
+    Raises `BadInput` where it is not there.
+
+    >>> pick_device("cpu")
+    'cpu'
+    """
     import torch
 
     choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
@@ -137,5 +160,9 @@ def pick_device(device="auto"):
 
 
 def recorded_tuning():
-    """Folder of the sweeps behind `TUNED`."""
+    """Folder of the sweeps behind `TUNED`.
+
+    >>> recorded_tuning().parts[-3:]
+    ('results', 'recorded', 'tuning')
+    """
     return paths.recorded() / "tuning"

@@ -25,7 +25,12 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to 0."""
+    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to 0.
+
+    >>> recipe = Recipe(epochs=5, lr=0.4)
+    >>> [round(recipe.lr_at(step, 10), 2) for step in range(10)]
+    [0.13, 0.27, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
+    """
 
     epochs: float = 10  # a fraction ends in mid-epoch
     batch_size: int = 128  # of all processes together
@@ -62,6 +67,14 @@ class Method:
     """What takes part in training. A frozen dataclass of settings; its state lives in `run.state[self]`, made in `on_fit_start`.
 
     Override what is needed; every hook takes the `Run`. Hooks are called in the order of the methods.
+
+    >>> class Noise(Method):
+    ...     def on_after_backward(self, run):
+    ...         for p in run.model.parameters():
+    ...             p.grad += 0.01 * torch.randn(p.shape, generator=run.generator(self))
+    >>> data = load("synthetic")
+    >>> train(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(epochs=1), [Noise()]).steps
+    2
     """
 
     def on_fit_start(self, run):
@@ -101,6 +114,14 @@ class Run:
 
     Over several processes x, y and `logits` are this one's share of the batch; `loss` is the mean over the whole. What is decided
     from anything else that is a share's goes through `ranks` first (`effilib.distributed`).
+
+    >>> class Look(Method):
+    ...     def on_step_end(self, run):
+    ...         run.log(self, f"step {run.step} of {run.steps} at {run.lr:.2f}")
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> [event["text"] for event in train(net, data, Recipe(epochs=1), [Look()]).events]
+    ['step 0 of 2 at 0.10', 'step 1 of 2 at 0.06']
     """
 
     def __init__(self, model, dataset, recipe, methods, seed, ranks=distributed.ALONE):
@@ -250,6 +271,7 @@ class Run:
             self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
     def autocast(self):
+        """The run's number format, for a `with`."""
         return autocast(self.precision, self.device)
 
     def train_step(self, x, y):
@@ -283,7 +305,12 @@ class Run:
 
 @dataclass
 class History:
-    """What a training run did and cost. `a + b` is one run after the other, on one clock."""
+    """What a training run did and cost. `a + b` is one run after the other, on one clock.
+
+    >>> once = History(rows=[{"step": 4, "epoch": 1, "seconds": 1.5, "accuracy": 90.0}], steps=4, seconds=1.5)
+    >>> (once + once).rows[-1]
+    {'step': 8, 'epoch': 2, 'seconds': 3.0, 'accuracy': 90.0}
+    """
 
     rows: list = field(default_factory=list)  # per evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
     steps: int = 0
@@ -338,6 +365,12 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
 
     Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have, a checkpoint that is
     damaged or another run's, or processes that were not all called with the same.
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
+    >>> history = train(net, data, Recipe(epochs=3, batch_size=32), evaluations=3)
+    >>> history.steps, len(history.rows), history.accuracy > 50  # the first row is that of the untrained network
+    (33, 4, True)
     """
     ranks = distributed.ranks(dataset.device)
     if recipe.sync_bn and dataset.device.type != "cuda":
@@ -437,6 +470,11 @@ def warm_up(run, batch):
     """Run forward and backward once on random labels before the clock starts, and undo what that changed. Returns seconds.
 
     Kernels are chosen, and graphs compiled, at the first call of a shape; nothing is learned.
+
+    >>> data = load("synthetic")
+    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
+    >>> warm_up(run, next(data.batches(data.decide))) > 0
+    True
     """
     buffers = copy.deepcopy(dict(run.model.named_buffers()))
     with elapsed() as seconds, models.seeded(0, run.device):
@@ -456,7 +494,13 @@ def warm_up(run, batch):
 
 @torch.no_grad()
 def evaluate(model, dataset, split, precision="fp32"):
-    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation", "test")."""
+    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation", "test").
+
+    >>> data = load("synthetic")
+    >>> loss, accuracy = evaluate(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "validation")
+    >>> 0 <= accuracy <= 100
+    True
+    """
     was, total, correct = model.training, 0.0, 0
     model.eval()
     part = getattr(dataset, split)
@@ -475,6 +519,13 @@ def full(logits):
 
 
 def finish(run, history):
+    """The history with what is known only at the end: the clock's account, events, structure and the accuracy on the test split.
+
+    >>> data = load("synthetic")
+    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
+    >>> finish(run, History()).structure
+    {'widths': [[4], [8]], 'bn': True}
+    """
     clock = run.clock
     distributed.sync_(run.model, on=False)
     history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
@@ -486,7 +537,13 @@ def finish(run, history):
 
 
 def memory(run, saved, before):
-    """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's structures."""
+    """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's structures.
+
+    >>> data = load("synthetic")
+    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
+    >>> memory(run, 1000, {"saved": 2000, "optimizer": 0})["saved"]
+    2000
+    """
     state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()]
     now = {"parameters": cost.size_bytes(run.model.parameters()), "optimizer": cost.size_bytes(state), "saved": saved}
     if run.device.type == "cuda":
@@ -495,14 +552,22 @@ def memory(run, saved, before):
 
 
 def native_bf16(device="cpu"):
-    """Whether bf16 products are native here: avx512_bf16 or amx_bf16, CUDA from compute capability 8.0."""
+    """Whether bf16 products are native here: avx512_bf16 or amx_bf16, CUDA from compute capability 8.0.
+
+    >>> native_bf16("cpu") == (resolve_precision("auto", "cpu") == "bf16")
+    True
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def resolve_precision(precision, device="cpu"):
-    """ "auto" -> "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do at speed."""
+    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do fast.
+
+    >>> resolve_precision("fp32"), resolve_precision("auto") in ("fp32", "bf16")
+    ('fp32', True)
+    """
     cuda = torch.device(device).type == "cuda"
     if precision in ("fp16", "tf32") and not cuda:
         raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter 3.2 emulates fp16)")
@@ -510,7 +575,11 @@ def resolve_precision(precision, device="cpu"):
 
 
 def resolve_layout(recipe, device="cpu"):
-    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores."""
+    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores.
+
+    >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
+    ('channels_last', 'contiguous')
+    """
     if recipe.memory_format != "auto":
         return recipe.memory_format
     cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in ("fp32", "fp64")
@@ -518,13 +587,24 @@ def resolve_layout(recipe, device="cpu"):
 
 
 def autocast(precision, device):
+    """Products inside are in "bf16" or "fp16"; with any other precision nothing changes.
+
+    >>> with autocast("bf16", "cpu"):
+    ...     y = F.linear(torch.ones(1, 2), torch.ones(3, 2))
+    >>> y.dtype
+    torch.bfloat16
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @contextlib.contextmanager
 def backend(recipe, device):
-    """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe says so."""
+    """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe says so.
+
+    >>> with backend(Recipe(), "cpu"):  # where there are no such switches
+    ...     y = torch.ones(2, 2) @ torch.ones(2, 2)
+    """
     if torch.device(device).type != "cuda":
         yield
         return
@@ -539,12 +619,20 @@ def backend(recipe, device):
 
 
 def can_compile(device="cpu"):
-    """Why `torch.compile` cannot work here, in words; "" if it can."""
+    """Why `torch.compile` cannot work here, in words; "" if it can.
+
+    >>> isinstance(can_compile(), str)
+    True
+    """
     if torch.device(device).type == "cuda" or any(shutil.which(c) for c in ("g++", "clang++", "c++")):
         return ""
     return "torch.compile needs a C++ compiler (g++ or clang++), and there is none on this machine"
 
 
 def settings(recipe):
-    """A recipe as a plain dict."""
+    """A recipe as a plain dict.
+
+    >>> settings(Recipe(lr=0.4))["lr"]
+    0.4
+    """
     return asdict(recipe)

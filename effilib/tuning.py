@@ -27,7 +27,12 @@ FIELDS = tuple("preset dataset variant epochs lr weight_decay batch_size seed ac
 
 
 def run_one(preset, dataset, variant, seed, changes):
-    """Train one setting with one seed; a row of the sweep."""
+    """Train one setting with one seed; a row of the sweep.
+
+    >>> row = run_one("smoke", "synthetic", "base", 1000, {"epochs": 1})
+    >>> row["seed"], row["lr"], row["batch_size"]
+    (1000, 0.1, 32)
+    """
     torch.set_num_threads(1)
     t = task(preset, dataset, variant=variant, **changes)
     loaded = t.load()
@@ -40,12 +45,22 @@ def run_one(preset, dataset, variant, seed, changes):
 
 
 def sweep_file(preset, dataset, variant):
+    """The CSV of a sweep, one row a run. dataset: also a path, by which a known set is recognised.
+
+    >>> sweep_file("study", "cifar10", "wide").name
+    'study-cifar10-wide.csv'
+    """
     suffix = "" if variant == "base" else f"-{variant}"
     return recorded_tuning() / f"{preset}-{data.label(data.identify(dataset))}{suffix}.csv"
 
 
 def read(file):
-    """The rows of a sweep, numbers as numbers."""
+    """The rows of a sweep, numbers as numbers.
+
+    >>> rows = read(sweep_file("quick", "mnist5k", "base"))  # what was recorded
+    >>> len({(row["epochs"], row["lr"], row["weight_decay"]) for row in rows})
+    24
+    """
     if not file.exists():
         return []
     with file.open(newline="") as f:
@@ -53,7 +68,12 @@ def read(file):
 
 
 def sweep(preset, dataset, variant="base", *, lrs=LRS, decays=DECAYS, epochs=None, seeds=(1000, 1001), workers=None, report=print):
-    """Run what is missing of the grid, write each result at once, and return all rows. The seeds are not those of measurements."""
+    """Run what is missing of the grid, write each result at once, and return all rows. The seeds are not those of measurements.
+
+    >>> rows = sweep("quick", "mnist5k", lrs=(0.2,), decays=(5e-4,), epochs=(3,))  # recorded already: nothing is run
+    >>> len(rows)
+    48
+    """
     file = sweep_file(preset, dataset, variant)
     paths.make(file.parent)
     done = {(r["epochs"], r["lr"], r["weight_decay"], r["seed"]) for r in read(file)}
@@ -74,7 +94,12 @@ def sweep(preset, dataset, variant="base", *, lrs=LRS, decays=DECAYS, epochs=Non
 
 
 def best(rows):
-    """Per number of epochs the (lr, weight decay) with the highest mean accuracy: list of rows, shortest schedule first."""
+    """Per number of epochs the (lr, weight decay) with the highest mean accuracy: list of rows, shortest schedule first.
+
+    >>> rows = [dict(epochs=3, lr=lr, weight_decay=5e-4, accuracy=a) for lr, a in ((0.1, 95.0), (0.1, 97.0), (0.2, 96.5))]
+    >>> best(rows)
+    [{'epochs': 3, 'lr': 0.2, 'weight_decay': 0.0005, 'accuracy': 96.5, 'low': 96.5, 'n': 1}]
+    """
     groups = {}
     for r in rows:
         groups.setdefault((r["epochs"], r["lr"], r["weight_decay"]), []).append(r["accuracy"])
@@ -86,6 +111,11 @@ def find_target(preset, dataset, variant="base", *, seeds=range(1000, 1005), ste
     """The target of a task: the highest multiple of `step` that this setting reaches with all of the seeds.
 
     setting: epochs, lr, weight_decay of the shortest schedule that is good enough. Writes a row a seed beside the sweep.
+
+    >>> target = find_target("smoke", "synthetic", seeds=[1000], epochs=1, lr=0.1, weight_decay=5e-4)
+    smoke synthetic base: {'epochs': 1, 'lr': 0.1, ...}
+    >>> target % 0.5
+    0.0
     """
     file = sweep_file(preset, dataset, variant).with_suffix(".target.csv")
     paths.make(file.parent)

@@ -1,6 +1,8 @@
-"""Fixtures for tests that run notebooks."""
+"""Fixtures: folders and runs of the tests' own notebooks, and one browser for all tests that look at pages."""
 
 import pytest
+
+from tests.browser import CHROMIUM, Browser
 
 
 @pytest.fixture
@@ -36,3 +38,11 @@ def plan(notebooks, results):
     from effilib import runner
 
     return lambda *selectors, **settings: runner.plan(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from effilib import figures, paths
+from effilib import figures, paths, statistics
 from effilib.statistics import judge
 from effilib.training import History
 
@@ -91,6 +91,47 @@ def test_speed_ups_draw_every_kind_of_verdict(verdicts, predicted, claim):
     assert ("4 of 5 reached the target" in texts(figure)) == (MISSED in verdicts)
     assert (f"aim {claim:g}x" in texts(figure) if claim else True) is True
     drawn(figure)
+
+
+def row(verdict, ratio=None, low=None, high=None):
+    text = f"{ratio:.2f}x [{low:.2f}, {high:.2f}], n=5 pairs, 2-core CPU" if ratio else "3 of 5 reached the target"
+    what = {
+        "chapter": "3.2",
+        "title": "Mixed precision",
+        "arm": "bf16",
+        "against": "fp32",
+        "quantity": "time per step",
+        "dataset": "cifar10",
+    }
+    return {**what, "ratio": ratio, "low": low, "high": high, "verdict": verdict, "text": text}
+
+
+def test_the_scoreboard_places_ratios_with_their_intervals_and_marks_what_missed_its_target():
+    rows = [row("faster at equal accuracy", 1.7, 1.5, 1.9), row("target missed"), row("slower", 0.02, 0.01, 0.04)]
+    axes = figures.scoreboard(rows).axes[0]
+    assert axes.get_xscale() == "log"
+    bars = [line.get_xydata()[:, 0].tolist() for line in axes.lines if line.get_alpha()]
+    assert bars == [[1.5, 1.9], [0.01, 0.04]]
+    dots = {tuple(line.get_xydata()[0]): line for line in axes.lines if line.get_marker() != "None"}
+    assert set(dots) == {(1.7, 0), (0.02, 2)}  # (x, row)
+    assert len({to_hex(line.get_color()) for line in dots.values()}) == len({line.get_marker() for line in dots.values()}) == 2
+    assert axes.get_xlim()[0] < 0.01
+    said = texts(axes.figure)
+    assert {
+        "✗ target missed",
+        "3 of 5 reached the target",
+        "1.70x [1.50, 1.90]",
+        "0.02x [0.01, 0.04]",
+        "slower",
+        "3.2  Mixed precision",
+    } <= set(said)
+    drawn(axes.figure)
+
+
+def test_every_verdict_has_its_place_on_the_scoreboard():
+    words = (statistics.FASTER, statistics.LESS_ACCURATE, statistics.SLOWER, statistics.NONE, statistics.INCONCLUSIVE)
+    drawn(figures.scoreboard([row(word, 1.0, 0.9, 1.1) for word in words]))
+    assert set(figures.VERDICTS) <= {*words, statistics.MISSED}
 
 
 def test_the_legend_names_each_thing_once():

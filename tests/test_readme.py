@@ -1,9 +1,16 @@
-"""The README says what is true: its table of chapters, its commands, a sentence for each dependency."""
+"""The README says what is true: its table of chapters and picture, its commands and code, a sentence for each dependency."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
-from effilib import paths, series
+import pytest
+import yaml
+
+import effilib
+from effilib import paths, provenance, series, statistics
 
 README = (paths.root() / "README.md").read_text()
 PROJECT = tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"]
@@ -11,6 +18,45 @@ PROJECT = tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"
 
 def test_the_table_of_chapters_is_up_to_date():
     assert series.with_table(README) == README, "bring it up to date: python -m effilib.series"
+
+
+def test_the_picture_shows_what_is_recorded():
+    assert "](results/recorded/scoreboard.png)" in README
+    assert series.drawn(series.picture()) == provenance.digest(series.headlines()), "bring it up to date: python -m effilib.series"
+
+
+def test_it_is_read_in_five_minutes():
+    prose = re.sub(r"(?s)```.*?```|<!--.*?-->|^\|.*?$", "", README, flags=re.M)
+    assert len(prose.split()) < 5 * 240
+
+
+def test_it_explains_every_verdict():
+    section = README.split("## How to read a verdict")[1].split("\n## ")[0]
+    words = ("FASTER", "LESS_ACCURATE", "SLOWER", "NONE", "INCONCLUSIVE", "MISSED")
+    assert not [word for word in words if getattr(statistics, word) not in section]
+
+
+BLOCKS = re.findall(r"(?s)```python\n(.*?)```", README)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=["a method", "the library"])
+def test_its_code_runs_as_it_stands(code, tmp_path):
+    file = paths.write(tmp_path / "mine.py", code)
+    own = {"EFFILIB_PRESET": "smoke", "EFFILIB_RESULTS": str(tmp_path / "results"), "PYTHONPATH": str(paths.root())}
+    done = subprocess.run([sys.executable, file.name], cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"fewer images|^[\d.]+ [\d.]+$", done.stdout, re.M), done.stdout
+
+
+def test_its_method_is_thirty_lines():
+    assert len(BLOCKS[0].splitlines()) <= 30
+
+
+def test_it_is_cited_with_its_version():
+    citation = yaml.safe_load((paths.root() / "CITATION.cff").read_text())
+    assert {"cff-version", "title", "message", "authors", "license"} <= set(citation)
+    assert citation["version"] == effilib.__version__ == PROJECT["version"]
+    assert f"version = {{{effilib.__version__}}}" in README
 
 
 def test_every_dependency_has_its_sentence():

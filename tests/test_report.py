@@ -3,11 +3,7 @@
 import base64
 import html as markup
 import io
-import json
 import re
-import shutil
-import subprocess
-import tempfile
 from urllib.parse import urlparse
 
 import nbformat
@@ -19,8 +15,8 @@ from PIL import Image
 
 from effilib import paths, report
 from effilib.errors import BadInput
+from tests.browser import complaints, keep
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURE = "data:image/png;base64,"
 NASTY = '<script>alert(1)</script> & <b>"bold"</b> \''
 
@@ -243,6 +239,12 @@ def test_failure_stands_on_top(executed, tmp_path):
     assert "Mixed precision" in page.h1.get_text()  # from the notebook, as there is no record
 
 
+def test_a_failed_runs_report_beside_a_complete_one_leads_back(executed, tmp_path):
+    page = soup(report.render(executed, paths.make(tmp_path / "failed" / "03_2_x") / "report.html", failure="kernel died"))
+    assert page.nav.a["href"] == "../../index.html"
+    assert page.find("a", string="cost")["href"] == "../../03_1_convolution_cost/report.html"
+
+
 def test_code_and_money_are_no_formulas():
     formulas = []
     for text in (
@@ -442,30 +444,11 @@ def test_verdicts_differ_without_colour():
 
 # ------------------------------------------------------------------------------------------------ a real browser
 
-MEASURE = """<body><iframe id="page" style="width: {width}px; height: 800px; border: 0" srcdoc="{page}"></iframe><script>
-onload = () => {{
-  const inner = document.getElementById("page").contentDocument;
-  document.body.dataset.seen = JSON.stringify({{
-    width: inner.documentElement.scrollWidth,
-    pictures: [...inner.images].every(picture => picture.naturalWidth > 0),
-    formulas: [...inner.querySelectorAll("math")].every(formula => formula.getBoundingClientRect().height > 8),
-    styled: inner.defaultView.getComputedStyle(inner.querySelector("h1")).fontWeight }});
-}}</script>"""
-
-
-def seen(page, width):
-    """What Chromium makes of a page in a frame as wide as a phone or a laptop."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        frame = paths.write(f"{folder}/frame.html", MEASURE.format(width=width, page=markup.escape(page.read_text())))
-        options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-        options += f" --disable-sync --hide-scrollbars --window-size=1400,900 --user-data-dir={folder}/profile --dump-dom"
-        done = subprocess.run([CHROMIUM, *options.split(), frame.as_uri()], capture_output=True, text=True, timeout=120)
-    return json.loads(BeautifulSoup(done.stdout, "html.parser").body["data-seen"])
-
 
 @pytest.mark.parametrize("width", [390, 1024, 1280])
-def test_chromium_shows_the_pages_without_sideways_scrolling(rendered, folder, width):
-    for page in (rendered, report.index(folder)):
-        assert seen(page, width) == {"width": width, "pictures": True, "formulas": True, "styled": "700"}
+def test_whatever_a_notebook_or_a_record_holds_is_readable(browser, rendered, folder, width):
+    for file in (rendered, report.index(folder)):
+        page = browser.open(file, width)
+        keep(page, f"all-{file.stem}-{width}")
+        assert [c for c in complaints(page, file) if not c.startswith("leads nowhere")] == []  # to what was not run here
+        assert page["formulas"] or file.stem == "index"

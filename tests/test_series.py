@@ -87,3 +87,33 @@ def test_the_readmes_table_has_a_row_for_every_chapter(results):
     assert "old" not in once
     assert once.startswith("# effilib\n<!-- chapters -->\n| chapter")
     assert once.endswith("<!-- /chapters -->\nend\n")
+
+
+HEAD = {"arm": "bf16", "against": "fp32", "quantity": "time per step", "ratio": 1.7, "low": 1.5, "high": 1.9, "n": 5}
+HEAD |= {"text": "1.70x [1.50, 1.90], n=5 pairs, 2-core CPU", "verdict": "faster at equal accuracy"}
+
+
+def test_headlines_are_the_newest_of_every_chapter_that_has_one(results):
+    results("study-cifar10", notebook="06_1_prune_train", headline=HEAD, dataset="cifar10", date="2026-02-01")
+    results("study-fashion_mnist", notebook="06_1_prune_train", headline=HEAD | {"ratio": 2.0}, dataset="fashion_mnist", date="2026-03-01")
+    results("quick-mnist5k", notebook="03_2_mixed_precision", headline=HEAD, dataset="mnist5k")
+    results("study-cifar10", notebook="02_overview", headline=None)
+    assert [(h["chapter"], h["dataset"], h["ratio"]) for h in series.headlines()] == [
+        ("3.2", "mnist5k", 1.7),
+        ("6.1", "fashion_mnist", 2.0),
+    ]
+
+
+def test_the_picture_is_drawn_anew_when_results_change_and_only_then(results, tmp_path):
+    assert not series.update_picture()  # nothing recorded, nothing drawn
+    assert list(tmp_path.iterdir()) == []
+    results("study-cifar10", notebook="03_2_mixed_precision", headline=HEAD)
+    assert series.update_picture()
+    once = series.picture().read_bytes()
+    assert once.startswith(b"\x89PNG")
+    assert not series.update_picture()
+    results("study-fashion_mnist", notebook="06_1_prune_train", headline=HEAD)
+    assert series.update_picture()
+    assert series.picture().read_bytes() != once
+    paths.write(series.picture(), b"damaged")
+    assert series.update_picture()

@@ -220,6 +220,7 @@ def fewer(task):
 
 
 def control(task):
+    """The control: a smaller network where there is one, else a shorter schedule."""
     smaller = fewer(task)
     if smaller:
         return Arm(name="smaller network, exact", role="control", network=smaller)

@@ -205,6 +205,7 @@ class FatHead(nn.Module):
 
 
 def fat_head(classes, channels=3, width=32):
+    """A `FatHead`, made by its import path."""
     return FatHead(classes, channels, width)
 
 

@@ -50,6 +50,7 @@ def read(file):
 
 
 def write(rows, file):
+    """Write the rows of a sweep as CSV."""
     with io.StringIO() as text:
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")
         writer.writeheader()

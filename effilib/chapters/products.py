@@ -201,6 +201,7 @@ def layers_of(task, dataset):
 
 
 def say_conv(c: Conv):
+    """A convolution's sizes in words."""
     return (
         f"{c.C} to {c.O} channels, {c.H} x {c.W}"
         + (f", stride {c.stride}" if c.stride > 1 else "")

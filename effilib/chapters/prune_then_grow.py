@@ -152,6 +152,7 @@ def renewed(model, seed):
 
 
 def mode_name(mode, resized=False):
+    """The name of the arm that decides in this mode."""
     return f"prune, then grow ({mode}{', resizing' if resized else ''})"
 
 

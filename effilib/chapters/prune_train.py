@@ -52,6 +52,7 @@ def method(preset, ratio=None):
 
 
 def name(ratio):
+    """The name of the arm with this ratio."""
     return f"PruneTrain, r = {ratio:g}" if ratio else "dense"
 
 

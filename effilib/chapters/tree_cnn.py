@@ -199,6 +199,7 @@ class Flat:
 
     @staticmethod
     def train_(net, task, dataset, seen, seed, evaluations, depth=0, last=False):
+        """(network, `History`) of a stage: trained on all classes seen so far. The test images are read in the last one."""
         own = relabel(dataset, {c: i for i, c in enumerate(seen)})
         own = own if last else replace(own, test=own.train[:1])  # the test images are read once, at the end
         h = train(net, own, fitting(task.recipe, own), [FineTune(depth=depth)] if depth else [], seed, evaluations=evaluations)
@@ -291,6 +292,7 @@ def arms(task, dataset):
 
 
 def tuned(depth):
+    """The control of which only the last `depth` layers are trained."""
     return Arm(name=f"flat, last {depth} layer{'s' * (depth > 1)}", role="control", fit=Flat(depth=depth))
 
 

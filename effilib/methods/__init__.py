@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is added)."""
+    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is added).
+
+    >>> from effilib.methods import prune_train
+    >>> prune_train.INFO.name, prune_train.INFO.chapter
+    ('PruneTrain', '6.1')
+    """
 
     name: str
     name_de: str

@@ -36,13 +36,21 @@ SCHEMES = ("topk", "uniform", "norm", "bernoulli")
 
 
 def norms(t, dim):
-    """|t_i|_F of every slice i along dim, in fp32. t: any shape -> (t.shape[dim],)."""
+    """|t_i|_F of every slice i along dim, in fp32. t: any shape -> (t.shape[dim],).
+
+    >>> norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
+    tensor([5., 1.])
+    """
     t = t.float() if t.dtype == torch.float16 else t  # squares overflow; those of bf16 are only rounded, and sums are fp32 inside
     return t.pow(2).sum([d for d in range(t.dim()) if d != dim]).float().sqrt()
 
 
 def inclusion(w, k):
-    """Probabilities p_i = min(1, c w_i) that add up to k: in proportion to w >= 0 as far as that goes. (n,) -> (n,)."""
+    """Probabilities p_i = min(1, c w_i) that add up to k: in proportion to w >= 0 as far as that goes. (n,) -> (n,).
+
+    >>> inclusion(torch.tensor([6.0, 1.0, 1.0]), 2).tolist()
+    [1.0, 0.5, 0.5]
+    """
     p = torch.full_like(w, k / len(w)) if w.sum() == 0 else k * w / w.sum()
     for _ in range(len(w)):  # what is cut off at 1 goes to the others
         sure = p >= 1
@@ -63,6 +71,12 @@ def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.
     the uniform distribution mixed in, so that no channel is left out for ever (0.1 in the authors' code; "norm", "bernoulli").
 
     Raises `BadInput` for an unknown scheme, or scaled top-k, which has no probabilities.
+
+    >>> choose_terms(torch.tensor([1.0, 5.0, 3.0]), 2)
+    (tensor([1, 2]), None)
+    >>> index, scale = choose_terms(torch.ones(8), 2, "uniform", scaled=True, generator=torch.Generator().manual_seed(0))
+    >>> scale.tolist()  # of 8 terms 2: each counts four times
+    [4.0, 4.0]
     """
     choose("sampling scheme", scheme, SCHEMES)
     n = len(w)
@@ -93,6 +107,9 @@ def squared_error(terms, k, scheme, *, p=None):
 
     terms: (n, ...), the n terms A^(i) B_(i). scheme: "replacement" with draw probabilities p (n,); "bernoulli" with inclusion
     probabilities p; "uniform" without replacement.
+
+    >>> squared_error(torch.tensor([[1.0], [3.0]]), 1, "uniform").item()  # the sum is 4, the estimate 2 x 1 or 2 x 3
+    4.0
     """
     n, product = len(terms), terms.sum(0)
     w2 = terms.flatten(1).square().sum(1)  # |A^(i)|^2 |B_(i)|^2
@@ -104,12 +121,21 @@ def squared_error(terms, k, scheme, *, p=None):
 
 
 def how_many(ratio, n, minimal):
-    """k = min(max(int(ratio n), minimal), n)."""
+    """k = min(max(int(ratio n), minimal), n).
+
+    >>> how_many(0.5, 64, 10), how_many(0.5, 16, 10), how_many(0.5, 8, 10)
+    (32, 10, 8)
+    """
     return min(max(int(ratio * n), minimal), n)
 
 
 def forward_sampling(ratio, minimal, **how):
-    """The `Approximation` that computes `ratio` of the input channels, the backward pass through the same ones."""
+    """The `Approximation` that computes `ratio` of the input channels, the backward pass through the same ones.
+
+    >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
+    >>> len(index)  # of 4 input channels
+    2
+    """
 
     def sample(x, w):
         k = how_many(ratio, x.shape[1], minimal)
@@ -119,7 +145,13 @@ def forward_sampling(ratio, minimal, **how):
 
 
 def backward_sampling(ratio, minimal, **how):
-    """The `Approximation` with an exact forward pass: dX of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|."""
+    """The `Approximation` with an exact forward pass: dX of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|.
+
+    >>> x, w = torch.ones(4, 2), torch.ones(3, 2, requires_grad=True)
+    >>> conv.approx_linear(x, w, approximation=backward_sampling(0.5, minimal=1)).sum().backward()
+    >>> w.grad[0].tolist()  # two of four samples took part
+    [2.0, 2.0]
+    """
 
     def dx(dy, x, w, product):
         k = how_many(ratio, len(w), minimal)
@@ -142,6 +174,9 @@ def sample_columns_(model, ratio=0.5, *, where="forward", minimal=10, linear=Tru
     ratio: share of the terms computed. where: "forward" or "backward". x: a batch of images, see `effilib.convolution.layers`.
     how: as for `choose_terms`. Grouped convolutions, whose terms are few already, stay exact, and so do layers with at most
     `minimal` channels. Returns the names of the sampled layers. Raises `NoEffect` if there are none.
+
+    >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
+    ['features.4', 'features.7']
     """
     choose("place of sampling", where, ("forward", "backward"))
     if not 0 < ratio <= 1:
@@ -158,6 +193,12 @@ class ColumnRowSampling(Method):
     """Train with sampled products. ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see `choose_terms`.
 
     images: as many training images re-estimate BatchNorm's statistics before an evaluation, with exact forward passes.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(16, 16))
+    >>> history = train(net, data, Recipe(epochs=1), [ColumnRowSampling(ratio=0.5)])
+    >>> history.events[-1]["text"]
+    '1 layers sampled; accuracy ... % with the statistics of training, ... % re-estimated'
     """
 
     ratio: float = 0.5

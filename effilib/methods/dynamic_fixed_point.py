@@ -38,7 +38,12 @@ INFO = Info(
 
 
 class DFP(NamedTuple):
-    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel; nan if x was not finite."""
+    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel; nan if x was not finite.
+
+    >>> q = DFP(torch.tensor([64, -32], dtype=torch.int8), torch.tensor(6.0))
+    >>> dequantise(q).tolist()  # 64 / 2^6, -32 / 2^6
+    [1.0, -0.5]
+    """
 
     I: torch.Tensor  # noqa: E741  (the paper's symbol)
     scf: torch.Tensor
@@ -50,6 +55,10 @@ def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
     max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I = round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest
     number that would round up to 2^(b-1) gets the next exponent. Up to 16 bits; 16 end at 32,639, the largest number of two
     signed bytes. rounding: "nearest" (half to even), or "stochastic": up with the probability of the fraction, E[I] = x 2^scf.
+
+    >>> q = quantise(torch.tensor([1.0, 0.3]), bits=4)
+    >>> q.I.tolist(), q.scf.item()
+    ([4, 1], 2.0)
     """
     choose("rounding", rounding, ("nearest", "stochastic"))
     if not 2 <= bits <= 16:
@@ -75,7 +84,11 @@ def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
 
 
 def dequantise(q):
-    """The numbers that a `DFP` stands for, in fp32."""
+    """The numbers that a `DFP` stands for, in fp32.
+
+    >>> dequantise(quantise(torch.tensor([1.0, 0.3]), bits=4)).tolist()
+    [1.0, 0.25]
+    """
     return torch.ldexp(q.I.float(), -q.scf)
 
 
@@ -83,7 +96,11 @@ def dequantise(q):
 
 
 def halves(I):  # noqa: E741
-    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte, both signed."""
+    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte, both signed.
+
+    >>> [(part.item(), factor) for part, factor in halves(torch.tensor([300], dtype=torch.int16))]
+    [(1, 256), (44, 1)]
+    """
     if I.dtype == torch.int8:
         return [(I, 1)]
     low = I.to(torch.int8)  # wraps around: the low byte, signed
@@ -94,6 +111,10 @@ def integer_mm(a, b):
     """a b, exactly: (M, K) x (K, N) -> (M, N) in float64. a, b: parts, as `halves` gives them; K up to 2^17.
 
     One int8 product into int32 for each pair of parts: 1 for int8 by int8, 4 for int16 by int16.
+
+    >>> a = torch.tensor([[300, -20000]], dtype=torch.int16)
+    >>> integer_mm(halves(a), halves(a.T.contiguous())).item()  # 300^2 + 20,000^2
+    400090000.0
     """
     return sum(float(factor) * product.double() for factor, product in _byte_products(a, b).items())
 
@@ -114,7 +135,13 @@ def _largest(t):
 
 
 def int32_mm(a, b):
-    """a b as `integer_mm`, as int32. Raises `OverflowError` if a sum does not fit."""
+    """a b as `integer_mm`, as int32. Raises `OverflowError` if a sum does not fit.
+
+    >>> a = torch.full((1, 9), 20_000, dtype=torch.int16)
+    >>> int32_mm(halves(a), halves(a.T.contiguous()))
+    Traceback (most recent call last):
+    OverflowError: dynamic fixed point: a chain of 9 products does not fit into int32
+    """
     sums = _byte_products(a, b)
     if len(sums) > 1 and sum(f * _largest(p) for f, p in sums.items()) >= 2**31:  # a bound; only beyond it look closely
         largest = sum(float(f) * p.double() for f, p in sums.items()).abs().max()
@@ -130,6 +157,10 @@ def chained_mm(a, b, chain):
     """a b with int32 sums over chains of at most `chain` products, the chains added up in fp32: (M, K) x (K, N) -> (M, N), fp32.
 
     Raises `OverflowError` if the sum of a chain does not fit into int32, where hardware would wrap around unseen.
+
+    >>> a = torch.full((1, 9), 20_000, dtype=torch.int16)
+    >>> chained_mm(halves(a), halves(a.T.contiguous()), chain=2).item()  # 9 x 20,000^2
+    3600000000.0
     """
     K, total = a[0][0].shape[1], None
     for begin in range(0, K, chain):
@@ -140,7 +171,11 @@ def chained_mm(a, b, chain):
 
 
 def columns(x, product, kernel):
-    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k C)."""
+    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k C).
+
+    >>> columns(torch.ones(2, 3, 4, 4), conv.Convolution(), (3, 3)).shape
+    torch.Size([8, 27])
+    """
     (height, width), (sh, sw), (ph, pw), (dh, dw) = kernel, product.stride, product.padding, product.dilation
     rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))  # (N, H + 2p, W + 2p, C)
     N, H, W, C = rows.shape
@@ -151,18 +186,31 @@ def columns(x, product, kernel):
 
 
 def image(rows, N, H):
-    """(N H W, C) -> (N, C, H, W), channels last."""
+    """(N H W, C) -> (N, C, H, W), channels last.
+
+    >>> image(torch.arange(8).view(4, 2), N=1, H=2).shape
+    torch.Size([1, 2, 2, 2])
+    """
     return rows.view(N, H, -1, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def out_size(x, w, product):
-    """(H', W') of a convolution's output."""
+    """(H', W') of a convolution's output.
+
+    >>> out_size(torch.ones(1, 1, 7, 7), torch.ones(1, 1, 3, 3), conv.Convolution(stride=(2, 2)))
+    (3, 3)
+    """
     spans = zip(x.shape[2:], w.shape[2:], product.stride, product.padding, product.dilation, strict=True)
     return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans)
 
 
 def forward(x, w, product, chain):
-    """y = x * w of two `DFP`s, x: (N, C, H, W), w: (O, C, k, k) -> (N, O, H', W'), fp32. Chains run over taps and channels."""
+    """y = x * w of two `DFP`s, x: (N, C, H, W), w: (O, C, k, k) -> (N, O, H', W'), fp32. Chains run over taps and channels.
+
+    >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    >>> forward(quantise(x), quantise(w), conv.Convolution(), chain=9).flatten().tolist()
+    [9.0, 9.0, 9.0, 9.0]
+    """
     a = [(columns(p, product, w.I.shape[2:]), f) for p, f in halves(x.I)]
     b = [(p.permute(2, 3, 1, 0).reshape(-1, len(w.I)), f) for p, f in halves(w.I)]  # (k k C, O)
     y = image(chained_mm(a, b, chain), len(x.I), out_size(x.I, w.I, product)[0])
@@ -170,7 +218,12 @@ def forward(x, w, product, chain):
 
 
 def backward_x(dy, x_shape, w, product, chain):
-    """dX: the convolution of dy, its pixels set apart by the stride, with the mirrored filter. Chains run over taps and outputs."""
+    """dX: the convolution of dy, its pixels set apart by the stride, with the mirrored filter. Chains run over taps and outputs.
+
+    >>> dy, w = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)
+    >>> backward_x(quantise(dy), (1, 1, 4, 4), quantise(w), conv.Convolution(), chain=9)[0, 0, 0].tolist()
+    [1.0, 2.0, 2.0, 1.0]
+    """
     stride, (height, width) = product.stride, dy.I.shape[2:]
     spread = dy.I.new_zeros(*dy.I.shape[:2], (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1)
     spread[:, :, :: stride[0], :: stride[1]] = dy.I
@@ -188,7 +241,12 @@ def backward_x(dy, x_shape, w, product, chain):
 
 
 def backward_w(dy, x, w_shape, product, chain):
-    """dW, (O, C, k, k), fp32. Chains run over samples and pixels."""
+    """dW, (O, C, k, k), fp32. Chains run over samples and pixels.
+
+    >>> dy, x = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 4, 4)
+    >>> backward_w(quantise(dy), quantise(x), (1, 1, 3, 3), conv.Convolution(), chain=4).unique().tolist()
+    [4.0]
+    """
     rows = [(p.permute(0, 2, 3, 1).reshape(-1, p.shape[1]).T, f) for p, f in halves(dy.I)]  # (O, N H' W')
     patches = [(columns(p, product, w_shape[2:]), f) for p, f in halves(x.I)]  # (N H' W', k k C)
     dw = chained_mm(rows, patches, chain).view(w_shape[0], *w_shape[2:], w_shape[1]).permute(0, 3, 1, 2)
@@ -199,7 +257,16 @@ def backward_w(dy, x, w_shape, product, chain):
 
 
 def with_shorter_chains(function, chains, key):
-    """function(chain) with the layer's chain; where a sum overflows the chain is halved, for good, and it is computed again."""
+    """function(chain) with the layer's chain; where a sum overflows the chain is halved, for good, and it is computed again.
+
+    >>> def product(chain):
+    ...     if chain > 3:
+    ...         raise OverflowError
+    ...     return f"chains of {chain}"
+    >>> chains = {"dW": 8}
+    >>> with_shorter_chains(product, chains, "dW"), chains
+    ('chains of 2', {'dW': 2})
+    """
     while True:
         try:
             return function(chains[key])
@@ -214,6 +281,10 @@ def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generat
 
     exponents: "tensor", one for each; or "channel": one for each slice that is not summed over, which differs from product to
     product (w by output in the forward pass, by input in dX; x and dy by channel in dW), so that operands are rounded twice.
+
+    >>> x, w, chains = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), {"forward": 9, "dX": 9, "dW": 4}
+    >>> conv.approx_conv2d(x, w, approximation=fixed_point(14, lambda: chains)).unique().tolist()
+    [9.0]
     """
     choose("exponents", exponents, ("tensor", "channel"))
 
@@ -244,6 +315,10 @@ def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point"
 
     chains: name -> dict "forward", "dX", "dW" -> length of a chain. how: see `fixed_point`. Grouped convolutions stay fp32.
     Returns the names; raises `NoEffect` if no layer matched.
+
+    >>> net = build("convnet", 10, (3, 32, 32), widths=(8, 16))
+    >>> use_fixed_point_(net, 14, lambda name: {"forward": 72, "dX": 144, "dW": 256})
+    ['features.4']
     """
     chosen = {n: m for n, m in conv.layers(model, x).items() if m.groups == 1}
     made = {n: fixed_point(bits, lambda n=n: chains(n), **how) for n in chosen}
@@ -256,6 +331,12 @@ class DynamicFixedPoint(Method):
 
     exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of a 3x3 filter, the
     authors' longest). master: keep weights and momentum in fp32, else they are rounded after every step.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1, precision="fp32"), [DynamicFixedPoint(bits=14)])
+    >>> history.events[-1]["text"]
+    '1 layers in 14 bits; int32 chains shortened after an overflow: none'
     """
 
     bits: int = 14

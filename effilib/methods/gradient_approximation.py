@@ -41,6 +41,10 @@ def locations(dy, how="top", generator=None):
 
     "top": where |dy| is largest, v the signed sum of the map. "unbiased": drawn with probability |dy| / sum |dy|,
     v = sign(dy there) sum |dy|, so that E[v at the location] = dy.
+
+    >>> index, v = locations(torch.tensor([[[[1.0, -5.0], [2.0, 0.0]]]]))
+    >>> index.item(), v.item()
+    (1, -2.0)
     """
     maps = dy.flatten(2).float()  # (N, O, H' W')
     if how == "top":
@@ -55,6 +59,10 @@ def dw_at(index, v, x, w, product):
     """dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o] patch(x[n], index[n, o]).
 
     Needs one row of channels per filter tap, sample and output channel; the size of the maps does not matter.
+
+    >>> x, w = torch.arange(9.0).view(1, 1, 3, 3), torch.zeros(1, 1, 2, 2)
+    >>> dw_at(torch.tensor([[3]]), torch.tensor([[2.0]]), x, w, conv.Convolution()).tolist()  # twice the patch below right
+    [[[[8.0, 10.0], [14.0, 16.0]]]]
     """
     (N, C, H, W), (outputs, _, height, width) = x.shape, w.shape
     (sh, sw), (ph, pw), (dh, dw) = product.stride, product.padding, product.dilation
@@ -78,6 +86,11 @@ def replacement(how, *, scale=None, generator=None):
     "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new each time.
     "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of the last two; None is the
     published one for "top", 1 / N on top of the mean over the batch that dy carries already, and 1 for "unbiased".
+
+    >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
+    >>> conv.approx_linear(x, w, dw=replacement("zero")).sum().backward()
+    >>> w.grad.abs().sum().item()
+    0.0
     """
     choose("gradient", how, REPLACEMENTS)
 
@@ -101,6 +114,11 @@ def scheduled(schedule, layer, step):
 
     S1: every fourth layer from the second on, in every batch. S2: every other layer, in every other batch. S3: every layer,
     in every fourth batch. Each is a quarter of all pairs. "always": every layer, in every batch.
+
+    >>> [scheduled("S1", layer, step=0) for layer in range(6)]
+    [False, True, False, False, False, True]
+    >>> [scheduled("S3", 2, step) for step in range(4)]
+    [True, False, False, False]
     """
     if not layer:
         return False
@@ -113,6 +131,10 @@ def approximate_gradients_(model, how, schedule, step, *, scale=None, generator=
     step: () -> int, the number of the batch. Convolutions are numbered in their true order if x, a batch of images, is
     given; 1x1 filters neither count nor are replaced, as with the authors. "top" and "unbiased" leave grouped convolutions
     exact. Returns the names; raises `NoEffect` if no layer is ever replaced.
+
+    >>> net = build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32)))
+    >>> approximate_gradients_(net, "zero", "S1", step=lambda: 0)
+    ['features.4']
     """
     choose("schedule", schedule, SCHEDULES)
     dw = replacement(how, scale=scale, generator=generator)
@@ -134,7 +156,14 @@ def approximate_gradients_(model, how, schedule, step, *, scale=None, generator=
 
 @dataclass(frozen=True, kw_only=True)
 class GradientApproximation(Method):
-    """Train with replaced weight gradients. how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see `replacement`."""
+    """Train with replaced weight gradients. how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see `replacement`.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [GradientApproximation(how="zero", schedule="S1")])
+    >>> history.events[-1]["text"]
+    'dW replaced (zero, S1) in 1 of 2 convolutions: features.4'
+    """
 
     how: str = "zero"
     schedule: str = "S1"

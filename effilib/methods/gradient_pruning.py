@@ -35,7 +35,11 @@ INFO = Info(
 
 
 def normal_quantile(q):
-    """Phi^-1(q) of the standard normal distribution."""
+    """Phi^-1(q) of the standard normal distribution.
+
+    >>> round(normal_quantile(0.975), 2)
+    1.96
+    """
     return math.sqrt(2) * torch.erfinv(torch.tensor(2 * q - 1, dtype=torch.float64)).item()
 
 
@@ -44,19 +48,32 @@ def _phi(z):
 
 
 def threshold(g, p):
-    """tau with P(|g| < tau) = p if g ~ N(0, sigma^2): Phi^-1((1 + p) / 2) sigma, sigma from the mean magnitude. A 0-d tensor."""
+    """tau with P(|g| < tau) = p if g ~ N(0, sigma^2): Phi^-1((1 + p) / 2) sigma, sigma from the mean magnitude. A 0-d tensor.
+
+    >>> g = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    >>> round((g.abs() < threshold(g, 0.9)).float().mean().item(), 2)
+    0.9
+    """
     sigma = math.sqrt(math.pi / 2) * g.abs().mean(dtype=torch.float32)  # E|g| = sigma sqrt(2 / pi)
     return normal_quantile((1 + p) / 2) * sigma
 
 
 def zero_fraction(p):
-    """The share of zeros that pruning with target rate p leaves of normal gradients: p - sqrt(2/pi) (1 - exp(-t^2/2)) / t."""
+    """The share of zeros that pruning with target rate p leaves of normal gradients: p - sqrt(2/pi) (1 - exp(-t^2/2)) / t.
+
+    >>> round(zero_fraction(0.9), 2)  # of 90 % below tau, 36 % became tau
+    0.54
+    """
     t = normal_quantile((1 + p) / 2)
     return p - math.sqrt(2 / math.pi) * (1 - math.exp(-(t**2) / 2)) / t if t else 0.0
 
 
 def lognormal_zeros(u, s):
-    """The share of zeros for ln|g| ~ N(m, s^2) and ln tau = m + u s: E[1 - |g| / tau; |g| < tau]."""
+    """The share of zeros for ln|g| ~ N(m, s^2) and ln tau = m + u s: E[1 - |g| / tau; |g| < tau].
+
+    >>> round(lognormal_zeros(u=0.0, s=1.0), 2)
+    0.24
+    """
     return _phi(u) - math.exp(s * s / 2 - s * u) * _phi(u - s)
 
 
@@ -64,6 +81,11 @@ def lognormal_threshold(g, zeros):
     """tau that leaves a share `zeros` of the non-zero elements 0 if |g| is lognormal (Chmiel et al. 2021). A 0-d tensor.
 
     Mean m and deviation s of ln|g| are estimated over the elements that are not 0; tau follows by bisection.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> g = torch.randn(10_000, generator=generator).exp()
+    >>> round((prune(g, lognormal_threshold(g, zeros=0.5), generator) == 0).float().mean().item(), 1)
+    0.5
     """
     logs = g[g != 0].abs().float().log()
     if len(logs) < 2:
@@ -80,6 +102,10 @@ def prune(g, tau, generator):
     """g where |g| >= tau; else sign(g) tau with probability |g| / tau, 0 otherwise: E = g, Var = |g| (tau - |g|). Same shape.
 
     A threshold that is 0 or not finite (a gradient overflowed) prunes nothing.
+
+    >>> pruned = prune(torch.tensor([3.0, 0.5, -0.5]), torch.tensor(1.0), torch.Generator().manual_seed(0))
+    >>> pruned[0].item(), set(pruned[1:].tolist()) <= {-1.0, 0.0, 1.0}
+    (3.0, True)
     """
     tau = torch.where(tau.isfinite(), tau, 0.0).to(g.dtype)
     r = torch.empty_like(g, dtype=torch.float32).uniform_(generator=conv.on_device(generator, g.device))
@@ -94,12 +120,19 @@ class Pruner:
     law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier tau are averaged
     to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's own. every: density is counted
     every so many batches.
+
+    >>> pruner, generator = Pruner(p=0.9), torch.Generator().manual_seed(0)
+    >>> state = pruner.new_state()
+    >>> pruned = pruner(torch.randn(10_000, generator=generator), state, generator)
+    >>> round(state["zeros"], 2)
+    0.54
     """
 
     def __init__(self, p, law="normal", fifo=0, every=10):
         self.p, self.law, self.fifo, self.every = p, law, fifo, every
 
     def new_state(self):
+        """What is kept of a layer, at first: earlier thresholds, and sums over the batches that were counted."""
         return {"taus": [], "calls": 0, "counted": 0, "zeros": 0.0, "error": 0.0, "cosine": 0.0}
 
     def __call__(self, g, state, generator):
@@ -123,6 +156,10 @@ def placements(model, chosen, x):
 
     chosen: dict name -> module. x: a batch of images. dI is the gradient of the layer's input, before the ReLU in front of
     it masks it: after the mask the many zeros would spoil the estimate of tau. Dict name -> place.
+
+    >>> with_norm, without = (build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=bn) for bn in (True, False))
+    >>> [list(placements(net, conv.layers(net), torch.zeros(1, 1, 8, 8)).values()) for net in (with_norm, without)]
+    [['dO'], ['dI']]
     """
     names, outputs, hooks = {m: n for n, m in chosen.items()}, {}, []
     place = dict.fromkeys(chosen, "dI")
@@ -150,6 +187,10 @@ def prune_gradients_(model, pruner, x, state, generator, owner="gradient pruning
     pruner: a `Pruner`. x: a batch of images, by which stem and placement are found. state: () -> dict, filled per layer; it
     is asked for anew at every call, as a checkpoint may have replaced it. Returns {name: "dO" or "dI"}; raises `NoEffect` if
     no layer matched.
+
+    >>> net, state = build("convnet", 4, (1, 8, 8), widths=(4, 8)), {}
+    >>> prune_gradients_(net, Pruner(p=0.9), torch.zeros(1, 1, 8, 8), lambda: state, torch.Generator())
+    {'features.4': 'dO'}
     """
     chosen = conv.layers(model, x)
     place = placements(model, chosen, x)
@@ -169,7 +210,14 @@ def prune_gradients_(model, pruner, x, state, generator, owner="gradient pruning
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPruning(Method):
-    """Train with stochastically pruned activation gradients. p to every: see `Pruner`."""
+    """Train with stochastically pruned activation gradients. p to every: see `Pruner`.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [GradientPruning(p=0.9, fifo=0)])
+    >>> history.events[-1]["text"]
+    'density of the pruned gradients: features.4 0...'
+    """
 
     p: float = 0.9
     law: str = "normal"
@@ -203,7 +251,12 @@ class GradientPruning(Method):
 
 
 def random_subset(n, keep, generator, device="cpu"):
-    """(index, scale): round(keep n) >= 1 of n slices at random, and the factor n / k that makes their sum unbiased."""
+    """(index, scale): round(keep n) >= 1 of n slices at random, and the factor n / k that makes their sum unbiased.
+
+    >>> index, scale = random_subset(8, 0.25, torch.Generator().manual_seed(0))
+    >>> len(index), scale
+    (2, 4.0)
+    """
     k = max(1, round(keep * n))
     return torch.randperm(n, generator=generator)[:k].sort().values.to(device), n / k
 
@@ -216,6 +269,9 @@ def subset_gradients_(model, keep, generator, *, dx="outputs", dw="outputs", x=N
 
     keep: share of the slices. dx, dw: of what: "outputs" (channels), "samples", or None: exact. If both name the same, they
     share the subset. Grouped convolutions stay exact. Returns the names; raises `NoEffect` if no layer matched.
+
+    >>> subset_gradients_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), 0.5, torch.Generator())
+    ['features.4']
     """
     for of in (dx, dw):
         choose("subset", of, (*SUBSETS, None))
@@ -243,7 +299,14 @@ def subset_gradients_(model, keep, generator, *, dx="outputs", dw="outputs", x=N
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSubsets(Method):
-    """Train with structured, unbiased subsets of the activation gradients. keep, dx, dw: see `subset_gradients_`."""
+    """Train with structured, unbiased subsets of the activation gradients. keep, dx, dw: see `subset_gradients_`.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [GradientSubsets(keep=0.5)])
+    >>> history.events[-1]["text"]
+    '1 layers: dX from 50% of outputs, dW from 50% of outputs'
+    """
 
     keep: float = 0.5
     dx: str | None = "outputs"

@@ -42,7 +42,11 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 
 @lru_cache(maxsize=64)  # of a step's images: neither computed nor copied to the device anew
 def matrix(n, m, dtype=torch.double, device="cpu"):
-    """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m < n. Rows add up to 1."""
+    """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m < n. Rows add up to 1.
+
+    >>> matrix(2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
     old, new = (torch.arange(k, dtype=torch.double) + 0.5 for k in (n, m))
     distance = (old - new[:, None] * n / m).abs() / max(n / m, 1)  # from centre to centre, in pixels of the coarser side
     R = (1 - distance).clamp(min=0)
@@ -53,6 +57,9 @@ def resize(x, size):
     """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: R_h x R_w^T. Channels last in memory.
 
     The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`.
+
+    >>> resize(torch.ones(1, 3, 8, 8), (4, 6)).shape
+    torch.Size([1, 3, 4, 6])
     """
     (N, C, H, W), (h, w) = x.shape, size
     if (h, w) == (H, W):
@@ -68,6 +75,10 @@ def rescale_kernel(W, k, amplitude=True):
 
     Then `conv(resize(x), W')` is `resize(conv(x, W))` for band-limited x and W, if x is resized by k / n too. amplitude: the factor
     (n / k)^2; without it the response is (k / n)^2 times as large. Linear in W, the identity for k = n.
+
+    >>> W = rescale_kernel(torch.ones(1, 1, 3, 3), 5)
+    >>> W.shape, round(W.sum().item(), 3)  # a kernel's sum stays
+    (torch.Size([1, 1, 5, 5]), 9.0)
     """
     n = W.shape[-1]
     R = matrix(n, k).to(W)
@@ -79,6 +90,10 @@ def pi_resize(W, k):
 
     It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean square error over white
     patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse: one small matrix a side will do.
+
+    >>> W, patch = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
+    >>> torch.allclose((pi_resize(W, 8) * resize(patch, (8, 8))).sum(), (W * patch).sum(), rtol=1e-4)
+    True
     """
     P = torch.linalg.pinv(matrix(W.shape[-1], k)).T.to(W)  # (k, n)
     return P @ W @ P.T
@@ -88,7 +103,11 @@ def pi_resize(W, k):
 
 
 def is_patch(conv):
-    """Whether a convolution cuts its input into patches: its stride is its kernel's size, and there is no padding."""
+    """Whether a convolution cuts its input into patches: its stride is its kernel's size, and there is no padding.
+
+    >>> is_patch(nn.Conv2d(3, 8, 4, stride=4)), is_patch(nn.Conv2d(3, 8, 3))
+    (True, False)
+    """
     k = conv.kernel_size
     return k[0] > 1 and conv.stride == k and conv.padding in ("valid", (0, 0)) and conv.dilation == (1, 1)
 
@@ -98,6 +117,9 @@ def kernels(model, smallest=SMALLEST):
 
     The stem is the first convolution that the model holds; as a patch embedding it may have any size. Left alone are 1x1 kernels and
     even ones (half a pixel would be lost), convolutions of a user's own class, and weights that two layers share.
+
+    >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(8, 8, 3, padding=1)))
+    {'0': 7}
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     stem = next(iter(convs.values()), None)
@@ -114,7 +136,11 @@ def kernels(model, smallest=SMALLEST):
 
 def scaled(conv, k, factor):
     """The size that a kernel of `conv` whose size was k should have on images `factor` times as large: odd and at least 3; of a patch
-    the nearest whole number, at least 2."""
+    the nearest whole number, at least 2.
+
+    >>> scaled(nn.Conv2d(3, 8, 7), 7, 0.75), scaled(nn.Conv2d(3, 8, 8, stride=8), 8, 0.5)
+    (5, 4)
+    """
     return max(2, round(k * factor)) if is_patch(conv) else max(3, 2 * math.floor(k * factor / 2) + 1)
 
 
@@ -129,6 +155,10 @@ def rescale_(model, k, optimizer=None, *, smallest=SMALLEST, amplitude=True, ema
     The optimizer holds the new Parameters in the place of the old ones. Their momentum begins anew at 0: a gradient follows the adjoint
     of the map that the weights follow, g = A^T g', and to an enlarged kernel there are many g' for one g. Other layers keep theirs.
     Raises `NoEffect` if no kernel changes, `BadInput` for a size or name that cannot be.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 7, padding=3))
+    >>> rescale_(net, 5), net[0].padding
+    ({'0': (7, 5)}, (2, 2))
     """
     able = kernels(model, 1 if isinstance(k, dict) else smallest)
     if isinstance(k, dict):
@@ -170,6 +200,9 @@ def recalibrate_(model, batches):
     """Set BatchNorm's running statistics to the means over `batches`, images (N, C, H, W), in place. Returns how many layers.
 
     At another resolution, or behind a rescaled kernel, the old statistics are of other numbers. Raises `NoEffect` if the model has none.
+
+    >>> recalibrate_(nn.Sequential(nn.BatchNorm2d(1)), [torch.ones(2, 1, 2, 2)])
+    1
     """
     found = models.reestimate_(model, batches, training=True)
     if not found:
@@ -192,6 +225,12 @@ class KernelRescaling(Method):
 
     The images that evaluations for the record see are always of full size, and the model is as it stands: what it reaches on small images
     counts for nothing. A step on small images is timed as a kind of its own, "step at 16 x 16".
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(8, 8), blocks=(1, 1), kernels=(5, 5, 5))
+    >>> history = train(net, data, Recipe(epochs=1, batch_size=32), [KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)))])
+    >>> sorted(kind for kind in history.kinds if kind.startswith("step"))
+    ['step', 'step at 4 x 4']
     """
 
     schedule: tuple = ((0.4, 0.5), (0.3, 0.75), (0.3, 1.0))

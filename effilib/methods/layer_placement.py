@@ -46,7 +46,11 @@ BYTES = 4  # of a number on the wire, fp32
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """A link of the chain. parameters: trainable numbers. outputs: numbers per image that the next one reads (A). flops, seconds:
-    of forward and backward, per image, on a worker."""
+    of forward and backward, per image, on a worker.
+
+    >>> Layer(name="fc", parameters=1000, outputs=10).seconds  # not measured yet
+    0.0
+    """
 
     name: str
     parameters: int
@@ -60,6 +64,9 @@ class Cluster:
     """W workers, `batch` (b) images on each a step, and a server with a link of `bandwidth` bytes/s.
 
     server_speed: times a worker's. memory: bytes of the server (None: enough). overlap: computing and sending at the same time.
+
+    >>> Cluster(workers=4, batch=32, bandwidth=1e9 / 8).overlap
+    False
     """
 
     workers: int
@@ -74,6 +81,10 @@ def traffic(layers, k, workers, batch):
     """Bytes through the server's link in a step when the first k of N layers are on the workers: 4 [2 W P(1..k) + 2 W b A_k].
 
     Weights down and gradients up, activations up and their gradients down; k = N is the plain parameter server, where nothing is cut.
+
+    >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
+    >>> traffic(layers, 1, workers=2, batch=1), traffic(layers, 2, workers=2, batch=1)
+    (1760, 16160)
     """
     P = sum(layer.parameters for layer in layers[:k])
     A = layers[k - 1].outputs if k < len(layers) else 0
@@ -81,7 +92,12 @@ def traffic(layers, k, workers, batch):
 
 
 def step_seconds(layers, k, cluster):
-    """T(k): the workers' part, the link and the server's part, one after the other; with overlap the longest of them."""
+    """T(k): the workers' part, the link and the server's part, one after the other; with overlap the longest of them.
+
+    >>> layers = [Layer(name="conv", parameters=10, outputs=100, seconds=2.0), Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
+    >>> step_seconds(layers, 1, Cluster(workers=2, batch=1))  # 2 on the workers, 2 x 0.5 on the server
+    3.0
+    """
     W, b = cluster.workers, cluster.batch
     parts = (
         b * sum(layer.seconds for layer in layers[:k]),
@@ -92,7 +108,12 @@ def step_seconds(layers, k, cluster):
 
 
 def server_bytes(layers, k, cluster):
-    """Memory of the layers behind the cut: weights, gradients and momentum, and the activations of W b images with their gradients."""
+    """Memory of the layers behind the cut: weights, gradients and momentum, and the activations of W b images with their gradients.
+
+    >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
+    >>> server_bytes(layers, 1, Cluster(workers=2, batch=1))
+    13760
+    """
     held = 3 * sum(layer.parameters for layer in layers[k:])
     passing = 2 * cluster.workers * cluster.batch * sum(layer.outputs for layer in layers[k - 1 :]) if k < len(layers) else 0
     return BYTES * (held + passing)
@@ -102,6 +123,10 @@ def best_cut(layers, cluster):
     """(k, seconds): the cut with the shortest step that fits the server's memory; of equals the one with the least on the server.
 
     The first layer always stays with the workers, for the images are there.
+
+    >>> layers = [Layer(name="conv", parameters=10, outputs=100, seconds=2.0), Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
+    >>> best_cut(layers, Cluster(workers=2, batch=1, bandwidth=1000))[0]
+    1
     """
     fits = [k for k in range(len(layers), 0, -1) if cluster.memory is None or server_bytes(layers, k, cluster) <= cluster.memory]
     if not fits:
@@ -116,6 +141,10 @@ def pipeline(layers, stages, batch, bandwidth=math.inf):
 
     B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m stages (PipeDream's straight
     pipeline); seconds are those of a batch of `batch` images. cuts: how many layers lie before each border. O(N^2 S).
+
+    >>> layers = [Layer(name="conv", parameters=1, outputs=1, seconds=seconds) for seconds in (1.0, 1.0, 2.0)]
+    >>> pipeline(layers, stages=2, batch=1)
+    (2.0, (2,))
     """
     N = len(layers)
     if not 1 <= stages <= N:
@@ -138,7 +167,11 @@ def pipeline(layers, stages, batch, bandwidth=math.inf):
 
 
 def bubble(stages, microbatches):
-    """Share of the time that a machine of a filled-and-drained pipeline waits: (S - 1) / (M + S - 1)."""
+    """Share of the time that a machine of a filled-and-drained pipeline waits: (S - 1) / (M + S - 1).
+
+    >>> bubble(stages=4, microbatches=12)
+    0.2
+    """
     return (stages - 1) / (microbatches + stages - 1)
 
 
@@ -150,6 +183,10 @@ class Chain:
 
     A link begins at a layer with weights and takes along what follows without (BatchNorm, ReLU, pooling). `part(i, j)` is the network
     of links i..j-1 with the same parameters under the same names. Raises `BadInput` if the forward pass cannot be followed.
+
+    >>> chain = Chain(build("resnet", 4, (1, 8, 8), widths=(4, 8), blocks=(1, 1)))
+    >>> chain.names, chain.part(0, 2)(torch.rand(2, 1, 8, 8)).shape
+    (['stem', 'stages.0.0', 'stages.1.0', 'head'], torch.Size([2, 4, 8, 8]))
     """
 
     def __init__(self, model):
@@ -225,7 +262,12 @@ class Chain:
 
 
 def trainable(module):
-    """The parameters that travel and are trained."""
+    """The parameters that travel and are trained.
+
+    >>> frozen = nn.Linear(2, 2).requires_grad_(False)
+    >>> len(trainable(nn.Sequential(frozen, nn.Linear(2, 2))))
+    2
+    """
     return [p for p in module.parameters() if p.requires_grad]
 
 
@@ -233,6 +275,10 @@ def profile(chain, shape, *, images=2):
     """The chain's layers, counted: parameters, numbers at each cut, FLOPs of forward and backward per image. Works on the meta device.
 
     shape: (C, H, W) of the images.
+
+    >>> chain = Chain(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
+    >>> [(layer.name, layer.parameters, layer.outputs) for layer in profile(chain, (1, 8, 8))]
+    [('features.0', 44, 64), ('features.4', 304, 8), ('head', 36, 4)]
     """
     model, found = chain.traced, []
     p = next(model.parameters())
@@ -256,12 +302,22 @@ def profile(chain, shape, *, images=2):
 
 
 def estimate(layers, rate):
-    """The layers with seconds from FLOPs, for a device that does `rate` FLOP/s."""
+    """The layers with seconds from FLOPs, for a device that does `rate` FLOP/s.
+
+    >>> estimate([Layer(name="conv", parameters=10, outputs=5, flops=2e9)], rate=1e9)[0].seconds
+    2.0
+    """
     return [replace(layer, seconds=layer.flops / rate) for layer in layers]
 
 
 def measure(chain, layers, x, *, repeats=9, seconds=None):
-    """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H, W), interleaved medians."""
+    """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H, W), interleaved medians.
+
+    >>> chain = Chain(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
+    >>> layers = measure(chain, profile(chain, (1, 8, 8)), torch.rand(4, 1, 8, 8), repeats=3)
+    >>> all(layer.seconds > 0 for layer in layers)
+    True
+    """
     functions = {}
     with models.seeded(0, x.device):  # dropout draws from the global generator
         for i in range(len(chain)):
@@ -289,6 +345,10 @@ class Job:
     cut: links of the chain on the workers (None: all, the plain parameter server). batches: (x, y) of each step, the images of all
     workers, each of which takes its share in order; the server knows the labels from there. bandwidth: bytes/s that the server's
     link is slowed down to, by waiting (None: as fast as it is).
+
+    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),))
+    >>> job.cut is None  # the plain parameter server
+    True
     """
 
     make: Callable
@@ -300,21 +360,29 @@ class Job:
     bandwidth: float | None = None
 
     def optimizer(self, parameters):
+        """SGD over the given parameters."""
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 class Wire:
-    """Sends and receives tensors, and counts their bytes."""
+    """Sends and receives tensors, and counts their bytes.
+
+    >>> wire = Wire()
+    >>> wire.sent, wire.received
+    (0, 0)
+    """
 
     def __init__(self):
         self.sent = self.received = 0
 
     def send(self, tensor, rank):
+        """Send a tensor to a rank, which has to know its shape."""
         tensor = tensor.detach().contiguous()
         dist.send(tensor, rank)
         self.sent += cost.size_bytes([tensor])
 
     def receive(self, shape, rank):
+        """A tensor of that shape (fp32) from a rank."""
         tensor = torch.empty(shape)
         dist.recv(tensor, rank)
         self.received += cost.size_bytes([tensor])
@@ -325,6 +393,14 @@ def take_part(rank, job):
     """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server), "sent", "received", "seconds"}.
 
     Buffers, such as BatchNorm's running statistics, stay with their worker.
+
+    >>> from functools import partial
+    >>> from effilib import processes
+    >>> make = partial(build, "convnet", 4, (1, 8, 8), widths=(4, 8), bn=False)
+    >>> job = Job(make=make, batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),), cut=1)
+    >>> server, worker = processes.run(take_part, 2, job)
+    >>> server["sent"] == worker["received"], sorted(server["parameters"]) == sorted(alone(job))
+    (True, True)
     """
     chain = Chain(job.make().train())
     k = len(chain) if job.cut is None else job.cut
@@ -385,7 +461,11 @@ def work(wire, near, whole, x, y):
 
 @torch.no_grad()
 def near_shape(near, x):
-    """Shape of what one image sends over the cut."""
+    """Shape of what one image sends over the cut.
+
+    >>> near_shape(nn.Conv2d(1, 4, 3), torch.zeros(1, 1, 8, 8))
+    torch.Size([4, 6, 6])
+    """
     was = near.training
     shape = near.eval()(x).shape[1:]
     near.train(was)
@@ -393,7 +473,12 @@ def near_shape(near, x):
 
 
 def alone(job):
-    """The same training in this one process, on whole batches: dict name -> parameter. The slow oracle."""
+    """The same training in this one process, on whole batches: dict name -> parameter. The slow oracle.
+
+    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),))
+    >>> list(alone(job))[:2]
+    ['features.0.weight', 'features.1.weight']
+    """
     model = job.make().train()
     optimizer = job.optimizer(trainable(model))
     for x, y in job.batches:
@@ -404,7 +489,11 @@ def alone(job):
 
 
 class Pack(torch.autograd.Function):
-    """The identity, laid out for sending: contiguous forward, and its gradient contiguous too."""
+    """The identity, laid out for sending: contiguous forward, and its gradient contiguous too.
+
+    >>> Pack.apply(torch.ones(2, 3).T).is_contiguous()
+    True
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -416,7 +505,11 @@ class Pack(torch.autograd.Function):
 
 
 class Stage(nn.Module):
-    """A part of the chain between two links."""
+    """A part of the chain between two links.
+
+    >>> Stage(nn.ReLU())(torch.tensor([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
 
     def __init__(self, part):
         super().__init__()
@@ -447,5 +540,9 @@ def pipelined(rank, make, cuts, x, y, microbatches):
 
 
 def several(rank, calls):
-    """Several (function, arguments) one after the other in the same processes, for starting them takes longer than what they do."""
+    """Several (function, arguments) one after the other in the same processes, for starting them takes longer than what they do.
+
+    >>> several(2, [(pow, (3,)), (max, (5, 1))])  # pow(2, 3), max(2, 5, 1)
+    [8, 5]
+    """
     return [function(rank, *args) for function, args in calls]

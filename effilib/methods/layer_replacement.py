@@ -50,7 +50,12 @@ ACTIVATED = ("dwsep", "group", "bneck")  # BatchNorm and ReLU between their part
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A convolution where it stands: C -> O channels, its geometry, and the images that it reads, (N, C, H, W) of `dtype`."""
+    """A convolution where it stands: C -> O channels, its geometry, and the images that it reads, (N, C, H, W) of `dtype`.
+
+    >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
+    >>> site.flops(), site.flops("dwsep")
+    (589824, 83968)
+    """
 
     C: int
     O: int  # noqa: E741  (the literature's symbol)
@@ -73,7 +78,12 @@ class Site:
 
 
 def parts(candidate, site):
-    """A candidate's convolutions: (C, O, kernel, stride, padding, groups) each. Raises `BadInput` for an unknown or unfitting one."""
+    """A candidate's convolutions: (C, O, kernel, stride, padding, groups) each. Raises `BadInput` for an unknown or unfitting one.
+
+    >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+    >>> [(C, O, kernel, groups) for C, O, kernel, _, _, groups in parts("dwsep", site)]
+    [(16, 16, (3, 3), 16), (16, 32, (1, 1), 1)]
+    """
     kind, _, number = candidate.partition("/")
     choose("candidate", kind, (ORIGINAL, "dwsep", "group", "bneck", "lowrank", "spatial"))
     C, O, k, s, p, r = site.C, site.O, site.kernel, site.stride, site.padding, int(number or 1)  # noqa: E741
@@ -92,7 +102,12 @@ def parts(candidate, site):
 
 
 def fits(candidate, site):
-    """Whether a candidate can stand at a site and does fewer products there."""
+    """Whether a candidate can stand at a site and does fewer products there.
+
+    >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
+    >>> fits("group/4", site), fits("group/3", site)  # 3 does not divide 16
+    (True, False)
+    """
     try:
         return site.flops(candidate) < site.flops()
     except BadInput:
@@ -100,14 +115,21 @@ def fits(candidate, site):
 
 
 class Replacement(nn.Sequential):
-    """What stands for a convolution; it reads and writes the same channels."""
+    """What stands for a convolution; it reads and writes the same channels.
+
+    >>> module = Replacement(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 8, 1))
+    >>> module.in_channels, module.out_channels
+    (4, 8)
+    """
 
     @property
     def in_channels(self):
+        """Channels that it reads."""
         return self[0].in_channels
 
     @property
     def out_channels(self):
+        """Channels that it writes."""
         return self[-1].out_channels
 
 
@@ -116,6 +138,10 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
 
     Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm: BatchNorm between the parts of
     a candidate that has ReLUs there. conv: a trained convolution; then the parts are its best linear factorisation, with neither.
+
+    >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+    >>> replacement("bneck/2", site)(torch.zeros(1, 16, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
     """
     geometry, layers = parts(candidate, site), []
     given = factors(conv.weight.detach(), candidate) if conv is not None else None
@@ -140,7 +166,12 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
 
 
 def halves(M, d):
-    """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out evenly."""
+    """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out evenly.
+
+    >>> L, R = halves(torch.diag(torch.tensor([9.0, 4.0, 1.0])), 2)
+    >>> [[round(abs(v), 3) for v in row] for row in (L @ R).tolist()]
+    [[9.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
+    """
     U, S, V = torch.linalg.svd(M, full_matrices=False)
     short = max(0, d - S.shape[-1])  # M may have fewer directions than the candidate has room for
     U, S, V = F.pad(U, (0, short)), F.pad(S, (0, short)), F.pad(V, (0, 0, 0, short))
@@ -149,7 +180,12 @@ def halves(M, d):
 
 
 def matrix(W, candidate):
-    """(M, d): the matrix, or a stack of them, that a candidate holds at rank d of the filters W (O, C, kh, kw)."""
+    """(M, d): the matrix, or a stack of them, that a candidate holds at rank d of the filters W (O, C, kh, kw).
+
+    >>> M, d = matrix(torch.ones(8, 4, 3, 3), "lowrank/2")
+    >>> M.shape, d
+    (torch.Size([8, 36]), 4)
+    """
     (O, C, kh, kw), (kind, _, number) = W.shape, candidate.partition("/")  # noqa: E741
     r = int(number or 1)
     if kind == "lowrank":
@@ -164,6 +200,9 @@ def factors(W, candidate):
     """Weights of a candidate's parts whose product comes nearest to the filters W (O, C, kh, kw): linear, without BatchNorm and ReLU.
 
     Truncated singular value decompositions of `matrix`; a bottleneck takes the leading directions of either side (HOSVD, near the best).
+
+    >>> [w.shape for w in factors(torch.rand(8, 4, 3, 3), "lowrank/2")]
+    [torch.Size([4, 4, 3, 3]), torch.Size([8, 4, 1, 1])]
     """
     W = W.float()
     (O, C, kh, kw), (kind, _, number) = W.shape, candidate.partition("/")  # noqa: E741
@@ -185,7 +224,11 @@ def _leading(M, d):
 
 
 def spectral(W, candidate):
-    """Relative tail of the spectrum, sqrt(sum_{i>d} sigma_i^2 / sum sigma_i^2): the share of ||W|| that a candidate cannot hold, 0..1."""
+    """Relative tail of the spectrum, sqrt(sum_{i>d} sigma_i^2 / sum sigma_i^2): the share of ||W|| that a candidate cannot hold, 0..1.
+
+    >>> round(spectral(torch.ones(8, 4, 3, 3), "lowrank/2"), 2)  # of rank 1: nothing is lost
+    0.0
+    """
     W = W.detach().float()
     if candidate == ORIGINAL:
         return 0.0
@@ -198,12 +241,22 @@ def spectral(W, candidate):
 
 
 def fisher_potential(A, dA):
-    """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2; never negative."""
+    """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2; never negative.
+
+    >>> fisher_potential(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))  # 4^2 / 2
+    8.0
+    """
     return (A.detach().float() * dA.float()).sum((2, 3)).square().mean(0).sum().item() / 2
 
 
 def potentials(model, names, x, y, context=contextlib.nullcontext):
-    """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is differentiated."""
+    """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is differentiated.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> found = potentials(net, ["features.4"], torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
+    >>> found["features.4"] > 0
+    True
+    """
     outputs, hooks = {}, []
     for name in names:
         hooks.append(model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out})))
@@ -225,6 +278,9 @@ def knapsack(seconds, damages, limit, resolution=0.005):
 
     seconds, damages: a list per layer. Integer dynamic program over 1 / resolution bins; costs are rounded up, so the limit holds
     whatever the rounding. Returns the choice of each layer; of equals the first. Raises `BadInput` if nothing fits. O(L n C).
+
+    >>> knapsack(seconds=[[4.0, 1.0], [4.0, 2.0]], damages=[[0.0, 5.0], [0.0, 1.0]], limit=6.1)
+    [0, 1]
     """
     unit, n = limit * resolution, round(1 / resolution)
     costs = [[math.ceil(t / unit - 1e-9) if unit > 0 else n + 1 for t in layer] for layer in seconds]
@@ -250,7 +306,12 @@ def knapsack(seconds, damages, limit, resolution=0.005):
 
 
 def swap_(model, name, module):
-    """Put `module` in the place `name` of `model`, in place, and return what stood there."""
+    """Put `module` in the place `name` of `model`, in place, and return what stood there.
+
+    >>> net = nn.Sequential(nn.ReLU())
+    >>> swap_(net, "0", nn.Tanh()), net[0]
+    (ReLU(), Tanh())
+    """
     holder, _, last = name.rpartition(".")
     holder = model.get_submodule(holder)
     old = getattr(holder, last)
@@ -259,7 +320,12 @@ def swap_(model, name, module):
 
 
 def sites(model, x, context=contextlib.nullcontext):
-    """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict name -> why not)."""
+    """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict name -> why not).
+
+    >>> found, left = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
+    >>> list(found), left
+    (['features.4'], {'features.0': 'the stem'})
+    """
     calls, hooks, found, left = {}, [], {}, {}
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.conv._ConvNd):
@@ -310,6 +376,10 @@ def replace_(model, plan, seed=0, *, trained=False):
 
     trained: take the best linear factorisation of the weights that are there instead. Raises `NoEffect` for a plan without layers and
     `BadInput` for one of another network.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> replace_(net, {"layers": {"features.4": "dwsep"}, "norm": True}), type(net.features[4]).__name__
+    (['features.4'], 'Replacement')
     """
     if not plan["layers"]:
         raise NoEffect("layer replacement: the plan replaces no layer")
@@ -335,7 +405,11 @@ def _site(conv):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """In what a step is measured: number format, layout, device; how many rounds, and the seconds after which they end early."""
+    """In what a step is measured: number format, layout, device; how many rounds, and the seconds after which they end early.
+
+    >>> Setting.of(Recipe(precision="fp32", memory_format="contiguous"), "cpu", repeats=3)
+    Setting(precision='fp32', layout='contiguous', device='cpu', repeats=3, seconds=20.0)
+    """
 
     precision: str = "fp32"
     layout: str = "contiguous"
@@ -351,9 +425,11 @@ class Setting:
         )
 
     def context(self):
+        """Its number format, for a `with`."""
         return autocast(self.precision, self.device)
 
     def interleaved(self, functions):
+        """`clock.interleaved` on its device, as often as it says."""
         return interleaved(functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds)
 
 
@@ -362,6 +438,11 @@ def latencies(found, candidates, setting, *, norm=True):
 
     Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk by sizes, number format,
     layout, device and version; `cached` is what measuring those took that come from there.
+
+    >>> found, _ = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
+    >>> seconds, cached = latencies(found, ["dwsep"], Setting(repeats=3))
+    >>> list(seconds["features.4"])
+    ['conv', 'dwsep']
     """
     m = clock.machine(setting.device)
     where = {"precision": setting.precision, "layout": setting.layout, "norm": norm, **{k: m[k] for k in ("device", "threads", "torch")}}
@@ -414,6 +495,11 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
     Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left": {name: why}, "step": seconds,
     "norm", "score", "cached"}; a Fisher damage is the loss of potential as a share of the network's. Raises `NoEffect` where no layer
     can be replaced.
+
+    >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+    >>> found = survey(net, x, y, Setting(repeats=3), candidates=("dwsep",))
+    >>> sorted(found["layers"]["features.4"]["dwsep"])
+    ['damage', 'flops', 'seconds']
     """
     choose("damage score", score, ("fisher", "spectral"))
     net = copy.deepcopy(model).train()
@@ -445,6 +531,11 @@ def pick(found, budget):
 
     What is not replaceable (the step less its replaceable layers) is taken to stay. Where the budget cannot be reached, every layer
     takes its fastest candidate, and the plan's note says so.
+
+    >>> layer = {"conv": {"seconds": 4.0, "damage": 0.0}, "dwsep": {"seconds": 1.0, "damage": 0.1}}
+    >>> plan = pick({"layers": {"features.4": layer}, "step": 10.0, "norm": True, "score": "fisher"}, budget=0.8)
+    >>> plan["layers"], plan["foreseen"]
+    ({'features.4': 'dwsep'}, 0.7)
     """
     if not 0 < budget < 1:
         raise BadInput(f"the budget is {budget}: it is a share of the step's time, above 0 and below 1")
@@ -481,6 +572,11 @@ def guard(model, plan, x, y, setting, *, seed=0, least=0.05):
 
     A replacement pays if the step is slower with that layer alone put back, by the median of interleaved rounds. If the whole step
     falls by less than `least`, everything is taken back. Adds "reverted" and "measured" (share of the original's step) to the plan.
+
+    >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+    >>> plan = guard(net, {"layers": {"features.4": "dwsep"}, "norm": True}, x, y, Setting(repeats=3))
+    >>> plan["layers"] | plan["reverted"]
+    {'features.4': 'dwsep'}
     """
     net = copy.deepcopy(model).train()
     old = {n: net.get_submodule(n) for n in plan["layers"]}
@@ -549,6 +645,10 @@ class LayerReplacement:
 
     budget: of the step's time. plan: JSON of a plan to replay instead; nothing is measured then. The latency table is charged to every
     seed with what it took, also where it comes from the cache. The plan stands in the history's events and structure.
+
+    >>> fit = LayerReplacement(plan='{"layers": {"stages.0.0.conv1": "dwsep"}, "norm": true}', evaluations=1)
+    >>> fit(task("smoke", "synthetic"), seed=0).events[0]["text"]
+    'stages.0.0.conv1 -> dwsep'
     """
 
     budget: float = 0.6
@@ -584,7 +684,11 @@ class LayerReplacement:
 
 
 def say(plan):
-    """A plan in a sentence."""
+    """A plan in a sentence.
+
+    >>> say({"layers": {"features.4": "dwsep"}})
+    'features.4 -> dwsep'
+    """
     layers = ", ".join(f"{n} -> {c}" for n, c in plan["layers"].items()) or "nothing replaced"
     back = ", ".join(f"{n} ({c})" for n, c in plan.get("reverted", {}).items())
     foreseen = f"; foreseen {plan['foreseen']:.2f}, measured {plan['measured']:.2f} of the step" if "measured" in plan else ""

@@ -32,12 +32,23 @@ INFO = Info(
 
 
 def round_to(x, dtype=torch.float16):
-    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow 0."""
+    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow 0.
+
+    >>> round_to(torch.tensor([1e6, 1e-9, 1.0005])).tolist()
+    [inf, 0.0, 1.0009765625]
+    """
     return x.to(dtype).to(x.dtype)
 
 
 class Round(torch.autograd.Function):
-    """Rounds a tensor going forward and its gradient coming back: what storing both in fp16 does."""
+    """Rounds a tensor going forward and its gradient coming back: what storing both in fp16 does.
+
+    >>> x = torch.tensor(1.0005, requires_grad=True)
+    >>> y = Round.apply(x)
+    >>> (1e-9 * y).backward()
+    >>> y.item(), x.grad.item()
+    (1.0009765625, 0.0)
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -49,21 +60,36 @@ class Round(torch.autograd.Function):
 
 
 class HalfConv2d(nn.Conv2d):
-    """fp16 operands, fp32 accumulation, fp16 result; the same for dX and dW."""
+    """fp16 operands, fp32 accumulation, fp16 result; the same for dX and dW.
+
+    >>> y = HalfConv2d(1, 4, 3)(torch.rand(1, 1, 5, 5))
+    >>> torch.equal(y, round_to(y))
+    True
+    """
 
     def forward(self, x):
         return Round.apply(self._conv_forward(Round.apply(x), Round.apply(self.weight), self.bias))
 
 
 class HalfLinear(nn.Linear):
-    """As `HalfConv2d`."""
+    """As `HalfConv2d`.
+
+    >>> y = HalfLinear(8, 4)(torch.rand(1, 8))
+    >>> torch.equal(y, round_to(y))
+    True
+    """
 
     def forward(self, x):
         return Round.apply(nn.functional.linear(Round.apply(x), Round.apply(self.weight), self.bias))
 
 
 class HalfBatchNorm2d(nn.BatchNorm2d):
-    """Reads and writes fp16, computes its statistics in fp32 (section 3.3)."""
+    """Reads and writes fp16, computes its statistics in fp32 (section 3.3).
+
+    >>> y = HalfBatchNorm2d(4)(torch.rand(2, 4, 3, 3))
+    >>> torch.equal(y, round_to(y))
+    True
+    """
 
     def forward(self, x):
         return Round.apply(super().forward(x))
@@ -77,6 +103,10 @@ def emulate_fp16_(model, on=True):
     """Turn the convolutions, linear layers and BatchNorms of `model` into emulated fp16 (or back), in place.
 
     Parameters and names stay. Returns how many layers changed; raises `NoEffect` if none did.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2))
+    >>> emulate_fp16_(net), emulate_fp16_(net, on=False)
+    (2, 2)
     """
     kinds = HALF if on else FULL
     changed = [m for m in model.modules() if type(m) in kinds]
@@ -92,6 +122,15 @@ class LossScaler:
 
     scale: S at the beginning; a power of two costs no mantissa bits. growth = backoff = 1 keeps it constant, as the paper does.
     skip: whether a step with a non-finite gradient is left out.
+
+    >>> scaler, w = LossScaler(scale=8.0, interval=1), torch.ones(1, requires_grad=True)
+    >>> optimizer = torch.optim.SGD([w], lr=0.5)
+    >>> scaler.scale(w.sum()).backward()
+    >>> scaler.unscale_(optimizer)
+    >>> scaler.step(optimizer)
+    >>> scaler.update()  # a clean step: S grows
+    >>> w.item(), scaler.S
+    (0.5, 16.0)
     """
 
     def __init__(self, scale=2.0**16, growth=2.0, backoff=0.5, interval=2000, skip=True):
@@ -100,6 +139,7 @@ class LossScaler:
         self.finite = True
 
     def scale(self, loss):
+        """S times the loss."""
         return self.S * loss
 
     def unscale_(self, optimizer):
@@ -109,10 +149,12 @@ class LossScaler:
         self.finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(grads, math.inf))  # squares could overflow
 
     def step(self, optimizer):
+        """The optimizer's step; none where a gradient overflowed and such steps are skipped."""
         if self.finite or not self.skip:
             optimizer.step()
 
     def update(self):
+        """Shrink S after an overflow, grow it after `interval` clean steps."""
         self.clean = self.clean + 1 if self.finite else 0
         if not self.finite:
             self.S *= self.backoff
@@ -121,9 +163,11 @@ class LossScaler:
             self.S *= self.growth
 
     def state_dict(self):
+        """S and the counts, for a checkpoint."""
         return {"S": self.S, "clean": self.clean, "skipped": self.skipped}
 
     def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
         self.S, self.clean, self.skipped = state["S"], state["clean"], state["skipped"]
 
 
@@ -133,6 +177,12 @@ class MixedPrecision(Method):
 
     master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the beginning
     (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every step is taken as it comes.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1, precision="fp32"), [MixedPrecision(scale=256.0)])
+    >>> history.events[-1]["text"]
+    'S ended at 256, 0 steps were skipped'
     """
 
     master: bool = True

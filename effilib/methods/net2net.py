@@ -37,12 +37,22 @@ SPARK = 1e-2  # GradMax: shift of new channels, because the derivative of ReLU a
 
 
 def replication(n, q, generator=None):
-    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the rest drawn. (q,)"""
+    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the rest drawn. (q,)
+
+    >>> g = replication(2, 4, torch.Generator().manual_seed(0))
+    >>> g[:2].tolist(), set(g[2:].tolist()) <= {0, 1}
+    ([0, 1], True)
+    """
     return torch.cat([torch.arange(n), torch.randint(n, (q - n,), generator=generator)])
 
 
 def uneven_shares(index, generator=None):
-    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to 1. (q,)"""
+    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to 1. (q,)
+
+    >>> shares = uneven_shares(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
+    >>> shares[0].item(), round(shares[1:].sum().item(), 6), (shares[1] == shares[2]).item()
+    (1.0, 1.0, False)
+    """
     u = torch.rand(len(index), generator=generator, dtype=torch.double) + 0.5
     total = torch.zeros(int(index.max()) + 1, dtype=torch.double).index_add_(0, index, u)
     return u / total[index]
@@ -57,6 +67,12 @@ def widen_(node, q, optimizer=None, *, breaker="noise", noise=0.05, generator=No
     but come in pairs that read alike, with random weights, and write with opposite signs (variance transfer, Yuan et al. 2023). "none".
     "random": the paper's baseline "random pad", random weights in and out, which does not keep the function.
     Returns g, (q,): whose copy each channel is (-1: nobody's). Raises `BadInput` if q is below the width.
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
+    >>> before = net(x)
+    >>> g = widen_(surgery.trace(net)["features.0"], 6, breaker="uneven")
+    >>> g[:4].tolist(), torch.allclose(net(x), before, atol=1e-5)
+    ([0, 1, 2, 3], True)
     """
     choose("symmetry breaker", breaker, BREAKERS)
     n = node.width
@@ -145,6 +161,11 @@ def deepen_(model, where, optimizer=None, *, x=None, generator=None, ema=None):
     where: a residual block (a block with zero in its last BatchNorm's scale follows: exact in eval and in training), or a ReLU in a
     Sequential (an identity convolution, BatchNorm and ReLU follow: exact in eval; in training on the batch x: (N, C, H, W), whose
     moments BatchNorm is set to undo, and nearly so on others).
+
+    >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)), torch.rand(2, 1, 8, 8)
+    >>> before = net(x)
+    >>> deepen_(net, "stages.0.0"), torch.allclose(net(x), before, atol=1e-6)
+    ('stages.0.1', True)
     """
     modules = dict(model.named_modules())
     if isinstance(modules.get(where), nn.ReLU):
@@ -175,6 +196,10 @@ def gradmax_directions(M, k, k1, k2, stride=1):
     M: (c_out, c_in, K, K), the gradient of the loss with respect to the kernel of one convolution that would go from the new channels'
     input straight to their readers' output; K = k1 + stride (k2 - 1). As dL/dV = A Omega with A[(i, a), (o, b)] = M[o, i, a + stride b],
     they are the right singular vectors of A with the largest singular values. Returns (k, c_out, k2, k2), of norm 1, orthogonal.
+
+    >>> directions = gradmax_directions(torch.rand(4, 2, 5, 5), k=3, k1=3, k2=3)
+    >>> directions.shape, directions.flatten(1).norm(dim=1).round().tolist()
+    (torch.Size([3, 4, 3, 3]), [1.0, 1.0, 1.0])
     """
     windows = M.unfold(2, k1, stride).unfold(3, k1, stride)  # (o, i, b, b, a, a)
     o, i = M.shape[:2]
@@ -194,6 +219,11 @@ def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
     all-zero channel multiplies gradients by scale / sqrt(eps), so its scale is sqrt(eps).
     Returns the singular directions used, (pairs, c_out, k2, k2). Raises `BadInput` unless the node has one producer and one consumer, both
     convolutions, with nothing between that changes the size, and a bias or BatchNorm for the shift.
+
+    >>> net = build("vgg", 4, (1, 8, 8), widths=((4,), (8, 8)))
+    >>> directions = gradmax_(surgery.trace(net)["features.4"], 12, torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
+    >>> directions.shape, net.settings()["widths"]  # two pairs
+    (torch.Size([2, 8, 3, 3]), [[4], [12, 8]])
     """
     model, n = node.model, node.width
     names = [*node.producers, *node.consumers]
@@ -256,6 +286,12 @@ class Net2Net(Method):
     wider: factor on the width of every node, or ((node, width), ...). deeper: blocks, or ReLUs, behind which a new one comes.
     breaker, noise: see `widen_`; or breaker "gradmax" where a node allows it, else "pair". lr_factor: on the learning rate from then on
     (the paper advises 1/10 of the teacher's first one for a student).
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))  # a trained one, in earnest
+    >>> history = train(net, data, Recipe(epochs=1), [Net2Net(wider=1.5)])
+    >>> net.settings()["widths"], history.events[0]["text"]
+    ([[6], [12]], '384 -> 790 parameters: features.0 4 -> 6; features.4 8 -> 12')
     """
 
     at: float = 0.0
@@ -284,6 +320,7 @@ class Net2Net(Method):
             raise NoEffect("Net2Net: training ended before the growth; it comes at an epoch's start")
 
     def grow(self, run):
+        """Grow now, and note what was done."""
         run.state[self]["grown"] = True
         done, before = [], sum(p.numel() for p in run.model.parameters())
         generator = run.generator(self)
@@ -302,7 +339,12 @@ class Net2Net(Method):
 
 
 def grow_(model, optimizer, x, y, *, wider=1.0, deeper=(), breaker="noise", noise=0.05, generator=None):
-    """Widen nodes and add layers, in place. Returns what was done, in words."""
+    """Widen nodes and add layers, in place. Returns what was done, in words.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))
+    >>> grow_(net, None, None, None, wider=(("stages.0.0.conv1", 12),), deeper=("stages.0.0",))
+    ['stages.0.0.conv1 8 -> 12', 'stages.0.1 added']
+    """
     done, found = [], surgery.trace(model)
     if isinstance(wider, tuple):
         goal = [(found[name], width) for name, width in wider]
@@ -330,6 +372,10 @@ def thin_(model, factor=0.5, multiple=1):
     """Make a smaller network of the same kind, in place, before it is trained: a teacher. Keeps the first channels of every node.
 
     Returns ((node, width before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> thin_(net, 0.5), net.settings()["widths"]
+    ((('features.0', 4), ('features.4', 8)), [[2], [4]])
     """
     before = []
     for node in surgery.nodes(model):

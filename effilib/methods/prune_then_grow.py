@@ -50,20 +50,35 @@ GENTLE = PruneTrain(weigh="norm", rule="readers", keep_scale=True)  # what lives
 
 
 def price(steps, norm, lr, momentum=0.9, weight_decay=0.0):
-    """The penalty's coefficient under which an idle group of this norm is gone after so many steps: `shrink_steps` solved for lambda."""
+    """The penalty's coefficient under which an idle group of this norm is gone after so many steps: `shrink_steps` solved for lambda.
+
+    >>> round(shrink_steps(norm=1.0, lam=price(steps=100, norm=1.0, lr=0.1), lr=0.1), 3)
+    100.0
+    """
     decay = steps * lr * weight_decay / (1 - momentum)
     return norm * (1 - momentum) / (steps * lr) * (decay / math.expm1(decay) if decay else 1.0)
 
 
 @torch.no_grad()
 def strengths(node, rule="union", weigh="equal"):
-    """(width,): the norm of each channel's strongest group, in the units that the penalty counts in."""
+    """(width,): the norm of each channel's strongest group, in the units that the penalty counts in.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
+    >>> with torch.no_grad():
+    ...     net.features[0].weight[1] = net.features[4].weight[:, 1] = 0
+    >>> (strengths(surgery.trace(net)["features.0"]) > 0).tolist()
+    [True, False]
+    """
     groups = weights(node.model, places([node], rule))
     return torch.stack([(group_norms(*g) / group_weight(*g, weigh)).cpu() for g in groups]).amax(0)
 
 
 def going(now, before, epochs):
-    """(width,) bool: channels that will have shrunk to nothing within so many epochs if they go on as from `before` to `now`."""
+    """(width,) bool: channels that will have shrunk to nothing within so many epochs if they go on as from `before` to `now`.
+
+    >>> going(now=torch.tensor([0.1, 0.9]), before=torch.tensor([0.5, 1.0]), epochs=1).tolist()
+    [True, False]
+    """
     return now < epochs * (before - now)
 
 
@@ -75,6 +90,11 @@ def grow_(
     "widen": every node inside of its residual paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times its
     channels, rounded up to a multiple. "deepen": one more block at its end, or layer. breaker: see `net2net.widen_`; "pair" is exact.
     x, y: a batch at the size that the network trains on, see `net2net.deepen_` and `gradmax_`. Raises `BadInput` where it cannot be.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
+    >>> layout = stages.find(net, (1, 8, 8))
+    >>> grow_(net, layout, 1, "widen"), grow_(net, layout, 1, "deepen")
+    (['stages.1.0.conv1 16 -> 32'], ['stages.1.1 added'])
     """
     choose("growth", growth, GROWTH)
     if growth == "deepen":
@@ -87,13 +107,25 @@ def grow_(
 
 
 def step_flops(model, size, batch_size):
-    """FLOPs of a training step on images (C, H, W) = `size`, counted without computing them."""
+    """FLOPs of a training step on images (C, H, W) = `size`, counted without computing them.
+
+    >>> step_flops(nn.Conv2d(1, 2, 3), (1, 5, 5), batch_size=2)
+    1296
+    """
     return cost.step_flops(copy.deepcopy(model).to("meta"), size, batch_size)
 
 
 @torch.no_grad()
 def validate(run, images, size):
-    """(mean cross entropy, accuracy in %) on the first images of the split that decides, resized as those of the training are."""
+    """(mean cross entropy, accuracy in %) on the first images of the split that decides, resized as those of the training are.
+
+    >>> from effilib.training import Run
+    >>> data = load("synthetic")
+    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
+    >>> loss, accuracy = validate(run, 20, (6, 6))
+    >>> 0 <= accuracy <= 100
+    True
+    """
     model, part, loss, correct = run.model, run.decide[:images], 0.0, 0
     model.eval()
     with autocast(run.precision, run.device):
@@ -108,7 +140,12 @@ def validate(run, images, size):
 
 
 def plan(history):
-    """What a run decided, ((epoch, kind, stage), ...): `PruneThenGrow(plan=...)` does the same again."""
+    """What a run decided, ((epoch, kind, stage), ...): `PruneThenGrow(plan=...)` does the same again.
+
+    >>> action = {"epoch": 3, "kind": "widen", "stage": "stage 1", "reason": "it lost nothing"}
+    >>> plan(History(events=[{"method": "PruneThenGrow", "action": action}]))
+    ((3, 'widen', 'stage 1'),)
+    """
     events = [e["action"] for e in history.events if e["method"] == PruneThenGrow.__name__ and "action" in e]
     return tuple((a["epoch"], a["kind"], a["stage"]) for a in events if a["kind"] != "wait")
 
@@ -127,6 +164,12 @@ class PruneThenGrow(Policy, Method):
     plan: do not decide, do what another run did (`plan(history)`).
 
     A method that resizes images comes before this one, says so by `phases(shape, steps)` as `KernelRescaling` does, and leaves kernels.
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
+    >>> history = train(net, data, Recipe(epochs=3), [PruneThenGrow()])
+    >>> history.events[-1]["text"]
+    '... growths; ... of the budget spent, ...% of it to look at held-out images'
     """
 
     prune: PruneTrain = GENTLE
@@ -392,6 +435,7 @@ class PruneThenGrow(Policy, Method):
         return stages.flops(twin, stages.follow(layout, before, twin, stage)) - stages.flops(model, layout)
 
     def enlarge(self, model, layout, stage, growth, multiple, optimizer=None, **kwargs):
+        """`grow_` with this method's settings."""
         return grow_(model, layout, stage, growth, optimizer, factor=self.factor, multiple=multiple, trunk=self.trunk, **kwargs)
 
     def decided(self, run):

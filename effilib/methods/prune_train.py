@@ -36,7 +36,11 @@ PUBLISHED_LR_STEPS = 390 * (91 * 0.1 + 45 * 0.01 + 46 * 0.001)  # sum of the lea
 
 
 def group_norms(W, axis, per=1):
-    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring columns of a linear layer."""
+    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring columns of a linear layer.
+
+    >>> group_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
+    tensor([5., 1.])
+    """
     W = W.movedim(axis, 0)
     return torch.linalg.vector_norm(W.reshape(W.shape[0] // per, -1), dim=1)
 
@@ -46,6 +50,9 @@ def group_weight(W, axis, per=1, weigh="equal"):
 
     Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm" every layer shrinks by
     the same share.
+
+    >>> group_weight(torch.ones(2, 9), 0), group_weight(torch.ones(2, 9), 0, weigh="size")
+    (1.0, 3.0)
     """
     if weigh == "norm":
         return group_norms(W, axis, per).detach().mean()
@@ -53,12 +60,21 @@ def group_weight(W, axis, per=1, weigh="equal"):
 
 
 def group_lasso(groups, eps=1e-8, weigh="equal"):
-    """G(W) = sum over all groups of sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side."""
+    """G(W) = sum over all groups of sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side.
+
+    >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    >>> group_lasso([(W, 0, 1)]).item()  # 5 + 1
+    6.0
+    """
     return sum(group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
 
 
 def coefficient(ratio, loss, penalty):
-    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the first batch."""
+    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the first batch.
+
+    >>> coefficient(0.2, loss=2.0, penalty=10.0)  # 0.05 x 10 is a fifth of 2 + 0.5
+    0.05
+    """
     return ratio * loss / (penalty * (1 - ratio))
 
 
@@ -67,6 +83,11 @@ def shrink_(groups, kappa, weigh="equal", keep_scale=False):
     """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns.
 
     keep_scale: each layer is scaled back to the norm that it had, so that only the groups' shares of it change.
+
+    >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    >>> shrink_([(W, 0, 1)], kappa=2.5)
+    >>> W.tolist()
+    [[1.5, 2.0], [0.0, 0.0]]
     """
     for W, axis, per in groups:
         norm = group_norms(W, axis, per)
@@ -77,7 +98,11 @@ def shrink_(groups, kappa, weigh="equal", keep_scale=False):
 
 
 def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
-    """Steps until a group of this norm without a gradient is gone: (1 - mu) / (eta wd) ln(1 + wd ||W|| / lambda)."""
+    """Steps until a group of this norm without a gradient is gone: (1 - mu) / (eta wd) ln(1 + wd ||W|| / lambda).
+
+    >>> round(shrink_steps(norm=1.0, lam=0.1, lr=0.1), 6)
+    10.0
+    """
     rate = lam * lr / (1 - momentum)
     if weight_decay == 0:
         return norm / rate
@@ -90,13 +115,21 @@ def places(nodes, rule="union"):
 
     A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases and BatchNorms.
     rule: "readers" leaves the producers' rows out.
+
+    >>> places(surgery.nodes(build("convnet", 4, (1, 8, 8), widths=(4, 8))))
+    [('features.0', 0, 1), ('features.4', 0, 1), ('features.4', 1, 1), ('head', 1, 1)]
     """
     rows = [(name, 0, 1) for node in nodes for name in node.producers if hasattr(node.layer(name), "weight") and rule == "union"]
     return rows + [(name, 1, per) for node in nodes for name, per in node.consumers.items()]
 
 
 def weights(model, places):
-    """The groups at these places: (W, axis, columns per channel)."""
+    """The groups at these places: (W, axis, columns per channel).
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> [(W.shape, axis) for W, axis, _ in weights(net, [("head", 1, 1)])]
+    [(torch.Size([4, 8]), 1)]
+    """
     return [(model.get_submodule(name).weight, axis, per) for name, axis, per in places]
 
 
@@ -105,6 +138,12 @@ def live(node, threshold=0.0, rule="union"):
     """(width,) bool: a channel lives if any producer writes it or any consumer reads it with a weight above the threshold (union rule).
 
     rule: by "readers" it lives if any consumer reads it. What nobody reads changes nothing, whatever is still written.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> with torch.no_grad():
+    ...     net.features[0].weight[1:] = net.features[4].weight[:, 2:] = 0  # channel 1 is read, but not written
+    >>> live(surgery.trace(net)["features.0"]).tolist()
+    [True, True, False, False]
     """
     alive = torch.zeros(node.width, dtype=torch.bool)
     for W, axis, _ in weights(node.model, places([node], rule)):
@@ -114,19 +153,38 @@ def live(node, threshold=0.0, rule="union"):
 
 
 def kept(alive, multiple):
-    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one multiple."""
+    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one multiple.
+
+    >>> kept(torch.tensor([False, True, False, True]), multiple=3).tolist()  # filled up with the first dead one
+    [0, 1, 3]
+    """
     n = min(len(alive), multiple * max(1, -(-int(alive.sum()) // multiple)))
     return (~alive).int().argsort(stable=True)[:n].sort().values
 
 
 def stays(node, threshold=0.0, rule="union", spare=None):
-    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name -> (width,) bool."""
+    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name -> (width,) bool.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 8))
+    >>> with torch.no_grad():
+    ...     net.features[0].weight[1:] = net.features[4].weight[:, 1:] = 0
+    >>> node = surgery.trace(net)["features.0"]
+    >>> stays(node).tolist(), stays(node, spare={"features.0": torch.tensor([False, True])}).tolist()
+    ([True, False], [True, True])
+    """
     alive = live(node, threshold, rule)
     return alive | spare[node.name] if spare and node.name in spare else alive
 
 
 def dead_paths(structure, threshold=0.0, rule="union", spare=None):
-    """Residual paths through which nothing flows, because all channels of a node inside are dead."""
+    """Residual paths through which nothing flows, because all channels of a node inside are dead.
+
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
+    >>> with torch.no_grad():
+    ...     zeroed = net.stages[0][1].conv1.weight.zero_(), net.stages[0][1].conv2.weight.zero_()
+    >>> [path.name for path in dead_paths(surgery.trace(net))]
+    ['stages.0.1']
+    """
     return [
         path for path in structure.paths
         if any(not stays(node, threshold, rule, spare).any() for node in structure.inner(path)) and surgery.can_remove(path)
@@ -134,7 +192,11 @@ def dead_paths(structure, threshold=0.0, rule="union", spare=None):
 
 
 def anything_dead(model, threshold=0.0, multiple=1, rule="union", spare=None):
-    """Whether `prune_` would do anything."""
+    """Whether `prune_` would do anything.
+
+    >>> anything_dead(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
+    False
+    """
     found = surgery.trace(model)
     if dead_paths(found, threshold, rule, spare):
         return True
@@ -146,6 +208,12 @@ def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", sp
 
     spare: channels that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut.
     Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead enough.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> with torch.no_grad():
+    ...     net.features[0].weight[2:] = net.features[4].weight[:, 2:] = 0
+    >>> prune_(net)
+    ['features.0 4 -> 2']
     """
     done = []
     for path in dead_paths(surgery.trace(model), threshold, rule, spare):
@@ -162,12 +230,21 @@ def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", sp
 
 
 def widths(model, rule="union"):
-    """Channels of every node, and how many of them live: dict name -> (width, live channels)."""
+    """Channels of every node, and how many of them live: dict name -> (width, live channels).
+
+    >>> widths(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
+    {'features.0': (4, 4), 'features.4': (8, 8)}
+    """
     return {node.name: (node.width, int(live(node, rule=rule).sum())) for node in surgery.trace(model).nodes}
 
 
 def lr_steps(run, until=1.0):
-    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of lambda / (1 - mu)."""
+    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of lambda / (1 - mu).
+
+    >>> from types import SimpleNamespace
+    >>> lr_steps(SimpleNamespace(planned=3, lr_at=Recipe(lr=0.5, warmup=0, schedule="constant").lr_at))
+    1.5
+    """
     return sum(run.lr_at(step, run.planned) for step in range(math.ceil(until * run.planned)))
 
 
@@ -185,6 +262,12 @@ class PruneTrain(Method):
     the published lambda; "schedule" multiplies it by the published sum over that of this run's steps under the penalty. until: share of
     the steps after which the penalty ends, so that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also
     shrinks what lives, and under BatchNorm smaller weights mean a larger effective learning rate.
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
+    >>> history = train(net, data, Recipe(epochs=2), [PruneTrain(ratio=0.3)])
+    >>> history.events[0]["text"], len(history.events[-1]["widths"])
+    ('lambda = ... (ratio 0.3 on the first batch, times 1)', 2)
     """
 
     ratio: float = 0.2
@@ -242,6 +325,7 @@ class PruneTrain(Method):
         return {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
 
     def active(self, run):
+        """Whether the penalty still acts."""
         return run.position < self.until * run.planned
 
     def on_step_end(self, run):
@@ -280,7 +364,11 @@ class PruneTrain(Method):
 
 
 def activations(model, shape):
-    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step keeps for backward, roughly."""
+    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step keeps for backward, roughly.
+
+    >>> activations(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))  # 4 x 64 + 8 x 16 + 4
+    388
+    """
     total, hooks = [], []
     for m in model.modules():
         if isinstance(m, surgery.CONVS):

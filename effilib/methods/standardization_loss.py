@@ -36,12 +36,20 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def divergence_of(mean, var, eps=0.0):
-    """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased variances."""
+    """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased variances.
+
+    >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # the second channel's mean is off by 1
+    0.5
+    """
     return 0.5 * (mean * mean + var - torch.log(var + eps) - 1).sum()
 
 
 def naive_divergence(x, eps=EPS, *, bias=None):
-    """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would be. In 32 bits or more."""
+    """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would be. In 32 bits or more.
+
+    >>> naive_divergence(torch.tensor([[1.0], [-1.0]]), eps=0.0).item()  # mean 0, variance 1
+    0.0
+    """
     x = x if x.dtype == torch.float64 else x.float()
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
     return divergence_of(mean if bias is None else mean + bias, var, eps)
@@ -59,6 +67,12 @@ class Divergence(torch.autograd.Function):
     dD/dx = (mu + (x - mean(x)) (1 - 1 / (sigma^2 + eps))) / n,  dD/dbias = mu = mean(x) + bias
 
     The bias comes by itself, and x is kept for backward as it was before: what is added up may be changed in place by a ReLU.
+
+    >>> x = torch.tensor([[3.0], [1.0]], requires_grad=True)  # mean 2, variance 1
+    >>> D = Divergence.apply(x, None, 0.0)
+    >>> D.backward()
+    >>> D.item(), x.grad.flatten().tolist()  # mean / n
+    (2.0, [1.0, 1.0])
     """
 
     @staticmethod
@@ -84,6 +98,10 @@ def divergence(x, eps=EPS, *, bias=None):
 
     Source: the paper, section 3; it is the sum over channels that lambda multiplies. eps: in the logarithm only.
     Raises `BadInput` where a channel has fewer than two values, for these have no variance.
+
+    >>> x = 2 * torch.randn(8, 3, 4, 4) + 1
+    >>> torch.allclose(divergence(x), naive_divergence(x))
+    True
     """
     if x.dim() < 2 or x.numel() < 2 * x.shape[1]:
         raise BadInput(f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a channel are needed")
@@ -91,7 +109,11 @@ def divergence(x, eps=EPS, *, bias=None):
 
 
 class Bias(nn.Module):
-    """Adds a bias per channel, (C,): what stands where a BatchNorm was, in the end."""
+    """Adds a bias per channel, (C,): what stands where a BatchNorm was, in the end.
+
+    >>> Bias(torch.tensor([1.0, 2.0]))(torch.zeros(1, 2, 1, 1)).flatten().tolist()
+    [1.0, 2.0]
+    """
 
     def __init__(self, bias):
         super().__init__()
@@ -105,6 +127,10 @@ class Standardized(Bias):
     """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets through.
 
     The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure: `divergence`, or the naive one.
+
+    >>> layer, x = Standardized(3), torch.randn(8, 3, 4, 4)
+    >>> torch.equal(layer(x), x), len(layer.terms)
+    (True, 1)
     """
 
     def __init__(self, channels, eps=EPS, measure=divergence):
@@ -121,6 +147,12 @@ class Watch:
     """The same for a network without BatchNorm: a forward hook on a layer whose output is a pre-activation.
 
     The network goes on with a copy, for a ReLU in place would change what the gradient needs.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> watch = Watch(layer)
+    >>> y = layer(torch.randn(8, 2))
+    >>> len(watch.terms)
+    1
     """
 
     def __init__(self, layer, eps=EPS):
@@ -128,6 +160,7 @@ class Watch:
         self.handle = layer.register_forward_hook(self.hook)
 
     def hook(self, layer, inputs, output):
+        """Note the divergence of a layer's output, and let a copy of it go on."""
         if layer.training and torch.is_grad_enabled():
             self.terms.append(divergence(output, self.eps))
             return output.clone()
@@ -135,7 +168,13 @@ class Watch:
 
 
 def collect_(sources):
-    """Sum of the divergences that `Standardized` and `Watch` noted since the last call, and forget them. None if there are none."""
+    """Sum of the divergences that `Standardized` and `Watch` noted since the last call, and forget them. None if there are none.
+
+    >>> layer = Standardized(3)
+    >>> y = layer(torch.randn(8, 3, 4, 4))
+    >>> collect_([layer]).item() > 0, collect_([layer])
+    (True, None)
+    """
     terms = [t for s in sources for t in s.terms]
     for s in sources:
         s.terms.clear()
@@ -147,6 +186,10 @@ def replace_norms_(model, make, optimizer=None):
 
     The function changes. A parameter `bias` or `weight` of the new module takes the value of the old one, where both have it; the
     optimizer follows, the new ones without momentum. Raises `NoEffect` where there is no BatchNorm.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> list(replace_norms_(net, lambda norm: nn.GroupNorm(1, norm.num_features)))
+    ['features.1', 'features.5']
     """
     found, made = {}, {}
     for prefix, parent in list(model.named_modules()):
@@ -179,12 +222,22 @@ def standardize_(model, optimizer=None, *, eps=EPS, measure=divergence):
     """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics. Returns dict name -> layer.
 
     Scale and running statistics are dropped, so this is for networks before their training. Raises `NoEffect` without BatchNorm.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> list(standardize_(net)), type(net.features[1]).__name__
+    (['features.1', 'features.5'], 'Standardized')
     """
     return replace_norms_(model, lambda norm: Standardized(norm.num_features, eps, measure), optimizer)
 
 
 def plain_(model):
-    """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit for bit. Returns how many."""
+    """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit for bit. Returns how many.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> layers = standardize_(net)
+    >>> plain_(net), type(net.features[1]).__name__
+    (2, 'Bias')
+    """
     made = {}
     for parent in list(model.modules()):
         for child, layer in list(parent._modules.items()):
@@ -200,6 +253,9 @@ def pre_activations(model):
     """The layers of a network without BatchNorm that the loss watches: convolutions and linear layers, but not the last, the classifier.
 
     dict name -> layer. Raises `NoEffect` if none is left.
+
+    >>> list(pre_activations(build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=False)))
+    ['features.0', 'features.3']
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if len(layers) < 2:
@@ -214,6 +270,12 @@ class StandardizationLoss(Method):
     A network without BatchNorm is watched at its convolutions and linear layers, but for the last. At the end the layers are
     plain: a bias where a BatchNorm stood. lam: lambda; what counts is lambda times the number of channels in all (the paper: 56 for
     three small layers, about 0.03 for ResNet-50). Raises `NoEffect` if nothing can be watched.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [StandardizationLoss(lam=0.1)])
+    >>> history.events[0]["text"]
+    '2 layers are standardized; 2 BatchNorms are gone'
     """
 
     lam: float = 0.1
@@ -256,7 +318,13 @@ class StandardizationLoss(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNorm(Method):
-    """The controls: every BatchNorm becomes a bias ("none") or a GroupNorm ("group"). groups: at most so many, of equal size."""
+    """The controls: every BatchNorm becomes a bias ("none") or a GroupNorm ("group"). groups: at most so many, of equal size.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> train(net, data, Recipe(epochs=1), [OtherNorm(kind="group")]).events[0]["text"]
+    '2 BatchNorms are now: group'
+    """
 
     kind: str = "none"
     groups: int = 8

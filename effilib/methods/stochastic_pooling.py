@@ -38,7 +38,11 @@ CHUNK = 2**17  # windows at a time: what is computed in between stays in the pro
 
 @dataclass(frozen=True)
 class Geometry:
-    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as `max_pool2d` has them."""
+    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as `max_pool2d` has them.
+
+    >>> [Geometry((5, 5), (2, 2), (2, 2), (0, 0), (1, 1), ceil).out for ceil in (False, True)]
+    [(2, 2), (3, 3)]
+    """
 
     size: tuple
     kernel: tuple
@@ -49,6 +53,7 @@ class Geometry:
 
     @property
     def spans(self):
+        """Pixels from a window's first row (column) to its last."""
         return [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
 
     @property
@@ -76,6 +81,7 @@ class Geometry:
 
     @property
     def padded(self):
+        """(H, W) of the image with all zeros around it."""
         return tuple(n + p + b for n, p, b in zip(self.size, self.padding, self.behind, strict=True))
 
     def pad(self, x):
@@ -95,6 +101,10 @@ def draw(a, u):
 
     a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a float; r = K
     for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan or infinite.
+
+    >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 lies above 1 / 4
+    >>> element.item(), number.item()
+    (3.0, 1.0)
     """
     c = list(accumulate(a, torch.add))  # c_r = a_0 + ... + a_r
     t = u * c[-1]
@@ -107,7 +117,11 @@ def draw(a, u):
 
 
 def expected(a):
-    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of zeros."""
+    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of zeros.
+
+    >>> expected([torch.tensor(1.0), torch.tensor(3.0)]).item()  # 1/4 x 1 + 3/4 x 3
+    2.5
+    """
     inverse = sum(a).clamp_min(1e-30).reciprocal()  # 0 / 0 is 0 here
     s = a[0] * (a[0] * inverse)  # a_r squared could overflow
     for a_r in a[1:]:
@@ -116,7 +130,12 @@ def expected(a):
 
 
 def uniform(shape, device, generator=None):
-    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in (0, 1)."""
+    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in (0, 1).
+
+    >>> u = (uniform((4, 1000), "cpu", torch.Generator().manual_seed(0)) + 32768.5) / 65536
+    >>> round(u.mean().item(), 1)
+    0.5
+    """
     n = torch.Size(shape).numel()
     source = generator.device if generator is not None else device
     bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=source).random_(-(2**63), None, generator=generator)
@@ -136,7 +155,12 @@ def _precise(dtype):
 
 
 class Draw(torch.autograd.Function):
-    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count as constants."""
+    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count as constants.
+
+    >>> geometry = Geometry((2, 2), (2, 2), (2, 2), (0, 0), (1, 1), ceil=False)
+    >>> Draw.apply(torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1), geometry, None).item()  # zeros are never drawn
+    5.0
+    """
 
     @staticmethod
     def forward(ctx, x, geometry, generator):
@@ -180,7 +204,11 @@ def _scatter(dx, ds, places, geometry, tiles=False):
 
 
 def chunks(shape):
-    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C)."""
+    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C).
+
+    >>> len(chunks((4, 1000, 1000, 1))), len(chunks((4, 10, 10, 1)))
+    (4, 1)
+    """
     size = max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
     return [slice(i, i + size) for i in range(0, max(1, shape[0]), size)]
 
@@ -191,6 +219,10 @@ class StochasticPool2d(nn.MaxPool2d):
     Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
     at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout.
     layer: its name in the network, for messages. Raises `BadInput` for a negative input.
+
+    >>> pool, x = StochasticPool2d(2), torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
+    >>> pool.eval()(x).item(), pool.train()(x).item() in (1.0, 3.0)
+    (2.5, True)
     """
 
     def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, generator=None, layer=""):
@@ -217,7 +249,11 @@ class StochasticPool2d(nn.MaxPool2d):
 
 
 class Maximum(torch.autograd.Function):
-    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several times as long backward."""
+    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several times as long backward.
+
+    >>> Maximum.apply(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])).tolist()
+    [2.0, 5.0]
+    """
 
     @staticmethod
     def forward(ctx, a, b):
@@ -232,7 +268,11 @@ class Maximum(torch.autograd.Function):
 
 
 def pick(n, grid, keep, generator=None):
-    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a smaller last grid)."""
+    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a smaller last grid).
+
+    >>> (pick(6, 2, 1) // 2).tolist()  # one of each two
+    [0, 1, 2]
+    """
     chosen = []
     for o in range(0, n, grid):
         here = min(grid, n - o)
@@ -247,6 +287,9 @@ class S3Pool2d(nn.MaxPool2d):
     replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map.
     Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a multiple of the stride; None is the stride itself, the weakest
     distortion. generator: on the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
+
+    >>> S3Pool2d(2, grid=4)(torch.rand(1, 3, 8, 8)).shape
+    torch.Size([1, 3, 4, 4])
     """
 
     def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, grid=None, generator=None):
@@ -291,7 +334,11 @@ class S3Pool2d(nn.MaxPool2d):
 
 
 class AveragePool2d(nn.MaxPool2d):
-    """Average pooling with the geometry of `nn.MaxPool2d`; padding counts as 0. The control."""
+    """Average pooling with the geometry of `nn.MaxPool2d`; padding counts as 0. The control.
+
+    >>> AveragePool2d(2)(torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])).item()
+    1.0
+    """
 
     def forward(self, x):
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
@@ -304,6 +351,10 @@ def replace_pools_(model, make):
     """Replace each `nn.MaxPool2d` of `model` by `make(pool, name)`, in place; a shared one stays shared. Returns how many.
 
     Raises `NoEffect` where there is none, and `BadInput` naming a layer that returns indices.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> replace_pools_(net, lambda pool, name: AveragePool2d(pool.kernel_size))
+    1
     """
     made = {}
     for prefix, parent in list(model.named_modules()):
@@ -326,6 +377,12 @@ class StochasticPooling(Method):
 
     kind: "stochastic", "s3", or "average", the control. grid: of S3Pool, in pixels per stride step: 2 keeps half of each grid
     of twice the stride; 1 is the weakest distortion. Raises `NoEffect` for a model without such a layer.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [StochasticPooling()])
+    >>> history.events[0]["text"]
+    '1 pooling layers are now stochastic'
     """
 
     kind: str = "stochastic"

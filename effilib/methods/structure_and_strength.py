@@ -41,6 +41,9 @@ def cut_patches(x, conv, count, generator):
     """At most `count` patches that `conv` sees in x (N, C, H, W), drawn at random: (M, C / groups * kh * kw).
 
     They lie where the convolution puts its filters, padding included; the channels of each group are patches of their own.
+
+    >>> cut_patches(torch.rand(2, 3, 8, 8), nn.Conv2d(3, 4, 3), 10, torch.Generator()).shape
+    torch.Size([10, 27])
     """
     (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
     left, right, top, bottom = conv._reversed_padding_repeated_twice
@@ -60,12 +63,20 @@ def cut_patches(x, conv, count, generator):
 
 
 def whiten(patches):
-    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the mean grey."""
+    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the mean grey.
+
+    >>> [round(v, 2) for v in whiten(torch.tensor([[1.0, 3.0]]))[0].tolist()]
+    [-0.91, 0.91]
+    """
     return (patches - patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True, correction=0) + 0.1)
 
 
 def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
-    """min 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1, over patches X (M, d): D (atoms, d), by mini-batches (Mairal et al. 2009)."""
+    """min 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1, over patches X (M, d): D (atoms, d), by mini-batches (Mairal et al. 2009).
+
+    >>> dictionary(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
+    (4, 9)
+    """
     from sklearn.decomposition import MiniBatchDictionaryLearning
 
     first = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
@@ -77,7 +88,11 @@ def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
 
 
 def kmeans(patches, atoms, generator):
-    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses one atom."""
+    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses one atom.
+
+    >>> kmeans(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
+    (4, 9)
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     learner = MiniBatchKMeans(n_clusters=atoms, init="k-means++", n_init=1, max_iter=10, batch_size=1024, random_state=_seed(generator))
@@ -101,6 +116,10 @@ def learn_filters(patches, filters, structure, generator):
     """`filters` rows of norm sqrt(2), the norm that He's initialisation has in the mean, from whitened patches (M, d).
 
     What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
+
+    >>> w = learn_filters(torch.rand(50, 9), 4, "kmeans", torch.Generator())
+    >>> [round(v, 3) for v in w.norm(dim=1).tolist()]
+    [1.414, 1.414, 1.414, 1.414]
     """
     learner = {"dictionary": dictionary, "kmeans": kmeans}[structure]
     patches = whiten(patches)
@@ -119,13 +138,20 @@ def he_gain(w, patches):
 
     Those answer with 2 mean(x^2). Learned ones point where the patches lie and answer several times as strongly: layer upon
     layer activations would grow, and training diverge, although every filter has He's norm.
+
+    >>> round(he_gain(2 * torch.eye(2), torch.eye(2)), 3)  # filters along the patches answer too strongly
+    0.707
     """
     response, he = (patches @ w.T).square().mean(), 2 * patches.square().mean()
     return float((he / response).sqrt()) if response > 0 else 1.0
 
 
 def plain_convolutions(model):
-    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none."""
+    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none.
+
+    >>> list(plain_convolutions(build("convnet", 4, (1, 8, 8), widths=(4, 8))))
+    ['features.0', 'features.4']
+    """
     convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
     if not convs:
         raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d layer")
@@ -139,6 +165,10 @@ def learn_structure_(model, images, structure, generator, patches=10_000):
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned when its input
     arrives, so all layers before it have theirs. They get He's norm, and per layer one factor that keeps the variance as He's
     would (`he_gain`). Biases and everything else stay. Returns {layer: number of patches}.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> learn_structure_(net, torch.rand(8, 1, 8, 8), "kmeans", torch.Generator(), patches=100)
+    {'features.0': 100, 'features.4': 100}
     """
     choose("structure of filters", structure, STRUCTURES[1:])
     convs, seen, hooks = plain_convolutions(model), {}, []
@@ -179,6 +209,11 @@ class StrengthConv2d(nn.Conv2d):
 
     scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc W) * x + b, t: (O, C /
     groups). "norm": no t, the weight of the normalisation behind it is the strength. Made by `strengthen_`, undone by `merge_`.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    >>> scopes = strengthen_(net, torch.zeros(1, 1, 8, 8))
+    >>> type(net[0]).__name__, [name for name, _ in net.named_parameters()]
+    ('StrengthConv2d', ['0.bias', '0.t'])
     """
 
     def forward(self, x):
@@ -208,7 +243,11 @@ class StrengthConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def followers(model, images):
-    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives. images: a few."""
+    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives. images: a few.
+
+    >>> followers(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
+    {'features.0': 'features.1', 'features.4': 'features.5'}
+    """
     outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
 
     def after(conv, inputs, output):
@@ -240,6 +279,9 @@ def place(conv, norm, scope, name="", norm_name=""):
     """The scope that a layer gets: the one asked for, unless it would have no gradient in front of a normalisation.
 
     Raises `BadInput` naming the layer where a strength per filter was asked for there, or can't be moved.
+
+    >>> place(nn.Conv2d(3, 8, 3), None, "auto"), place(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), "auto")
+    ('filter', 'norm')
     """
     if norm is None:
         return "filter" if scope == "auto" else scope
@@ -263,6 +305,9 @@ def strengthen_(model, images, scope="filter"):
     images: a few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per filter and input
     channel), "input" (per input channel), or "auto": per filter, which in front of a normalisation is that one's weight.
     Raises `NoEffect` without convolutions, `BadInput` where a strength would have no gradient.
+
+    >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
+    {'features.0': 'norm', 'features.4': 'norm'}
     """
     choose("scope of strength", scope, SCOPES)
     convs, modules = plain_convolutions(model), dict(model.named_modules())
@@ -279,7 +324,13 @@ def strengthen_(model, images, scope="filter"):
 
 
 def merge_(model):
-    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many; `NoEffect` if none."""
+    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many; `NoEffect` if none.
+
+    >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 8, 8)
+    >>> before, scopes = net(x), strengthen_(net, x)
+    >>> merge_(net), torch.allclose(net(x), before)
+    (1, True)
+    """
     layers = [m for m in model.modules() if isinstance(m, StrengthConv2d)]
     for m in layers:
         w = nn.Parameter(m.merged().detach().clone())
@@ -298,6 +349,12 @@ class StructureAndStrength(Method):
     structure: "random" (as initialised), "dictionary" or "kmeans". train: "all" or "strength". scope: of the strength.
     images: of the training set, at most, that patches are cut from. patches: per layer. lr_factor: of the strength's learning
     rate; weight decay is off for it, since it would pull the filters to 0. Afterwards the model is plain again.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> method = StructureAndStrength(structure="kmeans", scope="auto", patches=100)
+    >>> train(net, data, Recipe(epochs=1), [method]).events[0]["text"]
+    'kmeans of 200 patches for 2 layers'
     """
 
     structure: str = "dictionary"
@@ -322,6 +379,7 @@ class StructureAndStrength(Method):
             run.restructure(lambda model, optimizer: self.freeze(run, model, optimizer, images[:2]))
 
     def freeze(self, run, model, optimizer, images):
+        """Freeze the filters, and give the optimizer what is left to train, the strengths in a group of their own."""
         scopes = strengthen_(model, images, self.scope)
         strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
         others = [p for p in model.parameters() if all(p is not t for t in strengths)]
@@ -339,6 +397,7 @@ class StructureAndStrength(Method):
 
     @staticmethod
     def thaw(model, optimizer):
+        """Make the convolutions plain again, and give the optimizer all parameters."""
         merge_(model)
         optimizer.state.clear()
         optimizer.param_groups[:] = [{**optimizer.param_groups[0], "params": list(model.parameters())}]

@@ -40,6 +40,10 @@ def likelihood(logits, labels, full=()):
 
     logits: (N, K), the root's in eval mode for images of the new classes; labels: (N,) their classes. full: children that
     hold as many classes as they may; they are left out of the sum and get 0. The mean is that of the logits, before the softmax.
+
+    >>> L, classes = likelihood(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([5, 5]))
+    >>> classes, L[:, 0].argmax().item()  # class 5 is taken for child 1
+    ([5], 1)
     """
     classes = labels.unique()  # sorted
     O = torch.stack([logits[labels == c].double().mean(0) for c in classes], dim=1)  # noqa: E741  (K, M), the paper's symbol
@@ -54,6 +58,9 @@ class Growth:
 
     log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge refused", "new leaf"),
     child (as in T), values (the likelihoods compared), why.
+
+    >>> Growth(T={0: 0, 1: 1, 2: 2}, origin=[0, 1, None], log=[]).origin[2] is None  # child 2 is new
+    True
     """
 
     T: dict
@@ -73,6 +80,10 @@ def grow(L, T, classes=None, *, cap=5, alpha=0.1, beta=0.1):
     - else the class is like none of them: a *new leaf* of the root. So it is where no child has room.
 
     Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap already.
+
+    >>> growth = grow(torch.tensor([[0.9, 0.4], [0.1, 0.3], [0.0, 0.3]]), {0: 0, 1: 1, 2: 2}, classes=[3, 4])
+    >>> growth.T, [entry["rule"] for entry in growth.log]  # class 3 looks like child 0, class 4 like none
+    ({0: 0, 1: 1, 2: 2, 3: 0, 4: 3}, ['add', 'new leaf'])
     """
     v = torch.as_tensor(L).double()
     K, M = _check(v, T, cap, alpha, beta)
@@ -138,6 +149,10 @@ class Tree(nn.Module):
     """root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its network, None for a leaf.
 
     A branch's logits are in the order of its group. Depth 2, as in the paper.
+
+    >>> tree = Tree(nn.Linear(2, 2), groups=[[0], [1, 2]], branches=[None, nn.Linear(2, 2)])
+    >>> tree.T, tree(torch.rand(5, 2)).shape
+    ({0: 0, 1: 1, 2: 1}, torch.Size([5]))
     """
 
     def __init__(self, root, groups, branches):
@@ -172,6 +187,12 @@ def rebuild_(tree, growth, make_root, make_branch):
     make_root, make_branch: number of outputs -> network. Returns {child or "root": how}: "kept" (all weights), "new last layer"
     (all others transferred), "fresh", "untouched" (the same module, not to be trained) or "leaf". A root whose children are
     not the same as before gets a new last layer, even if as many went as came.
+
+    >>> def make(outputs):
+    ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
+    >>> tree = Tree(make(2), groups=[[0], [1]], branches=[None, None])
+    >>> rebuild_(tree, grow(torch.tensor([[0.9], [0.1]]), tree.T, [2]), make, make), tree.groups
+    ({'root': 'kept', 0: 'fresh', 1: 'leaf'}, [[0, 2], [1]])
     """
     groups = [[c for c, k in growth.T.items() if k == child] for child in range(len(growth.origin))]
     if groups == tree.groups:
@@ -197,7 +218,11 @@ def rebuild_(tree, growth, make_root, make_branch):
 
 
 def head(make):
-    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make: outputs -> network."""
+    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make: outputs -> network.
+
+    >>> head(lambda outputs: nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs)))
+    ['1.weight', '1.bias']
+    """
     two, three = (make(outputs).state_dict() for outputs in (2, 3))
     return [name for name in two if name not in three or two[name].shape != three[name].shape]
 
@@ -206,6 +231,13 @@ def transferred(make, outputs, old):
     """A new network with that many outputs and the weights of `old` in all layers but the last.
 
     Raises `BadInput` if the two do not agree in these layers.
+
+    >>> def make(outputs):
+    ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
+    >>> old = make(2)
+    >>> new = transferred(make, 3, old)
+    >>> torch.equal(new[0].weight, old[0].weight), new[1].out_features
+    (True, 3)
     """
     net, last = make(outputs), set(head(make))
     state = {name: t for name, t in old.state_dict().items() if name not in last}
@@ -219,19 +251,32 @@ def transferred(make, outputs, old):
 
 
 def weights(model):
-    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without normalisation's."""
+    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without normalisation's.
+
+    >>> weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))  # 18 and 2 biases
+    20
+    """
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in norms)
 
 
 def effort(trained, full):
-    """Training effort relative to another training: sum of weights x samples. trained, full: lists of (weights, samples)."""
+    """Training effort relative to another training: sum of weights x samples. trained, full: lists of (weights, samples).
+
+    >>> effort(trained=[(1000, 50), (200, 10)], full=[(1000, 104)])
+    0.5
+    """
     return sum(w * n for w, n in trained) / sum(w * n for w, n in full)
 
 
 def relabel(dataset, labels):
-    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four splits."""
+    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four splits.
+
+    >>> part = relabel(load("synthetic"), {2: 0, 3: 1})
+    >>> part.names, part.train.y.unique().tolist()
+    (('2', '3'), [0, 1])
+    """
     table = torch.full((dataset.classes,), -1, device=dataset.device)
     for c, label in labels.items():
         table[c] = label
@@ -246,13 +291,23 @@ def relabel(dataset, labels):
 
 
 def fitting(recipe, dataset):
-    """The recipe, its batch no larger than the data: a branch can have few images."""
+    """The recipe, its batch no larger than the data: a branch can have few images.
+
+    >>> fitting(Recipe(batch_size=1000), load("synthetic")).batch_size
+    360
+    """
     return replace(recipe, batch_size=min(recipe.batch_size, len(dataset.train)))
 
 
 @torch.no_grad()
 def accuracy(tree, dataset, split, precision="fp32"):
-    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises `BadInput` if there are none."""
+    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises `BadInput` if there are none.
+
+    >>> data = load("synthetic")
+    >>> tree = Tree(build("convnet", 4, data.shape, widths=(4,)), [[0], [1], [2], [3]], [None] * 4)
+    >>> 0 <= accuracy(tree, data, "validation") <= 100
+    True
+    """
     part, correct = getattr(dataset, split), 0
     part = part[torch.isin(part.y, torch.tensor(list(tree.T), device=dataset.device))]
     if not len(part):
@@ -270,6 +325,14 @@ class TreeCNN:
 
     evaluations: of the root's training and half as many of a branch's; each is one of the whole tree. Not a `Method`: a stage is several
     trainings, and an `Arm(fit=...)` calls `start` and `learn_`.
+
+    >>> data, recipe, method = load("synthetic"), Recipe(epochs=1), TreeCNN(evaluations=1)
+    >>> def make(outputs):
+    ...     return build("convnet", outputs, data.shape, widths=(4,))
+    >>> tree, history = method.start(data, [[0], [1]], make, make, recipe)
+    >>> history += method.learn_(tree, data, [2, 3], make, make, recipe)
+    >>> sorted(tree.T), "grow" in history.kinds
+    ([0, 1, 2, 3], True)
     """
 
     cap: int = 5

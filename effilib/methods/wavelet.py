@@ -55,25 +55,41 @@ BANDS = ("A", "H", "V", "D")
 
 
 def even(x):
-    """x: (..., H, W) with its last row and column repeated where their number is odd."""
+    """x: (..., H, W) with its last row and column repeated where their number is odd.
+
+    >>> even(torch.ones(1, 1, 3, 5)).shape
+    torch.Size([1, 1, 4, 6])
+    """
     height, width = x.shape[-2:]
     return F.pad(x, (0, width % 2, 0, height % 2), mode="replicate") if height % 2 or width % 2 else x
 
 
 def butterfly(x):
-    """Twice the Haar bands, exact for integers: (N, C, H, W), H and W even -> (N, 4C, H/2, W/2), the C channels of A, then H, V, D."""
+    """Twice the Haar bands, exact for integers: (N, C, H, W), H and W even -> (N, 4C, H/2, W/2), the C channels of A, then H, V, D.
+
+    >>> butterfly(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
+    [10, -4, -2, 0]
+    """
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
     s, t, u, v = a + b, c + d, a - b, c - d
     return torch.cat([s + t, s - t, u + v, u - v], 1)
 
 
 def haar(x):
-    """The four Haar bands of x: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Orthonormal: energy is kept."""
+    """The four Haar bands of x: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Orthonormal: energy is kept.
+
+    >>> haar(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).flatten().tolist()
+    [5.0, -2.0, -1.0, 0.0]
+    """
     return butterfly(even(x)) / 2
 
 
 def inverse_haar(bands):
-    """(N, 4C, h, w) -> (N, C, 2h, 2w)."""
+    """(N, 4C, h, w) -> (N, C, 2h, 2w).
+
+    >>> inverse_haar(torch.tensor([5.0, -2.0, -1.0, 0.0]).view(1, 4, 1, 1)).flatten().tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
     A, H, V, D = bands.chunk(4, 1)
     rows = [torch.stack([A + s * H + V + s * D, A + s * H - V - s * D], -1).flatten(-2) for s in (1, -1)]  # even and odd rows
     return torch.stack(rows, -2).flatten(-3, -2) / 2
@@ -84,6 +100,10 @@ def matrices(wavelet, n):
     """(T, S): analysis and synthesis of n (even) values in float64, (n, n), periodic. Rows of T: n/2 low-pass ones, then high-pass ones.
 
     y[k] = sum_j h[j] x[2k + L/2 - j mod n] with the filter h of length L: PyWavelets' mode "periodization".
+
+    >>> T, S = matrices("bior4.4", 8)
+    >>> torch.allclose(S @ T, torch.eye(8).double())
+    True
     """
     low, dual = FILTERS[choose("wavelet", wavelet, FILTERS)]
     high = [(-1) ** (k + 1) * v for k, v in enumerate(dual)]
@@ -99,6 +119,9 @@ def analysis(x, wavelet="haar"):
     """One level of a wavelet transform, every channel by itself: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), bands A, H, V, D.
 
     wavelet: one of `FILTERS`. Odd sizes are padded by one. Borders are periodic, except that Haar never reaches over one.
+
+    >>> analysis(torch.ones(1, 3, 8, 8), "db2").shape
+    torch.Size([1, 12, 4, 4])
     """
     if wavelet == "haar":
         return haar(x)
@@ -112,7 +135,12 @@ def analysis(x, wavelet="haar"):
 
 
 def synthesis(bands, wavelet="haar"):
-    """The inverse of `analysis`: (N, 4C, h, w) -> (N, C, 2h, 2w)."""
+    """The inverse of `analysis`: (N, 4C, h, w) -> (N, C, 2h, 2w).
+
+    >>> x = torch.rand(1, 3, 8, 8)
+    >>> torch.allclose(synthesis(analysis(x, "db2"), "db2"), x, atol=1e-5)
+    True
+    """
     if wavelet == "haar":
         return inverse_haar(bands)
     A, H, V, D = bands.chunk(4, 1)
@@ -126,6 +154,10 @@ def flip_bands(bands, wavelet="haar"):
     """The bands of the mirrored image, from those of the image: every band mirrored, V and D, high along the width, negated.
 
     Exact for Haar and an even width; raises `BadInput` for longer filters, whose bands do not lie symmetrically: mirror the image.
+
+    >>> x = torch.rand(1, 3, 8, 8)
+    >>> torch.equal(flip_bands(haar(x)), haar(x.flip(-1)))
+    True
     """
     if choose("wavelet", wavelet, FILTERS) != "haar":
         raise BadInput(f"the bands of {wavelet} cannot be mirrored: mirror the images and transform them then")
@@ -137,12 +169,20 @@ def wavelet_pool(x, wavelet="haar"):
     """Wavelet pooling (Williams & Li 2018): two levels, the finest details dropped, the rest rebuilt. (N, C, H, W) -> (N, C, H/2, W/2).
 
     By perfect reconstruction that is the first level's A, so the second level is not computed. For Haar it is twice average pooling.
+
+    >>> x = torch.rand(1, 3, 8, 8)
+    >>> torch.allclose(wavelet_pool(x), 2 * F.avg_pool2d(x, 2))
+    True
     """
     return analysis(x, wavelet).chunk(4, 1)[0]
 
 
 class WaveletPool2d(nn.Module):
-    """`wavelet_pool` as a layer, in place of a 2 x 2 pooling."""
+    """`wavelet_pool` as a layer, in place of a 2 x 2 pooling.
+
+    >>> WaveletPool2d("db2")(torch.rand(1, 3, 8, 8)).shape
+    torch.Size([1, 3, 4, 4])
+    """
 
     def __init__(self, wavelet="haar"):
         super().__init__()
@@ -161,20 +201,33 @@ KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
 def space_to_depth(x):
-    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row, column, C), channels last."""
+    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row, column, C), channels last.
+
+    >>> space_to_depth(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
+    [1, 2, 3, 4]
+    """
     n, c, height, width = even(x).shape
     pixels = even(x).permute(0, 2, 3, 1).reshape(n, height // 2, 2, width // 2, 2, c)
     return pixels.permute(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * c).permute(0, 3, 1, 2)
 
 
 def haar_matrix(channels):
-    """The orthogonal matrix (4C, 4C) that takes the channels of `space_to_depth` to those of `haar`."""
+    """The orthogonal matrix (4C, 4C) that takes the channels of `space_to_depth` to those of `haar`.
+
+    >>> M = haar_matrix(1)
+    >>> (M @ torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
+    [5.0, -2.0, -1.0, 0.0]
+    """
     signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
     return torch.kron(signs, torch.eye(channels))
 
 
 def split(x, kind, wavelet="haar"):
-    """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided" reads x itself."""
+    """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided" reads x itself.
+
+    >>> [split(torch.rand(1, 3, 8, 8), kind).shape[1:] for kind in ("bands", "low")]
+    [torch.Size([12, 4, 4]), torch.Size([3, 4, 4])]
+    """
     if kind == "strided":
         return x
     if kind == "space-to-depth":
@@ -183,7 +236,12 @@ def split(x, kind, wavelet="haar"):
 
 
 def moments(dataset, kind, wavelet="haar", images=2000):
-    """(mean, std) per channel of what `split` makes of the first training images, (C',): the first ones are stratified."""
+    """(mean, std) per channel of what `split` makes of the first training images, (C',): the first ones are stratified.
+
+    >>> mean, std = moments(load("synthetic"), "bands")
+    >>> mean.shape, (std > 0).all().item()
+    (torch.Size([4]), True)
+    """
     x = split(dataset.normalize(dataset.train.x[:images]), kind, wavelet).float()
     return x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)
 
@@ -193,6 +251,11 @@ class FrontEnd(nn.Module):
 
     x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set. Haar and the
     standardisation are one small product behind space-to-depth: strided sums of 3 channels are not vectorised.
+
+    >>> front = FrontEnd(nn.Conv2d(4, 8, 3, padding=1), "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
+    >>> x = torch.rand(2, 1, 8, 8)
+    >>> front(x).shape, torch.allclose(front.bands(x), haar(x), atol=1e-6)
+    (torch.Size([2, 8, 4, 4]), True)
     """
 
     def __init__(self, conv, kind, wavelet, mean, std):
@@ -205,10 +268,12 @@ class FrontEnd(nn.Module):
 
     @property
     def out_channels(self):
+        """Channels that it writes."""
         return self.conv.out_channels
 
     @property
     def in_channels(self):
+        """Channels that its convolution reads."""
         return self.conv.in_channels
 
     def bands(self, x):
@@ -227,7 +292,11 @@ class FrontEnd(nn.Module):
 
 
 def first_convolution(model, shape):
-    """(name, layer) of the convolution that reads the image, found by a forward pass on zeros of `shape` (C, H, W)."""
+    """(name, layer) of the convolution that reads the image, found by a forward pass on zeros of `shape` (C, H, W).
+
+    >>> first_convolution(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))[0]
+    'features.0'
+    """
     order = sizes(model, shape)
     convs = [n for n, _ in order if isinstance(model.get_submodule(n), nn.Conv2d)]
     if not convs:
@@ -239,7 +308,11 @@ def first_convolution(model, shape):
 
 
 def sizes(model, shape):
-    """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass on zeros of `shape`."""
+    """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass on zeros of `shape`.
+
+    >>> sizes(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
+    [('features.0', (8, 8)), ('features.3', (8, 8)), ('features.4', (4, 4))]
+    """
     order, hooks = [], []
     like = next(model.parameters())
     for name, m in model.named_modules():
@@ -254,6 +327,9 @@ def keep_sizes_(model, shape, after=None):
 
     A convolution (a shortcut's too) or an overlapping pooling gets stride 1, a 2 x 2 pooling goes. after: the name of a layer whose own
     stride does not count. Returns the names. Raises `NoEffect` where no layer halves.
+
+    >>> keep_sizes_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
+    ['features.3']
     """
     halving = [(n, s) for n, s in sizes(model, shape) if n != after and _pair(model.get_submodule(n).stride) == (2, 2)]
     if not halving:
@@ -272,7 +348,11 @@ def keep_sizes_(model, shape, after=None):
 
 
 class Passed(nn.MaxPool2d):
-    """Where a pooling was taken out: nothing is done. A `MaxPool2d` of one pixel, so that stages can still be told apart."""
+    """Where a pooling was taken out: nothing is done. A `MaxPool2d` of one pixel, so that stages can still be told apart.
+
+    >>> Passed(1)(torch.tensor([1.0, 2.0])).tolist()
+    [1.0, 2.0]
+    """
 
     def forward(self, x):
         return x
@@ -287,6 +367,10 @@ def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar
     3 x 3 bands); else the network's next halving goes. Without `keep` the whole network works at half its sizes. standardize: give
     every channel mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is no
     stride to take out, `BadInput` if the network cannot take the smaller maps.
+
+    >>> data = load("synthetic")
+    >>> wavelet_stem_(build("convnet", data.classes, data.shape, widths=(4, 8)), data)
+    {'stem': 'features.0', 'kernel': 3, 'channels': 4, 'strides taken out': ['features.3']}
     """
     choose("kind of stem", kind, KINDS)
     choose("wavelet", wavelet, FILTERS)
@@ -329,6 +413,11 @@ class WaveletStem(Method):
     """Train with a front end of wavelet bands, or one of its controls: `wavelet_stem_` before the first step. It stays in the model.
 
     The transform follows augmentation, so crops and flips are the images' own.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> train(net, data, Recipe(epochs=1), [WaveletStem()]).events[0]["text"]
+    'features.0 reads 4 channels (bands); strides taken out: features.3'
     """
 
     kind: str = "bands"
@@ -354,6 +443,10 @@ class Bands(Dataset):
 
     padded: bands of the training images padded for crops, (N, (H + 2p)/2, (W + 2p)/2, 4C). pad: largest shift in band pixels, each two
     image pixels: crops by odd numbers of pixels do not exist here.
+
+    >>> bands = precompute(load("synthetic"))
+    >>> type(bands).__name__, bands.shape, bands.train.x.dtype
+    ('Bands', (4, 4, 4), torch.int16)
     """
 
     padded: torch.Tensor
@@ -369,7 +462,12 @@ class Bands(Dataset):
 
 
 class BandBatches(Batches):
-    """`Batches` of bands: cut from the padded ones, mirrored with the signs of V and D."""
+    """`Batches` of bands: cut from the padded ones, mirrored with the signs of V and D.
+
+    >>> batches = precompute(load("synthetic")).shuffled(32, torch.Generator().manual_seed(0))
+    >>> type(batches).__name__, next(iter(batches))[0].shape
+    ('BandBatches', torch.Size([32, 4, 4, 4]))
+    """
 
     def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
         super().__init__(replace(dataset, pad=0), batch_size, generator, augmentation="none")  # nothing is padded here
@@ -397,6 +495,12 @@ def precompute(dataset):
 
     Haar only, whose bands can be mirrored. Images of odd size get a last row or column more, as `haar` does. Evaluation sees
     what `haar` makes of the images; the bands are standardised with moments of the training images.
+
+    >>> data = load("synthetic")
+    >>> bands = precompute(data)
+    >>> pixels = data.train.x[:1].permute(0, 3, 1, 2).float()
+    >>> torch.equal(bands.train.x[:1].permute(0, 3, 1, 2) / 2, haar(pixels))
+    True
     """
     pad = (dataset.pad + 1) // 2  # in band pixels
 

@@ -21,7 +21,11 @@ STAGES = ("encoder", "classifier", "joint")
 
 
 class Decoder(nn.Module):
-    """A half-resolution image back to full size: (N, C, h, w) -> (N, C, 2h, 2w)."""
+    """A half-resolution image back to full size: (N, C, h, w) -> (N, C, 2h, 2w).
+
+    >>> Decoder(3, 8)(torch.zeros(1, 3, 4, 4)).shape
+    torch.Size([1, 3, 8, 8])
+    """
 
     def __init__(self, channels, width):
         super().__init__()
@@ -37,6 +41,12 @@ class WAE(nn.Module):
     x: (N, C, H, W) -> logits (N, classes). low, high: trunks from (N, C, ceil(H/2), ceil(W/2)) to features (N, F). features: their two
     F. width: channels of encoder and decoder. stage: one of `STAGES`. In training `terms` holds the two parts of the
     auto-encoder's loss, means over elements: reconstruction ||I - I'||^2 and energy ||I_H||^2.
+
+    >>> def trunk():
+    ...     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> model = WAE(1, 4, trunk(), trunk(), features=(1, 1))
+    >>> model(torch.rand(2, 1, 8, 8)).shape, [i.shape[2:] for i in model.images(torch.rand(2, 1, 8, 8))]
+    (torch.Size([2, 4]), [torch.Size([4, 4]), torch.Size([4, 4])])
     """
 
     def __init__(self, channels, classes, low, high, features, width=8):
@@ -60,6 +70,7 @@ class WAE(nn.Module):
         return (self.decode_low(I_L) + self.decode_high(I_H))[..., : size[0], : size[1]]
 
     def classify(self, I):  # noqa: E741  (the paper's symbol)
+        """Logits (N, classes) from both images side by side, (N, 2C, h, w)."""
         I_L, I_H = self.norm(I).chunk(2, 1)
         F_L, F_H = self.low(I_L), self.high(I_H)
         return self.head_low(F_L) + self.head_both(torch.cat([F_L, F_H], 1))
@@ -78,7 +89,13 @@ class WAE(nn.Module):
 
 @torch.no_grad()
 def energy_share(model, x):
-    """(share of the high image in the energy of both, reconstruction's signal-to-noise ratio in dB) on pictures x: (N, C, H, W)."""
+    """(share of the high image in the energy of both, reconstruction's signal-to-noise ratio in dB) on pictures x: (N, C, H, W).
+
+    >>> model = WAE(1, 4, nn.Flatten(), nn.Flatten(), features=(16, 16))
+    >>> share, ratio = energy_share(model, torch.rand(2, 1, 8, 8))
+    >>> 0 <= share <= 1
+    True
+    """
     was = model.training
     model.eval()
     I_L, I_H = (i.float() for i in model.images(x))
@@ -94,6 +111,12 @@ class WaveletAutoEncoder(Method):
 
     stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both; (0, 0, 1) is joint from the
     start. All of it is on the clock. Raises `BadInput` for another network, or shares that are not >= 0 with a sum of 1.
+
+    >>> data = load("synthetic")
+    >>> model = WAE(1, data.classes, nn.Flatten(), nn.Flatten(), features=(16, 16))
+    >>> history = train(model, data, Recipe(epochs=1), [WaveletAutoEncoder()])
+    >>> history.events[-1]["text"]
+    '... of the energy is in the high image; reconstruction ... dB'
     """
 
     gamma: float = 0.1
