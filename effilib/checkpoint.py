@@ -72,7 +72,7 @@ def save(path, mine, run, history, batches):
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
     >>> history = train(net, data, Recipe(epochs=2), checkpoint="first.pt")  # it saves after every epoch but the last
-    >>> read("first.pt", {})["epoch"]
+    >>> read("first.pt", {}, distributed.ALONE, "cpu")["epoch"]
     1
     """
     if path is None:
@@ -151,6 +151,11 @@ def operate_again_(model, tensors):
 
     Blocks that were put behind a Sequential's last one come back, residual paths that were removed go, and channel nodes get
     their widths. Values mean nothing: the state is loaded next. Layers that were inserted are beyond it.
+
+    >>> narrow, net = (build("vgg", 10, (3, 8, 8), widths=((w,), (8,))) for w in (4, 6))
+    >>> operate_again_(net, narrow.state_dict())
+    >>> net.load_state_dict(narrow.state_dict())
+    <All keys matched successfully>
     """
     if {name: t.shape for name, t in model.state_dict().items()} == {name: t.shape for name, t in tensors.items()}:
         return

@@ -24,12 +24,20 @@ from effilib.errors import BadInput
 
 
 def several():
-    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same variables."""
+    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same variables.
+
+    >>> several()
+    False
+    """
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def gpu():
-    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput` if there are too few."""
+    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput` if there are too few.
+
+    >>> gpu()
+    'cuda'
+    """
     if not several():
         return "cuda"
     mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -42,6 +50,9 @@ def ranks(device="cpu"):
     """The `Ranks` that train together on data on `device`. At its first call with several processes they meet: NCCL on GPUs, else gloo.
 
     Raises `BadInput` if two processes would use the same GPU.
+
+    >>> ranks() == ALONE
+    True
     """
     if not dist.is_available() or not (dist.is_initialized() or several()):
         return ALONE
@@ -75,7 +86,11 @@ def _leave():
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a training, seen from one of them. What exchanges something must be called by all, in the same order."""
+    """The processes of a training, seen from one of them. What exchanges something must be called by all, in the same order.
+
+    >>> [Ranks(rank=rank, size=2).share(5) for rank in (0, 1)]
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
 
     rank: int = 0
     size: int = 1
@@ -209,7 +224,15 @@ ALONE = Ranks()
 
 
 def sync_(model, on=True):
-    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them plain again, in place."""
+    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them plain again, in place.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(4))
+    >>> for on in (True, False):
+    ...     sync_(net, on)
+    ...     type(net[0]).__name__
+    'SyncBatchNorm'
+    'BatchNorm2d'
+    """
     for m in model.modules():
         if on and type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
             m.plain, m.process_group = type(m), None  # None: all ranks

@@ -460,7 +460,12 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
 
 
 def shares(dataset, batch_size, generator, ranks, **options):
-    """This process's share of each of the training batches."""
+    """This process's share of each of the training batches.
+
+    >>> batches = shares(load("synthetic"), 100, torch.Generator().manual_seed(0), distributed.Ranks(rank=1, size=2))
+    >>> next(iter(batches))[0].shape
+    torch.Size([50, 1, 8, 8])
+    """
     batches = dataset.shuffled(batch_size, generator, **options)
     batches.ranks = ranks
     return batches
@@ -514,7 +519,11 @@ def evaluate(model, dataset, split, precision="fp32"):
 
 
 def full(logits):
-    """Logits in 32 bits or more, as losses need them."""
+    """Logits in 32 bits or more, as losses need them.
+
+    >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype, full(torch.zeros(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -6,8 +6,10 @@ Addresses 127.0.0.2, 127.0.0.3, ... stand for machines. No worker is told where 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -265,6 +267,48 @@ def test_interrupting_the_call_ends_the_notebook_on_its_worker(scheduler, worker
     wait_for(lambda: not any(map(alive, processes)))
     assert process.poll() is None
     assert not (folder / "04_1_waits").exists()
+
+
+SBATCH = """#!/bin/sh
+cp "$1" script
+setsid sh "$1" > job.log 2>&1 &
+echo "Submitted batch job $!"
+"""
+
+
+@linux
+def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, run, capsys):
+    """All is real but SLURM itself: `sbatch` starts the job's script here and now, `scancel` ends its processes."""
+    pytest.importorskip("dask_jobqueue", reason="the README's lines need the package `dask-jobqueue`")
+    lines = re.search(r"(?s)```py\n(.*?)```", (paths.root() / "README.md").read_text())[1]
+    assert len(lines.splitlines()) == 5
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    for name, script in (("sbatch", SBATCH), ("scancel", '#!/bin/sh\nkill -- "-$1"\n')):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("EFFILIB_")}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(paths.root()), "HOME": str(tmp_path)}
+    lines = lines.replace("8786", str(port)).replace("jobs=4", "jobs=1").replace("32GB", "1GB")
+    with (tmp_path / "log").open("w") as log:
+        line = [sys.executable, "-c", lines]
+        login = subprocess.Popen(line, cwd=tmp_path, env={**inherited, **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+    write_notebook(notebooks / "04_1_x.ipynb")
+    try:
+        wait_for(lambda: (tmp_path / "script").exists() or login.poll() is not None)
+        assert login.poll() is None, (tmp_path / "log").read_text()
+        assert run(scheduler=f"tcp://127.0.0.1:{port}") == 0
+        login.communicate("\n", timeout=30)
+    finally:
+        login.kill()
+        for process in psutil.process_iter(["cmdline"]):
+            if any(f":{port}" in word for word in process.info["cmdline"] or ()):  # a worker that nobody cancelled
+                process.kill()
+    assert "1 at a time on 1 machine" in capsys.readouterr().out
+    assert status(folder, "04_1_x") == "complete"
+    script = (tmp_path / "script").read_text()
+    assert all(words in script for words in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "--resources GPU=1"))
 
 
 # What is refused, before anything runs
