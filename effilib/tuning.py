@@ -107,6 +107,19 @@ def best(rows):
     return [max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"]) for e in sorted({m["epochs"] for m in means})]
 
 
+def swept(base, epochs):
+    """{"lr": ..., "weight_decay": ...} with which the recorded sweep of a task did best at so many epochs; {} where there was none.
+
+    >>> swept(task("study", "cifar10"), epochs=10)
+    {'lr': 0.4, 'weight_decay': 0.0005}
+    """
+    if base.network != "resnet":
+        return {}
+    rows = read(sweep_file(base.preset, data.identify(base.dataset), base.variant))
+    found = next((row for row in best(rows) if row["epochs"] == epochs), None)
+    return {name: found[name] for name in ("lr", "weight_decay")} if found else {}
+
+
 def find_target(preset, dataset, variant="base", *, seeds=range(1000, 1005), step=0.5, report=print, **setting):
     """The target of a task: the highest multiple of `step` that this setting reaches with all of the seeds.
 

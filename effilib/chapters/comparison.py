@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from effilib import clock, data, experiment, figures, series, tuning
+from effilib import clock, data, experiment, figures, series
 from effilib.chapters import records as recorded
 from effilib.chapters.attempts import attempted, refused
 from effilib.chapters.contenders import DENSE, FP32, GIVEN, PRUNED, RESIZED, STEM, TREE, clash, combined, join
@@ -24,6 +24,7 @@ from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
 from effilib.statistics import FASTER, LEAST, Verdict, judge, paired_ratio, time_to_target
 from effilib.tasks import Task
 from effilib.training import History, resolve_precision
+from effilib.tuning import swept
 
 PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
 MIXED = "mixed precision"
@@ -46,15 +47,6 @@ def task(book):
     if "images" in sizes and base.images:
         sizes["images"] = min(sizes["images"], base.images)
     return base.but(**sizes, **swept(base, sizes["epochs"]), target=None)
-
-
-def swept(base, epochs):
-    """{"lr": ..., "weight_decay": ...}: the best of the recorded sweep at so many epochs; {} where there was none."""
-    if base.network != "resnet":
-        return {}
-    rows = tuning.read(tuning.sweep_file(base.preset, data.identify(base.dataset), base.variant))
-    best = next((r for r in tuning.best(rows) if r["epochs"] == epochs), None)
-    return {k: best[k] for k in ("lr", "weight_decay")} if best else {}
 
 
 def protocol(task, records):

@@ -14,6 +14,7 @@ from effilib.cost import Conv
 from effilib.data import Batches
 from effilib.statistics import interval
 from effilib.training import LAYOUTS, autocast, native_bf16, resolve_layout, resolve_precision, stream
+from effilib.tuning import swept
 
 WIDE = {  # convolutions of 128 to 256 channels, small maps: what a CPU trains in minutes
     "smoke": ((16,), (32,)),
@@ -41,9 +42,13 @@ def sized(task, sizes):
 
 
 def judged(task):
-    """The task of the judged arms where there are many of them: with fewer evaluations, which would take as long as the training."""
-    few = {"quick": 8, "study": 12}
-    return task.but(evaluations=few[task.preset]) if task.preset in few else task
+    """The task of the judged arms where there are many of them; a pilot finds its target.
+
+    Quick: with fewer evaluations, which would take as long as the training. Study: with fewer epochs, at the recorded sweep's best
+    setting for them. A target that was found with other evaluations is another target: it has to be held by two in a row.
+    """
+    sizes = {"quick": dict(evaluations=8), "study": dict(epochs=10, **swept(task, 10))}
+    return task.but(**sizes[task.preset], target=None) if task.preset in sizes else task
 
 
 def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_entropy(logits, y)):

@@ -25,6 +25,15 @@ def test_the_wide_networks_sampled_convolutions_have_128_to_256_channels(preset)
     assert wide(task("smoke"), "convnet").network == task("smoke").network  # the user's own stays
 
 
+def test_judged_tasks_have_a_target_of_their_own():
+    study = products.judged(task("study", "cifar10"))
+    assert (study.recipe.epochs, study.recipe.lr, study.recipe.weight_decay) == (10, 0.4, 5e-4)  # as the recorded sweep has it
+    own = products.judged(task("study", "cifar10", "torchvision.models:resnet18"))
+    assert (own.recipe.epochs, own.recipe.lr) == (10, task("study", "cifar10", "torchvision.models:resnet18").recipe.lr)
+    assert {study.target, own.target, products.judged(task("quick")).target} == {None}
+    assert products.judged(TASK) == TASK
+
+
 def test_passes_are_timed_apart_and_variants_are_converted():
     converted = []
     variants = [Variant(name="exact"), Variant(name="changed", convert=converted.append, precision="fp32")]
