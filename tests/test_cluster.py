@@ -271,7 +271,7 @@ def test_interrupting_the_call_ends_the_notebook_on_its_worker(scheduler, worker
 
 SBATCH = """#!/bin/sh
 cp "$1" script
-setsid sh "$1" > job.log 2>&1 &
+setsid sh script > job.log 2>&1 &
 echo "Submitted batch job $!"
 """
 
@@ -298,7 +298,7 @@ def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, r
     try:
         wait_for(lambda: (tmp_path / "script").exists() or login.poll() is not None)
         assert login.poll() is None, (tmp_path / "log").read_text()
-        assert run(scheduler=f"tcp://127.0.0.1:{port}") == 0
+        assert background(run, scheduler=f"tcp://127.0.0.1:{port}").result(120) == 0
         login.communicate("\n", timeout=30)
     finally:
         login.kill()

@@ -35,20 +35,20 @@ def wide(task, network="", **changes):
 def sized(task, sizes):
     """The task in the size of one of a chapter's runs. sizes: preset -> changes.
 
-    widths are those of our own residual network; never more seeds than the task has. The target is a pilot's.
+    widths are those of our own residual network; never more seeds than the task has. If anything changes, a pilot finds the target: also
+    with other evaluations only it is another one, for it has to be held by two in a row.
     """
     changes = {k: v for k, v in sizes.get(task.preset, {}).items() if k != "widths" or task.network == "resnet"}
-    return task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None})
+    return task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None}) if changes else task
 
 
 def judged(task):
-    """The task of the judged arms where there are many of them; a pilot finds its target.
+    """The task of the judged arms where there are many of them.
 
     Quick: with fewer evaluations, which would take as long as the training. Study: with fewer epochs, at the recorded sweep's best
-    setting for them. A target that was found with other evaluations is another target: it has to be held by two in a row.
+    setting for them.
     """
-    sizes = {"quick": dict(evaluations=8), "study": dict(epochs=10, **swept(task, 10))}
-    return task.but(**sizes[task.preset], target=None) if task.preset in sizes else task
+    return sized(task, {"quick": dict(evaluations=8), "study": dict(epochs=10, **swept(task, 10))})
 
 
 def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_entropy(logits, y)):

@@ -66,7 +66,7 @@ def test_the_grid_has_every_way_to_grow():
     assert "illustration" in caption
     assert chapter.say_grid(found).endswith("(one seed).")
     assert chapter.subset(TASK.but(preset="quick")).images == TASK.images // 3
-    assert chapter.subset(TASK.but(preset="study")).recipe.epochs == TASK.recipe.epochs / 3
+    assert chapter.subset(TASK.but(preset="study")).recipe.epochs == TASK.recipe.epochs / 4
     assert chapter.subset(TASK.but(preset="full")).recipe.epochs == TASK.recipe.epochs
 
 
