@@ -41,8 +41,8 @@ def plan(notebooks, results):
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
+def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+    with Browser() as browser:
         yield browser

@@ -290,7 +290,7 @@ def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, r
         (tmp_path / name).chmod(0o755)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EFFILIB_")}
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(paths.root()), "HOME": str(tmp_path)}
-    lines = lines.replace("8786", str(port)).replace("jobs=4", "jobs=1").replace("32GB", "1GB")
+    lines = lines.replace('"port": 8786', f'"port": {port}, "host": "127.0.0.1"').replace("jobs=4", "jobs=1").replace("32GB", "1GB")
     with (tmp_path / "log").open("w") as log:
         line = [sys.executable, "-c", lines]
         login = subprocess.Popen(line, cwd=tmp_path, env={**inherited, **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
