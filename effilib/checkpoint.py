@@ -57,7 +57,8 @@ def identity(model, dataset, recipe, methods, seed, ranks):
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
-    >>> identity(net, data, Recipe(), (), seed=0, ranks=distributed.ALONE)["network"]["head.weight"]
+    >>> from effilib.distributed import ALONE
+    >>> identity(net, data, Recipe(), (), seed=0, ranks=ALONE)["network"]["head.weight"]
     [4, 8]
     """
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
@@ -72,7 +73,8 @@ def save(path, mine, run, history, batches):
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
     >>> history = train(net, data, Recipe(epochs=2), checkpoint="first.pt")  # it saves after every epoch but the last
-    >>> read("first.pt", {}, distributed.ALONE, "cpu")["epoch"]
+    >>> from effilib.distributed import ALONE
+    >>> read("first.pt", {}, ALONE, "cpu")["epoch"]
     1
     """
     if path is None:
@@ -112,7 +114,8 @@ def read(path, mine, ranks, device):
 
     Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or seed.
 
-    >>> print(read("nowhere.pt", {}, distributed.ALONE, "cpu"))
+    >>> from effilib.distributed import ALONE
+    >>> print(read("nowhere.pt", {}, ALONE, "cpu"))
     None
     """
     content = ranks.first(lambda: _content(path) if path is not None and Path(path).exists() else None)

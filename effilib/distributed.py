@@ -10,7 +10,7 @@ step. BatchNorm normalises each share by itself. What is decided is decided by r
 import atexit
 import os
 import platform
-import time
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ def _leave():
     """Part. Gloo's threads may still hold a tensor of the last exchange, and dropping it needs Python's lock: later, in an interpreter
     that is being torn down, that aborts a process whose work is done. DDP keeps the group, so that its threads cannot be joined."""
     if dist.is_initialized():
-        time.sleep(0.1)  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
+        threading.Event().wait(0.1)  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
         dist.destroy_process_group()
 
 

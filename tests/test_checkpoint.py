@@ -363,12 +363,12 @@ def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_l
 
     for method in (Wider(), Deeper()):
         with pytest.raises(KeyboardInterrupt):
-            start(method, Stop(6), tmp_path / f"{method}.pt")
-    resumed, whole = (start(Wider(), Stop(6, done=[1]), path) for path in (tmp_path / "Wider().pt", None))
+            start(method, Stop(6), tmp_path / f"{type(method).__name__}.pt")
+    resumed, whole = (start(Wider(), Stop(6, done=[1]), path) for path in (tmp_path / "Wider.pt", None))
     assert equal(resumed, whole)
     assert resumed[0].weight.shape == (12, 1, 3, 3)
     with pytest.raises(BadInput, match="was restructured and cannot be built anew"):
-        start(Deeper(), Stop(6), tmp_path / "Deeper().pt")
+        start(Deeper(), Stop(6), tmp_path / "Deeper.pt")
 
 
 def flipped(raw, path):

@@ -68,10 +68,12 @@ def protocol(task, records):
 
 
 def budget(preset):
+    """The preset's budget, in words."""
     return f"{BUDGET[preset]} s for all that is trained, pilots included" if preset in BUDGET else "no limit"
 
 
 def baseline():
+    """The arm that all others are compared with."""
     return Arm(name=DENSE, role="baseline")
 
 
@@ -112,6 +114,7 @@ class Trial:
     seconds: float
 
     def find(self, name):
+        """The contender of this name."""
         return next(c for c in self.contenders if c.name == choose("arm", name, [c.name for c in self.contenders]))
 
     @property
@@ -311,10 +314,12 @@ class Measured:
 
     @property
     def task(self):
+        """The one task of all arms."""
         return self.judged.task
 
     @property
     def comparisons(self):
+        """Both, or the one that there is."""
         return [c for c in (self.judged, self.once) if c is not None]
 
     @property

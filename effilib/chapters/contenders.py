@@ -115,6 +115,7 @@ def smaller(task):
 
 
 def structured(task):
+    """Chapter 5.2's arm: filters from a dictionary, of which only the strength is learnt."""
     methods, network, lr = structure_and_strength.combinations(task)["dictionary, strength only"]
     return Arm(name="", methods=methods, network=network, changes={"lr": lr} if lr != task.recipe.lr else {})
 
@@ -128,25 +129,30 @@ def standardized(task):
 
 
 def resized(task, dataset, kernels):
+    """Chapter 6.3's schedule of sizes, with kernels that follow the images or without."""
     arm = kernel_rescaling.tuned_arms(task, dataset)[1]
     return replace(arm, methods=tuple(replace(m, kernels=kernels) for m in arm.methods))
 
 
 def replaced(task):
+    """Chapter 6.4's replacement, within its budget."""
     return Arm(name="", fit=replace(layer_replacement.method(task.preset), evaluations=task.evaluations))
 
 
 def tree(task, dataset):
+    """Chapter 7.1's tree, its first stage on the clock."""
     return Arm(name="", fit=WholeTree(tree=TreeCNN(cap=tree_cnn.cap(dataset.classes), evaluations=max(2, task.evaluations // 2))))
 
 
 def auto_encoder(task, dataset):
+    """Chapter 7.3's auto-encoder, trained jointly. Raises `BadInput` for a network that is not ours."""
     if not wavelet.ours(task):
         raise BadInput(f"its trunks are networks of ours, whose widths are lists, and {task.network} is not")
     return named(wavelet.arms(task, dataset, (wavelet.JOINT,)), wavelet.JOINT)
 
 
 def grown(task, dataset):
+    """Chapter II.9's procedure."""
     return Arm(name="", methods=(prune_then_grow.procedure(task, dataset),), network=prune_then_grow.start(task))
 
 

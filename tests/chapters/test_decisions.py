@@ -54,7 +54,11 @@ def test_the_log_is_plain_and_says_all(grown):
     assert tuple(map(tuple, kept["plan"])) == plan(run)
     assert len(kept["epochs"]) == len(decisions.seen(run))
     first = kept["epochs"][0]
-    assert (first["epoch"], first["widths"], first["depth"]) == (1, "8 + 4 / 8 + 4 / 8 + 4", "1 / 1 / 1")
+    assert (first["epoch"], first["widths"], first["depth"]) == (
+        1,
+        "8 + 4 / 4 + 8 / 4 + 8",
+        "1 / 1 / 1",
+    )  # in the order of the forward pass
     assert {"decision", "reason", "done", "live", "lost", "going", "loss", "accuracy %", "images", "budget", "seconds"} <= set(first)
     assert first["lost"].count("/") == 2
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("results")
 def test_a_student_starts_where_its_teacher_ended_and_the_teachers_time_can_be_counted():
     given, counted = Grown(breaker="none")(TASK, 0), Grown(breaker="none", counted=True)(TASK, 0)
     model, before, teacher = Grown().teacher(TASK, DATA, 0, {})
-    assert given.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1.5)
+    assert given.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=2)  # an image of 51
     assert given.structure == models.describe(TASK.build(DATA))
     assert models.describe(model)["widths"] == [4, 4, 4]
     assert dict(before)["stem"] == 8

@@ -76,7 +76,7 @@ def test_the_sweep_is_a_heat_map_with_the_chosen_setting_framed(preset, dataset)
     t = task(preset, dataset)
     figure, caption = chapter.sweep_figure(t)
     panels = [ax for ax in figure.axes if ax.get_xlabel() == "learning rate"]
-    assert [ax.get_title() for ax in panels if ax.patches] == [f"{t.recipe.epochs:g} epochs"]
+    assert [ax.get_title("left") for ax in panels if ax.patches] == [f"{t.recipe.epochs:g} epochs"]
     assert "is framed" in caption
     rows = tuning.read(tuning.sweep_file(preset, dataset, "base"))
     settings = {(r["epochs"], r["lr"], r["weight_decay"]) for r in rows}
