@@ -41,7 +41,11 @@ class SchedulerLost(Exception):
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Room for one notebook: a thread of a worker, or one of its GPUs."""
+    """Room for one notebook: a thread of a worker, or one of its GPUs.
+
+    >>> Place("tcp://127.0.0.2:40000", "scratch", "127.0.0.2", 0).host
+    '127.0.0.2'
+    """
 
     address: str  # of the worker
     folder: str  # the worker's own: another one after a restart
@@ -273,7 +277,12 @@ class Cluster(futures.Executor):
 
 
 def inputs(job):
-    """What a notebook finds on its worker: itself, what is recorded, the results of its series, its finished seeds. Name -> file."""
+    """What a notebook finds on its worker: itself, what is recorded, the results of its series, its finished seeds. Name -> file.
+
+    >>> from effilib.runner import plan
+    >>> "02_overview.ipynb" in inputs(plan(["02"], preset="smoke")[0])
+    True
+    """
     results, recorded, notes = job.folder.parent, paths.recorded(), job.folder / ".seeds" / job.name
     found = [file for name in ("record.json", "history.csv") for file in job.folder.glob(f"*/{name}")]
     found += [results / name for name in notes.read_text().splitlines()] if notes.exists() else []
@@ -294,7 +303,11 @@ def keep_seeds(job, archive):
 
 
 def pack(files):
-    """Files as a compressed archive in memory, without those that are not, or no longer, there."""
+    """Files as a compressed archive in memory, without those that are not, or no longer, there.
+
+    >>> unpack(pack({"a.txt": paths.write("b.txt", "abc"), "gone.txt": Path("gone.txt")}), Path("mine"))
+    ['a.txt']
+    """
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
         for name, file in files.items():
@@ -304,7 +317,13 @@ def pack(files):
 
 
 def unpack(archive, folder):
-    """Write the files of an archive below a folder, each atomically. Returns their names."""
+    """Write the files of an archive below a folder, each atomically. Returns their names.
+
+    >>> unpack(pack({"below/a.txt": paths.write("b.txt", "abc")}), Path("mine"))
+    ['below/a.txt']
+    >>> Path("mine/below/a.txt").read_text()
+    'abc'
+    """
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         for name in packed.namelist():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +336,11 @@ def unpack(archive, folder):
 
 @functools.cache  # what a process has loaded does not change with the files
 def versions():
-    """What must be the same on all machines: name -> version; of effilib its code, whatever it says of itself."""
+    """What must be the same on all machines: name -> version; of effilib its code, whatever it says of itself.
+
+    >>> sorted(versions())
+    ['effilib', 'torch']
+    """
     folder = Path(__file__).parent
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in folder.rglob("*.py")}
     torch = importlib.metadata.version("torch").partition("+")[0]  # +cpu, +cu128

@@ -33,7 +33,13 @@ GIVEN_UP = "its results folder was given up"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One notebook to run, and where its results go."""
+    """One notebook to run, and where its results go.
+
+    >>> folder = Path("results/mine")
+    >>> job = Job(notebook=Path("02_x.ipynb"), folder=folder, parameters={}, preset="smoke", dataset="mnist5k", timeout=60)
+    >>> job.name, str(job.results)
+    ('02_x', 'results/mine/02_x')
+    """
 
     notebook: Path
     folder: Path  # of this series' results
@@ -89,7 +95,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the reason in one sentence."""
+    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the reason in one sentence.
+
+    >>> Outcome("02_x", "failed", "its kernel was killed").status
+    'failed'
+    """
 
     name: str
     status: str
@@ -98,13 +108,21 @@ class Outcome:
 
 
 def listing(path):
-    """What can be seen of a file, or of all files in a folder, without reading them: names, sizes and times."""
+    """What can be seen of a file, or of all files in a folder, without reading them: names, sizes and times.
+
+    >>> [(name, size) for name, size, _ in listing(paths.write("a.txt", "abc"))]
+    [('a.txt', 3)]
+    """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def saved(file):
-    """The JSON object in a file; an empty one where there is none, or where it is damaged."""
+    """The JSON object in a file; an empty one where there is none, or where it is damaged.
+
+    >>> saved("missing.json")
+    {}
+    """
     found = paths.read_json(file)
     return found if isinstance(found, dict) else {}
 
@@ -115,7 +133,12 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def hold(folder):
-    """Hold a results folder: yields the token that jobs look for. Raises `BadInput` if another run holds it."""
+    """Hold a results folder: yields the token that jobs look for. Raises `BadInput` if another run holds it.
+
+    >>> with hold(paths.make("mine")) as token:
+    ...     Path("mine/.running").read_text() == token
+    True
+    """
     file = folder / ".running"
     with file.open("a") as lock:
         try:
@@ -234,7 +257,12 @@ def run_one(job, execute=execute):
 
 
 def executed(job):
-    """Is there a complete record of this very job, with a report or without? Times from a shared machine do not do if it runs alone."""
+    """Is there a complete record of this very job, with a report or without? Times from a shared machine do not do if it runs alone.
+
+    >>> from effilib.runner import plan
+    >>> executed(plan(["02"], preset="smoke")[0])
+    False
+    """
     run, record = (saved(job.results / name) for name in ("run.json", "record.json"))
     whole = record.get("status") == "complete" and run.get("key") == job.key and run.get("executed", run.get("status") == "complete")
     return whole and (job.shared or not record.get("shared_machine"))
@@ -288,7 +316,11 @@ def _render(job, place, reason):
 
 
 def sentence(error):
-    """An exception as one short line."""
+    """An exception as one short line.
+
+    >>> sentence(OSError(28, "No space left on device")), sentence(ValueError("no such thing"))
+    ('No space left on device', 'ValueError: no such thing')
+    """
     text = getattr(error, "strerror", None) or str(error)
     return _line(text if isinstance(error, OSError | BadInput) else f"{type(error).__name__}: {text}")
 

@@ -6,7 +6,12 @@ from effilib.clock import now
 
 
 class Progress:
-    """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time that is left."""
+    """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time that is left.
+
+    >>> progress = Progress("runs", 2)
+    >>> progress.done("seed 0")
+    runs: 1 of 2, about ... left: seed 0
+    """
 
     KEEP = 6
 
@@ -34,7 +39,11 @@ class Progress:
 
 
 def say_seconds(seconds):
-    """ "3.4 s", "48 s", "5 min", "2 h 5 min"."""
+    """ "3.4 s", "48 s", "5 min", "2 h 5 min".
+
+    >>> say_seconds(3.42), say_seconds(290), say_seconds(7500)
+    ('3.4 s', '5 min', '2 h 5 min')
+    """
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:

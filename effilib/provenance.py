@@ -23,12 +23,20 @@ NEVER = {"effilib.report", "effilib.figures", "effilib.notebook", "effilib.runne
 
 
 def digest(*parts):
-    """Short sha256 of JSON-able parts."""
+    """Short sha256 of JSON-able parts.
+
+    >>> digest("a", 1) == digest("a", 1), digest("a", 1) == digest("a", 2)
+    (True, False)
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def settings(value):
-    """`value` as JSON-able data that says all that matters: dataclasses and functions by name, settings and source."""
+    """`value` as JSON-able data that says all that matters: dataclasses and functions by name, settings and source.
+
+    >>> settings(Recipe(lr=0.5))["lr"]
+    0.5
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": _name(type(value)), **fields}
@@ -56,6 +64,9 @@ def source(*things, always=("effilib.training", "effilib.experiment")):
     """Digest of the source behind dataclass instances, classes and functions, with all effilib modules they import.
 
     Of what was defined in a notebook counts what it uses there too: functions, base classes and constants.
+
+    >>> source(Recipe) == source(Recipe), len(source(Recipe))
+    (True, 24)
     """
     modules, texts, seen = set(always), [], set()
 
@@ -106,7 +117,12 @@ def source(*things, always=("effilib.training", "effilib.experiment")):
 
 
 def imports(modules):
-    """All effilib modules that `modules` import, directly or not; never report, notebook, runner or command line."""
+    """All effilib modules that `modules` import, directly or not; never report, notebook, runner or command line.
+
+    >>> found = imports(["effilib.training"])
+    >>> "effilib.clock" in found, "effilib.report" in found
+    (True, False)
+    """
     found, todo = set(), list(modules)
     while todo:
         module = todo.pop()
@@ -138,7 +154,11 @@ def _user_source(module):
 
 
 def normalized(text):
-    """Source without comments, docstrings and layout."""
+    """Source without comments, docstrings and layout.
+
+    >>> normalized("x = 1  # one") == normalized("x=1")
+    True
+    """
     tree = ast.parse(textwrap.dedent(text))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -191,7 +211,11 @@ def _code(code):
 
 
 def commit():
-    """Short hash of the checkout's commit, "+" behind it if files were changed since; None outside a checkout."""
+    """Short hash of the checkout's commit, "+" behind it if files were changed since; None outside a checkout.
+
+    >>> commit() is None or len(commit()) >= 7
+    True
+    """
 
     def git(*words):
         return subprocess.run(["git", "-C", str(paths.root()), *words], capture_output=True, text=True, check=True).stdout.strip()

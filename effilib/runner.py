@@ -35,6 +35,9 @@ def select(selectors=(), notebooks=None):
     """The notebooks of a folder (by default the series) whose names begin as `selectors` say, in the order in which they run.
 
     selectors: "02", "3_1", "3.1", "03_2_mixed", ...; none: all. Raises `BadInput` if there is no such notebook.
+
+    >>> [path.stem for path in select(["3_1", "10"])]
+    ['03_1_convolution_cost', '10_comparison']
     """
     folder = Path(notebooks or paths.notebooks()).absolute()
     found = sorted(folder.glob("*.ipynb"), key=lambda path: (path.stem.startswith(LAST), path.stem))
@@ -52,7 +55,11 @@ def select(selectors=(), notebooks=None):
 
 
 def cells(notebook):
-    """The cells of a notebook file as (type, source, tags). Raises `BadInput` if it is none."""
+    """The cells of a notebook file as (type, source, tags). Raises `BadInput` if it is none.
+
+    >>> cells(paths.notebooks() / "02_overview.ipynb")[0][0]
+    'markdown'
+    """
     try:
         content = json.loads(Path(notebook).read_text())["cells"]
         return [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content]
@@ -61,7 +68,11 @@ def cells(notebook):
 
 
 def defaults(notebook):
-    """Parameters of a notebook and their defaults: the plain literals of its cell tagged `parameters`. Raises `BadInput`."""
+    """Parameters of a notebook and their defaults: the plain literals of its cell tagged `parameters`. Raises `BadInput`.
+
+    >>> defaults(paths.notebooks() / "03_2_mixed_precision.ipynb")["device"]
+    'auto'
+    """
     source = "\n".join(source for kind, source, tags in cells(notebook) if kind == "code" and "parameters" in tags)
     try:
         assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign | ast.AnnAssign)]
@@ -74,6 +85,9 @@ def read(notebook, name, text):
     """The value of `-p name text` for a notebook. The type of the default decides: a string takes the text as it stands.
 
     Raises `BadInput` if the notebook has no such parameter or the text does not have its type.
+
+    >>> read(paths.notebooks() / "03_2_mixed_precision.ipynb", "seeds", "3")
+    3
     """
     known = defaults(notebook)
     if name not in known:
@@ -100,6 +114,10 @@ def plan(selectors=(), *, preset="", parameters=(), name="", timeout=None, noteb
     """Check what was asked for and lay it out as a list of `Job`s; nothing runs yet, and nothing is written.
 
     parameters: pairs (name, text). Raises `BadInput` naming what is unknown, mistyped or can't be used.
+
+    >>> (job,) = plan(["02"], preset="smoke")
+    >>> job.name, job.parameters["preset"]
+    ('02_overview', 'smoke')
     """
     chosen = select(selectors, notebooks)
     given = {key: _absolute(key, text) for key, text in sorted(dict(parameters).items())}
@@ -131,7 +149,11 @@ def plan(selectors=(), *, preset="", parameters=(), name="", timeout=None, noteb
 
 
 def run_key(job):
-    """Digest of what the result of a job depends on. Equal keys: nothing to run again."""
+    """Digest of what the result of a job depends on. Equal keys: nothing to run again.
+
+    >>> run_key(plan(["02"], preset="smoke")[0]) == run_key(plan(["02"], preset="quick")[0])
+    False
+    """
     read = []  # chapter 2 shows the recorded results, chapter 10 those of this series as well
     if job.name.startswith(("02", LAST)):
         read += paths.recorded().glob("*/*/record.json")
@@ -156,12 +178,20 @@ def _library():
 
 
 def up_to_date(job):
-    """Is there a complete result of this very job, and its report?"""
+    """Is there a complete result of this very job, and its report?
+
+    >>> up_to_date(plan(["02"], preset="smoke")[0])
+    False
+    """
     return executed(job) and saved(job.results / "run.json")["status"] == "complete" and (job.results / "report.html").exists()
 
 
 def expected(job):
-    """Seconds that a job will take: as last time, else as recorded, else the preset's budget."""
+    """Seconds that a job will take: as last time, else as recorded, else the preset's budget.
+
+    >>> expected(plan(["02"], preset="smoke")[0]) == SECONDS["smoke"]
+    True
+    """
     run, recorded = saved(job.results / "run.json"), saved(job.recorded / "record.json")
     last = run.get("seconds") if run.get("status") == "complete" else None
     return next((s for s in (last, recorded.get("duration_s")) if isinstance(s, int | float) and s), SECONDS[job.preset])
@@ -172,7 +202,12 @@ def expected(job):
 
 @contextlib.contextmanager
 def workers(jobs, scheduler, planned, say):
-    """An executor for the planned jobs, and whether two notebooks may meet on one of its machines. Raises `BadInput`."""
+    """An executor for the planned jobs, and whether two notebooks may meet on one of its machines. Raises `BadInput`.
+
+    >>> with workers(jobs=2, scheduler="", planned=[], say=print) as (executor, shared):
+    ...     shared
+    True
+    """
     if scheduler:
         with cluster.connect(scheduler, planned, say) as executor:
             yield executor, executor.shared
@@ -182,7 +217,12 @@ def workers(jobs, scheduler, planned, say):
 
 
 def run_series(jobs, executor, progress):
-    """Submit `run_one` for each job and yield the `Outcome`s as they come; `progress` hears what runs."""
+    """Submit `run_one` for each job and yield the `Outcome`s as they come; `progress` hears what runs.
+
+    >>> with futures.ThreadPoolExecutor() as executor:
+    ...     list(run_series([], executor, Progress()))
+    []
+    """
     waiting = {executor.submit(run_one, job): job for job in jobs}
     while waiting:
         done, _ = futures.wait(waiting, timeout=TICK, return_when=futures.FIRST_COMPLETED)
@@ -203,7 +243,11 @@ def _outcome(future, job):
 
 
 class Progress:
-    """Lines on what runs and how it ended. On a terminal the last one lives: what runs now, and how long it has and will take."""
+    """Lines on what runs and how it ended. On a terminal the last one lives: what runs now, and how long it has and will take.
+
+    >>> Progress().ended(Outcome("02_overview", "complete", seconds=12.0))
+    02_overview: complete in 12 s
+    """
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stdout
@@ -233,7 +277,11 @@ class Progress:
 
 
 def comparison(jobs):
-    """A table: does each notebook's ratio lie inside the interval that was recorded for this preset and data set?"""
+    """A table: does each notebook's ratio lie inside the interval that was recorded for this preset and data set?
+
+    >>> comparison(plan(["02"], preset="smoke"))
+    'no ratio to compare: these notebooks have no headline'
+    """
     names = [job.name for job in jobs]
     rows, recorded = (
         {row["notebook"]: row for row in report.scoreboard_rows(folder, names)} for folder in (jobs[0].folder, jobs[0].recorded.parent)
@@ -259,6 +307,10 @@ def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
     """Copy complete results among the recorded ones, which are committed, and bring the README's table up to date.
 
     Returns the places. Raises `BadInput`, before anything is copied, for a result that is missing, failed, or no measurement.
+
+    >>> keep(["02"], preset="smoke")
+    Traceback (most recent call last):
+    effilib.errors.BadInput: ... holds no complete result of 02_overview: effilib run 02_overview --preset smoke
     """
     planned = plan(selectors, preset=preset, parameters=parameters, name=name, notebooks=notebooks)
     for job in planned:

@@ -29,19 +29,31 @@ MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory"
 
 
 def methods():
-    """The methods of the library by name: dict "prune_train" -> `PruneTrain`."""
+    """The methods of the library by name: dict "prune_train" -> `PruneTrain`.
+
+    >>> methods()["prune_train"].__name__
+    'PruneTrain'
+    """
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     found = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
     return {snake(c.__name__): c for c in found if issubclass(c, training.Method)}
 
 
 def snake(name):
-    """ "PruneTrain" -> "prune_train"."""
+    """ "PruneTrain" -> "prune_train".
+
+    >>> snake("PruneTrain")
+    'prune_train'
+    """
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def method(name, *texts):
-    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of another type."""
+    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of another type.
+
+    >>> method("prune_train", "ratio=0.3").ratio
+    0.3
+    """
     if ":" in name:
         cls = models.find(name, "method")
         if not (inspect.isclass(cls) and issubclass(cls, training.Method)):
@@ -60,6 +72,9 @@ def make(cls, what, texts, base=None):
     """An instance of a dataclass with the settings in `texts`, "name=value"; "name.inner=value" for one within another.
 
     base: the instance from which all other settings come.
+
+    >>> make(training.Recipe, "the recipe", ["lr=0.5", "precision=fp32"]).lr
+    0.5
     """
     fields = [f.name for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
     hints, inner, values = typing.get_type_hints(cls), {}, {}
@@ -86,7 +101,11 @@ def make(cls, what, texts, base=None):
 
 
 def read(what, name, text, hint):
-    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is not of the type `hint`."""
+    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is not of the type `hint`.
+
+    >>> read("the recipe", "epochs", "2.5", float)
+    2.5
+    """
     try:
         value = frozen(ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError):
@@ -101,7 +120,11 @@ def read(what, name, text, hint):
 
 
 def frozen(value):
-    """Lists as tuples, also within: settings are hashed."""
+    """Lists as tuples, also within: settings are hashed.
+
+    >>> frozen([1, [2, 3]])
+    (1, (2, 3))
+    """
     return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
@@ -112,6 +135,12 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
     """Train, and write history.csv, model.pt and, last, record.json into `out`. Returns the exit code: 0 complete, 130 interrupted.
 
     methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises `BadInput`.
+
+    >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
+    synthetic, 360 images, resnet; no method; 1 epochs, batches of ...; into mine
+    ...
+    mine: history.csv, model.pt, record.json
+    0
     """
     chosen = [method(*words) for words in methods]
     task = make_task(preset, dataset, network, variant, device, settings)
@@ -149,14 +178,22 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
 
 
 def default_folder(task, methods, settings, seed, processes):
-    """Where results go if no folder is named: one for each run, below the results' `play`."""
+    """Where results go if no folder is named: one for each run, below the results' `play`.
+
+    >>> default_folder(tasks.task("smoke", "synthetic"), [], [], seed=0, processes=1).name
+    'train-smoke-synthetic-resnet-baseline-seed=0'
+    """
     several = [f"processes={processes}"] * (processes > 1)
     words = [task.preset, label(task.dataset), task.network, *(methods or ["baseline"]), *settings, *several, f"seed={seed}"]
     return paths.results() / "play" / file_name("train", *words)
 
 
 def complete(folder, what):
-    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's lies there."""
+    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's lies there.
+
+    >>> print(complete("mine", what={}))
+    None
+    """
     record = paths.read_json(paths.make(folder) / "record.json")
     if record and record.get("run") != what:
         raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
@@ -164,21 +201,36 @@ def complete(folder, what):
 
 
 def load(task, ranks):
-    """The data set, on rank 0 first: what is downloaded or cached is written once."""
+    """The data set, on rank 0 first: what is downloaded or cached is written once.
+
+    >>> load(tasks.task("smoke", "synthetic"), distributed.ALONE).name
+    'synthetic'
+    """
     loaded = []
     ranks.first(lambda: loaded.append(task.load()))
     return loaded[0] if loaded else task.load()
 
 
 def plan(task, data, methods, processes):
-    """What is going to be trained, in a line."""
+    """What is going to be trained, in a line.
+
+    >>> task = tasks.task("smoke", "synthetic")
+    >>> plan(task, task.load(), [], processes=1)
+    'synthetic, 360 images, resnet; no method; ... epochs, batches of ...'
+    """
     shared = f", shared by {processes} processes" if processes > 1 else ""
     how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"
     return f"{data.name}, {len(data.train)} images, {task.network}; {', '.join(map(repr, methods)) or 'no method'}; {how}"
 
 
 def fit(task, data, methods, seed, file, progress):
-    """(the trained model, its history), one evaluation an epoch. What a user can help is `BadInput`."""
+    """(the trained model, its history), one evaluation an epoch. What a user can help is `BadInput`.
+
+    >>> task = tasks.task("smoke", "synthetic", epochs=1)
+    >>> model, history = fit(task, task.load(), [], seed=0, file=None, progress=None)
+    >>> history.diverged
+    False
+    """
     model, evaluations = task.build(data, seed), max(1, math.ceil(task.recipe.epochs))
     try:
         history = training.train(model, data, task.recipe, methods, seed, checkpoint=file, evaluations=evaluations, progress=progress)
@@ -193,7 +245,11 @@ def fit(task, data, methods, seed, file, progress):
 
 
 def make_task(preset, dataset, network, variant, device, settings):
-    """The task, by words; settings: of it or its recipe."""
+    """The task, by words; settings: of it or its recipe.
+
+    >>> make_task("smoke", "synthetic", "", "base", "auto", ["lr=0.5"]).recipe.lr
+    0.5
+    """
     own = ("images", "held", "widths")
     for text in settings:
         choose("setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))])
@@ -204,13 +260,21 @@ def make_task(preset, dataset, network, variant, device, settings):
 
 
 def file_name(*words):
-    """Words as the name of a file or folder, not too long."""
+    """Words as the name of a file or folder, not too long.
+
+    >>> file_name("quick", "mine.py:Mine")
+    'quick-mine.py_Mine'
+    """
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
     return name if len(name) <= 150 else f"{name[:130]}-{provenance.digest(name)[:8]}"
 
 
 class Epochs:
-    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done in this process."""
+    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done in this process.
+
+    >>> Epochs(2, print)({"epoch": 1, "train_loss": 0.5, "loss": 0.6, "accuracy": 80.0})
+    epoch 1 of 2: training loss 0.5000, validation loss 0.6000, 80.00 %
+    """
 
     def __init__(self, epochs, say):
         self.epochs, self.say, self.first = epochs, say, None
@@ -229,7 +293,14 @@ class Epochs:
 
 
 def summary(history, model, data, task):
-    """What a record says of a run, as plain values."""
+    """What a record says of a run, as plain values.
+
+    >>> task = tasks.task("smoke", "synthetic", epochs=1)
+    >>> data = task.load()
+    >>> model, history = fit(task, data, [], seed=0, file=None, progress=None)
+    >>> summary(history, model, data, task)["dataset"]
+    'synthetic'
+    """
     return {
         "dataset": data.name, "network": task.network, "accuracy": history.accuracy, "test_accuracy": history.test_accuracy,
         "diverged": history.diverged, "seconds": history.seconds, "raw_seconds": history.raw_seconds, "steps": history.steps,
@@ -240,14 +311,26 @@ def summary(history, model, data, task):
 
 
 def headline(record):
-    """A record in a line."""
+    """A record in a line.
+
+    >>> headline(dict(accuracy=90, test_accuracy=89, steps=10, seconds=2.0, parameters=1234, diverged=False))
+    '90.00 % on the validation images, 89.00 % on the test images, 10 steps in 2.0 s, 1,234 parameters'
+    """
     accuracy = f"{record['accuracy']:.2f} % on the validation images, {record['test_accuracy']:.2f} % on the test images"
     end = "diverged: " if record["diverged"] else ""
     return f"{end}{accuracy}, {record['steps']} steps in {say_seconds(record['seconds'])}, {record['parameters']:,} parameters"
 
 
 def write(folder, record, history, model, data, task):
-    """Write the three files, each atomically; the record, which says that they are complete, is the last."""
+    """Write the three files, each atomically; the record, which says that they are complete, is the last.
+
+    >>> task = tasks.task("smoke", "synthetic", epochs=1)
+    >>> data = task.load()
+    >>> model, history = fit(task, data, [], seed=0, file=None, progress=None)
+    >>> write(paths.make("mine"), {"status": "complete"}, history, model, data, task)
+    >>> sorted(file.name for file in Path("mine").iterdir())
+    ['history.csv', 'model.pt', 'record.json']
+    """
     import pandas as pd
 
     table = io.StringIO()

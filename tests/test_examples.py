@@ -1,7 +1,7 @@
 """Docstrings: every public name of the library has one, with an example that is run here.
 
-Public are the functions and classes, without an underscore, of the modules in `LIBRARY`. What stands behind the command line, and
-the chapters, which their notebooks run, need a docstring only. Examples are written as behind `from effilib import *`,
+Public are the functions and classes, without an underscore, of all modules but the chapters, which their notebooks run and which need a
+docstring only. Examples are written as behind `from effilib import *`,
 `import torch`, `from torch import nn` and `import torch.nn.functional as F`; what else the example's own module knows is there too.
 """
 
@@ -21,12 +21,21 @@ import effilib
 from effilib import models, paths
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(effilib.__path__, "effilib.") if not m.name.endswith("__main__"))
-MACHINERY = ("cluster", "jobs", "paths", "processes", "progress", "provenance", "runner", "single")
-LIBRARY = [m for m in MODULES if m.split(".")[1] not in (*MACHINERY, "chapters")]
+LIBRARY = [m for m in MODULES if not m.startswith("effilib.chapters")]
 NO_EXAMPLE = {  # name -> why
     "effilib.methods.layer_placement.serve": "one side of a conversation between processes: the example of `take_part`",
     "effilib.methods.layer_placement.work": "the other side",
     "effilib.methods.layer_placement.pipelined": "needs several processes too, and starting them takes seconds",
+    "effilib.processes.joined": "what each of several processes is in: the example of `run`",
+    "effilib.jobs.Interrupted": "is raised inside of a job",
+    "effilib.jobs.execute": "executes a notebook, which takes seconds: the tests of the runner",
+    "effilib.jobs.run_one": "the same",
+    "effilib.jobs.end": "ends what `execute` began",
+    "effilib.runner.run": "runs notebooks: the README has its command line",
+    **{
+        f"effilib.cluster.{name}": "needs a scheduler and workers: the README's lines, which test_cluster runs"
+        for name in ("SchedulerLost", "connect", "Cluster", "keep_seeds", "check", "keep_files", "on_worker")
+    },
 }
 KNOWN = {"torch": torch, "nn": nn, "F": F, **{name: getattr(effilib, name) for name in effilib.__all__}}
 FLAGS = doctest.ELLIPSIS | doctest.REPORT_NDIFF
