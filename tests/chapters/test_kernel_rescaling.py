@@ -6,7 +6,7 @@ import torch
 from effilib import models
 from effilib.chapters import kernel_rescaling as chapter
 from effilib.chapters.kernel_rescaling import BARE, BOTH, FULL, IMAGES
-from effilib.experiment import compare
+from effilib.experiment import compare, pilot
 from effilib.methods.kernel_rescaling import kernels
 from effilib.tasks import task
 
@@ -32,6 +32,19 @@ def test_the_kernel_arms_train_one_network_with_5x5_kernels_where_pixels_are_man
     assert quick.recipe.epochs == chapter.SETTINGS["quick"]["epochs"]
     study = chapter.task(task("study", "synthetic"))
     assert {a.changes["epochs"] / study.recipe.epochs for a in chapter.arms(study, DATA)[1:]} == {chapter.SETTINGS["study"]["longer"]}
+
+
+def test_the_pilots_target_lies_a_margin_further_down_and_a_tuned_one_stays():
+    t = chapter.task(TASK)
+    assert chapter.piloted(t).target == pytest.approx(pilot(t).target - t.margin, abs=0.06)
+    assert chapter.piloted(t.but(target=30.0)).target == 30.0
+
+
+def test_the_tuned_network_may_have_a_schedule_of_its_own():
+    full, images = chapter.tuned_arms(task("study", "synthetic"), DATA)
+    assert not images.changes  # as long as the baseline
+    assert images.methods[0].schedule != chapter.arms(chapter.task(task("study", "synthetic")), DATA)[1].methods[0].schedule
+    assert not full.methods
 
 
 def test_a_network_without_large_kernels_has_its_images_resized():
