@@ -40,7 +40,7 @@ GBIT = 1e9 / 8  # bytes/s
 BANDWIDTHS = {"1 Gbit/s": GBIT, "10 Gbit/s": 10 * GBIT, "100 Gbit/s": 100 * GBIT}
 WORKERS = 2
 STEPS = 20
-LR = 0.002  # small: at a high one the rounding of 20 steps grows to where nothing is equal any more
+LR = 0.002
 SLOW_STEPS = 4  # of the runs with a slowed-down link
 SIZES = {
     "smoke": dict(batch=4, width=4),
@@ -266,6 +266,8 @@ def real(task, dataset, layers):
     jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k, lr=LR) for name, k in where.items()}
     few = everything[:SLOW_STEPS]
     jobs |= {(n, label): Job(make=make, batches=few, cut=k, lr=LR, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
+    double, precise = functools.partial(_double, make), tuple((x.double(), y) for x, y in everything)
+    jobs |= {(name, "float64"): Job(make=double, batches=precise, cut=k, lr=LR) for name, k in where.items()}
     x, y = everything[0]
     calls = [(take_part, (job,)) for job in jobs.values()] + [(pipelined, (make, c, x, y, WORKERS)) for c in ((cut,), cuts)]
     by_rank = processes.run(several, WORKERS + 1, calls)
@@ -281,6 +283,11 @@ def real(task, dataset, layers):
     }
 
 
+def _double(make):
+    """The network in float64, in which the rounding of 20 steps does not grow to where nothing is equal any more."""
+    return make().double()
+
+
 def _difference(a, b):
     """Largest difference of two dicts of tensors; nan where their names differ."""
     return max(float((a[n] - b[n]).abs().max()) for n in a) if a.keys() == b.keys() else float("nan")
@@ -289,9 +296,10 @@ def _difference(a, b):
 def _checks(make, jobs, runs, layers, cut, cuts, b, gradients, batch):
     plain, placed = runs["plain server", "full speed"], runs["placed", "full speed"]
     job = jobs["plain server", "full speed"]
-    start = dict(make().named_parameters())
-    one = alone(job)
+    start = dict(_double(make).named_parameters())
+    one = alone(jobs["plain server", "float64"])
     moved = _difference(one, {n: p.detach() for n, p in start.items()})
+    exact_plain, exact_placed = (runs[name, "float64"][0]["parameters"] for name in ("plain server", "placed"))
     rows = []
     for name, ranks, k in (("plain server", plain, len(layers)), ("placed", placed, cut)):
         counted, formula = ranks[0]["sent"] + ranks[0]["received"], len(job.batches) * traffic(layers, k, WORKERS, b)
@@ -301,11 +309,15 @@ def _checks(make, jobs, runs, layers, cut, cuts, b, gradients, batch):
         )
         rows.append(("... by the formula", f"{formula:,}", ""))
     for text, a, c in (
-        ("placed against plain server", placed[0]["parameters"], plain[0]["parameters"]),
-        ("placed against one process", placed[0]["parameters"], one),
+        ("placed against plain server", exact_placed, exact_plain),
+        ("placed against one process", exact_placed, one),
     ):
         d = _difference(a, c)
-        rows.append((f"weights after {len(job.batches)} steps, {text}: largest difference", f"{d:.1e}", "equal" if d <= 1e-5 else "differ"))
+        what = f"weights after {len(job.batches)} steps in float64, {text}: largest difference"
+        rows.append((what, f"{d:.1e}", "equal" if d <= 1e-10 else "differ"))
+    rows.append(
+        ("... the same in fp32, placed against plain server", f"{_difference(placed[0]['parameters'], plain[0]['parameters']):.1e}", "")
+    )
     rows.append(("... largest change of a weight in these steps", f"{moved:.1e}", ""))
     model = make().train()
     F.cross_entropy(model(batch[0]), batch[1]).backward()

@@ -372,8 +372,8 @@ class Wire:
     (0, 0)
     """
 
-    def __init__(self):
-        self.sent = self.received = 0
+    def __init__(self, dtype=torch.float32):
+        self.dtype, self.sent, self.received = dtype, 0, 0
 
     def send(self, tensor, rank):
         """Send a tensor to a rank, which has to know its shape."""
@@ -382,8 +382,8 @@ class Wire:
         self.sent += cost.size_bytes([tensor])
 
     def receive(self, shape, rank):
-        """A tensor of that shape (fp32) from a rank."""
-        tensor = torch.empty(shape)
+        """A tensor of that shape from a rank."""
+        tensor = torch.empty(shape, dtype=self.dtype)
         dist.recv(tensor, rank)
         self.received += cost.size_bytes([tensor])
         return tensor
@@ -405,7 +405,7 @@ def take_part(rank, job):
     chain = Chain(job.make().train())
     k = len(chain) if job.cut is None else job.cut
     near, far = chain.part(0, k), chain.part(k, len(chain)) if k < len(chain) else None
-    wire, workers = Wire(), dist.get_world_size() - 1
+    wire, workers = Wire(next((p.dtype for p in near.parameters()), torch.float32)), dist.get_world_size() - 1
     if len(job.batches[0][1]) % workers:
         raise BadInput(f"a batch of {len(job.batches[0][1])} images cannot be shared out among {workers} workers")
     seconds, shape = [], near_shape(near, job.batches[0][0][:1]) if far else None
