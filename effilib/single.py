@@ -137,8 +137,8 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
     methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
-    synthetic, 360 images, resnet; no method; 1 epochs, batches of ...; into mine
-    ...
+    synthetic, 128 images, resnet; no method; 1 epochs, batches of 32; into mine
+    epoch 0 of 1: ...
     mine: history.csv, model.pt, record.json
     0
     """
@@ -216,7 +216,7 @@ def plan(task, data, methods, processes):
 
     >>> task = tasks.task("smoke", "synthetic")
     >>> plan(task, task.load(), [], processes=1)
-    'synthetic, 360 images, resnet; no method; ... epochs, batches of ...'
+    'synthetic, 128 images, resnet; no method; 2 epochs, batches of 32'
     """
     shared = f", shared by {processes} processes" if processes > 1 else ""
     how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"

@@ -456,7 +456,9 @@ def test_a_users_own_network_is_saved_and_loaded_by_its_path(tmp_path):
     model = models.build(name, 4, (1, 8, 8), seed=1)
     checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
     assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model))
-    file.write_text(file.read_text().replace("width=3", "width=5"))
+    file.write_text(file.read_text().replace("width=3", "width=11"))
+    assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model))  # widths follow the file that was saved
+    file.write_text(file.read_text().replace("width, 3)", "width, 5, padding=1)"))
     with pytest.raises(BadInput, match=r"net\.pt: the weights do not fit network .*mine\.py:net"):
         checkpoint.load_model(tmp_path / "net.pt")
     file.unlink()
