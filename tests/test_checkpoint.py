@@ -202,8 +202,9 @@ def kill_all(folder, threads):
 def killed(tmp_path_factory):
     """A folder with the checkpoints of processes that were killed."""
     folder = tmp_path_factory.mktemp("killed")
-    code = f"from tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True)
+    code = "import torch; torch.set_num_threads(1)  # a process that has threads must not fork"
+    code += f"\nfrom tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, timeout=120)
     ends = json.loads(done.stdout or "{}")
     codes = {"SIGTERM": -signal.SIGTERM, "SIGKILL": -signal.SIGKILL, "memory": 1, "writing": -signal.SIGKILL}
     assert ends == {case: codes[how] for case, how in ENDS.items()}, done.stderr
