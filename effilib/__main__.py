@@ -85,10 +85,8 @@ def parser():
         metavar=("NAME", "SETTING=VALUE"),
         help="a method and settings of it; may be repeated (default: none, the baseline)",
     )
-    train.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
-    train.add_argument("--preset", default="", help="smoke, quick, study or full: network and recipe (default: EFFILIB_PRESET, else quick)")
+    _task(train)
     train.add_argument("--network", default="", help="resnet, vgg, convnet, or a path such as torchvision.models:resnet18 or mine.py:net")
-    train.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
     train.add_argument("--epochs", type=float, metavar="N", help="length of the schedule (default: the preset's)")
     train.add_argument("--seed", type=int, default=0, help="of the initial weights, the data's order and all draws (default: 0)")
     train.add_argument(
@@ -106,9 +104,7 @@ def parser():
     train.set_defaults(call=train_once)
 
     tune = commands.add_parser("tune", help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped")
-    tune.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
-    tune.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
-    tune.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
+    _task(tune)
     tune.add_argument("--epochs", type=float, nargs="+", metavar="N", help="lengths of the schedule (default: the preset's)")
     tune.add_argument("--lr", dest="lrs", type=float, nargs="+", metavar="LR", help="learning rates")
     tune.add_argument("--weight-decay", dest="decays", type=float, nargs="+", metavar="WD", help="weight decays")
@@ -116,6 +112,14 @@ def parser():
     tune.add_argument("--target", action="store_true", help="find the target accuracy of one setting: one value each of the grid's options")
     tune.set_defaults(call=tune_baseline)
     return top
+
+
+def _task(command):
+    """The options that say what is trained."""
+    what = "smoke, quick, study or full: network and recipe (default: EFFILIB_PRESET, else quick)"
+    command.add_argument("--preset", default="", help=what)
+    command.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
+    command.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
 
 
 def _which(command):

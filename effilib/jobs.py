@@ -80,7 +80,7 @@ class Job:
 
     @property
     def files(self):
-        """The user's own files and folders behind the parameters, such as /home/me/mine.py:net: dict parameter -> path."""
+        """The user's own files and folders behind the parameters, such as the mine.py of DIR/mine.py:net: dict parameter -> path."""
         texts = {name: value for name, value in self.parameters.items() if isinstance(value, str)}
         found = {name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()}
         return {name: path for name, path in found.items() if path.is_absolute() and path.exists()}
