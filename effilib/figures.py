@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from effilib.statistics import FASTER, LESS_ACCURATE, MISSED, SLOWER
+
 # Okabe & Ito's colours, told apart by colour-blind readers too; the baseline is always grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
@@ -161,10 +163,10 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
 
 
 VERDICTS = {  # verdict -> colour, marker: told apart without colours too
-    "faster at equal accuracy": (COLOURS[2], "o"),
-    "faster but less accurate": (COLOURS[4], "D"),
-    "slower": (COLOURS[1], "v"),
-    "target missed": ("#B00020", "X"),
+    FASTER: (COLOURS[2], "o"),
+    LESS_ACCURATE: (COLOURS[4], "D"),
+    SLOWER: (COLOURS[1], "v"),
+    MISSED: ("#B00020", "X"),
 }
 
 
@@ -182,7 +184,7 @@ def scoreboard(rows):
     right, values = axes.get_yaxis_transform(), [0.5, 2.0]  # x in shares of the axis, y in rows
     for y, row in enumerate(rows):
         colour, marker = VERDICTS.get(row["verdict"], (GREY, "s"))
-        verdict = f"{'✗ ' if marker == 'X' else ''}{row['verdict']}"
+        verdict = f"{'✗ ' if row['verdict'] == MISSED else ''}{row['verdict']}"
         what = f"{row['arm']} against {row['against']}, {row['quantity']}, {row['dataset']}"
         axes.text(-0.015, y - 0.15, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
         axes.text(-0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555")
