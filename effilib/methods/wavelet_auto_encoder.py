@@ -109,6 +109,9 @@ def energy_share(model, x):
 class WaveletAutoEncoder(Method):
     """Train a `WAE`: cross-entropy + gamma (reconstruction + lambda energy), at once or in the paper's three stages.
 
+    The factor gamma stays when the auto-encoder is trained alone: nothing normalises its layers, and at 1 it diverges at learning rates
+    that suit the classifier.
+
     stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both; (0, 0, 1) is joint from the
     start. All of it is on the clock. Raises `BadInput` for another network, or shares that are not >= 0 with a sum of 1.
 
@@ -146,8 +149,7 @@ class WaveletAutoEncoder(Method):
             return None
         reconstruction, energy = run.model.terms
         run.model.terms = None
-        weight = 1.0 if run.model.stage == "encoder" else self.gamma
-        return weight * (reconstruction + self.lam * energy)
+        return self.gamma * (reconstruction + self.lam * energy)
 
     def on_step_end(self, run):
         new = self.stage(run, run.step + 1)

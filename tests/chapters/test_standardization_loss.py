@@ -74,6 +74,13 @@ def test_a_users_network_without_batchnorm_has_two_arms():
     assert chapter.rate(own, SL, 8) == pytest.approx(own.recipe.lr / 2)
 
 
+def test_rates_between_the_tuned_ones_lie_between_them():
+    own = task("study", "cifar10", chapter.NETWORK)
+    rates = [chapter.rate(own, GN, b) for b in (2, 4, 8, 32)]
+    assert rates == sorted(rates)
+    assert rates[1] == pytest.approx(0.005 * (0.1 / 0.005) ** 0.25)  # 4 is a quarter of the way from 2 to 32, on log scales
+
+
 def test_costs_are_of_the_same_network():
     table = chapter.cost_table(TASK)
     assert table.loc[("fp32", BN), "of BatchNorm's"] == "1.00x"

@@ -3,7 +3,7 @@
 import pytest
 
 from effilib.chapters import wavelet as chapter
-from effilib.chapters.wavelet import BANDS, FULL, JOINT, LOW, PUSHED, RAW, READY, S2D, STAGED, STRIDED, WIDE
+from effilib.chapters.wavelet import BANDS, FULL, JOINT, LONGER, LOW, PUSHED, RAW, READY, S2D, STAGED, STRIDED, WIDE
 from effilib.data import synthetic
 from effilib.experiment import compare
 from effilib.tasks import task
@@ -19,10 +19,13 @@ def test_every_arm_runs_at_equal_epochs():
     found, left_out = chapter.everything(TASK, DATA)
     assert not left_out
     names = [a.name for a in found.arms]
-    assert names == [FULL, BANDS, S2D, RAW, STRIDED, LOW, PUSHED, WIDE, READY, JOINT, STAGED]
-    assert [a.role for a in found.arms[1:5]] == ["method", "control", "method", "control"]
+    assert names == [FULL, BANDS, LONGER, S2D, RAW, STRIDED, LOW, PUSHED, WIDE, READY, JOINT, STAGED]
+    assert [a.role for a in found.arms[1:6]] == ["method", "method", "control", "method", "control"]
     runs = {n: found.histories(n)[0] for n in names}
+    longer = runs.pop(LONGER)
     assert len({h.steps for h in runs.values()}) == 1
+    assert longer.steps == round(chapter.AIM * runs[BANDS].steps)
+    runs[LONGER] = longer
     assert runs[WIDE].structure["widths"] == [16, 8, 8]
     assert len({h.rows[-1]["loss"] for h in runs.values()}) == len(names)  # arms that differ
     assert all(runs[n].flops < runs[FULL].flops for n in (BANDS, LOW, PUSHED))
@@ -48,7 +51,7 @@ def test_the_verdict_has_three_arms():
 def test_a_users_network_gets_the_arms_that_it_can_take():
     own = task("smoke", "synthetic", "torchvision.models:resnet18")
     found, left_out = chapter.all_arms(own, synthetic(images=64, channels=3, size=32))
-    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, LOW, PUSHED]
+    assert [a.name for a in found] == [FULL, BANDS, LONGER, S2D, RAW, LOW, PUSHED]
     assert any("has a stride of 2 already" in s for s in left_out)
     assert any("built for our networks" in s for s in left_out)
 
@@ -56,7 +59,7 @@ def test_a_users_network_gets_the_arms_that_it_can_take():
 def test_a_network_without_a_stride_to_take_out_works_at_half_its_sizes():
     own = TASK.but(network="convnet", widths={"widths": (8,)})
     found, left_out = chapter.all_arms(own, DATA)
-    assert [a.name for a in found] == [FULL, BANDS, S2D, RAW, STRIDED, LOW]
+    assert [a.name for a in found] == [FULL, BANDS, LONGER, S2D, RAW, STRIDED, LOW]
     assert "no layer of VGG has a stride of 2" in left_out[0]
     assert not found[1].methods[0].keep
 

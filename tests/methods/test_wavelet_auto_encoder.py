@@ -1,5 +1,6 @@
 """The wavelet-like auto-encoder: shapes, stages, what is trained when, energy and reconstruction."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -112,3 +113,11 @@ def test_bad_settings_and_other_networks_are_errors():
         train(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), DATA, RECIPE, [WaveletAutoEncoder()])
     with pytest.raises(BadInput, match="three shares"):
         train(network(), DATA, RECIPE, [WaveletAutoEncoder(stages=(0.5, 0.2, 0.1))])
+
+
+def test_the_first_stage_holds_at_the_learning_rate_of_the_classifier():
+    settings = RECIPE.__class__(epochs=10, batch_size=32, lr=0.2, warmup=0.2, precision="fp32")
+    runs = {g: train(network(), DATA, settings, [WaveletAutoEncoder(gamma=g, stages=(0.5, 0.3, 0.2))], evaluations=1) for g in (0.1, 10.0)}
+    assert math.isfinite(runs[0.1].events[-1]["snr"])
+    assert not runs[0.1].diverged
+    assert runs[10.0].diverged or not math.isfinite(runs[10.0].events[-1]["snr"])
