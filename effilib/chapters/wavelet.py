@@ -189,7 +189,7 @@ def everything_table(comparison):
     for a in comparison.arms:
         h = comparison.histories(a.name)
         difference = [x.accuracy - b.accuracy for x, b in zip(h, base, strict=True)]
-        events = [e["energy_share"] for x in h for e in x.events if "energy_share" in e]
+        events = [e["energy_share"] for x in h if not x.diverged for e in x.events if "energy_share" in e]
         rows[a.name] = {
             "accuracy %": f"{stats.mean(x.accuracy for x in h):.2f}",
             "points": "" if a.name == FULL else f"{stats.mean(difference):+.2f}",
@@ -359,12 +359,13 @@ def wae_table(comparison):
         if not any(a.name == name for a in comparison.arms):
             continue
         h = comparison.histories(name)
-        ends = [e for x in h for e in x.events if "energy_share" in e]
+        ends = [e for x in h if not x.diverged for e in x.events if "energy_share" in e]
         begins = [f"{e['stage']} at step {e['step']:,}" for e in h[0].events if "stage" in e]
         rows[name] = {
-            "energy share of I_H": f"{stats.mean(e['energy_share'] for e in ends):.1%}",
+            "energy share of I_H": f"{stats.mean(e['energy_share'] for e in ends):.1%}" if ends else "–",
             "aim": "below 20 %",
-            "reconstruction": f"{stats.mean(e['snr'] for e in ends):.1f} dB",
+            "reconstruction": f"{stats.mean(e['snr'] for e in ends):.1f} dB" if ends else "–",
+            "diverged": f"{sum(x.diverged for x in h)} of {len(h)}",
             "accuracy %": f"{stats.mean(x.accuracy for x in h):.2f}",
             "stages": "; ".join(begins) or "joint from the start",
         }

@@ -2,8 +2,9 @@
 
 An encoder makes a low and a high image of a quarter of the pixels each; a large network reads the low one, one with a quarter of
 the channels the high one. A decoder, for training alone, keeps the picture's content; an energy term pushes it into the low image.
-Layers and loss follow the paper's figures and the authors' prototxt, made small for pictures of 32 pixels. The paper's lambda,
-gamma and lengths of its three stages could not be read; those here are our own.
+Layers and loss follow the paper's figures and the authors' prototxt, made small for pictures of 32 pixels. BatchNorm inside of encoder
+and decoder is ours: without it their loss diverged at the learning rate that suits the classifier. The paper's lambda, gamma and lengths
+of its three stages could not be read; those here are our own.
 """
 
 import math
@@ -29,10 +30,11 @@ class Decoder(nn.Module):
 
     def __init__(self, channels, width):
         super().__init__()
-        self.up, self.out = nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1), conv3x3(width, channels, bias=True)
+        self.up, self.norm = nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.out = conv3x3(width, channels, bias=True)
 
     def forward(self, x):
-        return self.out(F.relu(self.up(x), inplace=True))
+        return self.out(F.relu(self.norm(self.up(x)), inplace=True))
 
 
 class WAE(nn.Module):
@@ -52,7 +54,8 @@ class WAE(nn.Module):
     def __init__(self, channels, classes, low, high, features, width=8):
         super().__init__()
         self.encoder = nn.Sequential(
-            conv3x3(channels, width, bias=True), nn.ReLU(inplace=True), conv3x3(width, width, bias=True), nn.ReLU(inplace=True),
+            conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            conv3x3(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
             conv3x3(width, 2 * channels, stride=2, bias=True),
         )  # fmt: skip
         self.norm = nn.BatchNorm2d(2 * channels)  # behind the energy term: in front of it, it would make that a constant
@@ -108,9 +111,6 @@ def energy_share(model, x):
 @dataclass(frozen=True, kw_only=True)
 class WaveletAutoEncoder(Method):
     """Train a `WAE`: cross-entropy + gamma (reconstruction + lambda energy), at once or in the paper's three stages.
-
-    The factor gamma stays when the auto-encoder is trained alone: nothing normalises its layers, and at 1 it diverges at learning rates
-    that suit the classifier.
 
     stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both; (0, 0, 1) is joint from the
     start. All of it is on the clock. Raises `BadInput` for another network, or shares that are not >= 0 with a sum of 1.

@@ -1,6 +1,5 @@
 """The wavelet-like auto-encoder: shapes, stages, what is trained when, energy and reconstruction."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -116,8 +115,7 @@ def test_bad_settings_and_other_networks_are_errors():
 
 
 def test_the_first_stage_holds_at_the_learning_rate_of_the_classifier():
-    settings = RECIPE.__class__(epochs=10, batch_size=32, lr=0.2, warmup=0.2, precision="fp32")
-    runs = {g: train(network(), DATA, settings, [WaveletAutoEncoder(gamma=g, stages=(0.5, 0.3, 0.2))], evaluations=1) for g in (0.1, 10.0)}
-    assert math.isfinite(runs[0.1].events[-1]["snr"])
-    assert not runs[0.1].diverged
-    assert runs[10.0].diverged or not math.isfinite(runs[10.0].events[-1]["snr"])
+    settings = RECIPE.__class__(epochs=10, batch_size=32, lr=0.4, warmup=0.2, precision="fp32")
+    history = train(network(), DATA, settings, [WaveletAutoEncoder(stages=(0.5, 0.3, 0.2))], evaluations=1)
+    assert not history.diverged
+    assert history.events[-1]["snr"] > energy_share(network(), DATA.normalize(DATA.decide.x))[1]
