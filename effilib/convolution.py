@@ -469,3 +469,40 @@ def on_device(generator, device):
     if torch.device(device).type == generator.device.type:
         return generator
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
+# A fault below PyTorch
+
+BLOCK = 16  # channels that oneDNN's kernels take at once, with AVX-512
+
+
+def guard_(model):
+    """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035). In place.
+
+    On a CPU, with fewer than `BLOCK` input channels in channels_last, their backward pass may crash, hang or be wrong, as the batch and
+    the number of threads have it. Such a layer reads every stride-th pixel instead, at a stride of 1: the same products.
+
+    >>> conv = guard_(nn.Conv2d(8, 8, 1, stride=2)).to(memory_format=torch.channels_last)
+    >>> conv(torch.zeros(15, 8, 6, 6)).shape, conv.stride
+    (torch.Size([15, 8, 3, 3]), (2, 2))
+    """
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.padding == (0, 0) and _subsample not in m._forward_pre_hooks.values():
+            m.register_forward_pre_hook(_subsample)
+            m.register_forward_hook(_restore, always_call=True)
+    return model
+
+
+def _subsample(conv, inputs):
+    """Before the layer: its stride is taken here."""
+    (x,) = inputs
+    if conv.stride == (1, 1) or conv.in_channels >= BLOCK or x.device.type != "cpu":
+        return None
+    conv._stride, conv.stride = conv.stride, (1, 1)
+    return x[..., :: conv._stride[0], :: conv._stride[1]]
+
+
+def _restore(conv, inputs, y):
+    """After the layer, also if it failed."""
+    if "_stride" in vars(conv):
+        conv.stride = vars(conv).pop("_stride")

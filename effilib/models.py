@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effilib.convolution import guard_
 from effilib.errors import BadInput, choose
 
 
@@ -314,7 +315,7 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
         if not isinstance(model, nn.Module):
             raise BadInput(f"network {network} returned {type(model).__name__}, expected a torch.nn.Module")
         fits(model, network, classes, shape)
-    return model.to(device)
+    return guard_(model).to(device)
 
 
 def check_name(network):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib import checkpoint as checkpoints
-from effilib import cost, distributed, models
+from effilib import convolution, cost, distributed, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.errors import BadInput, choose
 from effilib.models import stream
@@ -258,7 +258,7 @@ class Run:
 
     def wrap(self):
         """Make what the loop calls: the model, with several processes inside of what averages its gradients, compiled if told."""
-        self.ranks.statistics_(self.model)
+        self.ranks.statistics_(convolution.guard_(self.model))
         self.wrapped = self.ranks.wrap(self.model, self.recipe.sync_bn)
         self.forward = torch.compile(self.wrapped) if self.recipe.compile else self.wrapped
 

@@ -1,6 +1,9 @@
 """The approximable product: exact where nothing is replaced, each part replaceable alone, only what is asked for computed."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -287,10 +290,11 @@ def test_looking_for_layers_changes_nothing():
     model = models.build("resnet", 10, (3, 8, 8), widths=(4, 8), blocks=(1, 1))
     model.bn.eval()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
     layers(model, images())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
-    assert not any(m._forward_hooks for m in model.modules())
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
 def test_a_class_of_the_users_own_is_left_alone():
@@ -416,3 +420,49 @@ def test_combined_methods_learn_and_all_of_them_leave():
 def test_methods_that_replace_the_same_part_are_refused(pair):
     with pytest.raises(BadInput, match="cannot be combined"):
         trained(*pair)
+
+
+RISKY = """
+import sys, torch
+from torch import nn
+from effilib.convolution import guard_
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+batch, channels = map(int, sys.argv[1:])
+convs = [nn.Conv2d(channels, 8, 1, stride=2, bias=False) for _ in range(2)]
+convs[0].to(memory_format=torch.channels_last)
+convs[1].load_state_dict(convs[0].state_dict())
+guard_(convs[0])
+for _ in range(20):
+    x = torch.randn(batch, channels, 13, 12)
+    dy = torch.randn(batch, 8, 7, 6)
+    gradients = []
+    for conv, layout in zip(convs, (torch.channels_last, torch.contiguous_format)):
+        z = x.contiguous(memory_format=layout).requires_grad_()
+        gradients.append(torch.autograd.grad(conv(z), [z, conv.weight], dy))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(15, 8), (31, 12), (16, 8), (13, 3), (15, 16)])
+def test_narrow_strided_shortcuts_neither_crash_nor_differ(batch, channels):
+    done = subprocess.run([sys.executable, "-c", RISKY, str(batch), str(channels)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guard_leaves_a_plain_layer_also_after_an_error():
+    conv = c.guard_(c.guard_(nn.Conv2d(8, 8, 1, stride=2)))
+    assert len(conv._forward_pre_hooks) == 1
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(torch.zeros(1, 5, 6, 6))
+    assert (conv.stride, "_stride" in vars(conv)) == ((2, 2), False)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(conv)))
+    assert again(torch.zeros(1, 8, 6, 6)).shape == (1, 8, 3, 3)
+
+
+def test_a_network_of_ours_trains_at_an_odd_batch_size():
+    data = synthetic(images=200, channels=3, size=24)
+    net = models.build("resnet", data.classes, data.shape, widths=(8, 8, 8), blocks=(1, 1, 1))
+    assert len(train(net, data, Recipe(epochs=1, batch_size=15)).rows) > 1

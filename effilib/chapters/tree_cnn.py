@@ -46,11 +46,11 @@ def sized(task):
 def stages(dataset):
     """Classes by stage: 6 + 4 of ten as in the paper's CIFAR-10, up to 20 likewise 60 % first; more in ten equal stages, as its CIFAR-100.
 
-    Raises `BadInput` for fewer than 4 classes, or a class that has fewer than 2 training images.
+    Raises `BadInput` for fewer than 3 classes, or a class that has fewer than 2 training images.
     """
     n = dataset.classes
-    if n < 4:
-        raise BadInput(f"{dataset.name} has {n} classes: Tree-CNN needs 4 or more, two for its first stage and two that come later")
+    if n < 3:
+        raise BadInput(f"{dataset.name} has {n} classes: Tree-CNN needs 3 or more, two for its first stage and one that comes later")
     counts = torch.bincount(dataset.train.y, minlength=n).tolist()
     least = counts.index(min(counts))
     if counts[least] < 2:

@@ -47,8 +47,8 @@ def test_cifar10_comes_in_the_papers_stages():
 
 
 def test_too_few_classes_or_images_are_refused():
-    with pytest.raises(BadInput, match="own has 3 classes: Tree-CNN needs 4 or more"):
-        chapter.stages(of(3))
+    with pytest.raises(BadInput, match="own has 2 classes: Tree-CNN needs 3 or more"):
+        chapter.stages(of(2))
     with pytest.raises(BadInput, match="class 'c3' has 1 training images"):
         chapter.stages(replace(of(5), train=of(5).train[:8]))
     with pytest.raises(BadInput, match="own: no validation image of the first stage's classes"):
