@@ -480,29 +480,25 @@ def guard_(model):
     """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035). In place.
 
     On a CPU, with fewer than `BLOCK` input channels in channels_last, their backward pass may crash, hang or be wrong, as the batch and
-    the number of threads have it. Such a layer reads every stride-th pixel instead, at a stride of 1: the same products.
+    the number of threads have it. Such a layer gets its input, and its weights, in the contiguous layout.
 
-    >>> conv = guard_(nn.Conv2d(8, 8, 1, stride=2)).to(memory_format=torch.channels_last)
-    >>> conv(torch.zeros(15, 8, 6, 6)).shape, conv.stride
-    (torch.Size([15, 8, 3, 3]), (2, 2))
+    >>> conv = guard_(nn.Conv2d(8, 8, 1, stride=2).to(memory_format=torch.channels_last))
+    >>> y = conv(torch.zeros(15, 8, 6, 6).to(memory_format=torch.channels_last))
+    >>> y.shape, y.is_contiguous()
+    (torch.Size([15, 8, 3, 3]), True)
     """
     for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.padding == (0, 0) and _subsample not in m._forward_pre_hooks.values():
-            m.register_forward_pre_hook(_subsample)
-            m.register_forward_hook(_restore, always_call=True)
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and _contiguous not in m._forward_pre_hooks.values():
+            m.register_forward_pre_hook(_contiguous)
     return model
 
 
-def _subsample(conv, inputs):
-    """Before the layer: its stride is taken here."""
+def _contiguous(conv, inputs):
+    """Before the layer. In whichever layout, the weights of a 1 x 1 kernel lie in the same order: only their strides say which it is."""
     (x,) = inputs
     if conv.stride == (1, 1) or conv.in_channels >= BLOCK or x.device.type != "cpu":
         return None
-    conv._stride, conv.stride = conv.stride, (1, 1)
-    return x[..., :: conv._stride[0], :: conv._stride[1]]
-
-
-def _restore(conv, inputs, y):
-    """After the layer, also if it failed."""
-    if "_stride" in vars(conv):
-        conv.stride = vars(conv).pop("_stride")
+    w = conv.weight
+    if w.stride(2) != 1:
+        w.data = w.data.as_strided(w.shape, (w.shape[1], 1, 1, 1))
+    return x.contiguous()

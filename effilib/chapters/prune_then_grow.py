@@ -17,6 +17,7 @@ from effilib.experiment import PILOT_SEEDS, Arm, measure
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.prune_then_grow import GENTLE, PruneThenGrow, plan, step_flops
 from effilib.training import stream, train
+from effilib.tuning import swept
 
 # All that was chosen, by preset: starting points, not findings. task: what differs from chapter II.8's; decisions come at epochs' ends, so
 # that the quick preset takes fewer images and more epochs. start: the network that grows, blocks of a stage and the share of the
@@ -55,11 +56,11 @@ SHORT = f", {FAST:g} of the cost"
 
 
 def task(book):
-    """The notebook's task in the size of its preset. Where that differs, a pilot finds the target."""
+    """The notebook's task in the size of its preset, at the recorded sweep's best setting. Where that differs, a pilot finds the target."""
     changes = dict(SETTINGS[book.preset]["task"])
     if "images" in changes:
         changes["images"] = min(changes["images"], len(book.dataset.train))
-    return book.task.but(**changes, target=None) if changes else book.task
+    return book.task.but(**changes, **swept(book.task, changes["epochs"]), target=None) if changes else book.task
 
 
 def start(task):

@@ -367,10 +367,11 @@ class PruneThenGrow(Policy, Method):
             kept += sum(a and b == birth for a, b in zip(alive.tolist(), table["born"], strict=True))
             table["alive"], table["strength"] = alive.tolist(), strength.tolist()
         own = {p for n in nodes for p in n.producers}
+        penalised = total and state["lambda"]  # weight decay alone shrinks all channels and removes none
         return Stage(
             name=name, depth=stages.depth(structure, state["layout"], number), widths=tuple(n.width for n in nodes),
             live=tuple(sum(state["channels"][n.name]["alive"]) for n in nodes), lost=max(0.0, lost / total) if total else 0.0,
-            pending=leaving / total if total else 0.0, born=born, kept=kept, flops=stages.flops(run.model, state["layout"], own),
+            pending=leaving / total if penalised else 0.0, born=born, kept=kept, flops=stages.flops(run.model, state["layout"], own),
         )  # fmt: skip
 
     def grown(self, table, epoch):
