@@ -45,10 +45,10 @@ def sized(task, sizes):
 def judged(task):
     """The task of the judged arms where there are many of them.
 
-    Quick: with fewer evaluations, which would take as long as the training. Study: with fewer epochs, at the recorded sweep's best
-    setting for them.
+    With fewer epochs, at the recorded sweep's best setting for them. Quick: with fewer evaluations too, which would take as long as the
+    training.
     """
-    return sized(task, {"quick": dict(evaluations=8), "study": dict(epochs=10, **swept(task, 10))})
+    return sized(task, {"quick": dict(epochs=2, evaluations=8, **swept(task, 2)), "study": dict(epochs=10, **swept(task, 10))})
 
 
 def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_entropy(logits, y)):

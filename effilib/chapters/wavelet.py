@@ -1,7 +1,7 @@
 """Chapter 7.3: stems at half the resolution, the wavelet-like auto-encoder, costs and numerics.
 
 Budget on 2 cores, in runs x seconds: study: verdict 5 x (40 + 2 x 30); all arms for a fifth of the epochs, 5 x about 135: 20 min.
-quick: verdict 5 x (3 + 2 x 2.3); all arms for a third, 12 x 0.8: 45 s.
+quick: verdict 5 x (2.2 + 2 x 1.7); all arms for a third, 12 x 0.9: 45 s.
 """
 
 import statistics as stats

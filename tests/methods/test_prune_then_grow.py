@@ -354,7 +354,9 @@ def test_no_penalty_waits_for_ever_and_growth_alone_does_not():
     waiting = train(network(), DATA, RECIPE, [method(prune=none)])
     assert actions(waiting) == []
     assert "no penalty" in next(a["reason"] for a in actions(waiting, "wait") if "pressure" in a["reason"])
-    assert actions(train(network(), DATA, RECIPE, [method(prune=none, pressure=False)]))
+    alone = train(network(), DATA, RECIPE, [method(prune=none, pressure=False)])
+    assert actions(alone)
+    assert all(s["pending"] == 0 for e in alone.events if "seen" in e for s in e["seen"]["stages"])  # weight decay is no penalty
 
 
 def test_lambda_can_come_from_prune_trains_ratio():
