@@ -495,10 +495,9 @@ def guard_(model):
 
 def _contiguous(conv, inputs):
     """Before the layer. In whichever layout, the weights of a 1 x 1 kernel lie in the same order: only their strides say which it is."""
-    (x,) = inputs
-    if conv.stride == (1, 1) or conv.in_channels >= BLOCK or x.device.type != "cpu":
+    if conv.stride == (1, 1) or conv.in_channels >= BLOCK or not inputs or inputs[0].device.type != "cpu":
         return None
     w = conv.weight
     if w.stride(2) != 1:
         w.data = w.data.as_strided(w.shape, (w.shape[1], 1, 1, 1))
-    return x.contiguous()
+    return inputs[0].contiguous()

@@ -189,7 +189,7 @@ def everything_table(comparison):
     for a in comparison.arms:
         h = comparison.histories(a.name)
         difference = [x.accuracy - b.accuracy for x, b in zip(h, base, strict=True)]
-        events = [e["energy_share"] for x in h if not x.diverged for e in x.events if "energy_share" in e]
+        shares = [e["energy_share"] for e in _energies(h)]
         rows[a.name] = {
             "accuracy %": f"{stats.mean(x.accuracy for x in h):.2f}",
             "points": "" if a.name == FULL else f"{stats.mean(difference):+.2f}",
@@ -197,10 +197,15 @@ def everything_table(comparison):
             "times faster": "" if a.name == FULL else f"{stats.mean(b.seconds for b in base) / stats.mean(x.seconds for x in h):.2f}x",
             "by FLOPs": "" if a.name == FULL else f"{stats.mean(b.flops for b in base) / stats.mean(x.flops for x in h):.2f}x",
             "ms a step": f"{1e3 * stats.median(x.step_seconds for x in h):.2f}",
-            "energy share of I_H": f"{stats.mean(events):.1%}" if events else "",
+            "energy share of I_H": f"{stats.mean(shares):.1%}" if shares else "",
         }
     n = len(comparison.blocks)
     return pd.DataFrame(rows).T.rename_axis(f"{comparison.task.recipe.epochs:g} epochs, {n} seed{'s' * (n > 1)}")
+
+
+def _energies(histories):
+    """What the auto-encoders among these runs noted at the end, of those that did not diverge."""
+    return [e for h in histories if not h.diverged for e in h.events if "energy_share" in e]
 
 
 def everything_figure(comparison):
@@ -359,7 +364,7 @@ def wae_table(comparison):
         if not any(a.name == name for a in comparison.arms):
             continue
         h = comparison.histories(name)
-        ends = [e for x in h if not x.diverged for e in x.events if "energy_share" in e]
+        ends = _energies(h)
         begins = [f"{e['stage']} at step {e['step']:,}" for e in h[0].events if "stage" in e]
         rows[name] = {
             "energy share of I_H": f"{stats.mean(e['energy_share'] for e in ends):.1%}" if ends else "–",
