@@ -1,5 +1,7 @@
 """What chapter II.9 trains: the procedure's settings, its arms and controls, and that all of them cost the same."""
 
+from dataclasses import replace
+
 import pytest
 
 from effilib import models, notebook
@@ -7,7 +9,7 @@ from effilib.chapters import decisions
 from effilib.chapters import prune_then_grow as chapter
 from effilib.decision import GROWTH, MODES
 from effilib.experiment import Arm
-from effilib.methods.prune_then_grow import plan, step_flops
+from effilib.methods.prune_then_grow import GENTLE, plan, step_flops
 from effilib.tasks import task
 
 TASK = task("smoke", "synthetic").but(epochs=6, evaluations=5, target=None)
@@ -42,12 +44,12 @@ def test_the_budget_is_what_the_baselines_training_costs():
     assert Arm(name="d").run(TASK, DATA, 0).flops == chapter.baseline_flops(TASK, DATA)
     assert chapter.epochs_for(TASK, DATA, TASK.build(DATA)) == pytest.approx(6)
     assert chapter.epochs_for(TASK, DATA, TASK.build(DATA), 0.5) == pytest.approx(3)
-    resizer, small = chapter.resizing(DATA), TASK.build(DATA)
+    resizer, small = chapter.resizing(TASK, DATA), TASK.build(DATA)
     _, height, _ = DATA.shape
     sides = [size[0] for _, size, _ in resizer.phases(DATA.shape, 1000)]
     per_step = [step_flops(small, (DATA.shape[0], s, s), TASK.recipe.batch_size) for s in sides]
     assert sides == [height // 2, 3 * height // 4, height]
-    mean = sum(f * row[0] for f, row in zip(per_step, chapter.SCHEDULE, strict=True))
+    mean = sum(f * row[0] for f, row in zip(per_step, chapter.GRADUAL["resizing"], strict=True))
     assert chapter.epochs_for(TASK, DATA, small, 1.0, resizer) == pytest.approx(6 * per_step[-1] / mean)
 
 
@@ -73,10 +75,11 @@ def test_quick_has_three_arms_and_the_others_a_headline_of_their_own():
     arms = {a.name: a for a in chapter.arms(study, DATA)}
     assert chapter.headline(study) in arms
     assert {chapter.mode_name(m, r) for m in MODES for r in (False, True)} <= set(arms)
-    assert {chapter.DENSE_RESIZED, chapter.SMALL} <= set(arms)
+    assert {chapter.DENSE_RESIZED, chapter.SMALL, chapter.OWN} <= set(arms)
+    assert arms[chapter.OWN].network == {} != arms[RUN].fit.start
     assert [a.role for a in arms.values()].count("baseline") == 1
     methods = {n for n, a in arms.items() if a.role == "method"}
-    assert methods == {chapter.headline(TASK), *(chapter.mode_name(m, r) for m in MODES for r in (False, True))}
+    assert methods == {chapter.headline(TASK), chapter.OWN, *(chapter.mode_name(m, r) for m in MODES for r in (False, True))}
 
 
 @pytest.mark.parametrize("name", [chapter.mode_name("thesis", True), chapter.DENSE_RESIZED, chapter.SMALL + chapter.SHORT])
@@ -84,7 +87,7 @@ def test_arms_on_resized_images_have_their_share_of_the_flops(name):
     arms = [*chapter.modes(TASK, DATA), *chapter.resized(TASK, DATA), *chapter.resized(TASK, DATA, short=True)]
     arm = next(a for a in arms if a.name == name)
     history = arm.run(TASK, DATA, 0)
-    share = chapter.RESIZED * (chapter.FAST if name.endswith(chapter.SHORT) else 1)
+    share = chapter.GRADUAL["share"] * (chapter.FAST if name.endswith(chapter.SHORT) else 1)
     assert history.flops / chapter.baseline_flops(TASK, DATA) == pytest.approx(share, rel=0.12)
 
 
@@ -94,7 +97,19 @@ def test_controls_rest_on_the_run_of_the_same_seed(grown):
     assert plan(on) == tuple(s for s in plan(run) if s[1] not in GROWTH)
     same = [(a["seen"]["loss"], b["seen"]["loss"]) for a, b in zip(decisions.seen(run), decisions.seen(on), strict=False)]
     assert all(a == b for a, b in same[: first + 1])
-    assert scratch.structure == run.structure != on.structure
+    assert scratch.structure == run.structure
+
+
+def test_trained_on_leaves_out_growth_and_no_more():
+    method = chapter.procedure(
+        TASK, DATA, prune=replace(GENTLE, ratio=0.0), pressure=False, plan=((1, "deepen", "stage 3"), (3, "stop", ""))
+    )
+    run, on, scratch = (
+        chapter.Fit(method=method, start=tuple(chapter.start(TASK).items()), what=w)(TASK, 0) for w in ("run", "trained on", "from scratch")
+    )
+    assert plan(run) == method.plan
+    assert plan(on) == method.plan[1:]
+    assert [len(h.structure["blocks"][2]) for h in (run, scratch, on)] == [2, 2, 1]
 
 
 def test_renewed_weights_are_those_of_a_fresh_network():
