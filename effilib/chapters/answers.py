@@ -150,7 +150,8 @@ def figure(comparison):
         got = [s for s in found[arm.name] if s is not None]
         right.plot(got, [y] * len(got), "o", mfc=face, mec=colour, ms=5, alpha=0.7)
         if len(got) < n:
-            right.text(0.02, y, f"{len(got)} of {n} reached", va="center", fontsize=8, color=colour, transform=right.get_yaxis_transform())
+            where = {"transform": right.get_yaxis_transform(), "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+            right.text(0.02, y, f"{len(got)} of {n} reached", va="center", fontsize=8, color=colour, **where)
     name, best = best_control(comparison)
     left.axvline(best, color="black", lw=1, ls="--")
     right.axvline(FAST, color="black", lw=1, ls=":")
