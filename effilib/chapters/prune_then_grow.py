@@ -22,8 +22,9 @@ from effilib.tuning import swept
 GRADUAL = dict(resizing=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), share=0.88)
 # All that was chosen, by preset: starting points, not findings. task: what differs from chapter II.8's; decisions come at epochs' ends, so
 # that the quick preset takes fewer images and more epochs. start: the network that grows, blocks of a stage and the share of the
-# baseline's channels inside of them. method: of `PruneThenGrow`; smoke grows wherever it can (low), so that tests see it on any machine. resizing: share of the steps, factor on the images' sides. share: of the
-# FLOPs that take all of the time on images resized so, for the processor makes less of small ones, and of small networks.
+# baseline's channels inside of them. method: of `PruneThenGrow`; smoke grows wherever it can (low), so that tests see it on any machine.
+# resizing: share of the steps, factor on the images' sides. share: of the FLOPs that take all of the time on images resized so, for the
+# processor makes less of small ones, and of small networks.
 # Study, trial runs with seeds that are not measured (n = 2): the baseline's network on resized images ended at 69.9, 70.6 and 70.8 % in
 # 0.55 of the cost with 40, 50 and 60 % of the steps at half the side; the procedure at 74.1 % with idle = 0.12, at 74.4 % with 0.25, in
 # 0.55 of the cost at 69.3 and 70.5 %; from the baseline's own network at 76.5 %, in 0.55 of the cost at 69.7 %.
