@@ -133,8 +133,7 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     for y, v in enumerate(verdicts):
         foreseen = (predicted or {}).get(v.arm, math.nan)
         if v.ratio is None:
-            behind = dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1)  # a diamond or the aim may lie there
-            axes.text(1.01, y, v.text, va="center", fontsize=9, color="#B00020", bbox=behind, zorder=4)
+            axes.text(1.01, y, v.text, va="center", fontsize=9, color="#B00020", transform=axes.get_yaxis_transform())  # beside the axes
         else:
             low, high = (b if math.isfinite(b) else v.ratio for b in (v.low, v.high))
             axes.plot([low, high], [y, y], color=COLOURS[0], lw=5, alpha=0.35, solid_capstyle="round")

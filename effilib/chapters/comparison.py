@@ -1,16 +1,16 @@
 """Chapter 10: one protocol for every method, the pilots that choose, the scoreboard, the Pareto front and the advice.
 
-Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 17 b; selection, 3 rounds of the baseline and about 3 arms, 9 b a
-seed; measured in the study preset 17 b a seed, in the quick one 2.4 b a seed and every single method once, 18 b; what is over 1.5x slower
-once, 9 b. b is about 20 s in the study preset and 2 s in the quick one: 17 + 2 x 9 + 5 x 17 + 9 = 129 b, 43 min, and
-17 + 9 + 5 x 2.4 + 18 + 9 = 65 b, 2 min 10 s. How many seeds really fit is found out from the pilots: `plan`.
+Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 17 b, and 5 b for what is tried in more epochs; selection, 3 rounds
+of the baseline and about 3 arms, 12 b a seed; measured in the study preset 14 b a seed, in the quick one 2.4 b a seed and every single
+method once, 18 b; what is over 1.5x slower once, 15 b. b is about 20 s in the study preset and 2 s in the quick one. How many seeds really
+fit is found out from the pilots: `plan`.
 """
 
 import itertools
 import math
 import random
 import statistics as stats
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -18,7 +18,7 @@ import pandas as pd
 from effilib import clock, data, experiment, figures, series
 from effilib.chapters import records as recorded
 from effilib.chapters.attempts import attempted, refused
-from effilib.chapters.contenders import DENSE, FP32, GIVEN, PRUNED, RESIZED, STEM, TREE, clash, combined, join
+from effilib.chapters.contenders import DENSE, FP32, GIVEN, LENGTH, PRUNED, RESIZED, STEM, TREE, clash, combined, join, length, lengthened
 from effilib.errors import choose
 from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
 from effilib.statistics import FASTER, LEAST, Verdict, judge, paired_ratio, time_to_target
@@ -29,13 +29,15 @@ from effilib.tuning import swept
 PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
 MIXED = "mixed precision"
 # These epochs are among those of the recorded sweep, so that the baseline of this length is a tuned one too.
-SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=5, evaluations=12)}
-BUDGET = {"quick": 170, "study": 2550}  # seconds for all that is trained here, pilots included
+SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=5, evaluations=10)}
+BUDGET = {"quick": 150, "study": 2600}  # seconds for all that is trained here, pilots included
 PILOTS = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # seeds of the selection
 ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a combination may have
-OVERHEAD = 1.35  # evaluations, warm-up and counting are off the clock, but take time
+OVERHEAD = 1.25  # evaluations, warm-up and counting are off the clock, but take time
 SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
 HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
+SHARES = (0.7, 0.8, 0.9)  # of the baseline's time: up to these, an arm that is cheap but less accurate may train for longer
+TIGHT = 0.95  # an arm that fills so much of a share already is not lengthened to fill it
 AIM = 1.43  # of a combination: what chapter 6.3 claims for resizing alone
 
 
@@ -100,9 +102,37 @@ def score(base, runs, target, margin):
     return Score(reached.count(None), less, stats.mean(times))
 
 
+def fill(task, arms, seeds, base, runs):
+    """Spend what an arm saves on more epochs, where it is less accurate than the baseline: dict name -> (arm, runs), of those that gain.
+
+    base: the baseline's runs; runs: name -> the arm's with the same seeds. Kept is the shortest length, in one of the `SHARES` of the
+    baseline's time, with which it holds the target at equal accuracy.
+    """
+    kept = {}
+
+    def falls_short(name, found):
+        s = score(base, found, task.target, task.margin)
+        return name not in kept and bool(s.missed or s.less)
+
+    for share in SHARES:
+        longer = []
+        for arm in arms:
+            time = stats.mean(h.seconds / b.seconds for b, h in zip(base, runs[arm.name], strict=True))
+            if falls_short(arm.name, runs[arm.name]) and time < TIGHT * share:
+                longer.append(lengthened(task, arm, share / time))
+        if longer:
+            blocks = measure(task, [attempted(a) for a in longer], seeds, title=f"longer, in {share:g} of the time")
+            found = {a.name: [b["arms"][a.name] for b in blocks] for a in longer}
+            kept |= {a.name: (a, found[a.name]) for a in longer if not falls_short(a.name, found[a.name])}
+    return kept
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's time. refused: name -> why."""
+    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's time. refused: name -> why.
+
+    Contenders that gain by more epochs have them here, and histories are of that length.
+    """
 
     task: Task
     contenders: tuple
@@ -139,21 +169,28 @@ def screen(task, contenders, records):
     base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
     no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
     histories = {n: h for n, h in histories.items() if n not in no}
+    could = [c.arm for c in todo if c.name in histories and LENGTH not in c.holds and not c.arm.fit and not histories[c.name].diverged]
+    with clock.elapsed() as seconds:
+        longer = fill(task, could, list(PILOT_SEEDS[:1]), [base], {n: [h] for n, h in histories.items()})
+        took += seconds()
+    histories |= {n: h for n, (_, (h,)) in longer.items()}
     for n, h in histories.items():
         factors[n] = h.seconds / base.seconds
         if factors[n] > SLOW:
             slow[n] = f"{factors[n]:.1f}x the baseline's time in the pilot"
-    return Trial(task=task, contenders=contenders, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=took)
+    who = tuple(replace(c, arm=longer[c.name][0]) if c.name in longer else c for c in contenders)
+    return Trial(task=task, contenders=who, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=took)
 
 
 def screen_table(trial):
     """What the one pilot run of each contender says of it."""
     rows, candidates = {}, trial.candidates
     for c in trial.contenders:
-        h, row = trial.histories.get(c.name), {"time": "", "accuracy, points": "", "target": ""}
+        h, row = trial.histories.get(c.name), {"epochs": "", "time": "", "accuracy, points": "", "target": ""}
         if h:
             reached = time_to_target(h.rows, trial.task.target) is not None
             row = {
+                "epochs": f"{length(trial.task, c.arm):.2f}x",
                 "time": f"{h.seconds / trial.baseline.seconds:.2f}",
                 "accuracy, points": f"{h.accuracy - trial.baseline.accuracy:+.2f}",
                 "target": "reached" if reached else "diverged" if h.diverged else "missed",
@@ -185,7 +222,10 @@ def forward(names, measured, clash=lambda a, b: "", rounds=3):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not apply although its parts do."""
+    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not apply although its parts do.
+
+    arms: combination -> its arm, where it gains by more epochs than its parts have together.
+    """
 
     chosen: tuple
     prescribed: tuple
@@ -193,17 +233,22 @@ class Selection:
     histories: dict
     refused: dict
     seconds: float
+    arms: dict = field(default_factory=dict)
 
     @property
     def combinations(self):
         """What is to be measured: the chosen combination and the prescribed one, once if they are the same."""
         return list(dict.fromkeys(c for c in (self.chosen, self.prescribed) if c))
 
+    def arm(self, trial, combination):
+        """The arm of a combination, in the length that was chosen."""
+        return self.arms.get(combination) or combined(trial.task, [trial.find(n) for n in combination])
+
 
 def select(trial):
     """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as its parts apply."""
     task, seeds = trial.task, list(PILOT_SEEDS[: PILOTS[trial.task.preset]])
-    known, histories, no = {(): Score(0, False, 1.0)}, {}, {}
+    known, histories, no, arms = {(): Score(0, False, 1.0)}, {}, {}, {}
 
     def note(c, base, runs):
         known[c], histories[c], why = score(base, runs, task.target, task.margin), runs[0], refused(runs[0])
@@ -213,10 +258,15 @@ def select(trial):
     def measured(combinations):
         todo = [c for c in combinations if c not in known]
         if todo:
-            arms = [attempted(combined(task, [trial.find(n) for n in c])) for c in todo]
-            blocks = measure(task, [baseline(), *arms], seeds, title=f"selection, {len(todo[0])} at once")
+            parts = {join(c): combined(task, [trial.find(n) for n in c]) for c in todo}
+            blocks = measure(task, [baseline(), *map(attempted, parts.values())], seeds, title=f"selection, {len(todo[0])} at once")
+            runs = {name: [b["arms"][name] for b in blocks] for name in (DENSE, *parts)}
+            could = [a for n, a in parts.items() if not a.fit and not any(refused(h) or h.diverged for h in runs[n])]
+            longer = fill(task, could, seeds, runs[DENSE], runs)
             for c in todo:
-                note(c, *([b["arms"][name] for b in blocks] for name in (DENSE, join(c))))
+                if join(c) in longer:
+                    arms[c], runs[join(c)] = longer[join(c)]
+                note(c, runs[DENSE], runs[join(c)])
         return {c: known[c] for c in combinations}
 
     if len(seeds) == 1:  # the screening was the first round
@@ -229,16 +279,17 @@ def select(trial):
         measured([prescribed])
         took = seconds()
     prescribed = () if prescribed in no else prescribed
-    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=took)
+    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=took, arms=arms)
 
 
-def selection_table(picked):
+def selection_table(trial, picked):
     """Every combination that was tried, in order, how it did, and the time that its parts would have if theirs multiplied."""
     rows = {}
     for c, s in picked.tried.items():
         marks = [m for m, which in (("chosen", picked.chosen), ("prescribed", picked.prescribed)) if c and c == which]
         alone = [picked.tried[n,].time for n in c if (n,) in picked.tried]
-        row = {"target": "missed" if s.missed else "reached", "equal accuracy": "no" if s.less else "yes", "time": f"{s.time:.2f}"}
+        row = {"epochs": f"{length(trial.task, picked.arm(trial, c)):.2f}x" if c else "1.00x"}
+        row |= {"target": "missed" if s.missed else "reached", "equal accuracy": "no" if s.less else "yes", "time": f"{s.time:.2f}"}
         row["if times multiplied"] = f"{math.prod(alone):.2f}" if len(alone) == len(c) > 1 else ""
         if c in picked.refused:
             row, marks = dict.fromkeys(row, ""), [f"does not apply: {picked.refused[c]}"]
@@ -258,7 +309,7 @@ def say_selection(picked):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which arms are measured with how many seeds. notes: name -> why with one only."""
+    """Which arms are measured with how many seeds. notes: name -> why with one only, and how many epochs where these are more."""
 
     task: Task
     judged: tuple
@@ -278,8 +329,10 @@ def plan(book, trial, picked):
     task, whole = trial.task, picked.combinations
     singles = [c for c in trial.contenders if c.name not in trial.refused and (c.name,) not in whole]
     once = [c for c in singles if task.preset in ("smoke", "quick") or c.name in trial.slow]
+    alone = {c.name: picked.arm(trial, (c.name,)) for c in singles}
+    together = [picked.arm(trial, c) for c in whole]
     notes = {c.name: f"one seed: {trial.slow.get(c.name) or f'preset {task.preset}'}" for c in once}
-    arms = [c.arm for c in singles if c not in once] + [combined(task, [trial.find(n) for n in c]) for c in whole]
+    arms = [alone[c.name] for c in singles if c not in once] + together
     if task.preset == "smoke":
         notes |= {c.name: "slow: left out of a test" for c in once if c.name in trial.slow}
         once = [c for c in once if c.name not in trial.slow]
@@ -300,7 +353,12 @@ def plan(book, trial, picked):
     table = pd.DataFrame(rows, columns=["what", "runs", "seconds"]).set_index("what").rename_axis(budget(task.preset))
     table["seconds"] = [f"{s:.0f}" for s in table["seconds"]]
     claims = {join(c): AIM for c in whole}
-    return Plan(task=task, judged=tuple(arms), once=tuple(c.arm for c in once), seeds=seeds, claims=claims, notes=notes, table=table)
+    for a in (*alone.values(), *together):
+        if length(task, a) > 1:
+            notes[a.name] = "; ".join(filter(None, [notes.get(a.name), f"{length(task, a):.2f}x the epochs"]))
+    return Plan(
+        task=task, judged=tuple(arms), once=tuple(alone[c.name] for c in once), seeds=seeds, claims=claims, notes=notes, table=table
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,8 +440,8 @@ def ends(result):
 
 
 def best(result):
-    """Names of the arms on the Pareto front, by time; without the student whose teacher's time nobody counts."""
-    found = {n: p for n, p in ends(result).items() if n != GIVEN}
+    """Names of the arms on the Pareto front, by time; without what diverged and the student whose teacher's time nobody counts."""
+    found = {n: p for n, p in ends(result).items() if n != GIVEN and not any(h.diverged for h, _ in result.pairs(n))}
     return [list(found)[i] for i in front(list(found.values()))]
 
 

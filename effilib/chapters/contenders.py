@@ -184,7 +184,7 @@ def combined(task, parts):
     changes, network, epochs = {}, {}, 1.0
     for c in parts:
         network |= c.arm.network
-        epochs *= c.arm.changes.get("epochs", task.recipe.epochs) / task.recipe.epochs  # longer and shorter go together
+        epochs *= length(task, c.arm)  # longer and shorter go together
         for k, v in c.arm.changes.items():
             if k != "epochs" and changes.setdefault(k, v) != v:
                 raise BadInput(f"{join([c.name for c in parts])} cannot be combined: they set {k} to {changes[k]} and {v}")
@@ -198,6 +198,16 @@ def combined(task, parts):
         network=network,
         fit=parts[0].arm.fit if len(parts) == 1 else None,
     )
+
+
+def lengthened(task, arm, factor):
+    """The same arm with so many times its epochs."""
+    return replace(arm, changes={**arm.changes, "epochs": factor * arm.changes.get("epochs", task.recipe.epochs)})
+
+
+def length(task, arm):
+    """An arm's epochs relative to the task's."""
+    return arm.changes.get("epochs", task.recipe.epochs) / task.recipe.epochs
 
 
 # What is shown of it

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +151,55 @@ def made_selection(chosen=("fast",), prescribed=("fast", "useless")):
     known = {(): Score(0, False, 1.0), ("fast",): Score(0, False, 0.6), ("fast", "useless"): Score(1, True, 0.9)}
     histories = {c: history(6) for c in known if c}
     return chapter.Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused={}, seconds=50.0)
+
+
+RUNS = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A training that is not made: it takes 10 s at the task's length on 100 % of the work, and its accuracy grows with the epochs."""
+
+    work: float
+    limit: float = math.inf
+
+    def __call__(self, task, seed):
+        RUNS.append((self.work, task.recipe.epochs))
+        share = task.recipe.epochs / TASK.recipe.epochs
+        return history(10 * self.work * share, min(self.limit, 79 + 10 * share * self.work**0.5))
+
+
+def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
+    study = replace(TASK, target=75.0, margin=0.5, preset="study")
+    arms = {
+        n: Arm(name=n, fit=f)
+        for n, f in (("quick", Learner(work=0.5)), ("vain", Learner(work=0.5, limit=84)), ("dear", Learner(work=0.89)))
+    }
+    base = [history(10, 90)]
+    RUNS.clear()
+    found = chapter.fill(study, list(arms.values()), [PILOT_SEEDS[0]], base, {n: [a.fit(study, 0)] for n, a in arms.items()})
+    arm, runs = found["quick"]  # 89.5 % takes 1.49 times the epochs, 0.74 of the time: the share of 0.8 has them
+    assert list(found) == ["quick"]
+    assert who.length(study, arm) == pytest.approx(1.6)
+    assert runs[0].seconds == pytest.approx(8)
+    assert [round(e / TASK.recipe.epochs, 2) for work, e in RUNS if work == 0.5] == [1, 1, 1.4, 1.4, 1.6, 1.6, 1.8]
+    assert len([e for work, e in RUNS if work == 0.89]) == 1  # it fills its share already
+    equal = {"quick": [history(5, 90)]}
+    assert chapter.fill(study, [arms["quick"]], [PILOT_SEEDS[0]], base, equal) == {}
+
+
+def test_more_epochs_stay_with_the_arm():
+    trial = made_trial()
+    longer = who.lengthened(trial.task, trial.find("fast").arm, 1.25)
+    picked = replace(made_selection(), arms={("fast",): longer})
+    found = chapter.plan(BOOK, trial, picked)
+    assert next(a for a in found.judged if a.name == "fast") == longer
+    assert found.notes["fast"] == "1.25x the epochs"
+    trial = replace(trial, contenders=tuple(replace(c, arm=longer) if c.name == "fast" else c for c in trial.contenders))
+    both = made_selection().arm(trial, ("fast", "useless"))
+    assert who.length(trial.task, both) == pytest.approx(1.25)
+    assert chapter.screen_table(trial).loc["fast", "epochs"] == "1.25x"
+    assert chapter.selection_table(trial, made_selection()).loc["fast + useless", "epochs"] == "1.25x"
 
 
 def test_candidates_reach_the_target_alone_are_one_training_and_not_slow():
@@ -550,7 +599,7 @@ def test_the_selection_tries_the_prescribed_combination(finished):
     assert picked.prescribed in picked.tried
     assert picked.chosen in picked.tried
     assert len(picked.chosen) <= 1  # one round in this preset
-    assert set(chapter.selection_table(picked).index) == {who.join(c) for c in picked.tried}
+    assert set(chapter.selection_table(finished[2], picked).index) == {who.join(c) for c in picked.tried}
     assert chapter.say_selection(picked)
     whole = who.join(picked.prescribed)
     h = result.judged.histories(whole)[0]
