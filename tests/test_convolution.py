@@ -458,6 +458,9 @@ def test_the_guard_is_there_once_and_goes_with_the_layer():
     seen = []
     again.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape))
     assert again(torch.zeros(1, 8, 6, 6)).shape == (1, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(torch.zeros(1, 5, 6, 6))
+    assert (conv.stride, "_stride" in vars(conv)) == ((2, 2), False)
     assert conv(input=torch.zeros(1, 8, 6, 6)).shape == (1, 8, 3, 3)  # as a user's network may call it
     assert seen == [(1, 8, 6, 6)]  # others see what the layer reads
 

@@ -18,7 +18,7 @@ import pandas as pd
 from effilib import clock, data, experiment, figures, series
 from effilib.chapters import records as recorded
 from effilib.chapters.attempts import attempted, refused
-from effilib.chapters.contenders import DENSE, FP32, GIVEN, LENGTH, PRUNED, RESIZED, STEM, TREE, clash, combined, join, length, lengthened
+from effilib.chapters.contenders import DENSE, FP32, GIVEN, PRUNED, RESIZED, STEM, TREE, clash, combined, join, length, lengthened
 from effilib.errors import choose
 from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
 from effilib.statistics import FASTER, LEAST, Verdict, judge, paired_ratio, time_to_target
@@ -108,22 +108,23 @@ def fill(task, arms, seeds, base, runs):
     base: the baseline's runs; runs: name -> the arm's with the same seeds. Kept is the shortest length, in one of the `SHARES` of the
     baseline's time, with which it holds the target at equal accuracy.
     """
-    kept = {}
+    kept, short = {}, {}  # short: name -> (arm, its share of the baseline's time)
 
-    def falls_short(name, found):
+    def good(found):
         s = score(base, found, task.target, task.margin)
-        return name not in kept and bool(s.missed or s.less)
+        return not s.missed and not s.less
 
+    for arm in arms:
+        own = runs[arm.name]
+        if not good(own) and not any(refused(h) or h.diverged for h in own):
+            short[arm.name] = arm, stats.mean(h.seconds / b.seconds for b, h in zip(base, own, strict=True))
     for share in SHARES:
-        longer = []
-        for arm in arms:
-            time = stats.mean(h.seconds / b.seconds for b, h in zip(base, runs[arm.name], strict=True))
-            if falls_short(arm.name, runs[arm.name]) and time < TIGHT * share:
-                longer.append(lengthened(task, arm, share / time))
+        longer = [lengthened(task, arm, share / time) for arm, time in short.values() if time < TIGHT * share]
         if longer:
             blocks = measure(task, [attempted(a) for a in longer], seeds, title=f"longer, in {share:g} of the time")
-            found = {a.name: [b["arms"][a.name] for b in blocks] for a in longer}
-            kept |= {a.name: (a, found[a.name]) for a in longer if not falls_short(a.name, found[a.name])}
+            found = {a.name: (a, [b["arms"][a.name] for b in blocks]) for a in longer}
+            kept |= {n: (a, own) for n, (a, own) in found.items() if good(own)}
+            short = {n: s for n, s in short.items() if n not in kept}
     return kept
 
 
@@ -165,14 +166,12 @@ def screen(task, contenders, records):
     todo = [c for c in contenders if c.arm and c.name not in slow]
     with clock.elapsed() as seconds:
         (block,) = measure(task, [baseline(), *(attempted(c.arm) for c in todo)], list(PILOT_SEEDS[:1]), title="screening")
+        base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
+        could = [c.arm for c in todo if c.stretches]
+        longer = fill(task, could, list(PILOT_SEEDS[:1]), [base], {n: [h] for n, h in histories.items()})
         took = seconds()
-    base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
     no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
     histories = {n: h for n, h in histories.items() if n not in no}
-    could = [c.arm for c in todo if c.name in histories and LENGTH not in c.holds and not c.arm.fit and not histories[c.name].diverged]
-    with clock.elapsed() as seconds:
-        longer = fill(task, could, list(PILOT_SEEDS[:1]), [base], {n: [h] for n, h in histories.items()})
-        took += seconds()
     histories |= {n: h for n, (_, (h,)) in longer.items()}
     for n, h in histories.items():
         factors[n] = h.seconds / base.seconds
@@ -261,7 +260,7 @@ def select(trial):
             parts = {join(c): combined(task, [trial.find(n) for n in c]) for c in todo}
             blocks = measure(task, [baseline(), *map(attempted, parts.values())], seeds, title=f"selection, {len(todo[0])} at once")
             runs = {name: [b["arms"][name] for b in blocks] for name in (DENSE, *parts)}
-            could = [a for n, a in parts.items() if not a.fit and not any(refused(h) or h.diverged for h in runs[n])]
+            could = [parts[join(c)] for c in todo if all(trial.find(n).stretches for n in c)]
             longer = fill(task, could, seeds, runs[DENSE], runs)
             for c in todo:
                 if join(c) in longer:

@@ -57,6 +57,11 @@ class Contender:
         """Its chapter's number; "" for a control."""
         return series.chapter(self.stem).number if self.stem else ""
 
+    @property
+    def stretches(self):
+        """Whether it may train for more epochs: one training, whose length is not what it changes."""
+        return self.arm is not None and not self.arm.fit and LENGTH not in self.holds
+
 
 def contenders(task, dataset):
     """Every method with the settings that its own chapter has for this preset, and the controls; a reason where one cannot be made."""

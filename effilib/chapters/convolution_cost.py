@@ -134,7 +134,7 @@ def formats(preset, device="cpu"):
     for key, function in list(functions.items()):
         try:
             function()
-        except RuntimeError as error:  # a NotImplementedError is one too
+        except RuntimeError as error:  # how torch says that it has no such product
             missing[key] = str(error).splitlines()[0][:60]
             del functions[key]
     times = interleaved(functions, repeats=3 if preset == "smoke" else 9, warm_up=1, device=device, seconds=8)

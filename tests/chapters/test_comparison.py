@@ -188,6 +188,13 @@ def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
     assert chapter.fill(study, [arms["quick"]], [PILOT_SEEDS[0]], base, equal) == {}
 
 
+def test_more_epochs_are_for_one_training_whose_length_is_not_what_it_changes():
+    able = {n for n, c in BY_NAME.items() if c.stretches}
+    assert {"resizing", "wavelet stem", "PruneTrain", "smaller network"} - {c.name for c in FOUND if c.arm and c.arm.fit} <= able
+    assert not able & {"shorter schedule", "prune, then grow", "Tree-CNN", GIVEN}
+    assert not Contender(name="gone").stretches
+
+
 def test_more_epochs_stay_with_the_arm():
     trial = made_trial()
     longer = who.lengthened(trial.task, trial.find("fast").arm, 1.25)

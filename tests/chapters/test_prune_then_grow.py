@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from effilib import models, notebook
-from effilib.chapters import decisions
+from effilib.chapters import decisions, kernel_rescaling
 from effilib.chapters import prune_then_grow as chapter
 from effilib.decision import GROWTH, MODES
 from effilib.experiment import Arm
@@ -49,7 +49,7 @@ def test_the_budget_is_what_the_baselines_training_costs():
     sides = [size[0] for _, size, _ in resizer.phases(DATA.shape, 1000)]
     per_step = [step_flops(small, (DATA.shape[0], s, s), TASK.recipe.batch_size) for s in sides]
     assert sides == [height // 2, 3 * height // 4, height]
-    mean = sum(f * row[0] for f, row in zip(per_step, chapter.GRADUAL["resizing"], strict=True))
+    mean = sum(f * row[0] for f, row in zip(per_step, kernel_rescaling.SETTINGS["smoke"]["schedule"], strict=True))
     assert chapter.epochs_for(TASK, DATA, small, 1.0, resizer) == pytest.approx(6 * per_step[-1] / mean)
 
 
@@ -87,7 +87,7 @@ def test_arms_on_resized_images_have_their_share_of_the_flops(name):
     arms = [*chapter.modes(TASK, DATA), *chapter.resized(TASK, DATA), *chapter.resized(TASK, DATA, short=True)]
     arm = next(a for a in arms if a.name == name)
     history = arm.run(TASK, DATA, 0)
-    share = chapter.GRADUAL["share"] * (chapter.FAST if name.endswith(chapter.SHORT) else 1)
+    share = chapter.SETTINGS["smoke"]["budget"] * (chapter.FAST if name.endswith(chapter.SHORT) else 1)
     assert history.flops / chapter.baseline_flops(TASK, DATA) == pytest.approx(share, rel=0.12)
 
 
