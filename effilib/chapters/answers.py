@@ -1,17 +1,21 @@
-"""Chapter II.9: what came out. Two questions, answered apart: time to the baseline's accuracy, and accuracy at the baseline's cost."""
+"""Chapter II.9: what came out. Two questions, answered apart: time to the baseline's accuracy, and accuracy in the baseline's time."""
 
 import copy
+import itertools
 import statistics as stats
 from dataclasses import replace
 
 import pandas as pd
+from torch import nn
 
 from effilib import cost, figures, stages
 from effilib.chapters.decisions import deciding
-from effilib.chapters.prune_then_grow import DENSE, FAST, SHORT, headline, mode_name, procedure, start
+from effilib.chapters.products import step_table
+from effilib.chapters.prune_then_grow import DENSE, FAST, SHORT, headline, mode_name, procedure, resizing, start
 from effilib.decision import GROWTH
 from effilib.errors import BadInput
-from effilib.methods.prune_then_grow import grow_, step_flops
+from effilib.methods.kernel_rescaling import resize
+from effilib.methods.prune_then_grow import grow_
 from effilib.models import stream
 from effilib.statistics import LEAST, interval, lower_bound, paired_ratio
 
@@ -19,29 +23,38 @@ FAIR = 1.05  # of the baseline's time still is its time
 COLOUR = {"baseline": figures.GREY, "method": figures.COLOURS[0], "control": figures.COLOURS[1]}
 
 
+class Resized(nn.Module):
+    """A network on images that are resized to (H, W) = `size` first."""
+
+    def __init__(self, network, size):
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, x):
+        return self.network(resize(x, self.size))
+
+
 def cost_table(task, dataset):
-    """Parameters and FLOPs of a step: of the baseline, of what the procedure starts from, and of every single growth of that."""
+    """A step of the baseline, of what the procedure starts from, of both on small images, and of every single growth: FLOPs beside time."""
     base, small, method = task.build(dataset), task.build(dataset, **start(task)), procedure(task, dataset)
-    multiple = 16 if method.prune.multiple == "auto" else method.prune.multiple
-    layout, found = stages.find(small, dataset.shape), {DENSE: base, "the procedure's start": small}
-    for growth in GROWTH:
-        for i, name in enumerate(stages.names(layout)):
-            twin = copy.deepcopy(small)
-            try:
-                grow_(twin, layout, i, growth, factor=method.factor, multiple=multiple, generator=stream(0, "growth"))
-            except BadInput:
-                continue
-            found[f"... {growth} {name}"] = twin
-    flops = {name: step_flops(m, dataset.shape, task.recipe.batch_size) for name, m in found.items()}
-    rows = {
-        name: {
-            "parameters": cost.parameters(m),
-            "GFLOP a step": f"{flops[name] / 1e9:.3f}",
-            "of the baseline": f"{flops[name] / flops[DENSE]:.2f}",
-        }
-        for name, m in found.items()
-    }
-    return pd.DataFrame(rows).T.rename_axis("network")
+    found, sizes = (
+        {DENSE: base, "the procedure's start": small},
+        [size for _, size, _ in resizing(task, dataset).phases(dataset.shape, 1000)],
+    )
+    for (name, network), size in itertools.product(list(found.items()), sizes):
+        if size != tuple(dataset.shape[1:]):
+            found[f"{name}, images {' x '.join(map(str, size))}"] = Resized(copy.deepcopy(network), size)
+    multiple, layout = 16 if method.prune.multiple == "auto" else method.prune.multiple, stages.find(small, dataset.shape)
+    for growth, (i, name) in itertools.product(GROWTH, enumerate(stages.names(layout))):
+        twin = copy.deepcopy(small)
+        try:
+            grow_(twin, layout, i, growth, factor=method.factor, multiple=multiple, generator=stream(0, "growth"))
+        except BadInput:
+            continue
+        found[f"start, {growth} {name}"] = twin
+    table = step_table(task, dataset, found)
+    table.insert(0, "parameters", [cost.parameters(m) for m in found.values()])
+    return table
 
 
 # The first question
@@ -74,7 +87,7 @@ def time_needed(comparison):
         if None not in found and min(found) > 0:
             share, low, high = paired_ratio(found, [1.0] * n)
             row[column], met = f"{share:.2f}" + (f" [{low:.2f}, {high:.2f}]" if n > 1 else ""), share <= FAST
-        if arm.name.endswith(SHORT) and n >= LEAST:
+        if arm.name.endswith(SHORT[FAST]) and n >= LEAST:
             row[f"at most {FAST:g}"] = "yes" if met else "no"
     return pd.DataFrame(rows).T.rename_axis("arm")
 
@@ -83,17 +96,22 @@ def time_needed(comparison):
 
 
 def in_full(comparison):
-    """The arms that had all of the cost."""
-    return [a for a in comparison.arms if not a.name.endswith(SHORT)]
+    """The arms that had all of the time."""
+    return [a for a in comparison.arms if not shortened(a.name)]
+
+
+def shortened(name):
+    """Whether an arm had less than the baseline's time."""
+    return name.endswith(tuple(SHORT.values()))
 
 
 def best_control(comparison):
-    """(name, mean accuracy) of the best one at the full cost that is no method; the baseline counts."""
+    """(name, mean accuracy) of the best one in the full time that is no method; the baseline counts."""
     means = {a.name: stats.mean(h.accuracy for h in comparison.histories(a.name)) for a in in_full(comparison) if a.role != "method"}
     return max(means.items(), key=lambda item: item[1])
 
 
-def equal_cost(comparison):
+def equal_time(comparison):
     """The second question as a table: is the lower bound of a method's mean accuracy above every control's mean, in the same time?"""
     _, best = best_control(comparison)
     base, rows = comparison.histories(comparison.baseline), {}
@@ -128,7 +146,7 @@ def say(comparison):
         time = f"in {n - found.count(None)} of {n} runs" if None in found else f"in {stats.median(found):.2f} of its time (median)"
         end = stats.mean(h.accuracy for h in comparison.histories(arm))
         said.append(f"{arm}: the baseline's accuracy, less {margin:g} points, {time} (aim: {FAST:g}); {end:.2f} % at the end.")
-    return [*said, f"The best control at the full cost: {name}, {best:.2f} % at the end."]
+    return [*said, f"The best control in the full time: {name}, {best:.2f} % at the end."]
 
 
 def few(comparison):
@@ -142,7 +160,7 @@ def figure(comparison):
     fig, (left, right) = figures.new(2, width=10.5, height=1.6 + 0.33 * len(comparison.arms), sharey=True, width_ratios=(1.2, 1))
     n, found = len(comparison.blocks), {a.name: shares(comparison, a.name) for a in comparison.arms}
     for y, arm in enumerate(comparison.arms):
-        colour, short = COLOUR[arm.role], arm.name.endswith(SHORT)
+        colour, short = COLOUR[arm.role], shortened(arm.name)
         values = [h.accuracy for h in comparison.histories(arm.name)]
         face = "white" if short else colour
         left.plot(values, [y] * len(values), "o", mfc=face, mec=colour, ms=5, alpha=0.7)
@@ -163,12 +181,12 @@ def figure(comparison):
     right.set_xlim(0, 1.1 * max([1, *(s for v in found.values() for s in v if s is not None)]))
     for role, colour in COLOUR.items():
         left.plot([], [], "o", color=colour, label=role)
-    left.plot([], [], "o", mfc="white", mec="black", label=f"at {FAST:g} of the cost")
+    left.plot([], [], "o", mfc="white", mec="black", label=f"in {' or '.join(f'{s:g}' for s in SHORT)} of the time")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return fig, (
-        f"Left: accuracy at the end, seeds as dots, the mean as a bar; dashed: the best control at the full cost ({name}). Right: the "
-        f"share of the baseline's time after which an arm keeps its accuracy, less the margin; dotted: the aim, {FAST:g}. An arm at the "
-        "full cost lowers its learning rate for as long as the baseline does, and so reaches the accuracy late even where it ends higher."
+        f"Left: accuracy at the end, seeds as dots, the mean as a bar; dashed: the best control in the full time ({name}). Right: the "
+        f"share of the baseline's time after which an arm keeps its accuracy, less the margin; dotted: the aim, {FAST:g}. An arm with "
+        "all of the time lowers its learning rate for as long as the baseline does, and so is late there even where it ends higher."
     )
 
 

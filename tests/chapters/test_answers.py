@@ -62,14 +62,14 @@ def test_the_time_needed_is_a_share_of_the_baselines_whole_time():
     assert few.loc[SHORT, f"at most {chapter.FAST:g}"] == ""
 
 
-def test_at_equal_cost_a_method_has_to_beat_every_control():
-    table = answers.equal_cost(several())
+def test_at_equal_time_a_method_has_to_beat_every_control():
+    table = answers.equal_time(several())
     assert SHORT not in table.index
     assert table.loc[RUN, "above every control"] == "yes"
     assert table.loc[chapter.PRUNED, "above every control"] == table.loc[chapter.DENSE, "above every control"] == ""
-    assert answers.equal_cost(several(run=(82.05, 10.0))).loc[RUN, "above every control"] == "no"
-    assert answers.equal_cost(several(run=(85.0, 12.0))).loc[RUN, "above every control"] == "yes, but in 1.20 of the time"
-    assert answers.equal_cost(several(2)).loc[RUN, "above every control"] == ""
+    assert answers.equal_time(several(run=(82.05, 10.0))).loc[RUN, "above every control"] == "no"
+    assert answers.equal_time(several(run=(85.0, 12.0))).loc[RUN, "above every control"] == "yes, but in 1.20 of the time"
+    assert answers.equal_time(several(2)).loc[RUN, "above every control"] == ""
     assert answers.best_control(several())[0] == chapter.PRUNED
 
 
@@ -78,7 +78,7 @@ def test_both_answers_in_words_and_as_a_picture():
     assert len(said) == 3
     assert said[0].startswith(RUN)
     assert "in 0.50 of its time" in said[1]
-    assert said[2].startswith(f"The best control at the full cost: {chapter.PRUNED}, 82.")
+    assert said[2].startswith(f"The best control in the full time: {chapter.PRUNED}, 82.")
     assert "in 0 of 5 runs" in answers.say(several(short=(70.0, 5.0)))[1]
     figure, caption = answers.figure(several(short=(70.0, 5.0)))
     left, right = figure.axes
@@ -88,13 +88,17 @@ def test_both_answers_in_words_and_as_a_picture():
     assert [a.name for a in answers.few(several()).arms] == [a.name for a in several().arms]
 
 
-def test_the_cost_table_counts_every_growth():
+def test_the_cost_table_counts_every_growth_and_every_size():
     table = answers.cost_table(TASK, TASK.load())
-    assert float(table.loc[chapter.DENSE, "of the baseline"]) == 1
-    start = float(table.loc["the procedure's start", "of the baseline"])
-    assert start < 1
-    assert (table.iloc[2:]["of the baseline"].astype(float) > start).all()
-    assert len(table) == 8
+    faster, start = table["predicted"].str.rstrip("x").astype(float), "the procedure's start"
+    assert faster[start] > faster[chapter.DENSE] == 1
+    grown, smaller = [n for n in table.index if n.startswith("start, ")], [n for n in table.index if ", images" in n]
+    assert (faster[grown] < faster[start]).all()
+    assert (faster[[n for n in smaller if n.startswith(start)]] > faster[start]).all()
+    assert len(grown) == 6
+    assert len(smaller) == 4
+    assert len(table) == 12
+    assert table.loc[chapter.DENSE, "measured"] == "1.00x"
 
 
 def test_where_the_seconds_went(grown):

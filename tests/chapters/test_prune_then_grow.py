@@ -1,4 +1,4 @@
-"""What chapter II.9 trains: the procedure's settings, its arms and controls, and that all of them cost the same."""
+"""What chapter II.9 trains: the procedure's settings, its arms and controls, and that all of them may spend the same."""
 
 from dataclasses import replace
 
@@ -29,6 +29,9 @@ def test_every_preset_has_its_task_and_its_settings():
         method = chapter.procedure(TASK.but(preset=preset), DATA)
         assert method.spend
         assert method.baseline == chapter.baseline_flops(TASK, DATA)
+        kinds = [chapter.budget(TASK.but(preset=preset), small=s, resized=r) for s, r in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        assert kinds[0] == 1 >= kinds[1] == method.budget  # what is smaller makes less of the processor: fewer FLOPs in the same time
+        assert kinds[3] <= kinds[2] < 1
 
 
 def test_the_start_is_smaller_than_the_baseline():
@@ -79,15 +82,25 @@ def test_quick_has_three_arms_and_the_others_a_headline_of_their_own():
     assert arms[chapter.OWN].network == {} != arms[RUN].fit.start
     assert [a.role for a in arms.values()].count("baseline") == 1
     methods = {n for n, a in arms.items() if a.role == "method"}
-    assert methods == {chapter.headline(TASK), chapter.OWN, *(chapter.mode_name(m, r) for m in MODES for r in (False, True))}
+    windowed = {chapter.mode_name("windowed", True) + suffix for suffix in chapter.SHORT.values()}
+    assert methods == {*windowed, chapter.OWN, *(chapter.mode_name(m, r) for m in MODES for r in (False, True))}
+    assert chapter.headline(study) in windowed
 
 
-@pytest.mark.parametrize("name", [chapter.mode_name("thesis", True), chapter.DENSE_RESIZED, chapter.SMALL + chapter.SHORT])
-def test_arms_on_resized_images_have_their_share_of_the_flops(name):
-    arms = [*chapter.modes(TASK, DATA), *chapter.resized(TASK, DATA), *chapter.resized(TASK, DATA, short=True)]
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (chapter.mode_name("thesis", True), 1.0),
+        (chapter.SMALL, 1.0),
+        (chapter.headline(TASK), chapter.FAST),
+        (chapter.DENSE_RESIZED + chapter.SHORT[chapter.MODERATE], chapter.MODERATE),
+    ],
+)
+def test_arms_on_resized_images_have_their_share_of_the_flops(name, part):
+    arms = [*chapter.modes(TASK, DATA), *chapter.resized(TASK, DATA), *chapter.shorter(TASK, DATA)]
     arm = next(a for a in arms if a.name == name)
     history = arm.run(TASK, DATA, 0)
-    share = chapter.SETTINGS["smoke"]["budget"] * (chapter.FAST if name.endswith(chapter.SHORT) else 1)
+    share = part * chapter.budget(TASK, small=bool(arm.network), resized=True)
     assert history.flops / chapter.baseline_flops(TASK, DATA) == pytest.approx(share, rel=0.12)
 
 
