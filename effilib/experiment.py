@@ -168,8 +168,8 @@ def _read(file, arms):
         return None
 
 
-def pilot(task):
-    """The task with its target; where none was tuned, from a pilot of the baseline: what two seeds hold, less twice the margin.
+def pilot(task, margins=2):
+    """The task with its target; where none was tuned, from a pilot of the baseline: what two seeds hold, less so many margins.
 
     Two seeds know little of the spread, and a target that one of the baseline's five misses decides nothing. The pilot's seeds are
     never measured, and it runs before any method does.
@@ -181,7 +181,7 @@ def pilot(task):
         return task
     blocks = measure(task, [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS), title="pilot for the target")
     accuracy = min(held(b["arms"]["pilot"].rows) for b in blocks)
-    return replace(task, target=round(accuracy - 2 * task.margin, 1))
+    return replace(task, target=round(accuracy - margins * task.margin, 1))
 
 
 def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, illustration=False, title="runs"):

@@ -505,6 +505,7 @@ def test_the_pilot_finds_the_target_with_seeds_that_are_never_measured():
     dataset = task.load()
     runs = [train(task.build(dataset, s), dataset, task.recipe, seed=s) for s in experiment.PILOT_SEEDS]
     assert found.target == round(min(held(h.rows) for h in runs) - 2 * 1.0, 1)
+    assert pilot(task, margins=3).target == pytest.approx(found.target - 1.0)
     assert min(experiment.PILOT_SEEDS) > 999
     names = {p.name for p in paths.cache().glob("*/*")}
     assert names == {f"seed-{s}.json" for s in experiment.PILOT_SEEDS}

@@ -151,7 +151,8 @@ def say(comparison):
 
 def few(comparison):
     """The same comparison with the arms that a picture has room for: baseline, procedure, the arm of the aim and the best control."""
-    wanted = {comparison.baseline, mode_name("windowed"), headline(comparison.task), best_control(comparison)[0]}
+    windowed = [mode_name("windowed", resized) for resized in (False, True)]
+    wanted = {comparison.baseline, *windowed, headline(comparison.task), best_control(comparison)[0]}
     return replace(comparison, arms=tuple(a for a in comparison.arms if a.name in wanted))
 
 

@@ -1,4 +1,4 @@
-"""Chapter 10: one protocol for every method, the pilots that choose, the scoreboard, the Pareto front and the advice.
+"""Chapter 10: one protocol for every method, who gets how many seeds, the scoreboard and the Pareto front.
 
 Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 17 b, and 5 b for what is tried in more epochs; selection, 3 rounds
 of the baseline and about 3 arms, 12 b a seed; measured in the study preset 14 b a seed, in the quick one 2.4 b a seed and every single
@@ -10,34 +10,26 @@ import itertools
 import math
 import random
 import statistics as stats
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from effilib import clock, data, experiment, figures, series
-from effilib.chapters import records as recorded
+from effilib import data, experiment, figures
 from effilib.chapters.attempts import attempted, refused
-from effilib.chapters.contenders import DENSE, FP32, GIVEN, PRUNED, RESIZED, STEM, TREE, clash, combined, join, length, lengthened
-from effilib.errors import choose
-from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
-from effilib.statistics import FASTER, LEAST, Verdict, judge, paired_ratio, time_to_target
+from effilib.chapters.contenders import DENSE, FP32, GIVEN, TREE, baseline, join, length
+from effilib.chapters.selection import PILOTS, forward
+from effilib.experiment import PILOT_SEEDS, compare
+from effilib.statistics import judge, paired_ratio
 from effilib.tasks import Task
-from effilib.training import History, resolve_precision
+from effilib.training import resolve_precision
 from effilib.tuning import swept
 
-PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
 MIXED = "mixed precision"
 # These epochs are among those of the recorded sweep, so that the baseline of this length is a tuned one too.
 SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=5, evaluations=10)}
 BUDGET = {"quick": 150, "study": 2600}  # seconds for all that is trained here, pilots included
-PILOTS = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # seeds of the selection
-ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a combination may have
+MARGINS = 3  # from what the pilots hold down to the target: in so few epochs seeds differ by more than elsewhere
 OVERHEAD = 1.25  # evaluations, warm-up and counting are off the clock, but take time
-SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
-HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
-SHARES = (0.7, 0.8, 0.9)  # of the baseline's time: up to these, an arm that is cheap but less accurate may train for longer
-TIGHT = 0.95  # an arm that fills so much of a share already is not lengthened to fill it
 AIM = 1.43  # of a combination: what chapter 6.3 claims for resizing alone
 
 
@@ -72,235 +64,6 @@ def protocol(task, records):
 def budget(preset):
     """The preset's budget, in words."""
     return f"{BUDGET[preset]} s for all that is trained, pilots included" if preset in BUDGET else "no limit"
-
-
-def baseline():
-    """The arm that all others are compared with."""
-    return Arm(name=DENSE, role="baseline")
-
-
-# Pilots: who applies, what it takes, what is worth combining
-
-
-class Score(NamedTuple):
-    """How an arm did in the pilots, smaller is better: seeds that missed, whether it is less accurate than the margin allows, time."""
-
-    missed: int
-    less: bool
-    time: float  # to the target, relative to the baseline's; where it was missed, that of the whole run
-
-
-def score(base, runs, target, margin):
-    """The `Score` of some runs against the baseline's with the same seeds."""
-    pairs = list(zip(base, runs, strict=True))
-    reached = [time_to_target(h.rows, target) for h in runs]
-    less = stats.mean(h.accuracy - b.accuracy for b, h in pairs) < -margin
-    times = [
-        (h.seconds if t is None else t) / max(time_to_target(b.rows, target) or b.seconds, 1e-9)
-        for t, (b, h) in zip(reached, pairs, strict=True)
-    ]
-    return Score(reached.count(None), less, stats.mean(times))
-
-
-def fill(task, arms, seeds, base, runs):
-    """Spend what an arm saves on more epochs, where it is less accurate than the baseline: dict name -> (arm, runs), of those that gain.
-
-    base: the baseline's runs; runs: name -> the arm's with the same seeds. Kept is the shortest length, in one of the `SHARES` of the
-    baseline's time, with which it holds the target at equal accuracy.
-    """
-    kept, short = {}, {}  # short: name -> (arm, its share of the baseline's time)
-
-    def good(found):
-        s = score(base, found, task.target, task.margin)
-        return not s.missed and not s.less
-
-    for arm in arms:
-        own = runs[arm.name]
-        if not good(own) and not any(refused(h) or h.diverged for h in own):
-            short[arm.name] = arm, stats.mean(h.seconds / b.seconds for b, h in zip(base, own, strict=True))
-    for share in SHARES:
-        longer = [lengthened(task, arm, share / time) for arm, time in short.values() if time < TIGHT * share]
-        if longer:
-            blocks = measure(task, [attempted(a) for a in longer], seeds, title=f"longer, in {share:g} of the time")
-            found = {a.name: (a, [b["arms"][a.name] for b in blocks]) for a in longer}
-            kept |= {n: (a, own) for n, (a, own) in found.items() if good(own)}
-            short = {n: s for n, s in short.items() if n not in kept}
-    return kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's time. refused: name -> why.
-
-    Contenders that gain by more epochs have them here, and histories are of that length.
-    """
-
-    task: Task
-    contenders: tuple
-    baseline: History
-    histories: dict
-    slow: dict
-    factors: dict
-    refused: dict
-    seconds: float
-
-    def find(self, name):
-        """The contender of this name."""
-        return next(c for c in self.contenders if c.name == choose("arm", name, [c.name for c in self.contenders]))
-
-    @property
-    def candidates(self):
-        """Names of those that are tried in combinations: one training, not slow, and alone neither without the target nor `HELPLESS`."""
-        found = []
-        for name, history in self.histories.items():
-            s = score([self.baseline], [history], self.task.target, self.task.margin)
-            if not self.find(name).arm.fit and name not in (FP32, *self.slow) and not s.missed and s.time <= HELPLESS:
-                found.append(name)
-        return found
-
-
-def screen(task, contenders, records):
-    """Train every contender once with a pilot seed, but those that their own chapter found slow on this machine."""
-    factors = {c.name: recorded.slowdown(records.get(c.stem, [None])[0], SLOW, task.device) for c in contenders if c.arm}
-    slow = {n: f"{f:.1f}x slower in its own chapter" for n, f in factors.items() if f > 1}
-    todo = [c for c in contenders if c.arm and c.name not in slow]
-    with clock.elapsed() as seconds:
-        (block,) = measure(task, [baseline(), *(attempted(c.arm) for c in todo)], list(PILOT_SEEDS[:1]), title="screening")
-        base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
-        could = [c.arm for c in todo if c.stretches]
-        longer = fill(task, could, list(PILOT_SEEDS[:1]), [base], {n: [h] for n, h in histories.items()})
-        took = seconds()
-    no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
-    histories = {n: h for n, h in histories.items() if n not in no}
-    histories |= {n: h for n, (_, (h,)) in longer.items()}
-    for n, h in histories.items():
-        factors[n] = h.seconds / base.seconds
-        if factors[n] > SLOW:
-            slow[n] = f"{factors[n]:.1f}x the baseline's time in the pilot"
-    who = tuple(replace(c, arm=longer[c.name][0]) if c.name in longer else c for c in contenders)
-    return Trial(task=task, contenders=who, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=took)
-
-
-def screen_table(trial):
-    """What the one pilot run of each contender says of it."""
-    rows, candidates = {}, trial.candidates
-    for c in trial.contenders:
-        h, row = trial.histories.get(c.name), {"epochs": "", "time": "", "accuracy, points": "", "target": ""}
-        if h:
-            reached = time_to_target(h.rows, trial.task.target) is not None
-            row = {
-                "epochs": f"{length(trial.task, c.arm):.2f}x",
-                "time": f"{h.seconds / trial.baseline.seconds:.2f}",
-                "accuracy, points": f"{h.accuracy - trial.baseline.accuracy:+.2f}",
-                "target": "reached" if reached else "diverged" if h.diverged else "missed",
-            }
-        note = f"does not apply: {trial.refused[c.name]}" if c.name in trial.refused else trial.slow.get(c.name, "")
-        rows[c.name] = row | {"note": note or ("is tried in combinations" if c.name in candidates else "")}
-    return pd.DataFrame(rows).T.rename_axis("arm")
-
-
-def forward(names, measured, clash=lambda a, b: "", rounds=3):
-    """Greedy forward selection: (what was chosen, dict combination -> score of all that was tried). Smaller scores are better.
-
-    measured: list of combinations (tuples of names; () is the baseline) -> dict combination -> score: a round is measured as one. Each
-    round adds the name that improves most; the first in which none improves is the last.
-    """
-    chosen, tried = (), dict(measured([()]))
-    for _ in range(rounds):
-        todo = [(*chosen, n) for n in names if n not in chosen and not any(clash(n, c) for c in chosen)]
-        if not todo:
-            break
-        found = measured(todo)
-        tried |= found
-        winner = min(found, key=found.get)
-        if not found[winner] < tried[chosen]:
-            break
-        chosen = winner
-    return chosen, tried
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not apply although its parts do.
-
-    arms: combination -> its arm, where it gains by more epochs than its parts have together.
-    """
-
-    chosen: tuple
-    prescribed: tuple
-    tried: dict  # combination -> Score
-    histories: dict
-    refused: dict
-    seconds: float
-    arms: dict = field(default_factory=dict)
-
-    @property
-    def combinations(self):
-        """What is to be measured: the chosen combination and the prescribed one, once if they are the same."""
-        return list(dict.fromkeys(c for c in (self.chosen, self.prescribed) if c))
-
-    def arm(self, trial, combination):
-        """The arm of a combination, in the length that was chosen."""
-        return self.arms.get(combination) or combined(trial.task, [trial.find(n) for n in combination])
-
-
-def select(trial):
-    """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as its parts apply."""
-    task, seeds = trial.task, list(PILOT_SEEDS[: PILOTS[trial.task.preset]])
-    known, histories, no, arms = {(): Score(0, False, 1.0)}, {}, {}, {}
-
-    def note(c, base, runs):
-        known[c], histories[c], why = score(base, runs, task.target, task.margin), runs[0], refused(runs[0])
-        if why:
-            known[c], no[c] = Score(len(seeds) + 1, True, math.inf), why
-
-    def measured(combinations):
-        todo = [c for c in combinations if c not in known]
-        if todo:
-            parts = {join(c): combined(task, [trial.find(n) for n in c]) for c in todo}
-            blocks = measure(task, [baseline(), *map(attempted, parts.values())], seeds, title=f"selection, {len(todo[0])} at once")
-            runs = {name: [b["arms"][name] for b in blocks] for name in (DENSE, *parts)}
-            could = [parts[join(c)] for c in todo if all(trial.find(n).stretches for n in c)]
-            longer = fill(task, could, seeds, runs[DENSE], runs)
-            for c in todo:
-                if join(c) in longer:
-                    arms[c], runs[join(c)] = longer[join(c)]
-                note(c, runs[DENSE], runs[join(c)])
-        return {c: known[c] for c in combinations}
-
-    if len(seeds) == 1:  # the screening was the first round
-        for n in trial.candidates:
-            note((n,), [trial.baseline], [trial.histories[n]])
-    with clock.elapsed() as seconds:
-        chosen, _ = forward(trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset])
-        prescribed = tuple(n for n in PRESCRIBED if n in trial.histories)
-        prescribed = next((c for c in known if set(c) == set(prescribed)), prescribed)  # in whatever order
-        measured([prescribed])
-        took = seconds()
-    prescribed = () if prescribed in no else prescribed
-    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=took, arms=arms)
-
-
-def selection_table(trial, picked):
-    """Every combination that was tried, in order, how it did, and the time that its parts would have if theirs multiplied."""
-    rows = {}
-    for c, s in picked.tried.items():
-        marks = [m for m, which in (("chosen", picked.chosen), ("prescribed", picked.prescribed)) if c and c == which]
-        alone = [picked.tried[n,].time for n in c if (n,) in picked.tried]
-        row = {"epochs": f"{length(trial.task, picked.arm(trial, c)):.2f}x" if c else "1.00x"}
-        row |= {"target": "missed" if s.missed else "reached", "equal accuracy": "no" if s.less else "yes", "time": f"{s.time:.2f}"}
-        row["if times multiplied"] = f"{math.prod(alone):.2f}" if len(alone) == len(c) > 1 else ""
-        if c in picked.refused:
-            row, marks = dict.fromkeys(row, ""), [f"does not apply: {picked.refused[c]}"]
-        rows[join(c)] = row | {"": ", ".join(marks)}
-    return pd.DataFrame(rows).T.rename_axis("combination")
-
-
-def say_selection(picked):
-    """What was chosen, in a sentence."""
-    if not picked.chosen:
-        return "In the pilots nothing was faster than the baseline at equal accuracy, so that only the prescribed combination is measured."
-    return f"Chosen in the pilots: {join(picked.chosen)}, {picked.tried[picked.chosen].time:.2f} of the baseline's time to the target."
 
 
 # Measuring
@@ -550,59 +313,6 @@ def headline(picked):
     return join(picked.chosen or picked.prescribed)
 
 
-# What a practitioner should use
-
-
-def recommended(verdicts):
-    """(what to use, what was measured): of the `Verdict`s that are faster at equal accuracy the one with the best lower bound."""
-    judged = [v for v in verdicts if v.n >= LEAST]
-    faster = [v for v in judged if v.verdict == FASTER]
-    if faster:
-        v = max(faster, key=lambda v: v.low)
-        return v.arm, f"{v.text}, {v.accuracy_difference:+.2f} points"
-    ratios = [v for v in judged or verdicts if v.ratio is not None]
-    nearest = max(ratios, key=lambda v: v.ratio, default=None)
-    what = (
-        f"the fastest: {nearest.arm}, {nearest.text}, {nearest.accuracy_difference:+.2f} points" if nearest else "none reached the target"
-    )
-    if not verdicts:
-        return "not measured here", ""
-    if not judged:
-        return f"no verdict here: fewer than {LEAST} seeds", what
-    return "plain training", f"of {len(judged)} none was faster at equal accuracy; {what}" + (f" ({nearest.verdict})" if nearest else "")
-
-
-def advice(result, records):
-    """Use this: on a CPU, on a GPU, with little data, with a network to be improved. Computed from what was measured here and recorded."""
-    rows, mixed = {}, result.mixed()
-    for kind, name in (("cpu", "on a CPU"), ("cuda", "on a GPU")):
-        use, what = recommended(verdicts_on(result, records, kind))
-        others = recorded.on_device(records, kind)
-        where = f"chapters {recorded.numbers(others)}" if others else f"none of {len(records)} records comes from such a device"
-        if result.task.device.startswith(kind):
-            where = "this notebook"
-            what += f"; {MIXED}, in all arms: {mixed.text}, against fp32" if mixed else ""
-        rows[name] = use, what, where
-    few = {c.stem: records[c.stem][0] for c in series.CHAPTERS if c.attacks == "images" and c.stem in records}
-    images = sorted({r["task"]["images"] or 0 for r in few.values()})
-    where = f"chapters {recorded.numbers(few)}: {' and '.join(f'{n:,}' for n in images)} training images"
-    use, what = recommended([v for r in few.values() for v in recorded.verdicts(r)])
-    rows["with little data"] = use, what, where if few else "no record of a chapter on few images"
-    own = [result.of(GIVEN).verdict(GIVEN)] if result.of(GIVEN) else []
-    older = {s: records[s][0] for s in ("06_2_net2net", "09_prune_then_grow") if s in records and records[s][0].get("headline")}
-    use, what = recommended([*own, *(Verdict(**r["headline"]) for r in older.values())])
-    places = ["this notebook"] * bool(own) + [f"chapters {recorded.numbers(older)}"] * bool(older)
-    rows["with a network to be improved"] = use, what, " and ".join(places) or "no such arm here, and no record"
-    return pd.DataFrame(rows, index=["use", "measured", "where"]).T.rename_axis("situation")
-
-
-def verdicts_on(result, records, kind):
-    """All verdicts on a kind of device: this notebook's where it ran on one, else those of the records. No student with a given teacher."""
-    if result.task.device.startswith(kind):
-        return [v for c in result.comparisons for v in c.verdicts() if v.arm != GIVEN]
-    return [v for r in recorded.on_device(records, kind).values() for v in recorded.verdicts(r)]
-
-
 # By hand
 
 
@@ -615,14 +325,6 @@ def toy():
         beaten = [m for m, (u, v) in points.items() if u <= x and v >= y and (u, v) != (x, y)]
         rows[n] = {"time": f"{x:g}", "accuracy %": f"{y:g}", "beaten by": ", ".join(beaten), "on the front": "yes" if n in on else ""}
     return pd.DataFrame(rows).T.rename_axis("arm")
-
-
-def toy_selection():
-    """Greedy selection on made-up times: what each round tries, and why it ends."""
-    times = {(): 1.0, ("a",): 0.7, ("b",): 0.8, ("c",): 0.9, ("a", "b"): 0.6, ("a", "c"): 0.75, ("a", "b", "c"): 0.65}
-    chosen, tried = forward("abc", lambda todo: {c: times[c] for c in todo})
-    rows = {join(c): {"round": str(len(c)), "time": f"{t:g}", "": "chosen" if c == chosen else ""} for c, t in tried.items()}
-    return pd.DataFrame(rows).T.rename_axis("made up")
 
 
 def check(cases=200):

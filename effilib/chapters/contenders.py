@@ -63,6 +63,11 @@ class Contender:
         return self.arm is not None and not self.arm.fit and LENGTH not in self.holds
 
 
+def baseline():
+    """The arm that all others are compared with."""
+    return Arm(name=DENSE, role="baseline")
+
+
 def contenders(task, dataset):
     """Every method with the settings that its own chapter has for this preset, and the controls; a reason where one cannot be made."""
     student = net2net.STUDENT[task.preset]

@@ -15,7 +15,7 @@ from effilib.chapters.prune_then_grow import Fit, start
 from effilib.data import Batches
 from effilib.decision import GROWTH, Action, Epoch, Policy, Stage, Trace, decide, rates
 from effilib.errors import BadInput
-from effilib.methods.prune_then_grow import PruneThenGrow, grow_, plan
+from effilib.methods.prune_then_grow import grow_, plan
 from effilib.methods.prune_train import prune_
 from effilib.models import stream
 from effilib.training import train
@@ -195,11 +195,10 @@ def replay(comparison, name):
     task, arm = comparison.task, next(a for a in comparison.arms if a.name == name)
     history, dataset = comparison.histories(name)[0], comparison.task.load()
     recorded = json.loads(json.dumps(log(comparison)))[name][0]  # as the record's file has it
-    first = arm.fit if isinstance(arm.fit, Fit) else Fit(method=arm.methods[-1], start=tuple(arm.network.items()))
-    resizers = [m for m in arm.methods if not isinstance(m, PruneThenGrow)]
-    model = task.build(dataset, recorded["seed"], **dict(first.start))
-    method = replace(first.method, plan=recorded["plan"])
-    again = train(model, dataset, task.recipe, [*resizers, method], recorded["seed"], evaluations=task.evaluations)
+    whole = isinstance(arm.fit, Fit)
+    network, *methods, method = (dict(arm.fit.start), arm.fit.resizer, arm.fit.method) if whole else (arm.network, *arm.methods)
+    model, method = task.build(dataset, recorded["seed"], **network), replace(method, plan=recorded["plan"])
+    again = train(model, dataset, task.recipe, [*methods, method], recorded["seed"], evaluations=task.evaluations)
     rows = {
         "decisions": [len(plan(h)) for h in (history, again)],
         "FLOPs": [f"{h.flops:.6e}" for h in (history, again)],

@@ -38,7 +38,7 @@ BUDGETS = (0.75, 0.6, 0.5, 0.35)
 NARROW = 0.7  # of every width, in blocks of 16 channels: about the same time as the replaced network
 WIDER = {"widths": (64, 128, 256), "blocks": (1, 1, 1)}  # convolutions are most of the step here; at half of it other work is a third
 SIZES = {
-    "quick": dict(epochs=0.75),
+    "quick": dict(epochs=0.6),
     "study": dict(epochs=4, held=1500, widths=WIDER),
     "full": dict(widths=WIDER),
 }

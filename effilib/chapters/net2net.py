@@ -83,7 +83,7 @@ class Grown:
         return model, before, history
 
 
-SIZES = {"quick": dict(evaluations=8, images=2500), "study": dict(evaluations=12)}  # evaluations must not take as long as the training
+SIZES = {"quick": dict(evaluations=8, images=2200), "study": dict(evaluations=12)}  # evaluations must not take as long as the training
 GIVEN, COUNTED = "Net2Wider, teacher given", "Net2Wider, teacher counted"
 
 

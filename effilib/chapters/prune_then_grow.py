@@ -28,7 +28,9 @@ from effilib.tuning import swept
 # Study, trial runs with seeds that are not measured (n = 2). In 0.55 of 0.88 of the FLOPs: the baseline's network on resized images with
 # 40, 50 and 60 % of the steps at half the side 69.9, 70.6 and 70.8 %; the procedure 69.3 % with idle = 0.12, 70.5 % with 0.25, from the
 # baseline's own network 69.7 %. In 0.55 of the time: the procedure 68.8 %, from half the channels 68.2 %, growing after every epoch 67.7 %,
-# both 67.2 %; the small network 69.4 %, with batches of 128 67.2 % and at twice the learning rate 68.6 %, in 0.91 of that time.
+# both 67.2 %; the small network 69.4 %, with batches of 128 67.2 % and at twice the learning rate 68.6 %, in 0.91 of that time. In all of
+# the time (n = 5), to the letter of the thesis on the baseline's own network: 74.4 %, from the small one 74.4 % too. On images in full size
+# windowed did not grow once in five runs, so its controls take small images, as the arm of the aim does.
 SETTINGS = {
     "smoke": dict(
         task=dict(epochs=5, evaluations=5),
@@ -44,7 +46,7 @@ SETTINGS = {
         budget={"resized": 0.88, "small, resized": 0.88},
     ),
     "study": dict(
-        task=dict(epochs=8, evaluations=10),
+        task=dict(epochs=8, evaluations=9),
         start=dict(depth=1, share=1.0),
         method=dict(idle=0.25, tau=0.05, progress=0.1, period=2, search=0.5),
         budget={"small": 0.91, "resized": 0.78, "small, resized": 0.7},
@@ -59,9 +61,9 @@ SETTINGS = {
 FAST = 0.55  # the aim: the baseline's accuracy in this share of its time
 MODERATE = 0.75  # where the aim is out of reach: is this enough?
 
-DENSE, PRUNED, GROWN, RANDOM = "dense baseline", "PruneTrain alone", "growth alone", "growth at random stages"
-OWN = "prune, then grow (windowed, resizing), from the baseline's network"
-SCRATCH, ON = "final architecture, from scratch", "same checkpoint, trained on"
+DENSE, PRUNED = "dense baseline", "PruneTrain alone"
+GROWN, RANDOM = "growth alone, resizing", "growth at random stages, resizing"
+SCRATCH, ON = "final architecture from scratch, resizing", "same checkpoint trained on, resizing"
 DENSE_RESIZED, SMALL = "dense, resizing", "smaller network, resizing"
 SHORT = {share: f", {share:g} of the time" for share in (FAST, MODERATE)}  # how the names of arms end that have less than all of it
 
@@ -136,6 +138,7 @@ class Fit:
 
     method: PruneThenGrow
     start: tuple  # settings of the network, as items
+    resizer: KernelRescaling
     what: str = "run"
 
     def __call__(self, task, seed):
@@ -149,13 +152,13 @@ class Fit:
             without = tuple(step for step in plan(history) if step[1] not in GROWTH)
             return self.train(task, dataset, seed, replace(self.method, plan=without))[1]
         model = renewed(model, stream(seed, "initial weights").initial_seed())
-        recipe = replace(task.recipe, epochs=epochs_for(task, dataset, model, self.method.budget))
-        return train(model, dataset, recipe, (), seed, evaluations=task.evaluations)
+        recipe = replace(task.recipe, epochs=epochs_for(task, dataset, model, self.method.budget, self.resizer))
+        return train(model, dataset, recipe, [self.resizer], seed, evaluations=task.evaluations)
 
     def train(self, task, dataset, seed, method):
         """(model, history) of the procedure."""
         model = task.build(dataset, seed, **dict(self.start))
-        return model, train(model, dataset, task.recipe, [method], seed, evaluations=task.evaluations)
+        return model, train(model, dataset, task.recipe, [self.resizer, method], seed, evaluations=task.evaluations)
 
 
 def renewed(model, seed):
@@ -191,32 +194,38 @@ def judged(task, dataset):
     pilots = [Arm(name=DENSE, role="baseline"), Arm(name=PRUNED, role="control", methods=(pruning,))]
     pilot = measure(task, pilots, [PILOT_SEEDS[0]], title="pilot for PruneTrain's epochs")[0]["arms"]
     epochs = round(pilot[DENSE].seconds / pilot[PRUNED].seconds * task.recipe.epochs, 2)
-    run = Fit(method=procedure(task, dataset), start=tuple(start(task).items()))
     return [
-        Arm(name=mode_name("windowed"), fit=run),
+        Arm(name=mode_name("windowed"), methods=(procedure(task, dataset),), network=start(task)),
         Arm(name=PRUNED, role="control", methods=(pruning,), changes={"epochs": epochs}),
     ]
 
 
 def modes(task, dataset):
-    """The other modes, all three on resized images, and there the default one on the network that the baseline trains, too."""
-    method, small = procedure(task, dataset), start(task)
-    resizer, cheaper = resizing(task, dataset), replace(method, budget=budget(task, small=bool(small), resized=True))
-    plain = [Arm(name=mode_name(mode), methods=(replace(method, mode=mode),), network=small) for mode in MODES if mode != "windowed"]
-    smaller = [Arm(name=mode_name(mode, True), methods=(resizer, replace(cheaper, mode=mode)), network=small) for mode in MODES]
-    return [*plain, *smaller, Arm(name=OWN, methods=(resizer, replace(method, budget=budget(task, resized=True))))]
+    """The other modes, and all three on resized images."""
+    method, how = procedure(task, dataset), cheap(task, dataset)
+    plain = [Arm(name=mode_name(mode), methods=(replace(method, mode=mode),), network=start(task)) for mode in MODES if mode != "windowed"]
+    changes = [(mode, replace(how["method"], mode=mode)) for mode in MODES if mode != "windowed"]
+    other = [Arm(name=mode_name(mode, True), methods=(how["resizer"], m), network=start(task)) for mode, m in changes]
+    return [*plain, Arm(name=mode_name("windowed", True), fit=Fit(**how)), *other]
+
+
+def cheap(task, dataset):
+    """What the procedure on resized images and its controls share: settings of `Fit`."""
+    small = start(task)
+    method = procedure(task, dataset, budget=budget(task, small=bool(small), resized=True))
+    return dict(method=method, start=tuple(small.items()), resizer=resizing(task, dataset))
 
 
 def controls(task, dataset):
     """What the procedure would have to beat: growth without pruning, growth anywhere, its outcome known before, its run without growth."""
-    method, small = procedure(task, dataset), start(task)
+    how = cheap(task, dataset)
+    method, rest = how["method"], dict(role="control", network=start(task))
     alone = replace(method, prune=replace(method.prune, ratio=0.0), pressure=False)
-    rest = dict(method=method, start=tuple(small.items()))
     return [
-        Arm(name=GROWN, role="control", methods=(alone,), network=small),
-        Arm(name=RANDOM, role="control", methods=(replace(method, where="random"),), network=small),
-        Arm(name=SCRATCH, role="control", fit=Fit(**rest, what="from scratch")),
-        Arm(name=ON, role="control", fit=Fit(**rest, what="trained on")),
+        Arm(name=GROWN, methods=(how["resizer"], alone), **rest),
+        Arm(name=RANDOM, methods=(how["resizer"], replace(method, where="random")), **rest),
+        Arm(name=SCRATCH, role="control", fit=Fit(**how, what="from scratch")),
+        Arm(name=ON, role="control", fit=Fit(**how, what="trained on")),
     ]
 
 
@@ -227,10 +236,9 @@ def resized(task, dataset):
 
 def shorter(task, dataset):
     """On resized images in less than the baseline's time: the procedure, and beside what may be enough the control that it has to beat."""
-    method, resizer = procedure(task, dataset), resizing(task, dataset)
-    whole, found = budget(task, small=bool(start(task)), resized=True), []
+    how, found = cheap(task, dataset), []
     for share, suffix in SHORT.items():
-        methods = resizer, replace(method, budget=share * whole)
+        methods = how["resizer"], replace(how["method"], budget=share * how["method"].budget)
         found.append(Arm(name=mode_name("windowed", True) + suffix, methods=methods, network=start(task)))
     return [*found, without(task, dataset, DENSE_RESIZED, {}, MODERATE)]
 

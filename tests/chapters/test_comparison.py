@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effilib import clock, notebook, paths, provenance, series
+from effilib.chapters import advice, selection, tree_cnn
 from effilib.chapters import comparison as chapter
 from effilib.chapters import contenders as who
 from effilib.chapters import records as recorded
-from effilib.chapters import tree_cnn
 from effilib.chapters.attempts import WholeTree, attempted, refused, tried
-from effilib.chapters.comparison import DENSE, FP32, GIVEN, MIXED, Score
-from effilib.chapters.contenders import Contender, clash, combined
+from effilib.chapters.comparison import MIXED
+from effilib.chapters.contenders import DENSE, FP32, GIVEN, Contender, clash, combined
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import PILOT_SEEDS, Arm, Comparison, compare, pilot
 from effilib.methods.kernel_rescaling import KernelRescaling
@@ -74,7 +74,7 @@ def test_toys_are_those_in_the_text():
     table = chapter.toy()
     assert table["on the front"].to_dict() == {"a": "yes", "b": "yes", "c": "", "d": "yes", "e": ""}
     assert table["beaten by"].to_dict() == {"a": "", "b": "", "c": "b", "d": "", "e": "d"}
-    table = chapter.toy_selection()
+    table = selection.toy()
     assert list(table[table[""] == "chosen"].index) == ["a + b"]
     assert list(table.index) == ["baseline", "a", "b", "c", "a + b", "a + c", "a + b + c"]
 
@@ -94,7 +94,7 @@ def test_where_effects_add_up_the_greedy_choice_is_the_best_one(effects, rounds)
     def measured(combinations):
         return {c: sum(effects[n] for n in c) for c in combinations}
 
-    chosen, tried = chapter.forward(list(effects), measured, rounds=rounds)
+    chosen, tried = selection.forward(list(effects), measured, rounds=rounds)
     best = min(sum(effects[n] for n in c) for k in range(rounds + 1) for c in itertools.combinations(effects, min(k, len(effects))))
     assert tried[chosen] == best
     assert all(effects[n] < 0 for n in chosen)
@@ -112,7 +112,7 @@ def test_what_clashes_is_never_tried_and_each_round_improves(effects, pairs):
         calls.append(len(combinations[0]))
         return {c: sum(effects[n] for n in c) for c in combinations}
 
-    chosen, tried = chapter.forward(list(effects), measured, clash, rounds=4)
+    chosen, tried = selection.forward(list(effects), measured, clash, rounds=4)
     assert not any(clash(a, b) for c in tried for a, b in itertools.combinations(c, 2))
     assert calls == list(range(len(calls)))  # one call a round
     path = [tried[chosen[:k]] for k in range(len(chosen) + 1)]
@@ -123,10 +123,10 @@ def test_scores_put_missing_the_target_first_then_accuracy_then_time():
     base = [history(10, 90), history(20, 90)]
 
     def s(*runs):
-        return chapter.score(base, runs, 80.0, 1.0)
+        return selection.score(base, runs, 80.0, 1.0)
 
     half = s(history(5, 90), history(10, 90))
-    assert half == Score(0, False, pytest.approx(0.5))
+    assert half == selection.Score(0, False, pytest.approx(0.5))
     less = s(history(5, 88), history(10, 88))
     assert less[:2] == (0, True)
     missed = s(history(1, 90), history(1, 90, reached=False))
@@ -144,13 +144,17 @@ def made_trial(preset="study", **changes):
         task=replace(TASK, preset=preset, target=80.0, seeds=5), contenders=tuple(found), baseline=history(), histories=runs,
         slow={"slow": "4.0x"}, factors={n: h.seconds / 10 for n, h in runs.items()}, refused={"refused": "no pooling"}, seconds=100.0,
     )  # fmt: skip
-    return chapter.Trial(**values | changes)
+    return selection.Trial(**values | changes)
 
 
 def made_selection(chosen=("fast",), prescribed=("fast", "useless")):
-    known = {(): Score(0, False, 1.0), ("fast",): Score(0, False, 0.6), ("fast", "useless"): Score(1, True, 0.9)}
+    known = {
+        (): selection.Score(0, False, 1.0),
+        ("fast",): selection.Score(0, False, 0.6),
+        ("fast", "useless"): selection.Score(1, True, 0.9),
+    }
     histories = {c: history(6) for c in known if c}
-    return chapter.Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused={}, seconds=50.0)
+    return selection.Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused={}, seconds=50.0)
 
 
 RUNS = []
@@ -177,7 +181,7 @@ def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
     }
     base = [history(10, 90)]
     RUNS.clear()
-    found = chapter.fill(study, list(arms.values()), [PILOT_SEEDS[0]], base, {n: [a.fit(study, 0)] for n, a in arms.items()})
+    found = selection.fill(study, list(arms.values()), [PILOT_SEEDS[0]], base, {n: [a.fit(study, 0)] for n, a in arms.items()})
     arm, runs = found["quick"]  # 89.5 % takes 1.49 times the epochs, 0.74 of the time: the share of 0.8 has them
     assert list(found) == ["quick"]
     assert who.length(study, arm) == pytest.approx(1.6)
@@ -185,7 +189,7 @@ def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
     assert [round(e / TASK.recipe.epochs, 2) for work, e in RUNS if work == 0.5] == [1, 1, 1.4, 1.4, 1.6, 1.6, 1.8]
     assert len([e for work, e in RUNS if work == 0.89]) == 1  # it fills its share already
     equal = {"quick": [history(5, 90)]}
-    assert chapter.fill(study, [arms["quick"]], [PILOT_SEEDS[0]], base, equal) == {}
+    assert selection.fill(study, [arms["quick"]], [PILOT_SEEDS[0]], base, equal) == {}
 
 
 def test_more_epochs_are_for_one_training_whose_length_is_not_what_it_changes():
@@ -205,8 +209,8 @@ def test_more_epochs_stay_with_the_arm():
     trial = replace(trial, contenders=tuple(replace(c, arm=longer) if c.name == "fast" else c for c in trial.contenders))
     both = made_selection().arm(trial, ("fast", "useless"))
     assert who.length(trial.task, both) == pytest.approx(1.25)
-    assert chapter.screen_table(trial).loc["fast", "epochs"] == "1.25x"
-    assert chapter.selection_table(trial, made_selection()).loc["fast + useless", "epochs"] == "1.25x"
+    assert selection.screen_table(trial).loc["fast", "epochs"] == "1.25x"
+    assert selection.table(trial, made_selection()).loc["fast + useless", "epochs"] == "1.25x"
 
 
 def test_candidates_reach_the_target_alone_are_one_training_and_not_slow():
@@ -252,7 +256,7 @@ def test_every_method_of_the_workbook_takes_part():
         assert [c.name for c in found] == list(BY_NAME)
         assert {c.name for c in found if not c.arm} <= {FP32}
         assert all(c.arm.name == c.name for c in found if c.arm)
-    assert set(chapter.PRESCRIBED) <= {c.name for c in ABLE}
+    assert set(selection.PRESCRIBED) <= {c.name for c in ABLE}
 
 
 @pytest.mark.parametrize(
@@ -329,10 +333,10 @@ def test_the_tables_of_contenders():
 
 def test_an_arm_that_does_not_apply_says_why_and_raises_nothing():
     pooling = attempted(BY_NAME["stochastic pooling"].arm)
-    (block,) = compare(TASK, [chapter.baseline(), pooling], seeds=1, quantity="training time").blocks
+    (block,) = compare(TASK, [who.baseline(), pooling], seeds=1, quantity="training time").blocks
     assert "has no nn.MaxPool2d layer" in refused(block["arms"]["stochastic pooling"])
     assert refused(block["arms"][DENSE]) == ""
-    again = compare(TASK, [chapter.baseline(), pooling], seeds=1, quantity="training time").blocks[0]  # from the cache
+    again = compare(TASK, [who.baseline(), pooling], seeds=1, quantity="training time").blocks[0]  # from the cache
     assert refused(again["arms"]["stochastic pooling"]) == refused(block["arms"]["stochastic pooling"])
 
 
@@ -363,15 +367,15 @@ def test_a_users_network_that_most_methods_cannot_take(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     mine = pilot(task("smoke", "synthetic", f"{file}:net"))
-    trial = chapter.screen(mine, who.contenders(mine, mine.load()), {})
+    trial = selection.screen(mine, who.contenders(mine, mine.load()), {})
     assert {"stochastic pooling", "resizing", "kernel rescaling", "wavelet stem", "wavelet auto-encoder", "gradient pruning"} <= set(
         trial.refused
     )
     assert all(len(why) > 20 for why in trial.refused.values())
     assert "PruneTrain" in trial.histories
-    table = chapter.screen_table(trial)
+    table = selection.screen_table(trial)
     assert table.loc["resizing", "note"].startswith("does not apply: kernel rescaling: network Sequential cannot take images")
-    picked = chapter.select(trial)
+    picked = selection.select(trial)
     assert set(picked.prescribed) == {"PruneTrain"}  # what is left of it
     result = chapter.measured(chapter.plan(BOOK, trial, picked), trial)
     board = chapter.scoreboard(result, trial.contenders)
@@ -488,17 +492,17 @@ def made_result(device="cpu", seeds=5, **arms):
 
 def test_advice_follows_from_verdicts():
     fast, faster, wide = verdict("a", 1.5, 1.4, 1.6, FASTER), verdict("b", 1.6, 1.2, 2.2, FASTER), verdict("c", 3.0, 0.9, 9.0, INCONCLUSIVE)
-    assert chapter.recommended([faster, wide, fast]) == ("a", "1.50x, +0.10 points")  # the best lower bound, not the best mean
-    assert chapter.recommended([]) == ("not measured here", "")
-    use, what = chapter.recommended([wide, verdict("d", 0.5, 0.4, 0.6, SLOWER)])
+    assert advice.recommended([faster, wide, fast]) == ("a", "1.50x, +0.10 points")  # the best lower bound, not the best mean
+    assert advice.recommended([]) == ("not measured here", "")
+    use, what = advice.recommended([wide, verdict("d", 0.5, 0.4, 0.6, SLOWER)])
     assert (use, what) == ("plain training", "of 2 none was faster at equal accuracy; the fastest: c, 3.00x, +0.10 points (inconclusive)")
-    assert chapter.recommended([verdict("e", 9.0, math.nan, math.nan, "", n=1)])[0] == "no verdict here: fewer than 5 seeds"
-    assert chapter.recommended([replace(wide, ratio=None)])[1].endswith("none reached the target")
+    assert advice.recommended([verdict("e", 9.0, math.nan, math.nan, "", n=1)])[0] == "no verdict here: fewer than 5 seeds"
+    assert advice.recommended([replace(wide, ratio=None)])[1].endswith("none reached the target")
 
 
 def test_the_practitioners_table_is_computed_from_runs_and_records():
     result = made_result(quick=(5.0, 90.0), slow=(20.0, 90.0))
-    table = chapter.advice(result, {})
+    table = advice.table(result, {})
     assert list(table.index) == ["on a CPU", "on a GPU", "with little data", "with a network to be improved"]
     assert table.loc["on a CPU", "use"] == "quick"
     assert table.loc["on a CPU", "measured"].startswith("2.00x [2.00, 2.00], n=5 pairs")
@@ -511,13 +515,13 @@ def test_the_practitioners_table_is_computed_from_runs_and_records():
         "06_2_net2net": (record(headline=verdict("student", 2.0, 1.9, 2.1, FASTER).record()), ""),
         "06_1_prune_train": (record(task={"device": "cuda:0"}, verdicts=[verdict("pruned", 1.3, 1.2, 1.4, FASTER).record()]), ""),
     }
-    table = chapter.advice(result, found)
+    table = advice.table(result, found)
     assert table.loc["with little data", "use"] == "pooling"
     assert table.loc["with little data", "where"] == "chapters 5.1: 1,000 training images"
     assert table.loc["on a GPU", "use"] == "pruned"
     assert table.loc["on a GPU", "where"] == "chapters 6.1"
     assert table.loc["with a network to be improved", "use"] == "student"
-    table = chapter.advice(made_result(**{"Net2Net, teacher given": (2.0, 90.0), "quick": (5.0, 90.0)}), found)
+    table = advice.table(made_result(**{"Net2Net, teacher given": (2.0, 90.0), "quick": (5.0, 90.0)}), found)
     assert table.loc["on a CPU", "use"] == "quick"  # a given teacher is no way to train from nothing
     assert table.loc["with a network to be improved", "use"] == GIVEN
 
@@ -527,7 +531,7 @@ def test_mixed_precision_is_judged_against_fp32():
     mixed = result.mixed()
     assert (mixed.arm, mixed.against, mixed.verdict) == (MIXED, FP32, FASTER)
     assert mixed.ratio == pytest.approx(1.5)
-    assert "1.50x" in chapter.advice(result, {}).loc["on a CPU", "measured"]
+    assert "1.50x" in advice.table(result, {}).loc["on a CPU", "measured"]
     assert made_result(quick=(5.0, 90.0)).mixed() is None
 
 
@@ -582,9 +586,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFILIB_RESULTS", str(tmp_path_factory.mktemp("results")))
         book = notebook.start("10_comparison", preset="smoke", dataset="synthetic")
-        made = pilot(chapter.task(book))
-        trial = chapter.screen(made, who.contenders(made, book.dataset), {"03_3_dynamic_fixed_point": (record(), "")})
-        picked = chapter.select(trial)
+        made = pilot(chapter.task(book), margins=chapter.MARGINS)
+        trial = selection.screen(made, who.contenders(made, book.dataset), {"03_3_dynamic_fixed_point": (record(), "")})
+        picked = selection.select(trial)
         plan = chapter.plan(book, trial, picked)
         return book, made, trial, picked, plan, chapter.measured(plan, trial)
 
@@ -595,19 +599,19 @@ def test_the_screening_finds_what_applies_and_spares_what_is_slow(finished):
     assert trial.slow["dynamic fixed point"] == "5.0x slower in its own chapter"
     assert "dynamic fixed point" not in trial.histories
     assert set(trial.histories) | set(trial.refused) | {"dynamic fixed point"} == set(BY_NAME)
-    table = chapter.screen_table(trial)
+    table = selection.screen_table(trial)
     assert "has no nn.MaxPool2d" in table.loc["stochastic pooling", "note"]
     assert table.loc["dynamic fixed point", "time"] == ""
 
 
 def test_the_selection_tries_the_prescribed_combination(finished):
     *_, picked, plan, result = finished
-    assert set(picked.prescribed) == set(chapter.PRESCRIBED)
+    assert set(picked.prescribed) == set(selection.PRESCRIBED)
     assert picked.prescribed in picked.tried
     assert picked.chosen in picked.tried
     assert len(picked.chosen) <= 1  # one round in this preset
-    assert set(chapter.selection_table(finished[2], picked).index) == {who.join(c) for c in picked.tried}
-    assert chapter.say_selection(picked)
+    assert set(selection.table(finished[2], picked).index) == {who.join(c) for c in picked.tried}
+    assert selection.say(picked)
     whole = who.join(picked.prescribed)
     h = result.judged.histories(whole)[0]
     assert {e["method"] for e in h.events} >= {"WaveletStem", "KernelRescaling", "PruneTrain"}
@@ -633,7 +637,7 @@ def test_everything_is_shown(finished):
     figure, caption = chapter.picture(result)
     how = dict(figure=figure, caption=caption, headline=chapter.headline(picked), notes=[chapter.say_front(result)])
     assert book.record(result.comparisons, **how)["headline"]["arm"] == chapter.headline(picked)
-    assert list(chapter.advice(result, {})["use"])[:3] == ["no verdict here: fewer than 5 seeds", *["not measured here"] * 2]
+    assert list(advice.table(result, {})["use"])[:3] == ["no verdict here: fewer than 5 seeds", *["not measured here"] * 2]
 
 
 def test_runs_do_not_depend_on_tables_and_pictures():
