@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from effilib import figures, stages, surgery
-from effilib.chapters.prune_then_grow import Fit, start
+from effilib.chapters.prune_then_grow import Fit, mode_name, start
 from effilib.data import Batches
 from effilib.decision import GROWTH, Action, Epoch, Policy, Stage, Trace, decide, rates
 from effilib.errors import BadInput
@@ -121,6 +121,12 @@ def account(history):
 def deciding(comparison):
     """The arms that decide."""
     return [a for a in comparison.arms if seen(comparison.histories(a.name)[0])]
+
+
+def pictured(comparison):
+    """The arm whose run is shown: the procedure in all of the time, on resized images where that was trained."""
+    names = [a.name for a in comparison.arms]
+    return next(n for n in (mode_name("windowed", True), mode_name("windowed")) if n in names)
 
 
 def seconds(history, step):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from effilib import clock
 from effilib.chapters import records as recorded
 from effilib.chapters.attempts import attempted, refused
 from effilib.chapters.contenders import DENSE, FP32, PRUNED, RESIZED, STEM, baseline, clash, combined, join, length, lengthened
@@ -20,6 +19,7 @@ from effilib.training import History
 PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
 PILOTS = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # seeds of the selection
 ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a combination may have
+OVERHEAD = 1.25  # evaluations, warm-up and counting are off the clock, but take time
 SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
 HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
 SHARES = (0.7, 0.8, 0.9)  # of the baseline's time: up to these, an arm that is cheap but less accurate may train for longer
@@ -46,11 +46,18 @@ def score(base, runs, target, margin):
     return Score(reached.count(None), less, stats.mean(times))
 
 
-def fill(task, arms, seeds, base, runs):
+def trained(task, arms, seeds, spent, title):
+    """The blocks of some runs; what they took, in seconds, goes to the list `spent`: it is the same when they come from the cache."""
+    blocks = measure(task, [a if a.role == "baseline" else attempted(a) for a in arms], seeds, title=title)
+    spent += [OVERHEAD * h.raw_seconds for b in blocks for h in b["arms"].values()]
+    return blocks
+
+
+def fill(task, arms, seeds, base, runs, spent):
     """Spend what an arm saves on more epochs, where it is less accurate than the baseline: dict name -> (arm, runs), of those that gain.
 
-    base: the baseline's runs; runs: name -> the arm's with the same seeds. Kept is the shortest length, in one of the `SHARES` of the
-    baseline's time, with which it holds the target at equal accuracy.
+    base: the baseline's runs; runs: name -> the arm's with the same seeds. It is tried in the `SHARES` of the baseline's time, the largest
+    first, for as long as it holds the target at equal accuracy; kept is the shortest length with which it does.
     """
     kept, short = {}, {}  # short: name -> (arm, its share of the baseline's time)
 
@@ -62,13 +69,13 @@ def fill(task, arms, seeds, base, runs):
         own = runs[arm.name]
         if not good(own) and not any(refused(h) or h.diverged for h in own):
             short[arm.name] = arm, stats.mean(h.seconds / b.seconds for b, h in zip(base, own, strict=True))
-    for share in SHARES:
+    for share in sorted(SHARES, reverse=True):
         longer = [lengthened(task, arm, share / time) for arm, time in short.values() if time < TIGHT * share]
         if longer:
-            blocks = measure(task, [attempted(a) for a in longer], seeds, title=f"longer, in {share:g} of the time")
+            blocks = trained(task, longer, seeds, spent, title=f"longer, in {share:g} of the time")
             found = {a.name: (a, [b["arms"][a.name] for b in blocks]) for a in longer}
             kept |= {n: (a, own) for n, (a, own) in found.items() if good(own)}
-            short = {n: s for n, s in short.items() if n not in kept}
+            short = {n: s for n, s in short.items() if n not in found or kept.get(n) == found[n]}
     return kept
 
 
@@ -87,6 +94,12 @@ class Trial:
     factors: dict
     refused: dict
     seconds: float
+
+    @property
+    def missed(self):
+        """Names of those that missed the target, and how far below the baseline they ended, in points; the furthest first."""
+        runs = {n: h for n, h in self.histories.items() if time_to_target(h.rows, self.task.target) is None}
+        return dict(sorted(((n, h.accuracy - self.baseline.accuracy) for n, h in runs.items()), key=lambda item: item[1]))
 
     def find(self, name):
         """The contender of this name."""
@@ -108,12 +121,11 @@ def screen(task, contenders, records):
     factors = {c.name: recorded.slowdown(records.get(c.stem, [None])[0], SLOW, task.device) for c in contenders if c.arm}
     slow = {n: f"{f:.1f}x slower in its own chapter" for n, f in factors.items() if f > 1}
     todo = [c for c in contenders if c.arm and c.name not in slow]
-    with clock.elapsed() as seconds:
-        (block,) = measure(task, [baseline(), *(attempted(c.arm) for c in todo)], list(PILOT_SEEDS[:1]), title="screening")
-        base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
-        could = [c.arm for c in todo if c.stretches]
-        longer = fill(task, could, list(PILOT_SEEDS[:1]), [base], {n: [h] for n, h in histories.items()})
-        took = seconds()
+    seed, spent = list(PILOT_SEEDS[:1]), []
+    (block,) = trained(task, [baseline(), *(c.arm for c in todo)], seed, spent, title="screening")
+    base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
+    could = [c.arm for c in todo if c.stretches]
+    longer = fill(task, could, seed, [base], {n: [h] for n, h in histories.items()}, spent)
     no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
     histories = {n: h for n, h in histories.items() if n not in no}
     histories |= {n: h for n, (_, (h,)) in longer.items()}
@@ -122,7 +134,7 @@ def screen(task, contenders, records):
         if factors[n] > SLOW:
             slow[n] = f"{factors[n]:.1f}x the baseline's time in the pilot"
     who = tuple(replace(c, arm=longer[c.name][0]) if c.name in longer else c for c in contenders)
-    return Trial(task=task, contenders=who, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=took)
+    return Trial(task=task, contenders=who, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=sum(spent))
 
 
 def screen_table(trial):
@@ -191,7 +203,7 @@ class Selection:
 def select(trial):
     """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as its parts apply."""
     task, seeds = trial.task, list(PILOT_SEEDS[: PILOTS[trial.task.preset]])
-    known, histories, no, arms = {(): Score(0, False, 1.0)}, {}, {}, {}
+    known, histories, no, arms, spent = {(): Score(0, False, 1.0)}, {}, {}, {}, []
 
     def note(c, base, runs):
         known[c], histories[c], why = score(base, runs, task.target, task.margin), runs[0], refused(runs[0])
@@ -202,10 +214,10 @@ def select(trial):
         todo = [c for c in combinations if c not in known]
         if todo:
             parts = {join(c): combined(task, [trial.find(n) for n in c]) for c in todo}
-            blocks = measure(task, [baseline(), *map(attempted, parts.values())], seeds, title=f"selection, {len(todo[0])} at once")
+            blocks = trained(task, [baseline(), *parts.values()], seeds, spent, title=f"selection, {len(todo[0])} at once")
             runs = {name: [b["arms"][name] for b in blocks] for name in (DENSE, *parts)}
             could = [parts[join(c)] for c in todo if all(trial.find(n).stretches for n in c)]
-            longer = fill(task, could, seeds, runs[DENSE], runs)
+            longer = fill(task, could, seeds, runs[DENSE], runs, spent)
             for c in todo:
                 if join(c) in longer:
                     arms[c], runs[join(c)] = longer[join(c)]
@@ -215,14 +227,12 @@ def select(trial):
     if len(seeds) == 1:  # the screening was the first round
         for n in trial.candidates:
             note((n,), [trial.baseline], [trial.histories[n]])
-    with clock.elapsed() as seconds:
-        chosen, _ = forward(trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset])
-        prescribed = tuple(n for n in PRESCRIBED if n in trial.histories)
-        prescribed = next((c for c in known if set(c) == set(prescribed)), prescribed)  # in whatever order
-        measured([prescribed])
-        took = seconds()
+    chosen, _ = forward(trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset])
+    prescribed = tuple(n for n in PRESCRIBED if n in trial.histories)
+    prescribed = next((c for c in known if set(c) == set(prescribed)), prescribed)  # in whatever order
+    measured([prescribed])
     prescribed = () if prescribed in no else prescribed
-    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=took, arms=arms)
+    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=sum(spent), arms=arms)
 
 
 def table(trial, picked):

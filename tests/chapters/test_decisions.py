@@ -104,6 +104,8 @@ def test_seconds_at_a_step(grown):
 
 
 def test_pictures(grown):
+    assert decisions.pictured(grown) == chapter.mode_name("windowed", True)
+    assert decisions.pictured(replace(grown, arms=grown.arms[:3])) == RUN
     (run,) = grown.histories(RUN)
     figure, caption = decisions.run_figure(grown, RUN)
     left, right = figure.axes
