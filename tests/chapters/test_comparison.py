@@ -237,7 +237,7 @@ def test_the_plan_gives_slow_arms_one_seed_and_the_rest_what_fits():
     missed = {**slow_machine.histories, "useless": history(100, 60, reached=False)}
     alone = chapter.plan(BOOK, replace(slow_machine, histories=missed), made_selection(prescribed=("fast",)))
     assert [a.name for a in alone.once] == ["slow", "useless"]  # what missed the target comes first
-    assert alone.notes["useless"] == "one seed: missed the target in its pilot, -30.0 points"
+    assert alone.notes["useless"] == "one seed: missed the target in its pilot, -72.0 points"
     assert float(fewer.table.loc["together", "seconds"]) < chapter.BUDGET["study"] * 1.05
     assert chapter.plan(ASKED, replace(slow_machine, task=replace(trial.task, seeds=4)), picked).seeds == 4  # who asks for seeds gets them
     assert chapter.plan(BOOK, replace(slow_machine, task=replace(trial.task, preset="full")), picked).seeds == 5
