@@ -245,12 +245,13 @@ def run_figure(comparison, arm, seed=0):
     left.set_title("channels: there (line), alive (dotted)")
     for h, colour, label in ((base, figures.GREY, comparison.baseline), (history, figures.COLOURS[0], arm)):
         right.plot([r["seconds"] for r in h.rows], [r["accuracy"] for r in h.rows], color=colour, lw=2, label=label)
+    ends, marked = [h.accuracy for h in (base, history)], []
     for kind, (marker, label) in MARKS.items():
         at = [seconds(history, e["step"]) for e in events if e["action"]["kind"] == kind]
         curve = np.interp(at, [r["seconds"] for r in history.rows], [r["accuracy"] for r in history.rows])
         right.plot(at, curve, marker, color=figures.COLOURS[1], ms=8, mec="black", ls="none", label=label if at else None)
-    ends = [h.accuracy for h in (base, history)]
-    right.set_ylim(max(0, min(ends) - 35), min(101, max(ends) + 4))
+        marked += list(curve)
+    right.set_ylim(max(0, min([min(ends) - 35, *marked]) - 2), min(101, max(ends) + 4))
     right.set_xlabel("seconds on the clock")
     right.set_ylabel("validation accuracy (%)")
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
