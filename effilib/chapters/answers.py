@@ -37,13 +37,11 @@ class Resized(nn.Module):
 def cost_table(task, dataset):
     """A step of the baseline, of what the procedure starts from, of both on small images, and of every single growth: FLOPs beside time."""
     base, small, method = task.build(dataset), task.build(dataset, **start(task)), procedure(task, dataset)
-    found, sizes = (
-        {DENSE: base, "the procedure's start": small},
-        [size for _, size, _ in resizing(task, dataset).phases(dataset.shape, 1000)],
-    )
+    found = {DENSE: base, "the procedure's start": small}
+    sizes = [size for _, size, _ in resizing(task, dataset).phases(dataset.shape, 1000)]
     for (name, network), size in itertools.product(list(found.items()), sizes):
         if size != tuple(dataset.shape[1:]):
-            found[f"{name}, images {' x '.join(map(str, size))}"] = Resized(copy.deepcopy(network), size)
+            found[f"{name}, images {' x '.join(map(str, size))}"] = Resized(network, size)
     multiple, layout = 16 if method.prune.multiple == "auto" else method.prune.multiple, stages.find(small, dataset.shape)
     for growth, (i, name) in itertools.product(GROWTH, enumerate(stages.names(layout))):
         twin = copy.deepcopy(small)

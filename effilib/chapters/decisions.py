@@ -201,10 +201,12 @@ def replay(comparison, name):
     task, arm = comparison.task, next(a for a in comparison.arms if a.name == name)
     history, dataset = comparison.histories(name)[0], comparison.task.load()
     recorded = json.loads(json.dumps(log(comparison)))[name][0]  # as the record's file has it
-    whole = isinstance(arm.fit, Fit)
-    network, *methods, method = (dict(arm.fit.start), arm.fit.resizer, arm.fit.method) if whole else (arm.network, *arm.methods)
+    network, methods = arm.network, arm.methods
+    if isinstance(arm.fit, Fit):
+        network, methods = dict(arm.fit.start), (arm.fit.resizer, arm.fit.method)
+    *resizers, method = methods
     model, method = task.build(dataset, recorded["seed"], **network), replace(method, plan=recorded["plan"])
-    again = train(model, dataset, task.recipe, [*methods, method], recorded["seed"], evaluations=task.evaluations)
+    again = train(model, dataset, task.recipe, [*resizers, method], recorded["seed"], evaluations=task.evaluations)
     rows = {
         "decisions": [len(plan(h)) for h in (history, again)],
         "FLOPs": [f"{h.flops:.6e}" for h in (history, again)],

@@ -87,8 +87,7 @@ def start(task):
 
 def resizing(task, dataset):
     """Progressive resizing, by chapter 6.3's schedule: images of half the side, then of three quarters, then in full."""
-    schedule = kernel_rescaling.SETTINGS[task.preset]["schedule"]
-    return KernelRescaling(schedule=schedule, kernels=False, multiple=8 if min(dataset.shape[1:]) >= 24 else 1)
+    return kernel_rescaling.method(task, dataset, kernels=False)
 
 
 def procedure(task, dataset, **changes):
@@ -202,30 +201,29 @@ def judged(task, dataset):
 
 def modes(task, dataset):
     """The other modes, and all three on resized images."""
-    method, how = procedure(task, dataset), cheap(task, dataset)
-    plain = [Arm(name=mode_name(mode), methods=(replace(method, mode=mode),), network=start(task)) for mode in MODES if mode != "windowed"]
-    changes = [(mode, replace(how["method"], mode=mode)) for mode in MODES if mode != "windowed"]
-    other = [Arm(name=mode_name(mode, True), methods=(how["resizer"], m), network=start(task)) for mode, m in changes]
-    return [*plain, Arm(name=mode_name("windowed", True), fit=Fit(**how)), *other]
+    method, run, small = procedure(task, dataset), on_small_images(task, dataset), start(task)
+    others = [mode for mode in MODES if mode != "windowed"]
+    plain = [Arm(name=mode_name(m), methods=(replace(method, mode=m),), network=small) for m in others]
+    cheap = [Arm(name=mode_name(m, True), methods=(run.resizer, replace(run.method, mode=m)), network=small) for m in others]
+    return [*plain, Arm(name=mode_name("windowed", True), fit=run), *cheap]
 
 
-def cheap(task, dataset):
-    """What the procedure on resized images and its controls share: settings of `Fit`."""
+def on_small_images(task, dataset):
+    """The procedure on resized images, on which its controls rest."""
     small = start(task)
     method = procedure(task, dataset, budget=budget(task, small=bool(small), resized=True))
-    return dict(method=method, start=tuple(small.items()), resizer=resizing(task, dataset))
+    return Fit(method=method, start=tuple(small.items()), resizer=resizing(task, dataset))
 
 
 def controls(task, dataset):
     """What the procedure would have to beat: growth without pruning, growth anywhere, its outcome known before, its run without growth."""
-    how = cheap(task, dataset)
-    method, rest = how["method"], dict(role="control", network=start(task))
-    alone = replace(method, prune=replace(method.prune, ratio=0.0), pressure=False)
+    run, rest = on_small_images(task, dataset), dict(role="control", network=start(task))
+    alone = replace(run.method, prune=replace(run.method.prune, ratio=0.0), pressure=False)
     return [
-        Arm(name=GROWN, methods=(how["resizer"], alone), **rest),
-        Arm(name=RANDOM, methods=(how["resizer"], replace(method, where="random")), **rest),
-        Arm(name=SCRATCH, role="control", fit=Fit(**how, what="from scratch")),
-        Arm(name=ON, role="control", fit=Fit(**how, what="trained on")),
+        Arm(name=GROWN, methods=(run.resizer, alone), **rest),
+        Arm(name=RANDOM, methods=(run.resizer, replace(run.method, where="random")), **rest),
+        Arm(name=SCRATCH, role="control", fit=replace(run, what="from scratch")),
+        Arm(name=ON, role="control", fit=replace(run, what="trained on")),
     ]
 
 
@@ -236,9 +234,9 @@ def resized(task, dataset):
 
 def shorter(task, dataset):
     """On resized images in less than the baseline's time: the procedure, and beside what may be enough the control that it has to beat."""
-    how, found = cheap(task, dataset), []
+    run, found = on_small_images(task, dataset), []
     for share, suffix in SHORT.items():
-        methods = how["resizer"], replace(how["method"], budget=share * how["method"].budget)
+        methods = run.resizer, replace(run.method, budget=share * run.method.budget)
         found.append(Arm(name=mode_name("windowed", True) + suffix, methods=methods, network=start(task)))
     return [*found, without(task, dataset, DENSE_RESIZED, {}, MODERATE)]
 

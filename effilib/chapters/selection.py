@@ -22,7 +22,7 @@ ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a c
 OVERHEAD = 1.25  # evaluations, warm-up and counting are off the clock, but take time
 SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
 HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
-SHARES = (0.7, 0.8, 0.9)  # of the baseline's time: up to these, an arm that is cheap but less accurate may train for longer
+SHARES = (0.9, 0.8, 0.7)  # of the baseline's time: up to these, in turn, an arm that is cheap but less accurate may train for longer
 TIGHT = 0.95  # an arm that fills so much of a share already is not lengthened to fill it
 
 
@@ -69,13 +69,14 @@ def fill(task, arms, seeds, base, runs, spent):
         own = runs[arm.name]
         if not good(own) and not any(refused(h) or h.diverged for h in own):
             short[arm.name] = arm, stats.mean(h.seconds / b.seconds for b, h in zip(base, own, strict=True))
-    for share in sorted(SHARES, reverse=True):
+    for share in SHARES:
         longer = [lengthened(task, arm, share / time) for arm, time in short.values() if time < TIGHT * share]
         if longer:
             blocks = trained(task, longer, seeds, spent, title=f"longer, in {share:g} of the time")
             found = {a.name: (a, [b["arms"][a.name] for b in blocks]) for a in longer}
-            kept |= {n: (a, own) for n, (a, own) in found.items() if good(own)}
-            short = {n: s for n, s in short.items() if n not in found or kept.get(n) == found[n]}
+            gained = {n: (a, own) for n, (a, own) in found.items() if good(own)}
+            kept |= gained
+            short = {n: s for n, s in short.items() if n not in found or n in gained}
     return kept
 
 

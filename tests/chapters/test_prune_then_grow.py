@@ -115,10 +115,10 @@ def test_controls_rest_on_the_run_of_the_same_seed(grown):
 
 
 def test_trained_on_leaves_out_growth_and_no_more():
-    how = chapter.cheap(TASK, DATA)
+    fit = chapter.on_small_images(TASK, DATA)
     changes = dict(prune=replace(GENTLE, ratio=0.0), pressure=False, plan=((1, "deepen", "stage 3"), (3, "stop", "")))
-    how["method"] = method = replace(how["method"], **changes)
-    run, on, scratch = (chapter.Fit(**how, what=w)(TASK, 0) for w in ("run", "trained on", "from scratch"))
+    method = replace(fit.method, **changes)
+    run, on, scratch = (replace(fit, method=method, what=w)(TASK, 0) for w in ("run", "trained on", "from scratch"))
     assert plan(run) == method.plan
     assert plan(on) == method.plan[1:]
     assert [len(h.structure["blocks"][2]) for h in (run, scratch, on)] == [2, 2, 1]
