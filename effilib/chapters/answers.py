@@ -180,7 +180,8 @@ def figure(comparison):
     right.set_xlim(0, 1.1 * max([1, *(s for v in found.values() for s in v if s is not None)]))
     for role, colour in COLOUR.items():
         left.plot([], [], "o", color=colour, label=role)
-    left.plot([], [], "o", mfc="white", mec="black", label=f"in {' or '.join(f'{s:g}' for s in SHORT)} of the time")
+    if len(in_full(comparison)) < len(comparison.arms):
+        left.plot([], [], "o", mfc="white", mec="black", label=f"in {' or '.join(f'{s:g}' for s in SHORT)} of the time")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return fig, (
         f"Left: accuracy at the end, seeds as dots, the mean as a bar; dashed: the best control in the full time ({name}). Right: the "
