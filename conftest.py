@@ -1,4 +1,6 @@
-"""Tests, and notebooks under nbval, run in the smoke preset unless told otherwise; their results go to a folder of their own."""
+"""Tests, and notebooks under nbval, run in the smoke preset unless told otherwise; their results go to a
+folder of their own.
+"""
 
 import os
 import tempfile
@@ -13,7 +15,9 @@ if "EFFILIB_RESULTS" not in os.environ:
 
 @pytest.fixture
 def shared_data():
-    """Folder of real data sets (`EFFILIB_DATA`); tests that need more than the embedded set are skipped without it."""
+    """Folder of real data sets (`EFFILIB_DATA`); tests that need more than the embedded set are skipped
+    without it.
+    """
     folder = os.environ.get("EFFILIB_DATA")
     if not folder or not os.path.isdir(os.path.join(folder, "FashionMNIST")):
         pytest.skip("real data sets are not on this machine (EFFILIB_DATA)")

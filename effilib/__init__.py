@@ -1,4 +1,5 @@
-"""effilib: time-efficient training of convolutional neural networks, method by method, measured under one protocol.
+"""effilib: time-efficient training of convolutional neural networks, method by method, measured under one
+protocol.
 
     from effilib import Arm, compare, task
 

@@ -1,6 +1,7 @@
 """The command line, also as `python -m effilib`.
 
-`run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a notebook, `tune` tunes a baseline.
+`run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a
+notebook, `tune` tunes a baseline.
 
 What is heavy is imported by the command that needs it: `--help` is instant.
 """
@@ -52,10 +53,16 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,train,tune}")
 
     formatter = argparse.RawDescriptionHelpFormatter
-    run = commands.add_parser("run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter)
+    run = commands.add_parser(
+        "run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter
+    )
     _which(run)
     run.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="notebooks at a time; above 1 time verdicts are withheld (default: 1)"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="notebooks at a time; above 1 time verdicts are withheld (default: 1)",
     )
     run.add_argument(
         "--scheduler",
@@ -64,18 +71,26 @@ def parser():
         help="run on the workers of this dask scheduler (tcp://head:8786) instead: a notebook a GPU (dask worker --resources GPU=1), "
         "else a notebook a thread, and one a machine if times are to count; no files need be shared, but the same versions installed",
     )
-    run.add_argument("--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)")
-    run.add_argument("--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval")
+    run.add_argument(
+        "--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)"
+    )
+    run.add_argument(
+        "--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval"
+    )
     run.set_defaults(call=run_series)
 
-    record = commands.add_parser("record", help="keep results of a run in results/recorded, to be committed, and in the README's table")
+    record = commands.add_parser(
+        "record", help="keep results of a run in results/recorded, to be committed, and in the README's table"
+    )
     _which(record)
     record.set_defaults(call=keep_results)
 
     show = commands.add_parser("list", help="show the series, and what is recorded of it")
     show.set_defaults(call=show_series)
 
-    train = commands.add_parser("train", help="train once, without a notebook", epilog=TRAIN, formatter_class=formatter)
+    train = commands.add_parser(
+        "train", help="train once, without a notebook", epilog=TRAIN, formatter_class=formatter
+    )
     train.add_argument(
         "--method",
         dest="methods",
@@ -86,9 +101,20 @@ def parser():
         help="a method and settings of it; may be repeated (default: none, the baseline)",
     )
     _task(train)
-    train.add_argument("--network", default="", help="resnet, vgg, convnet, or a path such as torchvision.models:resnet18 or mine.py:net")
-    train.add_argument("--epochs", type=float, metavar="N", help="length of the schedule (default: the preset's)")
-    train.add_argument("--seed", type=int, default=0, help="of the initial weights, the data's order and all draws (default: 0)")
+    train.add_argument(
+        "--network",
+        default="",
+        help="resnet, vgg, convnet, or a path such as torchvision.models:resnet18 or mine.py:net",
+    )
+    train.add_argument(
+        "--epochs", type=float, metavar="N", help="length of the schedule (default: the preset's)"
+    )
+    train.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the initial weights, the data's order and all draws (default: 0)",
+    )
     train.add_argument(
         "--set",
         dest="settings",
@@ -99,17 +125,40 @@ def parser():
         help="settings of the recipe (lr=0.1, batch_size=128, precision=fp32, augmentation=none, ...), or images, held, widths",
     )
     train.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    train.add_argument("--checkpoint", default="", metavar="FILE", help="written after every epoch (default: in --out, until the end)")
-    train.add_argument("--out", default="", metavar="FOLDER", help="for history.csv, model.pt and record.json (default: in results/play)")
+    train.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="FILE",
+        help="written after every epoch (default: in --out, until the end)",
+    )
+    train.add_argument(
+        "--out",
+        default="",
+        metavar="FOLDER",
+        help="for history.csv, model.pt and record.json (default: in results/play)",
+    )
     train.set_defaults(call=train_once)
 
-    tune = commands.add_parser("tune", help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped")
+    tune = commands.add_parser(
+        "tune",
+        help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped",
+    )
     _task(tune)
-    tune.add_argument("--epochs", type=float, nargs="+", metavar="N", help="lengths of the schedule (default: the preset's)")
+    tune.add_argument(
+        "--epochs", type=float, nargs="+", metavar="N", help="lengths of the schedule (default: the preset's)"
+    )
     tune.add_argument("--lr", dest="lrs", type=float, nargs="+", metavar="LR", help="learning rates")
-    tune.add_argument("--weight-decay", dest="decays", type=float, nargs="+", metavar="WD", help="weight decays")
-    tune.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements")
-    tune.add_argument("--target", action="store_true", help="find the target accuracy of one setting: one value each of the grid's options")
+    tune.add_argument(
+        "--weight-decay", dest="decays", type=float, nargs="+", metavar="WD", help="weight decays"
+    )
+    tune.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements"
+    )
+    tune.add_argument(
+        "--target",
+        action="store_true",
+        help="find the target accuracy of one setting: one value each of the grid's options",
+    )
     tune.set_defaults(call=tune_baseline)
     return top
 
@@ -118,16 +167,27 @@ def _task(command):
     """The options that say what is trained."""
     what = "smoke, quick, study or full: network and recipe (default: EFFILIB_PRESET, else quick)"
     command.add_argument("--preset", default="", help=what)
-    command.add_argument("--dataset", default="", help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)")
-    command.add_argument("--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)")
+    command.add_argument(
+        "--dataset",
+        default="",
+        help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)",
+    )
+    command.add_argument(
+        "--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)"
+    )
 
 
 def _which(command):
     """The options that say which notebooks, and which results."""
     command.add_argument(
-        "selectors", nargs="*", metavar="NN", help="notebooks by the beginning of their names: 02, 3_1, 03_2_mixed (default: all)"
+        "selectors",
+        nargs="*",
+        metavar="NN",
+        help="notebooks by the beginning of their names: 02, 3_1, 03_2_mixed (default: all)",
     )
-    command.add_argument("--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)")
+    command.add_argument(
+        "--preset", default="", help="smoke, quick, study or full (default: EFFILIB_PRESET, else quick)"
+    )
     command.add_argument(
         "-p",
         dest="parameters",
@@ -137,20 +197,24 @@ def _which(command):
         metavar=("NAME", "VALUE"),
         help="a parameter of the notebooks, such as a dataset; may be repeated",
     )
-    command.add_argument("--name", default="", help="name of the folder below results/ (default: made of preset, data set and parameters)")
+    command.add_argument(
+        "--name",
+        default="",
+        help="name of the folder below results/ (default: made of preset, data set and parameters)",
+    )
     command.add_argument("--notebooks", metavar="FOLDER", help="the notebooks of another folder")
 
 
 def run_series(compare, **settings):
     """`effilib run`: returns the runner's exit code."""
-    from effilib import runner
+    from effilib.workbook import runner
 
     return runner.run(compare=bool(compare), **settings)
 
 
 def keep_results(**which):
     """`effilib record`: say what was kept where."""
-    from effilib import runner
+    from effilib.workbook import runner
 
     for place in runner.keep(**which):
         print(f"recorded: {place}")
@@ -159,12 +223,15 @@ def keep_results(**which):
 
 def show_series():
     """`effilib list`: for each chapter its notebook, and the results that are recorded of it."""
-    from effilib import series
+    from effilib.workbook import series
 
     recorded = series.recorded()
     for chapter in series.CHAPTERS:
         records = recorded.get(chapter.stem, []) if chapter.exists else []
-        results = [f"{record['folder'].parent.name} {(record['headline'] or {}).get('text', '')}".strip() for record in records]
+        results = [
+            f"{record['folder'].parent.name} {(record['headline'] or {}).get('text', '')}".strip()
+            for record in records
+        ]
         state = ("; ".join(results) or "nothing recorded") if chapter.exists else "no notebook yet"
         print(f"{chapter.number:6}{chapter.title:34}{chapter.stem:37}{state}")
     return 0
@@ -172,13 +239,17 @@ def show_series():
 
 def train_once(epochs, settings, **words):
     """`effilib train`: returns its exit code."""
-    from effilib import single
+    from effilib.workbook import train_command
 
-    return single.run(settings=[*settings, *([f"epochs={epochs}"] if epochs is not None else [])], **words)
+    return train_command.run(
+        settings=[*settings, *([f"epochs={epochs}"] if epochs is not None else [])], **words
+    )
 
 
 def tune_baseline(preset, dataset, variant, target, **grid):
-    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the schedule; or find a target."""
+    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the
+    schedule; or find a target.
+    """
     from effilib import tasks, tuning
 
     task = tasks.task(preset, dataset, variant=variant)  # complains before anything is written
@@ -190,23 +261,35 @@ def tune_baseline(preset, dataset, variant, target, **grid):
             if (values := grid.get(name))
         }
         if len(one) < 3 or any(len(grid[name]) > 1 for name in ("epochs", "lrs", "decays")):
-            raise BadInput("--target is found for one setting: give --epochs, --lr and --weight-decay one value each")
+            raise BadInput(
+                "--target is found for one setting: give --epochs, --lr and --weight-decay one value each"
+            )
         seeds = {"seeds": grid["seeds"]} if "seeds" in grid else {}
         print(f"target: {tuning.find_target(task.preset, task.dataset, variant, **seeds, **one):g} %")
         return 0
     if "epochs" not in grid and task.preset not in tuning.EPOCHS:
-        raise BadInput(f"preset {task.preset!r} has no grid of epochs ({', '.join(tuning.EPOCHS)} have): give --epochs")
+        raise BadInput(
+            f"preset {task.preset!r} has no grid of epochs ({', '.join(tuning.EPOCHS)} have): give --epochs"
+        )
     for row in tuning.best(tuning.sweep(task.preset, task.dataset, variant, **grid)):
         print(
-            "{epochs:g} epochs: {accuracy:.2f} %, at least {low:.2f} % (n={n}) with lr {lr:g}, weight decay {weight_decay:g}".format(**row)
+            "{epochs:g} epochs: {accuracy:.2f} %, at least {low:.2f} % (n={n}) with lr {lr:g}, weight decay {weight_decay:g}".format(
+                **row
+            )
         )
     return 0
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130 interrupted."""
-    process = int(os.environ["RANK"]) if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else None  # of several
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted: nothing is left running
+    """Run the command line. Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130
+    interrupted.
+    """
+    process = (
+        int(os.environ["RANK"]) if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else None
+    )  # of several
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # to be ended is to be interrupted: nothing is left running
     try:
         arguments = vars(parser().parse_args(argv))
         if (command := arguments.pop("command")) != "train" and process is not None:

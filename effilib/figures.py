@@ -1,5 +1,8 @@
-"""The pictures of the notebooks: a small vocabulary, used everywhere. Every function returns a matplotlib `Figure`."""
+"""The pictures of the notebooks: a small vocabulary, used everywhere. Every function returns a matplotlib
+`Figure`.
+"""
 
+import io
 import math
 import statistics as stats
 
@@ -18,7 +21,8 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 
 
 class HouseAxes(Axes):
-    """Titles to the left, legends without a frame. A class and not rcParams: a user's own plots keep their own style.
+    """Titles to the left, legends without a frame. A class and not rcParams: a user's own plots keep their
+    own style.
 
     >>> _, axes = new()
     >>> axes.set_title("cost").get_position()[0]  # to the left
@@ -55,6 +59,17 @@ def new(columns=1, rows=1, width=8.0, height=3.6, **kwargs):
     with mpl.rc_context(STYLE):
         figure = HouseFigure(figsize=(width, height), dpi=110, layout="constrained")
         return figure, figure.subplots(rows, columns, subplot_kw={"axes_class": HouseAxes}, **kwargs)
+
+
+def png(figure, **metadata):
+    """A matplotlib figure as PNG bytes. metadata: texts that go into the file, e.g. Description="...".
+
+    >>> png(new()[0])[1:4]
+    b'PNG'
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
+    return buffer.getvalue()
 
 
 def colours(names):
@@ -99,9 +114,18 @@ def accuracy_over_time(comparison):
         histories = comparison.histories(arm.name)
         for axes in (left, right):
             for h in histories:
-                axes.plot([r["seconds"] for r in h.rows], [r["accuracy"] for r in h.rows], color=colour[arm.name], lw=0.6, alpha=0.45)
+                axes.plot(
+                    [r["seconds"] for r in h.rows],
+                    [r["accuracy"] for r in h.rows],
+                    color=colour[arm.name],
+                    lw=0.6,
+                    alpha=0.45,
+                )
             n = min(len(h.rows) for h in histories)
-            middle = [[stats.median(h.rows[i][k] for h in histories) for i in range(n)] for k in ("seconds", "accuracy")]
+            middle = [
+                [stats.median(h.rows[i][k] for h in histories) for i in range(n)]
+                for k in ("seconds", "accuracy")
+            ]
             axes.plot(*middle, color=colour[arm.name], lw=2.2, label=arm.name)
     for axes in (left, right):
         if target:
@@ -133,7 +157,15 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     for y, v in enumerate(verdicts):
         foreseen = (predicted or {}).get(v.arm, math.nan)
         if v.ratio is None:
-            axes.text(1.01, y, v.text, va="center", fontsize=9, color="#B00020", transform=axes.get_yaxis_transform())  # beside the axes
+            axes.text(
+                1.01,
+                y,
+                v.text,
+                va="center",
+                fontsize=9,
+                color="#B00020",
+                transform=axes.get_yaxis_transform(),
+            )  # beside the axes
         else:
             low, high = (b if math.isfinite(b) else v.ratio for b in (v.low, v.high))
             axes.plot([low, high], [y, y], color=COLOURS[0], lw=5, alpha=0.35, solid_capstyle="round")
@@ -149,11 +181,20 @@ def speed_ups(verdicts, predicted=None, *, title="", claim=None):
     low, high = min(values) / 1.15, max(values) * 1.15
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    plain_log(axes.xaxis, values=[t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10) if low <= t <= high])
+    plain_log(
+        axes.xaxis,
+        values=[
+            t
+            for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
+            if low <= t <= high
+        ],
+    )
     axes.set_yticks(range(len(verdicts)), [v.arm for v in verdicts])
     axes.set_ylim(len(verdicts) - 0.4, -0.6)
     if verdicts:
-        axes.set_xlabel(f"speed-up in {verdicts[0].quantity} against {verdicts[0].against}\n(x, log scale; right of 1 is faster)")
+        axes.set_xlabel(
+            f"speed-up in {verdicts[0].quantity} against {verdicts[0].against}\n(x, log scale; right of 1 is faster)"
+        )
     axes.set_title(title)
     once = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # label -> handle
     if once:
@@ -170,9 +211,11 @@ VERDICTS = {  # verdict -> colour, marker: told apart without colours too
 
 
 def scoreboard(rows):
-    """Every method's recorded speed-up with its interval, on a log axis, coloured by verdict; one that missed the target says so.
+    """Every method's recorded speed-up with its interval, on a log axis, coloured by verdict; one that missed
+    the target says so.
 
-    rows: dicts as `series.headlines` gives them, one a chapter: what was measured, against what, its ratio or why there is none.
+    rows: dicts as `series.headlines` gives them, one a chapter: what was measured, against what, its ratio or
+    why there is none.
 
     >>> row = dict(chapter="3.2", title="Mixed precision", arm="bf16", against="fp32", quantity="time per step", dataset="cifar10")
     >>> row |= dict(ratio=None, low=None, high=None, verdict="target missed", text="4 of 5 reached the target")
@@ -185,10 +228,30 @@ def scoreboard(rows):
         colour, marker = VERDICTS.get(row["verdict"], (GREY, "s"))
         verdict = f"{'✗ ' if row['verdict'] == MISSED else ''}{row['verdict']}"
         what = f"{row['arm']} against {row['against']}, {row['quantity']}, {row['dataset']}"
-        axes.text(-0.015, y - 0.15, f"{row['chapter']}  {row['title']}", transform=right, ha="right", va="center", fontsize=10)
-        axes.text(-0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555")
-        axes.text(1.015, y - 0.15, row["text"].split(", n=")[0], transform=right, va="center", fontsize=9, color=colour)
-        axes.text(1.015, y + 0.22, verdict, transform=right, va="center", fontsize=8, color=colour, weight="bold")
+        axes.text(
+            -0.015,
+            y - 0.15,
+            f"{row['chapter']}  {row['title']}",
+            transform=right,
+            ha="right",
+            va="center",
+            fontsize=10,
+        )
+        axes.text(
+            -0.015, y + 0.22, what, transform=right, ha="right", va="center", fontsize=7.5, color="#555555"
+        )
+        axes.text(
+            1.015,
+            y - 0.15,
+            row["text"].split(", n=")[0],
+            transform=right,
+            va="center",
+            fontsize=9,
+            color=colour,
+        )
+        axes.text(
+            1.015, y + 0.22, verdict, transform=right, va="center", fontsize=8, color=colour, weight="bold"
+        )
         if row["ratio"] is None:  # it has no place on the axis
             axes.axhspan(y - 0.42, y + 0.42, color=colour, alpha=0.07, lw=0)
             continue
@@ -199,10 +262,15 @@ def scoreboard(rows):
     axes.axvline(1, color="black", lw=1)
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 1.2, max(values) * 1.2)
-    plain_log(axes.xaxis, values=[t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if min(values) / 1.2 <= t <= max(values) * 1.2])
+    plain_log(
+        axes.xaxis,
+        values=[t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if min(values) / 1.2 <= t <= max(values) * 1.2],
+    )
     axes.set_yticks([])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("speed-up against the chapter's baseline, with its 95 % interval\n(x, log scale; right of 1 is faster)")
+    axes.set_xlabel(
+        "speed-up against the chapter's baseline, with its 95 % interval\n(x, log scale; right of 1 is faster)"
+    )
     return figure
 
 
@@ -218,9 +286,19 @@ def shares(parts, *, title="", unit="ms"):
     for y, row in enumerate(parts.values()):
         begin, total = 0.0, sum(row.values())
         for name, value in row.items():
-            bars[name] = axes.barh(y, value, left=begin, height=0.62, color=COLOURS[names.index(name) % len(COLOURS)])
+            bars[name] = axes.barh(
+                y, value, left=begin, height=0.62, color=COLOURS[names.index(name) % len(COLOURS)]
+            )
             if value > 0.055 * longest:
-                axes.text(begin + value / 2, y, f"{value / total:.0%}", ha="center", va="center", color="white", fontsize=9)
+                axes.text(
+                    begin + value / 2,
+                    y,
+                    f"{value / total:.0%}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
             begin += value
         axes.text(begin, y, f" {total:.3g} {unit}", va="center", fontsize=9)
     axes.set_yticks(range(len(parts)), list(parts))
@@ -229,14 +307,18 @@ def shares(parts, *, title="", unit="ms"):
     axes.set_xlabel(f"{unit} per training step")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0)
-    figure.legend([bars[name] for name in names], names, loc="outside lower center", ncols=len(names), fontsize=9)
+    figure.legend(
+        [bars[name] for name in names], names, loc="outside lower center", ncols=len(names), fontsize=9
+    )
     return figure
 
 
 def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=True, logy=True):
-    """A panel per scan: measured times as points on a line, the FLOP prediction through the reference point dashed.
+    """A panel per scan: measured times as points on a line, the FLOP prediction through the reference point
+    dashed.
 
-    panels: list of dicts: title, xlabel, x (values), series {name: times}, predicted {name: times} (may be empty).
+    panels: list of dicts: title, xlabel, x (values), series {name: times}, predicted {name: times} (may be
+    empty).
 
     >>> panel = {"title": "width", "xlabel": "channels", "x": [16, 32], "series": {"fp32": [1.0, 3.0]}, "predicted": {"fp32": [0.8, 3.2]}}
     >>> measured_and_predicted([panel]).axes[0].get_ylabel()
@@ -247,7 +329,14 @@ def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=T
         for i, (name, times) in enumerate(panel["series"].items()):
             ax.plot(panel["x"], times, "o-", color=COLOURS[i % len(COLOURS)], lw=1.6, ms=4, label=name)
             if name in panel.get("predicted", {}):
-                ax.plot(panel["x"], panel["predicted"][name], "--", color=COLOURS[i % len(COLOURS)], lw=1, alpha=0.8)
+                ax.plot(
+                    panel["x"],
+                    panel["predicted"][name],
+                    "--",
+                    color=COLOURS[i % len(COLOURS)],
+                    lw=1,
+                    alpha=0.8,
+                )
         if logx:
             ax.set_xscale("log")
             plain_log(ax.xaxis, values=panel.get("ticks", panel["x"]))
@@ -259,12 +348,19 @@ def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=T
     axes[0][0].set_ylabel(ylabel)
     handles, labels = axes[0][0].get_legend_handles_labels()
     handles.append(mpl.lines.Line2D([], [], color="black", ls="--", lw=1))
-    figure.legend(handles, [*labels, "predicted by FLOPs"], loc="outside lower center", ncols=len(labels) + 1, fontsize=9)
+    figure.legend(
+        handles,
+        [*labels, "predicted by FLOPs"],
+        loc="outside lower center",
+        ncols=len(labels) + 1,
+        fontsize=9,
+    )
     return figure
 
 
 def sweep(rows, *, title=""):
-    """The tuning of a baseline: accuracy over the learning rate, a panel per number of epochs, a line per weight decay.
+    """The tuning of a baseline: accuracy over the learning rate, a panel per number of epochs, a line per
+    weight decay.
 
     >>> rows = [dict(epochs=3, lr=lr, weight_decay=5e-4, accuracy=95.0) for lr in (0.1, 0.2)]
     >>> sweep(rows).axes[0].get_title(loc="left")
@@ -283,19 +379,24 @@ def sweep(rows, *, title=""):
                 color=COLOURS[i],
                 label=f"weight decay {wd:g}",
             )
-            ax.plot([r["lr"] for r in chosen], [r["accuracy"] for r in chosen], ".", color=COLOURS[i], alpha=0.6)
+            ax.plot(
+                [r["lr"] for r in chosen], [r["accuracy"] for r in chosen], ".", color=COLOURS[i], alpha=0.6
+            )
         ax.set_xscale("log")
         plain_log(ax.xaxis, values=sorted({r["lr"] for r in rows}))
         ax.set_title(f"{e:g} epochs")
         ax.set_xlabel("learning rate")
     axes[0][0].set_ylabel("validation accuracy (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(decays), fontsize=9)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(decays), fontsize=9
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def histogram(values, *, bins=60, xlabel="", marks=(), title="", spans=()):
-    """Histogram of several samples on one axis. values: dict name -> array. marks: (x, text). spans: (low, high, text) shaded.
+    """Histogram of several samples on one axis. values: dict name -> array. marks: (x, text). spans: (low,
+    high, text) shaded.
 
     >>> histogram({"gradients": [0.0, 1.0, 1.0]}, xlabel="size").axes[0].get_xlabel()
     'size'
@@ -304,7 +405,14 @@ def histogram(values, *, bins=60, xlabel="", marks=(), title="", spans=()):
     low = min(float(np.min(v)) for v in values.values())
     high = max(float(np.max(v)) for v in values.values())
     for i, (name, v) in enumerate(values.items()):
-        axes.hist(v, bins=np.linspace(low, high, bins), histtype="stepfilled", alpha=0.45, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.hist(
+            v,
+            bins=np.linspace(low, high, bins),
+            histtype="stepfilled",
+            alpha=0.45,
+            color=COLOURS[i % len(COLOURS)],
+            label=name,
+        )
     top = axes.get_ylim()[1]
     for i, (begin, end, text) in enumerate(spans):
         axes.axvspan(begin, end, color="#B00020", alpha=0.08)

@@ -1,8 +1,8 @@
 """The networks: plain `nn.Module`s whose widths and depths are explicit lists, so that surgery is legible.
 
-`describe(model)` reads the lists back from the layers themselves, also after surgery, and `build` makes the network anew.
-A user's own network comes by its import path: `"torchvision.models:resnet18"` or `"mine.py:net"`.
-"""
+`describe(model)` reads the lists back from the layers themselves, also after surgery, and `build` makes the
+network anew. A user's own network comes by its import path: `"torchvision.models:resnet18"` or
+`"mine.py:net"`."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,8 @@ from effilib.errors import BadInput, choose
 
 
 def conv3x3(c_in, c_out, stride=1, bias=False, kernel=3):
-    """A convolution that keeps the size of maps, but for the stride: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride). kernel: odd.
+    """A convolution that keeps the size of maps, but for the stride: (N, c_in, H, W) -> (N, c_out, H /
+    stride, W / stride). kernel: odd.
 
     >>> conv3x3(3, 8, stride=2)(torch.zeros(1, 3, 6, 6)).shape
     torch.Size([1, 8, 3, 3])
@@ -40,7 +41,8 @@ class Gone(nn.Module):
 
 
 class Constant(nn.Module):
-    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant per channel, (C,).
+    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant
+    per channel, (C,).
 
     >>> Constant(2)(torch.ones(1, 2, 1, 1)).flatten().tolist()  # it begins at 0
     [1.0, 1.0]
@@ -55,10 +57,11 @@ class Constant(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He et al. 2015, option B).
+    """Residual block of two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes (He
+    et al. 2015, option B).
 
-    inner: channels between the two (default c_out); 0: the residual path is gone, the shortcut and a constant are left.
-    kernels: sizes of the two, odd.
+    inner: channels between the two (default c_out); 0: the residual path is gone, the shortcut and a constant
+    are left. kernels: sizes of the two, odd.
 
     >>> block = Block(8, 16, stride=2, inner=4)
     >>> block.inner, block.width, block(torch.zeros(1, 8, 6, 6)).shape
@@ -75,7 +78,9 @@ class Block(nn.Module):
             self.conv1, self.bn1, self.conv2, self.bn2 = Gone(), nn.Identity(), nn.Identity(), Constant(c_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
 
     @property
     def inner(self):
@@ -85,7 +90,9 @@ class Block(nn.Module):
     @property
     def kernels(self):
         """Sizes of its two kernels."""
-        return [getattr(m, "kernel_size", (3,))[0] for m in (self.conv1, self.conv2)]  # what stands in a layer's place says nothing
+        return [
+            getattr(m, "kernel_size", (3,))[0] for m in (self.conv1, self.conv2)
+        ]  # what stands in a layer's place says nothing
 
     @property
     def width(self):
@@ -98,27 +105,36 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of the CIFAR family (He et al. 2015, section 4.2): a 3x3 stem, stages at 1, 1/2, 1/4 ... of the size, average pooling.
+    """ResNet of the CIFAR family (He et al. 2015, section 4.2): a 3x3 stem, stages at 1, 1/2, 1/4 ... of the
+    size, average pooling.
 
-    widths: channels of each stage. blocks: residual blocks of each stage; or, per stage, the list of the blocks' inner widths.
-    stem: channels of the stem (default: those of the first stage). kernels: sizes, all odd, of the stem's kernel and of those in each
-    stage; or, per stage, the list of its blocks' two (default: 3 everywhere). patch: the stem cuts the image into patches of this size
-    (kernel and stride) instead.
+    widths: channels of each stage. blocks: residual blocks of each stage; or, per stage, the list of the
+    blocks' inner widths. stem: channels of the stem (default: those of the first stage). kernels: sizes, all
+    odd, of the stem's kernel and of those in each stage; or, per stage, the list of its blocks' two (default:
+    3 everywhere). patch: the stem cuts the image into patches of this size (kernel and stride) instead.
 
     >>> net = ResNet(10, widths=(8, 16), blocks=(1, 2))
     >>> net(torch.zeros(2, 3, 32, 32)).shape, net.settings()["blocks"]
     (torch.Size([2, 10]), [[8], [16, 16]])
     """
 
-    def __init__(self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None, kernels=None, patch=None):
+    def __init__(
+        self, classes, channels=3, widths=(16, 32, 64), blocks=(1, 1, 2), stem=None, kernels=None, patch=None
+    ):
         super().__init__()
         if len(widths) != len(blocks):
-            raise BadInput(f"resnet: {len(widths)} widths but {len(blocks)} depths; give one of each per stage")
+            raise BadInput(
+                f"resnet: {len(widths)} widths but {len(blocks)} depths; give one of each per stage"
+            )
         first, *rest = kernels or [3] * (1 + len(widths))
         if len(rest) != len(widths):
-            raise BadInput(f"resnet: {1 + len(rest)} kernel sizes, expected one for the stem and one for each of {len(widths)} stages")
+            raise BadInput(
+                f"resnet: {1 + len(rest)} kernel sizes, expected one for the stem and one for each of {len(widths)} stages"
+            )
         c = stem or widths[0]
-        self.stem = nn.Conv2d(channels, c, patch, patch, bias=False) if patch else conv3x3(channels, c, kernel=first)
+        self.stem = (
+            nn.Conv2d(channels, c, patch, patch, bias=False) if patch else conv3x3(channels, c, kernel=first)
+        )
         self.bn = nn.BatchNorm2d(c)
         self.stages = nn.ModuleList()
         for i, (width, depth, size) in enumerate(zip(widths, blocks, rest, strict=True)):
@@ -139,7 +155,9 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
 
     def settings(self):
-        """Widths, depths and kernel sizes as they are now: `ResNet(classes, channels, **settings)` has the same structure."""
+        """Widths, depths and kernel sizes as they are now: `ResNet(classes, channels, **settings)` has the
+        same structure.
+        """
         found = {
             "widths": [s[-1].width for s in self.stages],
             "blocks": [[b.inner for b in s] for s in self.stages],
@@ -156,7 +174,8 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with BatchNorm (Simonyan & Zisserman 2014): stages of 3x3 convolutions, 2x2 max pooling between, average pooling at the end.
+    """VGG with BatchNorm (Simonyan & Zisserman 2014): stages of 3x3 convolutions, 2x2 max pooling between,
+    average pooling at the end.
 
     widths: per stage, the list of its layers' channels.
 
@@ -185,7 +204,9 @@ class VGG(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
     def settings(self):
-        """Widths as they are now, and whether there is BatchNorm: `VGG(classes, channels, **settings)` has the same structure."""
+        """Widths as they are now, and whether there is BatchNorm: `VGG(classes, channels, **settings)` has
+        the same structure.
+        """
         widths = [[]]
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
@@ -229,7 +250,8 @@ NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
 
 
 def stream(seed, name):
-    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift each other.
+    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift
+    each other.
 
     >>> stream(0, "weights").initial_seed() == stream(0, "weights").initial_seed() != stream(0, "data").initial_seed()
     True
@@ -239,10 +261,11 @@ def stream(seed, name):
 
 
 def initialize_(model, seed=None):
-    """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as PyTorch does.
+    """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as
+    PyTorch does.
 
-    seed: every layer draws from a stream of its own, so that networks of other widths start alike in the layers whose
-    names and shapes agree. None: all draw from the global generator.
+    seed: every layer draws from a stream of its own, so that networks of other widths start alike in the
+    layers whose names and shapes agree. None: all draw from the global generator.
 
     >>> narrow, wide = (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, width, 3)) for width in (4, 8))
     >>> for net in (narrow, wide):
@@ -265,7 +288,8 @@ def initialize_(model, seed=None):
 def seeded(seed, device="cpu"):
     """Inside, PyTorch's global generator starts from `seed`; outside, it is as if nothing had been drawn.
 
-    Layers' constructors and dropout know no generator of their own: this is the one place that touches the global one.
+    Layers' constructors and dropout know no generator of their own: this is the one place that touches the
+    global one.
 
     >>> with seeded(0):
     ...     first = nn.Linear(2, 2)
@@ -285,9 +309,10 @@ def seeded(seed, device="cpu"):
 def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     """Make a network and check that it fits the data.
 
-    network: a name of `NETWORKS` or a user's `"module:function"` or `"file.py:function"`, called with the number of classes.
-    shape: (C, H, W) of the images. seed: of the initial weights; the same seed gives the same weights.
-    Raises `BadInput` if the network is unknown, cannot be made, or does not take such images to (N, classes) logits.
+    network: a name of `NETWORKS` or a user's `"module:function"` or `"file.py:function"`, called with the
+    number of classes. shape: (C, H, W) of the images. seed: of the initial weights; the same seed gives the
+    same weights. Raises `BadInput` if the network is unknown, cannot be made, or does not take such images to
+    (N, classes) logits.
 
     >>> net = build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1), seed=1)
     >>> net(torch.zeros(2, 3, 32, 32)).shape
@@ -328,7 +353,11 @@ def check_name(network):
     if ":" in network:
         find(network)
     else:
-        choose("network", network, [*NETWORKS, "an import path such as torchvision.models:resnet18 or mine.py:net"])
+        choose(
+            "network",
+            network,
+            [*NETWORKS, "an import path such as torchvision.models:resnet18 or mine.py:net"],
+        )
 
 
 def fits(model, network, classes, shape):
@@ -352,11 +381,14 @@ def fits(model, network, classes, shape):
         raise BadInput(f"network {network} {what}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise BadInput(f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})")
+        raise BadInput(
+            f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})"
+        )
 
 
 def find(network, what="network"):
-    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in errors.
+    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in
+    errors.
 
     >>> find("effilib.models:resnet") is resnet
     True
@@ -405,20 +437,26 @@ def _call(function, classes, settings):
 
 
 def kernels(model):
-    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling changes.
+    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling
+    changes.
 
     >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=2)))
     {'0': [[5, 5], [2, 2], [2, 2]]}
     """
     return {
-        name: [list(m.kernel_size), list(m.stride), m.padding if isinstance(m.padding, str) else list(m.padding)]
+        name: [
+            list(m.kernel_size),
+            list(m.stride),
+            m.padding if isinstance(m.padding, str) else list(m.padding),
+        ]
         for name, m in model.named_modules()
         if isinstance(m, nn.Conv2d)
     }
 
 
 def set_kernel_(conv, size, stride, padding):
-    """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the caller's affair.
+    """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the
+    caller's affair.
 
     >>> conv = nn.Conv2d(1, 1, 3, padding=1)
     >>> set_kernel_(conv, (5, 5), (1, 1), (2, 2))
@@ -443,7 +481,8 @@ def describe(model):
 
 @torch.no_grad()
 def reestimate_(model, batches, *, training=False):
-    """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in place. Returns how many layers.
+    """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in
+    place. Returns how many layers.
 
     All other layers compute as in eval mode (exact products, no dropout), or with `training` as in training.
 
@@ -453,7 +492,11 @@ def reestimate_(model, batches, *, training=False):
     >>> net[0].running_mean
     tensor([2.])
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
     if norms:
         modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
         try:

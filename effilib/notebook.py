@@ -8,7 +8,6 @@ book.record(comparison, figure=figure, caption="...")
 import ast
 import html
 import inspect
-import io
 import numbers
 import os
 import sys
@@ -16,17 +15,20 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-from effilib import clock, experiment, paths, provenance, series
+from effilib import clock, experiment, paths, provenance
 from effilib.data import Dataset
 from effilib.errors import BadInput, choose
+from effilib.figures import png
 from effilib.tasks import Task
 from effilib.tasks import task as make_task
+from effilib.workbook import series
 
 
 def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **own):
     """Check the parameters and return the notebook's `Book`. own: the notebook's further parameters.
 
-    Raises `BadInput` in the notebook's first second for a parameter that it does not have, or a value of another type.
+    Raises `BadInput` in the notebook's first second for a parameter that it does not have, or a value of
+    another type.
 
     >>> book = start("02_overview", preset="smoke", dataset="synthetic")
     >>> book.chapter.title, book.smoke, book.folder.parts[-2:]
@@ -40,7 +42,9 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     for parameter, value in values.items():
         if type(value) is not type(defaults[parameter]):
             kind = type(defaults[parameter]).__name__
-            raise BadInput(f"parameter {parameter} of {name} is {value!r} ({type(value).__name__}), expected {kind}")
+            raise BadInput(
+                f"parameter {parameter} of {name} is {value!r} ({type(value).__name__}), expected {kind}"
+            )
     if seeds < 0:
         raise BadInput(f"parameter seeds of {name} is {seeds}, expected 0 (the preset's) or more")
     clock.steady_memory()
@@ -50,7 +54,9 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     task.build(dataset)  # a network that does not fit the data stops the notebook here
     out = os.environ.get("EFFILIB_OUT")
     folder = paths.make(Path(out) if out else paths.results() / "play" / name)
-    return Book(name=name, task=task, parameters={**values, **own}, dataset=dataset, folder=folder, begun=clock.now())
+    return Book(
+        name=name, task=task, parameters={**values, **own}, dataset=dataset, folder=folder, begun=clock.now()
+    )
 
 
 def injected():
@@ -62,7 +68,13 @@ def injected():
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     cells = [c for c in (shell.user_ns.get("In", []) if shell else []) if c.startswith("# Parameters")]
-    return [t.id for c in cells for node in ast.parse(c).body if isinstance(node, ast.Assign) for t in node.targets]
+    return [
+        t.id
+        for c in cells
+        for node in ast.parse(c).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+    ]
 
 
 @dataclass(kw_only=True)
@@ -102,7 +114,9 @@ class Book:
         images = " / ".join(f"{len(getattr(d, s))} {s}" for s in ("train", "decide", "validation", "test"))
         recipe = f"{r.epochs:g} epochs, batch {r.batch_size}, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}"
         precision = experiment.resolve_precision(r.precision, t.device)
-        target = f"{t.target:g} % validation accuracy" if t.target else "from a pilot run, where one is needed"
+        target = (
+            f"{t.target:g} % validation accuracy" if t.target else "from a pilot run, where one is needed"
+        )
         bf16 = " ".join(m["bf16"]) or "no native bf16"
         return facts(
             {
@@ -120,7 +134,11 @@ class Book:
     @staticmethod
     def _short(folder):
         base = paths.results()
-        inside = [p for p in folder.relative_to(base).parts if p != ".partial"] if folder.is_relative_to(base) else [folder.name]
+        inside = (
+            [p for p in folder.relative_to(base).parts if p != ".partial"]
+            if folder.is_relative_to(base)
+            else [folder.name]
+        )
         return "/".join(["results", *inside])
 
     def show(self, figure, caption):
@@ -130,13 +148,19 @@ class Book:
         display(Image(png(figure), width=int(figure.get_figwidth() * 100)), Markdown(f"*{caption}*"))
 
     def record(self, comparison=None, *, figure, caption, headline="", verdicts=(), notes=(), kept=None):
-        """The notebook's last act: write history.csv, figure.png and, last, record.json with `status: complete`.
+        """The notebook's last act: write history.csv, figure.png and, last, record.json with `status:
+        complete`.
 
-        comparison: a `Comparison` (or several; the first has the headline). headline: the arm whose verdict stands in the
-        scoreboard (default: the first method). verdicts: more `Verdict`s to record. kept: further plain values that the record holds, such
-        as what a method decided. Returns the record.
-        """
-        comparisons = [] if comparison is None else list(comparison) if isinstance(comparison, list | tuple) else [comparison]
+        comparison: a `Comparison` (or several; the first has the headline). headline: the arm whose verdict
+        stands in the scoreboard (default: the first method). verdicts: more `Verdict`s to record. kept:
+        further plain values that the record holds, such as what a method decided. Returns the record."""
+        comparisons = (
+            []
+            if comparison is None
+            else list(comparison)
+            if isinstance(comparison, list | tuple)
+            else [comparison]
+        )
         found = [v for c in comparisons if not c.illustration for v in c.verdicts()] + list(verdicts)
         main = next((v for v in found if v.arm == headline), found[0] if found else None)
         info, m = self.chapter.info, clock.machine(self.task.device)
@@ -218,7 +242,8 @@ def _digits(value):
 
 
 def table_html(frame):
-    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at least four digits.
+    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at
+    least four digits.
 
     >>> table_html(facts({"threads": 2}))
     '<table class="dataframe"><tbody><tr><th class="text" style="text-align: left">threads</th><td>2</td></tr></tbody></table>'
@@ -227,15 +252,24 @@ def table_html(frame):
     def cell(value, tag="td"):
         number = isinstance(value, numbers.Number) and not isinstance(value, bool)
         text = _digits(value) if number else html.escape(str(value))
-        return f"<{tag}>{text}</{tag}>" if number else f'<{tag} class="text" style="text-align: left">{text}</{tag}>'
+        return (
+            f"<{tag}>{text}</{tag}>"
+            if number
+            else f'<{tag} class="text" style="text-align: left">{text}</{tag}>'
+        )
 
     names = ["" if n is None else str(n) for n in frame.index.names]
     text_columns = [not hasattr(t, "kind") or t.kind not in "iuf" for t in frame.dtypes]
     heads = [cell(n, "th") for n in names]
     heads += [
-        cell(str(c), "th") if text else f"<th>{html.escape(str(c))}</th>" for c, text in zip(frame.columns, text_columns, strict=True)
+        cell(str(c), "th") if text else f"<th>{html.escape(str(c))}</th>"
+        for c, text in zip(frame.columns, text_columns, strict=True)
     ]
-    head = f"<thead><tr>{''.join(heads)}</tr></thead>" if any(names) or any(str(c) for c in frame.columns) else ""
+    head = (
+        f"<thead><tr>{''.join(heads)}</tr></thead>"
+        if any(names) or any(str(c) for c in frame.columns)
+        else ""
+    )
     rows = []
     for index, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
         keys = index if isinstance(index, tuple) else (index,)
@@ -248,16 +282,6 @@ def _show_tables():
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell and shell.display_formatter:
         shell.display_formatter.formatters["text/html"].for_type_by_name("pandas", "DataFrame", table_html)
-        shell.display_formatter.formatters["text/html"].for_type_by_name("pandas.core.frame", "DataFrame", table_html)
-
-
-def png(figure, **metadata):
-    """A matplotlib figure as PNG bytes. metadata: texts that go into the file, e.g. Description="...".
-
-    >>> from effilib import figures
-    >>> png(figures.new()[0])[1:4]
-    b'PNG'
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
-    return buffer.getvalue()
+        shell.display_formatter.formatters["text/html"].for_type_by_name(
+            "pandas.core.frame", "DataFrame", table_html
+        )

@@ -37,7 +37,8 @@ def results():
 
 
 def recorded():
-    """The committed study runs that chapter 2, chapter 10 and the README read; on another machine a copy, `EFFILIB_RECORDED`.
+    """The committed study runs that chapter 2, chapter 10 and the README read; on another machine a copy,
+    `EFFILIB_RECORDED`.
 
     >>> any(recorded().glob("*/*/record.json"))
     True
@@ -64,7 +65,8 @@ def cache():
 
 
 def make(folder, what="results"):
-    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it. what: "results" or "data".
+    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it. what:
+    "results" or "data".
 
     >>> make("mine/results").is_dir()
     True
@@ -75,7 +77,9 @@ def make(folder, what="results"):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another folder)") from error
+        raise BadInput(
+            f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another folder)"
+        ) from error
     return folder
 
 

@@ -1,4 +1,6 @@
-"""A line that says how far long work has come: in a notebook it is rewritten in place, in a terminal a line each."""
+"""A line that says how far long work has come: in a notebook it is rewritten in place, in a terminal a line
+each.
+"""
 
 import sys
 
@@ -6,7 +8,8 @@ from effilib.clock import now
 
 
 class Progress:
-    """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time that is left.
+    """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time
+    that is left.
 
     >>> progress = Progress("runs", 2)
     >>> progress.done("seed 0")

@@ -1,8 +1,7 @@
 """What a cached result depends on: settings and source, as a digest.
 
-Source counts without comments and docstrings, and only that of the modules which an arm really imports: editing a
-report never throws measurements away, editing the training loop always does.
-"""
+Source counts without comments and docstrings, and only that of the modules which an arm really imports:
+editing a report never throws measurements away, editing the training loop always does."""
 
 import ast
 import dataclasses
@@ -19,7 +18,15 @@ from pathlib import Path
 
 from effilib import paths
 
-NEVER = {"effilib.report", "effilib.figures", "effilib.notebook", "effilib.runner", "effilib.progress", "effilib.__main__", "effilib"}
+NEVER = (
+    "effilib.workbook",
+    "effilib.results",
+    "effilib.timing",
+    "effilib.figures",
+    "effilib.notebook",
+    "effilib.progress",
+    "effilib.__main__",
+)
 
 
 def digest(*parts):
@@ -32,7 +39,8 @@ def digest(*parts):
 
 
 def settings(value):
-    """`value` as JSON-able data that says all that matters: dataclasses and functions by name, settings and source.
+    """`value` as JSON-able data that says all that matters: dataclasses and functions by name, settings and
+    source.
 
     >>> settings(Recipe(lr=0.5))["lr"]
     0.5
@@ -41,10 +49,18 @@ def settings(value):
         fields = {f.name: settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": _name(type(value)), **fields}
     if isinstance(value, functools.partial):
-        return {"partial": settings(value.func), "args": settings(value.args), "keywords": settings(value.keywords)}
+        return {
+            "partial": settings(value.func),
+            "args": settings(value.args),
+            "keywords": settings(value.keywords),
+        }
     if inspect.isfunction(value):
         inside = [settings(v) for v in _enclosed(value)]
-        return {"function": _name(value), "closure": inside, "defaults": settings([value.__defaults__, value.__kwdefaults__])}
+        return {
+            "function": _name(value),
+            "closure": inside,
+            "defaults": settings([value.__defaults__, value.__kwdefaults__]),
+        }
     if inspect.ismethod(value):
         return {"method": _name(value.__func__), "of": settings(value.__self__)}
     if isinstance(value, type):
@@ -61,7 +77,8 @@ def _name(thing):
 
 
 def source(*things, always=("effilib.training", "effilib.experiment")):
-    """Digest of the source behind dataclass instances, classes and functions, with all effilib modules they import.
+    """Digest of the source behind dataclass instances, classes and functions, with all effilib modules they
+    import.
 
     Of what was defined in a notebook counts what it uses there too: functions, base classes and constants.
 
@@ -88,7 +105,10 @@ def source(*things, always=("effilib.training", "effilib.experiment")):
             thing = type(thing)
         if inspect.ismethod(thing):
             visit([thing.__self__, thing.__func__])
-        if not (inspect.isfunction(thing) or inspect.ismodule(thing) or isinstance(thing, type)) or id(thing) in seen:
+        if (
+            not (inspect.isfunction(thing) or inspect.ismodule(thing) or isinstance(thing, type))
+            or id(thing) in seen
+        ):
             return
         seen.add(id(thing))
         if inspect.isfunction(thing):
@@ -109,24 +129,29 @@ def source(*things, always=("effilib.training", "effilib.experiment")):
                     texts.append([used, settings(value)])
         elif isinstance(thing, type):
             visit([_unwrapped(member) for member in vars(thing).values()])
-            constants = {n: settings(v) for n, v in vars(thing).items() if not n.startswith("__") and _plain(v)}
+            constants = {
+                n: settings(v) for n, v in vars(thing).items() if not n.startswith("__") and _plain(v)
+            }
             texts.append([thing.__qualname__, constants])
 
     visit(list(things))
-    return digest({m: normalized(_text(_file(m))) for m in sorted(imports(modules))}, sorted(texts, key=json.dumps))
+    return digest(
+        {m: normalized(_text(_file(m))) for m in sorted(imports(modules))}, sorted(texts, key=json.dumps)
+    )
 
 
 def imports(modules):
-    """All effilib modules that `modules` import, directly or not; never report, notebook, runner or command line.
+    """All effilib modules that `modules` import, directly or not; never report, notebook, runner or command
+    line.
 
     >>> found = imports(["effilib.training"])
-    >>> "effilib.clock" in found, "effilib.report" in found
+    >>> "effilib.clock" in found, "effilib.workbook.report" in found
     (True, False)
     """
     found, todo = set(), list(modules)
     while todo:
         module = todo.pop()
-        if module in found or module in NEVER or _file(module) is None:
+        if module in found or module == "effilib" or module.startswith(NEVER) or _file(module) is None:
             continue
         found.add(module)
         for node in ast.walk(ast.parse(_text(_file(module)))):
@@ -147,9 +172,13 @@ def _text(file):
 
 
 def _user_source(module):
-    """Source of a module of the user's own; "" for the standard library, installed packages and what has no source."""
+    """Source of a module of the user's own; "" for the standard library, installed packages and what has no
+    source.
+    """
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    installed = module.split(".")[0] in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+    installed = (
+        module.split(".")[0] in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+    )
     return normalized(_text(Path(file))) if file.endswith(".py") and not installed else ""
 
 
@@ -164,7 +193,11 @@ def normalized(text):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
             first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
@@ -184,7 +217,9 @@ def _globals(code):
 def _plain(value):
     """Whether `value` is a constant: numbers, words, and lists, dicts and frozen dataclasses of such."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return value.__dataclass_params__.frozen and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return value.__dataclass_params__.frozen and all(
+            _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+        )
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     if isinstance(value, dict):
@@ -201,24 +236,34 @@ def _unwrapped(member):
 def _function_source(function):
     try:
         return normalized(inspect.getsource(function))
-    except (OSError, TypeError, SyntaxError):  # generated, as a dataclass's __init__, or a lambda within a longer line
+    except (
+        OSError,
+        TypeError,
+        SyntaxError,
+    ):  # generated, as a dataclass's __init__, or a lambda within a longer line
         return _code(function.__code__)
 
 
 def _code(code):
-    constants = [_code(c) if inspect.iscode(c) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in code.co_consts]
+    constants = [
+        _code(c) if inspect.iscode(c) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+        for c in code.co_consts
+    ]
     return json.dumps([code.co_code.hex(), list(code.co_names), constants])
 
 
 def commit():
-    """Short hash of the checkout's commit, "+" behind it if files were changed since; None outside a checkout.
+    """Short hash of the checkout's commit, "+" behind it if files were changed since; None outside a
+    checkout.
 
     >>> commit() is None or len(commit()) >= 7
     True
     """
 
     def git(*words):
-        return subprocess.run(["git", "-C", str(paths.root()), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(paths.root()), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,8 +1,7 @@
 """Paired intervals, time to target, and the verdict. Verdicts are computed here, never typed.
 
-With 3-10 seeds a percentile bootstrap covers far too little; the interval is Student's t on paired differences, for times
-on paired logarithms of the ratio.
-"""
+With 3-10 seeds a percentile bootstrap covers far too little; the interval is Student's t on paired
+differences, for times on paired logarithms of the ratio."""
 
 import itertools
 import math
@@ -12,13 +11,19 @@ from scipy.stats import t as student
 
 LEAST = 5  # pairs, below which there is no verdict
 NO_SPEED_UP = 1.05  # an interval below this is no speed-up worth the name
-FASTER, LESS_ACCURATE, SLOWER, NONE = "faster at equal accuracy", "faster but less accurate", "slower", "no speed-up"
+FASTER, LESS_ACCURATE, SLOWER, NONE = (
+    "faster at equal accuracy",
+    "faster but less accurate",
+    "slower",
+    "no speed-up",
+)
 INCONCLUSIVE, MISSED = "inconclusive", "target missed"
 SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 
 
 def interval(values, level=0.95):
-    """(mean, low, high): two-sided Student-t interval of the mean of `values`; low and high are nan for one value.
+    """(mean, low, high): two-sided Student-t interval of the mean of `values`; low and high are nan for one
+    value.
 
     >>> [round(float(v), 2) for v in interval([1.0, 2.0, 3.0])]
     [2.0, -0.48, 4.48]
@@ -47,14 +52,16 @@ def paired_ratio(baseline, method):
     """
     if len(baseline) != len(method):
         raise ValueError(f"paired ratio of {len(baseline)} and {len(method)} times")
-    return tuple(math.exp(v) for v in interval([math.log(b / m) for b, m in zip(baseline, method, strict=True)]))
+    return tuple(
+        math.exp(v) for v in interval([math.log(b / m) for b, m in zip(baseline, method, strict=True)])
+    )
 
 
 def time_to_target(rows, target, value="seconds"):
     """Seconds (or another `value`, e.g. "step") until the accuracy reaches `target`, or None.
 
-    rows: evaluations with "seconds" and "accuracy", in order. The target counts when two evaluations in a row hold it;
-    the time is interpolated linearly between the evaluation before the first of them and that one.
+    rows: evaluations with "seconds" and "accuracy", in order. The target counts when two evaluations in a row
+    hold it; the time is interpolated linearly between the evaluation before the first of them and that one.
 
     >>> rows = [{"seconds": 10 * i, "accuracy": accuracy} for i, accuracy in enumerate((10, 80, 90, 91))]
     >>> time_to_target(rows, 85)
@@ -83,7 +90,8 @@ def held(rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How an arm did against the baseline. Ratios are speed-ups; accuracies are in points (%), method minus baseline.
+    """How an arm did against the baseline. Ratios are speed-ups; accuracies are in points (%), method minus
+    baseline.
 
     >>> verdict = judge([10.0] * 5, [None, 8.0, 8.0, 8.0, 8.0], [0.0] * 5, margin=0.5)
     >>> verdict.verdict, verdict.text, verdict.record()["ratio"]
@@ -107,16 +115,30 @@ class Verdict:
 
     def record(self):
         """As a plain dict for `record.json`; what is not a number is null."""
-        return {k: (float(v) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {
+            k: (float(v) if math.isfinite(v) else None) if isinstance(v, float) else v
+            for k, v in asdict(self).items()
+        }
 
 
 def judge(
-    baseline, method, differences, *, margin, claim=None, arm="", against="baseline", quantity="time to target", machine="", withhold=""
+    baseline,
+    method,
+    differences,
+    *,
+    margin,
+    claim=None,
+    arm="",
+    against="baseline",
+    quantity="time to target",
+    machine="",
+    withhold="",
 ):
-    """The verdict on paired times (seconds; None where the target was missed) and accuracy differences (points).
+    """The verdict on paired times (seconds; None where the target was missed) and accuracy differences
+    (points).
 
-    margin: points of accuracy that count as equal. claim: the speed-up that the notebook fixed before running.
-    withhold: a reason to give no verdict at all (`SMOKE`, `SHARED`), which then stands in its place.
+    margin: points of accuracy that count as equal. claim: the speed-up that the notebook fixed before
+    running. withhold: a reason to give no verdict at all (`SMOKE`, `SHARED`), which then stands in its place.
 
     >>> verdict = judge([10.0] * 5, [8.0, 8.1, 7.9, 8.0, 8.0], [0.1, -0.1, 0.0, 0.1, 0.0], margin=0.5)
     >>> verdict.verdict, verdict.text

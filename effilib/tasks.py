@@ -1,10 +1,10 @@
-"""What every chapter trains and against what it is judged: data, network, tuned recipe, target and margin, per preset.
+"""What every chapter trains and against what it is judged: data, network, tuned recipe, target and margin,
+per preset.
 
-The baselines were tuned before any method was run (`effilib tune`, sweeps in `results/recorded/tuning`). A target is
-the accuracy that the shortest tuned schedule reaches in at least 4 of 5 seeds; it is a constant of the task. Where
-nothing was tuned (a user's own data or network), the target comes from a pilot of the baseline with seeds of its own,
-before the method is run: `effilib.experiment.pilot`.
-"""
+The baselines were tuned before any method was run (`effilib tune`, sweeps in `results/recorded/tuning`). A
+target is the accuracy that the shortest tuned schedule reaches in at least 4 of 5 seeds; it is a constant of
+the task. Where nothing was tuned (a user's own data or network), the target comes from a pilot of the
+baseline with seeds of its own, before the method is run: `effilib.experiment.pilot`."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,10 @@ PRESETS = ("smoke", "quick", "study", "full")
 class Task:
     """Data, network and recipe of the baseline, and what counts as reaching it.
 
-    images: training images taken (None: all). held: at most so many validation images are evaluated (None: all).
-    evaluations: of the validation set in a run. target: validation accuracy in %, or None if a pilot has to find it. margin: points of
-    accuracy that count as equal. seeds: how many. variant: "base", or "wide" (32/64/128, what pruning and growing start from).
+    images: training images taken (None: all). held: at most so many validation images are evaluated (None:
+    all). evaluations: of the validation set in a run. target: validation accuracy in %, or None if a pilot
+    has to find it. margin: points of accuracy that count as equal. seeds: how many. variant: "base", or
+    "wide" (32/64/128, what pruning and growing start from).
 
     >>> t = task("quick", "mnist5k")
     >>> t.target, t.margin, t.seeds, t.but(epochs=1).recipe.epochs
@@ -49,13 +50,22 @@ class Task:
         if self.images:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
         if self.held:
-            dataset = replace(dataset, validation=dataset.validation[: self.held], test=dataset.test[: 3 * self.held])
+            dataset = replace(
+                dataset, validation=dataset.validation[: self.held], test=dataset.test[: 3 * self.held]
+            )
         return dataset
 
     def build(self, dataset, seed=0, **settings):
         """The baseline's network with the initial weights of `seed`; settings replace widths or depths."""
         init = stream(seed, "initial weights").initial_seed()
-        return models.build(self.network, dataset.classes, dataset.shape, seed=init, device=self.device, **(self.widths | settings))
+        return models.build(
+            self.network,
+            dataset.classes,
+            dataset.shape,
+            seed=init,
+            device=self.device,
+            **(self.widths | settings),
+        )
 
     def but(self, **changes):
         """The same task with other settings; those of `Recipe` go into the recipe."""
@@ -66,27 +76,58 @@ class Task:
         return replace(self, recipe=replace(self.recipe, **in_recipe), **rest)
 
 
-BASE = {"widths": (16, 32, 64), "blocks": (1, 1, 2)}  # deep where pixels are few: the best shape per second on a CPU
+BASE = {
+    "widths": (16, 32, 64),
+    "blocks": (1, 1, 2),
+}  # deep where pixels are few: the best shape per second on a CPU
 WIDE = {"widths": (32, 64, 128), "blocks": (1, 1, 1)}  # leaves room to prune in multiples of 16
 
-# (preset, data set, variant) -> what differs from Task's defaults: the result of the sweeps. Where there is a target, all five seeds of
-# `effilib tune --target` held the target; their runs lie beside the sweep.
+# (preset, data set, variant) -> what differs from Task's defaults: the result of the sweeps. Where there is a
+# target, all five seeds of `effilib tune --target` held the target; their runs lie beside the sweep.
 TUNED = {
-    ("quick", "mnist5k", "base"): dict(recipe=Recipe(epochs=3, batch_size=64, lr=0.2, weight_decay=5e-4), target=96.0),
+    ("quick", "mnist5k", "base"): dict(
+        recipe=Recipe(epochs=3, batch_size=64, lr=0.2, weight_decay=5e-4), target=96.0
+    ),
     ("quick", "mnist5k", "wide"): dict(recipe=Recipe(epochs=2, batch_size=64, lr=0.2, weight_decay=2.5e-4)),
-    ("study", "cifar10", "base"): dict(recipe=Recipe(epochs=15, batch_size=64, lr=0.2, weight_decay=1e-3), target=76.5),
+    ("study", "cifar10", "base"): dict(
+        recipe=Recipe(epochs=15, batch_size=64, lr=0.2, weight_decay=1e-3), target=76.5
+    ),
     ("study", "cifar10", "wide"): dict(recipe=Recipe(epochs=10, batch_size=64, lr=0.4, weight_decay=2.5e-4)),
-    ("study", "fashion_mnist", "base"): dict(recipe=Recipe(epochs=15, batch_size=64, lr=0.1, weight_decay=2e-3), target=90.0),
+    ("study", "fashion_mnist", "base"): dict(
+        recipe=Recipe(epochs=15, batch_size=64, lr=0.1, weight_decay=2e-3), target=90.0
+    ),
 }
 
 SIZES = {  # of the presets; `full` is the thesis run on a GPU
     "smoke": dict(
-        images=128, held=100, seeds=1, margin=1.0, widths={"widths": (8, 8, 8), "blocks": (1, 1, 1)}, recipe=Recipe(epochs=2, batch_size=32)
+        images=128,
+        held=100,
+        seeds=1,
+        margin=1.0,
+        widths={"widths": (8, 8, 8), "blocks": (1, 1, 1)},
+        recipe=Recipe(epochs=2, batch_size=32),
     ),
-    "quick": dict(images=3500, held=1000, seeds=5, margin=1.0, widths=BASE, recipe=Recipe(epochs=4, batch_size=64, lr=0.2)),
-    "study": dict(images=10_000, held=3000, seeds=5, margin=0.5, widths=BASE, recipe=Recipe(epochs=15, batch_size=64, lr=0.2)),
+    "quick": dict(
+        images=3500,
+        held=1000,
+        seeds=5,
+        margin=1.0,
+        widths=BASE,
+        recipe=Recipe(epochs=4, batch_size=64, lr=0.2),
+    ),
+    "study": dict(
+        images=10_000,
+        held=3000,
+        seeds=5,
+        margin=0.5,
+        widths=BASE,
+        recipe=Recipe(epochs=15, batch_size=64, lr=0.2),
+    ),
     "full": dict(
-        seeds=5, margin=0.5, widths={"widths": (16, 32, 64), "blocks": (3, 3, 3)}, recipe=Recipe(epochs=40, batch_size=128, lr=0.4)
+        seeds=5,
+        margin=0.5,
+        widths={"widths": (16, 32, 64), "blocks": (3, 3, 3)},
+        recipe=Recipe(epochs=40, batch_size=128, lr=0.4),
     ),
 }
 
@@ -115,7 +156,8 @@ def default_dataset(preset):
 def task(preset="", dataset="", network="", variant="base", *, device="auto", **changes):
     """The task of a preset, data set and network; "" stands for the default.
 
-    changes: settings of `Task` or `Recipe`. Raises `BadInput` for an unknown preset, data set, network or setting.
+    changes: settings of `Task` or `Recipe`. Raises `BadInput` for an unknown preset, data set, network or
+    setting.
 
     >>> task("study", "cifar10").recipe.lr
     0.2
@@ -142,7 +184,8 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
 
 
 def pick_device(device="auto"):
-    """The device to run on: for "auto" that is "cuda" if there is one, else "cpu"; each of several processes has a GPU of its own.
+    """The device to run on: for "auto" that is "cuda" if there is one, else "cpu"; each of several processes
+    has a GPU of its own.
 
     Raises `BadInput` where it is not there.
 

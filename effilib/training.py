@@ -1,4 +1,5 @@
-"""One training loop for every chapter, readable on one screen (`train`), and the hooks by which a method takes part.
+"""One training loop for every chapter, readable on one screen (`train`), and the hooks by which a method
+takes part.
 
 All of a method's work is inside the clock. Outside: evaluation for the record, counting, logging, warm-up.
 """
@@ -25,7 +26,8 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to 0.
+    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to
+    0.
 
     >>> recipe = Recipe(epochs=5, lr=0.4)
     >>> [round(recipe.lr_at(step, 10), 2) for step in range(10)]
@@ -41,10 +43,13 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augmentation: str = "auto"  # the data set's; or "none", "crop", "crop+flip"
-    precision: str = "auto"  # bf16 where the machine has it natively, else fp32; or "fp32", "bf16", "fp64", on CUDA "tf32", "fp16"
+    # bf16 where the machine has it natively, else fp32; or "fp32", "bf16", "fp64", on CUDA "tf32", "fp16"
+    precision: str = "auto"
     memory_format: str = "auto"  # channels_last where the kernels read it, else contiguous; or one of the two
     compile: bool = False
-    sync_bn: bool = False  # over several GPUs: BatchNorm's moments of the whole batch; else of each share by itself
+    sync_bn: bool = (
+        False  # over several GPUs: BatchNorm's moments of the whole batch; else of each share by itself
+    )
 
     def __post_init__(self):
         choose("schedule", self.schedule, ("linear", "cosine", "constant"))
@@ -60,11 +65,15 @@ class Recipe:
         if step < rise:
             return self.lr * (step + 1) / (math.floor(rise) + 1)
         left = (steps - step) / (steps - rise)  # 1 -> 0
-        return self.lr * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
+        return (
+            self.lr
+            * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
+        )
 
 
 class Method:
-    """What takes part in training. A frozen dataclass of settings; its state lives in `run.state[self]`, made in `on_fit_start`.
+    """What takes part in training. A frozen dataclass of settings; its state lives in `run.state[self]`, made
+    in `on_fit_start`.
 
     Override what is needed; every hook takes the `Run`. Hooks are called in the order of the methods.
 
@@ -100,7 +109,9 @@ class Method:
         """After an epoch's last step, before its evaluation."""
 
     def on_evaluation(self, run):
-        """Before an evaluation for the record, off the clock: make the model what evaluation expects, without training it."""
+        """Before an evaluation for the record, off the clock: make the model what evaluation expects, without
+        training it.
+        """
 
     def on_fit_end(self, run):
         """After the last step, before the last evaluation: leave a plain model behind."""
@@ -112,8 +123,9 @@ HOOKS = [name for name in vars(Method) if name.startswith("on_") or name == "los
 class Run:
     """What a method sees of the training that it takes part in.
 
-    Over several processes x, y and `logits` are this one's share of the batch; `loss` is the mean over the whole. What is decided
-    from anything else that is a share's goes through `ranks` first (`effilib.distributed`).
+    Over several processes x, y and `logits` are this one's share of the batch; `loss` is the mean over the
+    whole. What is decided from anything else that is a share's goes through `ranks` first
+    (`effilib.distributed`).
 
     >>> class Look(Method):
     ...     def on_step_end(self, run):
@@ -145,15 +157,23 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.epoch = self.steps = 0  # done so far, and in all
         self.batches = None  # what the loop reads
-        self.position = 0  # on the schedule, in steps of the recipe's batch size; each step moves it by `pace`
+        self.position = (
+            0  # on the schedule, in steps of the recipe's batch size; each step moves it by `pace`
+        )
         self.planned, self.pace, self.lr_scale = 0, 1, 1.0
-        self.lr_at = recipe.lr_at  # (position, planned) -> learning rate; a method may put a schedule of its own here when it is set up
+        # (position, planned) -> learning rate; a method may put a schedule of its own here when it is set up
+        self.lr_at = recipe.lr_at
         self.logits = self.loss = None
         self.counting = False  # whether this step's FLOPs are counted, off the clock
-        self.step_kind = self._kind = "step"  # what a training step is timed as: "step" is one on full-size images
+        self.step_kind = self._kind = (
+            "step"  # what a training step is timed as: "step" is one on full-size images
+        )
         self.structures = 0  # how often the structure changed
         self.wrap()
-        self._hooks = {h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)] for h in HOOKS}
+        self._hooks = {
+            h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)]
+            for h in HOOKS
+        }
 
     @property
     def lr(self):
@@ -162,11 +182,12 @@ class Run:
 
     @property
     def kind(self):
-        """The kind of work that the clock runs for. Setting it ends what ran so far under the old kind; a step's end resets it.
+        """The kind of work that the clock runs for. Setting it ends what ran so far under the old kind; a
+        step's end resets it.
 
-        A kind that recurs in an epoch has a median of its own; one-off work, e.g. "reconfigure", is never capped. A method whose
-        steps are of another size for a while sets `step_kind`, so that they are not compared with the others.
-        """
+        A kind that recurs in an epoch has a median of its own; one-off work, e.g. "reconfigure", is never
+        capped. A method whose steps are of another size for a while sets `step_kind`, so that they are not
+        compared with the others."""
         return self._kind
 
     @kind.setter
@@ -180,14 +201,15 @@ class Run:
     def generator(self, method, share=False):
         """The method's own random stream (on the CPU), so that its draws do not shift the order of the data.
 
-        It is the same in all processes, for what they decide alike. share: of draws for single images or activations, of which every
-        process has its own. With one process both are the same stream.
-        """
+        It is the same in all processes, for what they decide alike. share: of draws for single images or
+        activations, of which every process has its own. With one process both are the same stream."""
         return (self.own if share else self.generators)[method]
 
     def log(self, method, text, **values):
         """Note what a method did, for the history: a sentence and plain values."""
-        self.events.append({"step": self.step, "epoch": self.epoch, "method": type(method).__name__, "text": text, **values})
+        self.events.append(
+            {"step": self.step, "epoch": self.epoch, "method": type(method).__name__, "text": text, **values}
+        )
 
     def call(self, hook):
         """Call a hook of every method that has it; its time is its own segment."""
@@ -200,30 +222,39 @@ class Run:
     def restructure(self, change):
         """Change the structure in mid-training: the one way to do it.
 
-        `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with exactly the
-        model's parameters, and no state of others. Compiled graphs, the exchange of gradients and the count of FLOPs follow here.
-        Timed as "reconfigure", never capped. Call it between steps: at an epoch's start or end, or a step's end; with several
-        processes in all of them alike: at an epoch's end they are equal to the last bit, so that what is read from the model is too.
-        Raises `ValueError` if the optimizer and the model differ afterwards.
-        """
+        `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with
+        exactly the model's parameters, and no state of others. Compiled graphs, the exchange of gradients and
+        the count of FLOPs follow here. Timed as "reconfigure", never capped. Call it between steps: at an
+        epoch's start or end, or a step's end; with several processes in all of them alike: at an epoch's end
+        they are equal to the last bit, so that what is read from the model is too. Raises `ValueError` if the
+        optimizer and the model differ afterwards."""
         before, self.kind = self._kind, "reconfigure"
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
         self.model = change(self.model, self.optimizer) or self.model
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(held) != len(set(held)) or set(held) != set(self.model.parameters()) or not set(self.optimizer.state) <= set(held):
-            raise ValueError("after a change of structure the optimizer must hold exactly the model's parameters")
+        if (
+            len(held) != len(set(held))
+            or set(held) != set(self.model.parameters())
+            or not set(self.optimizer.state) <= set(held)
+        ):
+            raise ValueError(
+                "after a change of structure the optimizer must hold exactly the model's parameters"
+            )
         self.structures += 1
         self.settle()
         self.kind = before
 
     def grow_batch(self, factor, lr_factor=1.0):
-        """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the schedule's learning rate.
+        """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the
+        schedule's learning rate.
 
         The epochs and the schedule over them stay; there are fewer steps. Call it at an epoch's start or end.
         """
         size = round(factor * self.batches.batch_size)
         if not 0 < size <= len(self.dataset.train):
-            raise BadInput(f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} training images")
+            raise BadInput(
+                f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} training images"
+            )
         self.pace *= size / self.batches.batch_size
         self.batches.batch_size = size
         self.lr_scale *= lr_factor
@@ -231,23 +262,27 @@ class Run:
         self.structures += 1  # another step to count
 
     def replan(self, left):
-        """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it at an epoch's start or end."""
+        """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it
+        at an epoch's start or end.
+        """
         if left < 1:
             raise BadInput(f"a run needs at least one more step, got {left}")
         self.pace = (self.planned - self.position) / left
         self.steps = self.step + left
 
     def settle(self):
-        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike, 0 where it has none;
-        and what the loop calls is made anew.
+        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike,
+        0 where it has none; and what the loop calls is made anew.
 
-        PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the layouts differ.
-        """
+        PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the
+        layouts differ."""
         self.model.to(memory_format=self.layout)
         momentum = self.optimizer.defaults.get("momentum")
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
             old = self.optimizer.state[p].get("momentum_buffer")
-            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
+            self.optimizer.state[p]["momentum_buffer"] = (
+                torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
+            )
         self.wrap()
 
     def align_gradients(self):
@@ -257,16 +292,24 @@ class Run:
                 p.grad = torch.empty_like(p).copy_(p.grad)
 
     def wrap(self):
-        """Make what the loop calls: the model, with several processes inside of what averages its gradients, compiled if told."""
+        """Make what the loop calls: the model, with several processes inside of what averages its gradients,
+        compiled if told.
+        """
         self.ranks.statistics_(convolution.guard_(self.model))
         self.wrapped = self.ranks.wrap(self.model, self.recipe.sync_bn)
         self.forward = torch.compile(self.wrapped) if self.recipe.compile else self.wrapped
 
     def level(self):
-        """Over several processes: let all go on from rank 0's numbers, to the last bit, and from the mean of BatchNorm's statistics."""
+        """Over several processes: let all go on from rank 0's numbers, to the last bit, and from the mean of
+        BatchNorm's statistics.
+        """
         if self.ranks.size > 1:
             self.ranks.statistics_(self.model)
-            states = [self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"]]
+            states = [
+                self.optimizer.state.get(p, {})
+                for group in self.optimizer.param_groups
+                for p in group["params"]
+            ]
             momenta = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
             self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
@@ -275,7 +318,9 @@ class Run:
         return autocast(self.precision, self.device)
 
     def train_step(self, x, y):
-        """Forward, backward, update; the learning rate of this step. A step that is counted is not compiled."""
+        """Forward, backward, update; the learning rate of this step. A step that is counted is not
+        compiled.
+        """
         for hook in self._hooks["on_batch"]:
             x, y = hook(self, x, y)
         with self.autocast():
@@ -312,7 +357,9 @@ class History:
     {'step': 8, 'epoch': 2, 'seconds': 3.0, 'accuracy': 90.0}
     """
 
-    rows: list = field(default_factory=list)  # per evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
+    rows: list = field(
+        default_factory=list
+    )  # per evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
     steps: int = 0
     seconds: float = 0.0  # stalled steps capped
     raw_seconds: float = 0.0
@@ -335,36 +382,64 @@ class History:
 
     @property
     def step_seconds(self):
-        """Median seconds of a training step; where a run has steps of other sizes too, of one on full-size images."""
-        return next(self.kinds[k]["median"] for k in ("step", *self.kinds) if k in self.kinds and k.startswith("step"))
+        """Median seconds of a training step; where a run has steps of other sizes too, of one on full-size
+        images.
+        """
+        return next(
+            self.kinds[k]["median"] for k in ("step", *self.kinds) if k in self.kinds and k.startswith("step")
+        )
 
     def __add__(self, other):
-        later = {"seconds": self.seconds, "step": self.steps, "epoch": self.rows[-1]["epoch"] if self.rows else 0}
+        later = {
+            "seconds": self.seconds,
+            "step": self.steps,
+            "epoch": self.rows[-1]["epoch"] if self.rows else 0,
+        }
         rows = self.rows + [{k: v + later.get(k, 0) for k, v in row.items()} for row in other.rows]
-        events = self.events + [{k: v + later[k] if k in ("step", "epoch") else v for k, v in e.items()} for e in other.events]
+        events = self.events + [
+            {k: v + later[k] if k in ("step", "epoch") else v for k, v in e.items()} for e in other.events
+        ]
         kinds = dict(self.kinds)
         for kind, k in other.kinds.items():
             mine = kinds.get(kind, {"count": 0, "seconds": 0.0})
-            kinds[kind] = {"count": mine["count"] + k["count"], "seconds": mine["seconds"] + k["seconds"], "median": k["median"]}
+            kinds[kind] = {
+                "count": mine["count"] + k["count"],
+                "seconds": mine["seconds"] + k["seconds"],
+                "median": k["median"],
+            }
         summed = {
-            n: getattr(self, n) + getattr(other, n) for n in ("steps", "seconds", "raw_seconds", "timed", "capped", "flops", "warm_up")
+            n: getattr(self, n) + getattr(other, n)
+            for n in ("steps", "seconds", "raw_seconds", "timed", "capped", "flops", "warm_up")
         }
-        memory = {k: max(self.memory.get(k, 0), other.memory.get(k, 0)) for k in {**self.memory, **other.memory}}
-        return replace(other, rows=rows, events=events, kinds=kinds, memory=memory, diverged=self.diverged or other.diverged, **summed)
+        memory = {
+            k: max(self.memory.get(k, 0), other.memory.get(k, 0)) for k in {**self.memory, **other.memory}
+        }
+        return replace(
+            other,
+            rows=rows,
+            events=events,
+            kinds=kinds,
+            memory=memory,
+            diverged=self.diverged or other.diverged,
+            **summed,
+        )
 
 
-def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evaluations=EVALUATIONS, progress=None):
+def train(
+    model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evaluations=EVALUATIONS, progress=None
+):
     """Train `model` in place on `dataset` and return its `History`.
 
-    methods: `Method`s, called in order. seed: of data order, dropout and the methods' draws (the initial weights are the
-    caller's). The same seed and number of threads give bit-equal weights on a CPU. checkpoint: a file, written after every
-    epoch; if it is there, training goes on from it. evaluations: of the validation set. progress: called with a dict after each.
+    methods: `Method`s, called in order. seed: of data order, dropout and the methods' draws (the initial
+    weights are the caller's). The same seed and number of threads give bit-equal weights on a CPU.
+    checkpoint: a file, written after every epoch; if it is there, training goes on from it. evaluations: of
+    the validation set. progress: called with a dict after each.
 
-    Called by all processes that `torchrun` started, they train together (`effilib.distributed`); dropout draws for each share apart.
-    Only rank 0 reads and writes the checkpoint, and calls `progress`.
+    Called by all processes that `torchrun` started, they train together (`effilib.distributed`); dropout
+    draws for each share apart. Only rank 0 reads and writes the checkpoint, and calls `progress`.
 
-    Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have, a checkpoint that is
-    damaged or another run's, or processes that were not all called with the same.
+    Raises `BadInput` for a batch larger than the training split, a precision that the machine does not have,
+    a checkpoint that is damaged or another run's, or processes that were not all called with the same.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
@@ -374,35 +449,54 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
     """
     ranks = distributed.ranks(dataset.device)
     if recipe.sync_bn and dataset.device.type != "cuda":
-        raise BadInput("sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process normalises its share")
+        raise BadInput(
+            "sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process normalises its share"
+        )
     dropout = f"dropout, process {ranks.rank}" if ranks.rank else "dropout"
     with models.seeded(stream(seed, dropout).initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
         layout = LAYOUTS[resolve_layout(recipe, dataset.device)]
-        mine = checkpoints.identity(model, dataset, recipe, methods, seed, ranks) if checkpoint or ranks.size > 1 else None
+        mine = (
+            checkpoints.identity(model, dataset, recipe, methods, seed, ranks)
+            if checkpoint or ranks.size > 1
+            else None
+        )
         ranks.check(mine)
         saved = checkpoints.read(checkpoint, mine, ranks, dataset.device)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
         if recipe.precision == "fp64":
             model, dataset = model.double(), replace(dataset, dtype=torch.float64)
-        batches = shares(dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation)
+        batches = shares(
+            dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation
+        )
         run = Run(model, dataset, recipe, tuple(methods), seed, ranks)
         run.batches, run.resumed, per_epoch = batches, saved is not None, len(batches)
         run.steps = run.planned = max(1, round(recipe.epochs * per_epoch))
         marks = marked(run.steps, evaluations)
         history = History(precision=run.precision)
-        history.warm_up = warm_up(run, next(iter(shares(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks))))
+        history.warm_up = warm_up(
+            run, next(iter(shares(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)))
+        )
         flops = {}  # of a step, by structure
-        losses, pending = [], []  # losses since the last evaluation; rows whose time is read at the epoch's end
+        losses, pending = (
+            [],
+            [],
+        )  # losses since the last evaluation; rows whose time is read at the epoch's end
 
         def evaluated():
             with run.clock.paused():
                 ranks.statistics_(run.model)
                 for hook in run._hooks["on_evaluation"]:
                     hook(run)
-                row = {"step": run.step, "epoch": run.position / per_epoch, "lr": run.lr if run.step < run.steps else 0.0}
+                row = {
+                    "step": run.step,
+                    "epoch": run.position / per_epoch,
+                    "lr": run.lr if run.step < run.steps else 0.0,
+                }
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
-                row["loss"], row["accuracy"] = ranks.first(lambda: evaluate(run.model, dataset, "validation", run.precision))
+                row["loss"], row["accuracy"] = ranks.first(
+                    lambda: evaluate(run.model, dataset, "validation", run.precision)
+                )
                 history.diverged |= bool(losses) and not math.isfinite(row["train_loss"] + row["loss"])
                 pending.append((len(run.clock.laps), row))
                 losses.clear()
@@ -460,10 +554,11 @@ def train(model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evalua
 
 
 def marked(steps, evaluations):
-    """Steps after which a run is evaluated, a set: evenly spread over it; of six or more the last but one shortly before the end.
+    """Steps after which a run is evaluated, a set: evenly spread over it; of six or more the last but one
+    shortly before the end.
 
-    A target has to be held by two evaluations in a row, and accuracy rises fastest at the end, where the learning rate falls to 0. With
-    even gaps a run would be judged by how far it was one gap before its end.
+    A target has to be held by two evaluations in a row, and accuracy rises fastest at the end, where the
+    learning rate falls to 0. With even gaps a run would be judged by how far it was one gap before its end.
 
     >>> sorted(marked(steps=100, evaluations=3)), sorted(marked(steps=100, evaluations=6))
     ([33, 67, 100], [20, 40, 60, 80, 95, 100])
@@ -486,7 +581,8 @@ def shares(dataset, batch_size, generator, ranks, **options):
 
 
 def warm_up(run, batch):
-    """Run forward and backward once on random labels before the clock starts, and undo what that changed. Returns seconds.
+    """Run forward and backward once on random labels before the clock starts, and undo what that changed.
+    Returns seconds.
 
     Kernels are chosen, and graphs compiled, at the first call of a shape; nothing is learned.
 
@@ -513,7 +609,8 @@ def warm_up(run, batch):
 
 @torch.no_grad()
 def evaluate(model, dataset, split, precision="fp32"):
-    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation", "test").
+    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation",
+    "test").
 
     >>> data = load("synthetic")
     >>> loss, accuracy = evaluate(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "validation")
@@ -542,7 +639,8 @@ def full(logits):
 
 
 def finish(run, history):
-    """The history with what is known only at the end: the clock's account, events, structure and the accuracy on the test split.
+    """The history with what is known only at the end: the clock's account, events, structure and the accuracy
+    on the test split.
 
     >>> data = load("synthetic")
     >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
@@ -553,22 +651,34 @@ def finish(run, history):
     distributed.sync_(run.model, on=False)
     history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
     history.timed, history.capped = clock.steps, clock.capped
-    history.kinds = {k: {"count": len(s), "seconds": sum(s), "median": sorted(s)[len(s) // 2]} for k, s in clock.kinds.items()}
+    history.kinds = {
+        k: {"count": len(s), "seconds": sum(s), "median": sorted(s)[len(s) // 2]}
+        for k, s in clock.kinds.items()
+    }
     history.events, history.structure = run.events, models.describe(run.model)
-    history.test_accuracy = run.ranks.first(lambda: evaluate(run.model, run.dataset, "test", run.precision))[1]
+    history.test_accuracy = run.ranks.first(lambda: evaluate(run.model, run.dataset, "test", run.precision))[
+        1
+    ]
     return history
 
 
 def memory(run, saved, before):
-    """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's structures.
+    """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's
+    structures.
 
     >>> data = load("synthetic")
     >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
     >>> memory(run, 1000, {"saved": 2000, "optimizer": 0})["saved"]
     2000
     """
-    state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()]
-    now = {"parameters": cost.size_bytes(run.model.parameters()), "optimizer": cost.size_bytes(state), "saved": saved}
+    state = [
+        t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()
+    ]
+    now = {
+        "parameters": cost.size_bytes(run.model.parameters()),
+        "optimizer": cost.size_bytes(state),
+        "saved": saved,
+    }
     if run.device.type == "cuda":
         now["peak"] = torch.cuda.max_memory_allocated(run.device)
     return {k: max(v, before.get(k, 0)) for k, v in now.items()}
@@ -586,26 +696,33 @@ def native_bf16(device="cpu"):
 
 
 def resolve_precision(precision, device="cpu"):
-    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do fast.
+    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for
+    what the device cannot do fast.
 
     >>> resolve_precision("fp32"), resolve_precision("auto") in ("fp32", "bf16")
     ('fp32', True)
     """
     cuda = torch.device(device).type == "cuda"
     if precision in ("fp16", "tf32") and not cuda:
-        raise BadInput(f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter 3.2 emulates fp16)")
+        raise BadInput(
+            f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter 3.2 emulates fp16)"
+        )
     return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
 
 
 def resolve_layout(recipe, device="cpu"):
-    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores.
+    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
+    tensor cores.
 
     >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
     ('channels_last', 'contiguous')
     """
     if recipe.memory_format != "auto":
         return recipe.memory_format
-    cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in ("fp32", "fp64")
+    cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in (
+        "fp32",
+        "fp64",
+    )
     return "contiguous" if cuda_cores else "channels_last"
 
 
@@ -623,7 +740,8 @@ def autocast(precision, device):
 
 @contextlib.contextmanager
 def backend(recipe, device):
-    """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe says so.
+    """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe
+    says so.
 
     >>> with backend(Recipe(), "cpu"):  # where there are no such switches
     ...     y = torch.ones(2, 2) @ torch.ones(2, 2)

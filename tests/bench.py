@@ -1,4 +1,6 @@
-"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop pooling ...`. Ratios of interleaved medians."""
+"""Benchmarks, not tests: `make bench`, or `python -m tests.bench loop pooling ...`. Ratios of interleaved
+medians.
+"""
 
 import functools
 import statistics as stats
@@ -30,7 +32,13 @@ def loop():
     def minimal():
         model = task.build(dataset).to(memory_format=torch.channels_last).train()
         batches = Batches(dataset, recipe.batch_size, stream(0, "data"))
-        settings = dict(lr=recipe.lr, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay, fused=True)
+        settings = dict(
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
         optimizer = torch.optim.SGD(model.parameters(), **settings)
         times, it = [], iter(batches)
         for step in range(len(batches)):
@@ -53,7 +61,9 @@ def loop():
     pairs = [(minimal(), ours()) if i % 2 else (ours(), minimal())[::-1] for i in range(12)]
     ratio = stats.median(b / a for a, b in pairs)
     a, b = (1e3 * stats.median(v) for v in zip(*pairs, strict=True))
-    print(f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, n={len(pairs)} pairs)")
+    print(
+        f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, n={len(pairs)} pairs)"
+    )
 
 
 class _Images(torch.utils.data.Dataset):
@@ -68,7 +78,9 @@ class _Images(torch.utils.data.Dataset):
 
 
 def batches(images=20_000, batch_size=128):
-    """`Batches` against torchvision transforms and a `DataLoader` with 2 workers, crop and flip at 32 x 32 x 3: aim 10x."""
+    """`Batches` against torchvision transforms and a `DataLoader` with 2 workers, crop and flip at 32 x 32 x
+    3: aim 10x.
+    """
     from torchvision.transforms import v2
 
     rng = np.random.default_rng(0)
@@ -76,21 +88,34 @@ def batches(images=20_000, batch_size=128):
     dataset = replace(data._split("bench", [x, y, x[:100], y[:100]], tuple("0123456789"), pad=4, flip=True))
     ours = Batches(dataset, batch_size, stream(0, "data"))
     crop = [v2.ToImage(), v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
-    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)])
-    theirs = torch.utils.data.DataLoader(
-        _Images(x, y, transform), batch_size, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True
+    transform = v2.Compose(
+        [*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
     )
-    times = interleaved({"ours": lambda: [0 for _ in ours], "theirs": lambda: [0 for _ in theirs]}, repeats=5, warm_up=1)
+    theirs = torch.utils.data.DataLoader(
+        _Images(x, y, transform),
+        batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    times = interleaved(
+        {"ours": lambda: [0 for _ in ours], "theirs": lambda: [0 for _ in theirs]}, repeats=5, warm_up=1
+    )
     rate = {
         "ours": len(ours) * batch_size / stats.median(times["ours"]),
         "theirs": len(theirs) * batch_size / stats.median(times["theirs"]),
     }
     ratio = rate["ours"] / rate["theirs"]
-    print(f"batches: ours {rate['ours']:,.0f}, torchvision + DataLoader {rate['theirs']:,.0f} images/s, ratio {ratio:.1f} (aim >= 10)")
+    print(
+        f"batches: ours {rate['ours']:,.0f}, torchvision + DataLoader {rate['theirs']:,.0f} images/s, ratio {ratio:.1f} (aim >= 10)"
+    )
 
 
 def imports():
-    """`import effilib`, and all that a notebook's first cell imports, beyond torch's own import: aim 0.3 s."""
+    """`import effilib`, and all that a notebook's first cell imports, beyond torch's own import: aim 0.3
+    s.
+    """
 
     def seconds(code):
         with elapsed() as t:
@@ -108,7 +133,11 @@ def imports():
         for k, code in what.items():
             times[k].append(seconds(code))
     beyond = {k: stats.median(times[k]) - stats.median(times["torch"]) for k in ("effilib", "train")}
-    print("import: " + ", ".join(f"{k} {v:+.2f} s beyond torch" for k, v in beyond.items()) + " (aim for effilib <= 0.3 s)")
+    print(
+        "import: "
+        + ", ".join(f"{k} {v:+.2f} s beyond torch" for k, v in beyond.items())
+        + " (aim for effilib <= 0.3 s)"
+    )
 
 
 def series():
@@ -117,12 +146,16 @@ def series():
 
     with tempfile.TemporaryDirectory() as results, elapsed() as seconds:
         command = [sys.executable, "-m", "effilib", "run", "02", "03_1", "03_2", "--preset", "quick"]
-        done = subprocess.run(command, env={**os.environ, "EFFILIB_RESULTS": results}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, "EFFILIB_RESULTS": results}, capture_output=True, text=True
+        )
         print(f"series: {seconds():.0f} s, exit code {done.returncode} (aim <= 240 s)\n{done.stdout}")
 
 
 def pooling():
-    """Forward and backward of stochastic pooling against `max_pool2d`, 2 x 2: aim at most 3.5x; S3Pool beside it."""
+    """Forward and backward of stochastic pooling against `max_pool2d`, 2 x 2: aim at most 3.5x; S3Pool beside
+    it.
+    """
     from effilib.chapters.stochastic_pooling import layer_costs
 
     steady_memory()
@@ -130,43 +163,65 @@ def pooling():
         for dtype in (torch.float32, torch.bfloat16):
             for layout in (torch.channels_last, torch.contiguous_format):
                 times = layer_costs(shape=shape, dtype=dtype, layout=layout, repeats=40, seconds=6)
-                ms = {k: 1e3 * min(t) for k, t in times.items()}  # the least: another process stalls one of two threads for 8 ms
+                ms = {
+                    k: 1e3 * min(t) for k, t in times.items()
+                }  # the least: another process stalls one of two threads for 8 ms
                 ratio = {k: ms[k] / ms["max"] for k in ("stochastic", "S3Pool")}
                 what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {str(layout)[6:]}"
-                print(f"pooling {what}: max {ms['max']:.2f} ms, " + ", ".join(f"{k} {ms[k]:.2f} ms = {r:.2f}x" for k, r in ratio.items()))
+                print(
+                    f"pooling {what}: max {ms['max']:.2f} ms, "
+                    + ", ".join(f"{k} {ms[k]:.2f} ms = {r:.2f}x" for k, r in ratio.items())
+                )
     print("pooling: aim for stochastic <= 3.5x")
 
 
 def _wide(size=16):
-    """A task and synthetic images (N, 3, size, size) for a network whose convolutions have 128 to 256 channels."""
-    task = tasks.task("study", "synthetic", batch_size=64, network="vgg", widths={"widths": ((128, 128), (256, 256))})
+    """A task and synthetic images (N, 3, size, size) for a network whose convolutions have 128 to 256
+    channels.
+    """
+    task = tasks.task(
+        "study", "synthetic", batch_size=64, network="vgg", widths={"widths": ((128, 128), (256, 256))}
+    )
     return task, data.synthetic(size=size, channels=3)
 
 
 def sampling():
-    """A step with half of the channels against the exact one, convolutions of 128 to 256 channels: aim at most 0.75x."""
+    """A step with half of the channels against the exact one, convolutions of 128 to 256 channels: aim at
+    most 0.75x.
+    """
     task, dataset = _wide()
     half = functools.partial(column_row_sampling.sample_columns_, ratio=0.5)
     for p in products.formats():
-        variants = [products.Variant(name="exact", precision=p), products.Variant(name="half", precision=p, convert=half)]
+        variants = [
+            products.Variant(name="exact", precision=p),
+            products.Variant(name="half", precision=p, convert=half),
+        ]
         times = products.pass_times(task, dataset, variants, repeats=41, seconds=30)
         share = times["half"]["step"] / times["exact"]["step"]
         aim = f"aim <= 0.75 in {products.formats()[0]}"
-        print(f"sampling, {p}: {times['half']['step']:.1f} of {times['exact']['step']:.1f} ms a step, {share:.2f}x ({aim})")
+        print(
+            f"sampling, {p}: {times['half']['step']:.1f} of {times['exact']['step']:.1f} ms a step, {share:.2f}x ({aim})"
+        )
 
 
 def subsets():
-    """The backward pass with half of the slices against the exact one, the same network: aim at least 1.3x."""
+    """The backward pass with half of the slices against the exact one, the same network: aim at least
+    1.3x.
+    """
     from effilib.chapters import gradient_pruning
 
     times = gradient_pruning.time_table(*_wide())[1]
     for name, t in times.items():
         exact = times[f"{name.split(',')[0]}, exact"]["backward"]
-        print(f"subsets, {name}: backward {t['backward']:.1f} ms, {exact / t['backward']:.2f}x (aim >= 1.3 where dX and dW are subsets)")
+        print(
+            f"subsets, {name}: backward {t['backward']:.1f} ms, {exact / t['backward']:.2f}x (aim >= 1.3 where dX and dW are subsets)"
+        )
 
 
 def standardization():
-    """A step with the standardization loss against BatchNorm's, six convolutions, batch 128: aim at most 1.15x."""
+    """A step with the standardization loss against BatchNorm's, six convolutions, batch 128: aim at most
+    1.15x.
+    """
     from effilib.chapters.standardization_loss import BN, NONE, SL, step_times
 
     steady_memory()
@@ -177,16 +232,27 @@ def standardization():
 
 
 def stems():
-    """A step behind the wavelet stem against full resolution, the study task's network and images of its size: aim at least 1.3x."""
+    """A step behind the wavelet stem against full resolution, the study task's network and images of its
+    size: aim at least 1.3x.
+    """
     from effilib.chapters import wavelet
 
     task = tasks.task("study", "synthetic", batch_size=64)
-    print(wavelet.cost_table(task, data.synthetic(size=32, channels=3)).to_string(), "\nstems: aim for the wavelet stem >= 1.3x")
+    print(
+        wavelet.cost_table(task, data.synthetic(size=32, channels=3)).to_string(),
+        "\nstems: aim for the wavelet stem >= 1.3x",
+    )
 
 
 if __name__ == "__main__":
     known = {"loop": loop, "batches": batches, "import": imports, "series": series}
-    known |= {"pooling": pooling, "sampling": sampling, "subsets": subsets, "standardization": standardization, "stems": stems}
+    known |= {
+        "pooling": pooling,
+        "sampling": sampling,
+        "subsets": subsets,
+        "standardization": standardization,
+        "stems": stems,
+    }
     for name in sys.argv[1:] or known:
         if name not in known:
             sys.exit(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")

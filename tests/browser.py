@@ -45,7 +45,9 @@ class Browser:
         from playwright.sync_api import sync_playwright
 
         self.driver = sync_playwright().start()
-        self.chromium = self.driver.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False, args=[OFFLINE])
+        self.chromium = self.driver.chromium.launch(
+            executable_path=CHROMIUM, chromium_sandbox=False, args=[OFFLINE]
+        )
         return self
 
     def __exit__(self, *error):
@@ -53,14 +55,22 @@ class Browser:
         self.driver.stop()
 
     def open(self, file, width=1440, height=900):
-        """Load a file in a window of that width, up to 600 pixels a phone's. Returns what `LOOK` says, and "problems" in words, all
-        addresses that were asked for as "requests", and a "screenshot" of the whole page."""
+        """Load a file in a window of that width, up to 600 pixels a phone's. Returns what `LOOK` says, and
+        "problems" in words, all addresses that were asked for as "requests", and a "screenshot" of the whole
+        page."""
         page = self.chromium.new_page(viewport={"width": width, "height": height}, is_mobile=width <= 600)
         problems, requests = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("requestfailed", lambda request: problems.append(f"request failed: {request.failure}"))
         page.on("pageerror", lambda error: problems.append(f"exception: {error.message}"))
-        page.on("console", lambda m: problems.append(f"console: {m.type}: {m.text}") if m.type in ("error", "warning", "assert") else None)
+        page.on(
+            "console",
+            lambda m: (
+                problems.append(f"console: {m.type}: {m.text}")
+                if m.type in ("error", "warning", "assert")
+                else None
+            ),
+        )
         page.goto(file.absolute().as_uri())
         looked = page.evaluate(LOOK)
         shot = page.screenshot(full_page=True)
@@ -73,7 +83,9 @@ def complaints(page, file):
     found = list(page["problems"])
     found += [f"asked for {url}" for url in page["requests"] if not url.startswith(("file:", "data:"))]
     found += [f"{page['overflow']} pixels too wide: {page['wide'][:3]}"] * (page["overflow"] > 0)
-    found += [f"formula not visible: {text}" for text, width, height in page["formulas"] if width < 4 or height < 8]
+    found += [
+        f"formula not visible: {text}" for text, width, height in page["formulas"] if width < 4 or height < 8
+    ]
     found += [f"too small: {text}" for text in page["small"]]
     found += [f"picture not shown: {alt}" for alt in page["broken"]]
     for link in page["links"]:

@@ -29,7 +29,9 @@ class UsersBlock(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
         self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
 
     def forward(self, x):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -42,7 +44,11 @@ class Users(nn.Module):
 
     def __init__(self, classes=4, channels=1):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.conv, self.bn, self.relu = (
+            nn.Conv2d(channels, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+        )
         self.layer1 = nn.Sequential(UsersBlock(8, 8), UsersBlock(8, 8))
         self.layer2 = nn.Sequential(UsersBlock(8, 8, stride=2))
         self.pool, self.drop, self.fc = nn.AdaptiveAvgPool2d(1), nn.Dropout(0.2), nn.Linear(8, classes)
@@ -62,7 +68,11 @@ class Flat(nn.Module):
 
     def __init__(self, way="flatten"):
         super().__init__()
-        self.conv, self.bn, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d((2, 3))
+        self.conv, self.bn, self.pool = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.AdaptiveAvgPool2d((2, 3)),
+        )
         self.norm, self.fc1, self.fc2, self.way = nn.BatchNorm1d(24), nn.Linear(24, 7), nn.Linear(7, 5), way
 
     def forward(self, x):
@@ -145,7 +155,9 @@ def g(seed=0):
 
 def equal(a, b):
     """Whether two models are bit-equal, buffers included."""
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,9 @@ class Stop(Method):
 
 
 def resumed_and_whole(make, data, recipe, methods, file):
-    """((model, history) of a run that is interrupted and goes on from its checkpoint `file`, the same of one that is not)."""
+    """((model, history) of a run that is interrupted and goes on from its checkpoint `file`, the same of one
+    that is not).
+    """
     methods = [*methods, Stop()]
     with pytest.raises(KeyboardInterrupt):
         train(make(), data, recipe, methods, checkpoint=file)

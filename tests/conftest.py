@@ -1,4 +1,6 @@
-"""Fixtures: folders and runs of the tests' own notebooks, and one browser for all tests that look at pages."""
+"""Fixtures: folders and runs of the tests' own notebooks, and one browser for all tests that look at
+pages.
+"""
 
 import pytest
 
@@ -27,17 +29,21 @@ def notebooks(tmp_path):
 @pytest.fixture
 def run(notebooks, results):
     """Call the runner on the test's notebooks."""
-    from effilib import runner  # brings torch, which most tests do not need
+    from effilib.workbook import runner  # brings torch, which most tests do not need
 
-    return lambda *selectors, **settings: runner.run(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+    return lambda *selectors, **settings: runner.run(
+        selectors, **{"preset": "smoke", "notebooks": notebooks, **settings}
+    )
 
 
 @pytest.fixture
 def plan(notebooks, results):
     """Plan a run of the test's notebooks."""
-    from effilib import runner
+    from effilib.workbook import runner
 
-    return lambda *selectors, **settings: runner.plan(selectors, **{"preset": "smoke", "notebooks": notebooks, **settings})
+    return lambda *selectors, **settings: runner.plan(
+        selectors, **{"preset": "smoke", "notebooks": notebooks, **settings}
+    )
 
 
 @pytest.fixture(scope="session")

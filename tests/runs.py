@@ -31,7 +31,8 @@ record |= {"epochs": epochs, "network": network, "shared_machine": os.environ.ge
 (out / "record.json").write_text(json.dumps(record))
 """
 
-# Writes down its kernel and a process that hides in a session of its own, and goes on once there is a file `go`.
+# Writes down its kernel and a process that hides in a session of its own, and goes on once there is a file
+# `go`.
 WAIT = """
 import json, os, pathlib, subprocess, time
 hidden = subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -47,7 +48,10 @@ hidden.kill()
 def write_notebook(path, *code, parameters=PARAMETERS, record=RECORD):
     """A notebook in the layout of the series: title, parameters, some code, the record."""
     new = nbformat.v4
-    tagged = [new.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}), *map(new.new_code_cell, code)]
+    tagged = [
+        new.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}),
+        *map(new.new_code_cell, code),
+    ]
     tagged += [new.new_code_cell(record.strip(), metadata={"tags": ["record"]})] if record else []
     cells = [new.new_markdown_cell(f"# Title of {path.stem}"), *tagged]
     path.parent.mkdir(exist_ok=True)
@@ -63,7 +67,13 @@ def command(notebooks, *arguments, within="true", **environment):
     """The command line as a process, after a command of the shell's."""
     line = ["bash", "-c", f'{within}; exec "$@"', "bash", sys.executable, "-m", "effilib", "run"]
     line += ["--preset", "smoke", "--notebooks", str(notebooks), *arguments]
-    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=paths.root(), env={**os.environ, **environment})
+    settings = dict(
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=paths.root(),
+        env={**os.environ, **environment},
+    )
     return subprocess.Popen(line, **settings)
 
 

@@ -1,10 +1,13 @@
-"""The report as a person sees it: a real browser, without a network, on a phone's and on a desktop's width."""
+"""The report as a person sees it: a real browser, without a network, on a phone's and on a desktop's
+width.
+"""
 
 import shutil
 
 import pytest
 
-from effilib import paths, report, runner
+from effilib import paths
+from effilib.workbook import report, runner
 from tests.browser import complaints, keep
 
 WIDTHS = (390, 1440)
@@ -40,7 +43,9 @@ def test_a_real_run_is_readable(browser, site, width):
         keep(page, f"{file.parent.name}-{width}")
         assert complaints(page, file) == []
         formulas += len(page["formulas"])
-        assert any(link.endswith("index.html" if file in reports else "report.html") for link in page["links"])
+        assert any(
+            link.endswith("index.html" if file in reports else "report.html") for link in page["links"]
+        )
     assert formulas > 10
 
 
@@ -59,10 +64,16 @@ def test_the_scoreboard_is_readable(browser, scoreboard, width):
         ('<img src="data:image/png;base64,AAAA" alt="x">', "picture not shown: x"),
         ("<script>undefined_()</script>", "exception"),
         ("<script>console.error(1)</script>", "console"),
-        ('<meta http-equiv="Content-Security-Policy" content="script-src \'none\'"><script>1</script>', "error"),
+        (
+            '<meta http-equiv="Content-Security-Policy" content="script-src \'none\'"><script>1</script>',
+            "error",
+        ),
         ('<p style="width: 3000px">wide</p>', "pixels too wide"),
         ('<p style="font-size: 8px">small</p>', "too small: 8px: small"),
-        ('<math alttext="x" style="display: inline-block; width: 0; overflow: hidden"><mi>x</mi></math>', "formula not visible: x"),
+        (
+            '<math alttext="x" style="display: inline-block; width: 0; overflow: hidden"><mi>x</mi></math>',
+            "formula not visible: x",
+        ),
         ('<a href="missing.html">link</a>', "leads nowhere"),
         ('<a href="#missing">link</a>', "leads to no place"),
         ('<a href="javascript:1">link</a>', "odd address"),

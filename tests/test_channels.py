@@ -8,9 +8,9 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from effilib import models
-from effilib.channels import LAYERS, nodes, trace
 from effilib.errors import BadInput
 from effilib.surgery import select_
+from effilib.surgery.channels import LAYERS, nodes, trace
 from tests.common import SHAPE, Flat, both, every, images, make, shake
 
 
@@ -40,7 +40,8 @@ def test_every_way_to_flatten_is_seen(way):
 
 
 @pytest.mark.parametrize(
-    ("network", "count", "largest"), [("torchvision.models:resnet18", 12, 512), ("torchvision.models:vgg11_bn", 10, 4096)]
+    ("network", "count", "largest"),
+    [("torchvision.models:resnet18", 12, 512), ("torchvision.models:vgg11_bn", 10, 4096)],
 )
 def test_torchvisions_networks_are_found_whole(network, count, largest):
     model = models.build(network, 10, (3, 32, 32))
@@ -58,7 +59,9 @@ def test_torchvisions_networks_are_found_whole(network, count, largest):
 
 @every
 def test_a_permutation_of_a_nodes_channels_changes_nothing(name):
-    """The oracle for nodes: where a layer were missing, or another one had slipped in, the outputs would differ."""
+    """The oracle for nodes: where a layer were missing, or another one had slipped in, the outputs would
+    differ.
+    """
     model, x = make(name), images()
     before = both(model, x)
     for node in nodes(model):
@@ -80,14 +83,23 @@ def test_torchvisions_resnet_is_permuted_and_widened_without_a_change():
 
 def test_an_optional_cross_check_with_torch_pruning():
     pruning = pytest.importorskip("torch_pruning")
-    for model in (make("resnet", dtype=torch.float32), models.build("torchvision.models:resnet18", 5, (3, 32, 32))):
+    for model in (
+        make("resnet", dtype=torch.float32),
+        models.build("torchvision.models:resnet18", 5, (3, 32, 32)),
+    ):
         names = {m: n for n, m in model.named_modules()}
         shape = SHAPE if isinstance(model, models.ResNet) else (3, 32, 32)
         graph = pruning.DependencyGraph().build_dependency(model, torch.randn(1, *shape))
         for node in nodes(model):
-            group = graph.get_pruning_group(model.get_submodule(node.name), pruning.prune_conv_out_channels, idxs=[0])
-            theirs = {(names[d.target.module], d.handler.__name__) for d, _ in group if d.target.module in names}
-            assert {n for n, h in theirs if h in ("prune_conv_out_channels", "prune_out_channels")} >= set(node.producers)
+            group = graph.get_pruning_group(
+                model.get_submodule(node.name), pruning.prune_conv_out_channels, idxs=[0]
+            )
+            theirs = {
+                (names[d.target.module], d.handler.__name__) for d, _ in group if d.target.module in names
+            }
+            assert {n for n, h in theirs if h in ("prune_conv_out_channels", "prune_out_channels")} >= set(
+                node.producers
+            )
             layers = {n for n, _ in theirs if isinstance(model.get_submodule(n), LAYERS)}
             assert layers == {*node.producers, *node.bns, *node.consumers}
 
@@ -96,7 +108,9 @@ def test_an_optional_cross_check_with_torch_pruning():
 
 
 class Net(nn.Module):
-    """A trunk of four channels with one odd thing in its middle, and an inner node that nothing odd touches."""
+    """A trunk of four channels with one odd thing in its middle, and an inner node that nothing odd
+    touches.
+    """
 
     def __init__(self, odd, width=4, out=None):
         super().__init__()
@@ -168,7 +182,10 @@ REFUSED = {
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "odd"),
     "mask": (lambda: masked(nn.Conv2d(4, 4, 1)), "odd has weights that are computed from others"),
     "slice": (lambda: Do(lambda x: x[:, :2]), "getitem in odd"),
-    "reshape": (lambda: Do(lambda x: x.view(x.size(0), 2, 2, 8, 8).transpose(1, 2).reshape(x.size(0), 4, 8, 8)), "view in odd"),
+    "reshape": (
+        lambda: Do(lambda x: x.view(x.size(0), 2, 2, 8, 8).transpose(1, 2).reshape(x.size(0), 4, 8, 8)),
+        "view in odd",
+    ),
     "cat": (lambda: Do(lambda x: torch.cat([x, x], 1)), "cat in odd"),
     "channel mean": (lambda: Do(lambda x: x - x.mean(1, keepdim=True)), "mean in odd"),
     "channel pad": (lambda: Do(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))), "pad in odd"),
@@ -219,7 +236,11 @@ def test_a_network_without_channels_to_change_is_bad_input_with_the_reason():
     with pytest.raises(BadInput, match="no channels that could be pruned or widened"):
         nodes(nn.Sequential(nn.Flatten(), nn.Linear(3, 5)))
     with pytest.raises(BadInput, match="0: 1 is a depth-wise"):
-        nodes(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        nodes(
+            nn.Sequential(
+                nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
+        )
 
 
 def test_what_is_channelwise_passes():

@@ -1,4 +1,6 @@
-"""Checkpoints: real processes are killed in mid-training, or run out of memory, and what goes on ends bit-equal."""
+"""Checkpoints: real processes are killed in mid-training, or run out of memory, and what goes on ends
+bit-equal.
+"""
 
 import contextlib
 import json
@@ -34,11 +36,15 @@ def network(seed=0, **settings):
 
 def with_dropout():
     with models.seeded(5):
-        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, 4))
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, 4)
+        )
 
 
 def swap(model, optimizer, name, new):
-    """Put the module `new` in the place of `name`; the optimizer follows, the momentum starts anew, the order is another."""
+    """Put the module `new` in the place of `name`; the optimizer follows, the momentum starts anew, the order
+    is another.
+    """
     old, params = model.get_submodule(name), optimizer.param_groups[0]["params"]
     gone = {id(p) for p in old.parameters()}
     params[:] = [p for p in params if id(p) not in gone] + list(new.parameters())
@@ -50,7 +56,9 @@ def swap(model, optimizer, name, new):
 
 @dataclass(frozen=True)
 class Noise(Method):
-    """Has all that a method can have: settings, state of tensors and plain values, draws of its own, and a log."""
+    """Has all that a method can have: settings, state of tensors and plain values, draws of its own, and a
+    log.
+    """
 
     head: str = "head"
     size: float = 0.05
@@ -91,7 +99,9 @@ class Widen(Method):
 
 @dataclass(frozen=True)
 class Stop(Method):
-    """Ends the training before a step, for once: by an exception, by a signal, for want of memory, or in mid-writing."""
+    """Ends the training before a step, for once: by an exception, by a signal, for want of memory, or in
+    mid-writing.
+    """
 
     step: int
     how: str = "interrupt"
@@ -135,7 +145,13 @@ CASES = {
     "state": (network, (Noise(),)),
     "surgery": (network, (Noise(), Widen())),
     "order": (network, (Widen(),)),
-    "grown": (network, (PruneTrain(scale=100.0, weigh="size", multiple=2), Net2Net(at=0.5, wider=1.5, deeper=("stages.0.0",)))),
+    "grown": (
+        network,
+        (
+            PruneTrain(scale=100.0, weigh="size", multiple=2),
+            Net2Net(at=0.5, wider=1.5, deeper=("stages.0.0",)),
+        ),
+    ),
     "from the start": (network, (Net2Net(wider=1.5, noise=0.1),)),
     "a user's": (users, (Noise("fc"), Operate(), PruneTrain(scale=30.0, weigh="size", multiple=1))),
 }
@@ -169,7 +185,9 @@ def same_run(a, b):
     assert history.kinds["step"]["count"] == reference.kinds["step"]["count"]
 
     def rows(h):
-        return [(r["step"], r["epoch"], r["lr"], r["loss"], r["accuracy"], str(r["train_loss"])) for r in h.rows]
+        return [
+            (r["step"], r["epoch"], r["lr"], r["loss"], r["accuracy"], str(r["train_loss"])) for r in h.rows
+        ]
 
     assert rows(history) == rows(reference)
     assert [r["seconds"] for r in history.rows] == sorted(r["seconds"] for r in history.rows)
@@ -179,11 +197,19 @@ def same_run(a, b):
 # Killed and resumed
 
 
-ENDS = {"dropout": "SIGTERM", "surgery": "SIGKILL", "grown": "memory", "a user's": "SIGKILL", "state": "writing"}
+ENDS = {
+    "dropout": "SIGTERM",
+    "surgery": "SIGKILL",
+    "grown": "memory",
+    "a user's": "SIGKILL",
+    "state": "writing",
+}
 
 
 def kill_all(folder, threads):
-    """Run every case of `ENDS` in a process of its own, to its bitter end; print how each ended. Forks, as imports take seconds."""
+    """Run every case of `ENDS` in a process of its own, to its bitter end; print how each ended. Forks, as
+    imports take seconds.
+    """
     ends = {}
     for case, how in ENDS.items():
         child = os.fork()
@@ -203,8 +229,12 @@ def killed(tmp_path_factory):
     """A folder with the checkpoints of processes that were killed."""
     folder = tmp_path_factory.mktemp("killed")
     code = "import torch; torch.set_num_threads(1)  # a process that has threads must not fork"
-    code += f"\nfrom tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, timeout=120)
+    code += (
+        f"\nfrom tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, timeout=120
+    )
     ends = json.loads(done.stdout or "{}")
     codes = {"SIGTERM": -signal.SIGTERM, "SIGKILL": -signal.SIGKILL, "memory": 1, "writing": -signal.SIGKILL}
     assert ends == {case: codes[how] for case, how in ENDS.items()}, done.stderr
@@ -221,10 +251,19 @@ def test_a_process_killed_in_mid_training_goes_on_and_ends_bit_equal(case, kille
     assert saved["step"] == (8 if how == "writing" else 12)  # its last whole epoch
     make, methods = CASES[case]
     model = make()
-    history = train(model, DATA, RECIPE, [*methods, Stop(10 if how == "writing" else 14, how, done=[1])], 3, checkpoint=path)
+    history = train(
+        model,
+        DATA,
+        RECIPE,
+        [*methods, Stop(10 if how == "writing" else 14, how, done=[1])],
+        3,
+        checkpoint=path,
+    )
     same_run((model, history), run(case))
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    assert (shapes != {name: p.shape for name, p in make().named_parameters()}) == (case in ("surgery", "grown", "a user's"))
+    assert (shapes != {name: p.shape for name, p in make().named_parameters()}) == (
+        case in ("surgery", "grown", "a user's")
+    )
     if case == "surgery":
         assert models.describe(model)["blocks"] == [[12], [8]]
         assert [e["epoch"] for e in history.events] == [0, 1, 2, 3]
@@ -323,7 +362,9 @@ def test_a_checkpoint_of_another_run_is_bad_input_and_changes_nothing(what, chan
     own = dict(model=network(), dataset=DATA, recipe=replace(RECIPE, epochs=2), methods=[Noise()], seed=3)
     own |= changes
     start = {k: v.clone() for k, v in own["model"].state_dict().items()}
-    with pytest.raises(BadInput, match=rf"run\.pt belongs to another run: other {what}; delete it or name another file"):
+    with pytest.raises(
+        BadInput, match=rf"run\.pt belongs to another run: other {what}; delete it or name another file"
+    ):
         train(**own, checkpoint=written)
     assert written.read_bytes() == before
     assert all(torch.equal(start[k], v) for k, v in own["model"].state_dict().items())
@@ -334,7 +375,9 @@ def test_all_that_differs_is_named(written):
         train(network(), DATA, RECIPE, [], 5, checkpoint=written)
 
 
-def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_layers_that_were_inserted(tmp_path):
+def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_layers_that_were_inserted(
+    tmp_path,
+):
     @dataclass(frozen=True)
     class Wider(Method):
         def on_epoch_end(self, run):
@@ -351,7 +394,9 @@ def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_l
     class Deeper(Method):
         def on_epoch_end(self, run):
             if run.epoch == 0:
-                run.restructure(lambda model, optimizer: surgery.insert_layer_(model, "1", optimizer) and None)
+                run.restructure(
+                    lambda model, optimizer: surgery.insert_layer_(model, "1", optimizer) and None
+                )
 
     def net():
         with models.seeded(0):
@@ -380,7 +425,9 @@ def flipped(raw, path):
     return raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "pickle", "bits", "other content", "a network", "a folder"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "text", "cut", "pickle", "bits", "other content", "a network", "a folder"]
+)
 def test_a_damaged_checkpoint_is_bad_input_that_names_the_file(damage, written, tmp_path):
     path, raw = tmp_path / "damaged.pt", written.read_bytes()
     if damage == "other content":
@@ -391,7 +438,11 @@ def test_a_damaged_checkpoint_is_bad_input_that_names_the_file(damage, written, 
         path.mkdir()
     else:
         bits = flipped(raw, path)
-        path.write_bytes({"empty": b"", "text": b"hello\n", "cut": raw[:-100], "pickle": b"\x80\x02]\x94.", "bits": bits}[damage])
+        path.write_bytes(
+            {"empty": b"", "text": b"hello\n", "cut": raw[:-100], "pickle": b"\x80\x02]\x94.", "bits": bits}[
+                damage
+            ]
+        )
     with pytest.raises(BadInput, match=r"damaged\.pt is not a (readable )?checkpoint"):
         train(network(), DATA, replace(RECIPE, epochs=2), [Noise()], 3, checkpoint=path)
 
@@ -425,7 +476,9 @@ def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path)
     shape = (3, 8, 8) if ":" in name else (1, 8, 8)
     model = models.build(name, 4, shape, seed=1, **settings)
     with torch.no_grad():
-        model(torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)))  # moves the BatchNorms' statistics
+        model(
+            torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+        )  # moves the BatchNorms' statistics
     checkpoint.save_model(tmp_path / "net.pt", model, name, 4, shape)
     loaded = checkpoint.load_model(tmp_path / "net.pt")
     assert loaded is not model
@@ -458,7 +511,9 @@ def test_a_users_own_network_is_saved_and_loaded_by_its_path(tmp_path):
     checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
     assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model))
     file.write_text(file.read_text().replace("width=3", "width=11"))
-    assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model))  # widths follow the file that was saved
+    assert torch.equal(
+        outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model)
+    )  # widths follow the file that was saved
     file.write_text(file.read_text().replace("width, 3)", "width, 5, padding=1)"))
     with pytest.raises(BadInput, match=r"net\.pt: the weights do not fit network .*mine\.py:net"):
         checkpoint.load_model(tmp_path / "net.pt")

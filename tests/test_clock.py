@@ -15,7 +15,10 @@ import effilib
 from effilib import clock
 from effilib.clock import CAP, RECURRING, Stopwatch
 
-SHORT, LONG = 0.004, 0.12  # seconds; sleeps only ever last longer, so bounds below are safe and those above are wide
+SHORT, LONG = (
+    0.004,
+    0.12,
+)  # seconds; sleeps only ever last longer, so bounds below are safe and those above are wide
 
 
 def lap(watch, seconds, kind="step", **settings):
@@ -177,7 +180,13 @@ def test_a_paused_and_substituted_lap_leaves_nothing_to_the_next():
 def test_capping_agrees_with_the_obvious_slow_way(seed):
     rng = random.Random(seed)
     durations = [None, 1.0, 1.1, 0.9, 1.2, 40.0, 4.9]
-    epochs = [[(rng.choice(["step", "step", "step", "grow"]), rng.choice(durations)) for _ in range(rng.randrange(30))] for _ in range(4)]
+    epochs = [
+        [
+            (rng.choice(["step", "step", "step", "grow"]), rng.choice(durations))
+            for _ in range(rng.randrange(30))
+        ]
+        for _ in range(4)
+    ]
     watch = Replayed(*epochs)
     total, capped = plain_total(epochs)
     assert watch.seconds == pytest.approx(total)
@@ -234,7 +243,9 @@ def test_interleaved_takes_turns_after_a_warm_up():
 
 
 def test_interleaved_measures_each_by_itself():
-    times = clock.interleaved({"short": lambda: time.sleep(SHORT), "long": lambda: time.sleep(0.03)}, repeats=3, warm_up=0)
+    times = clock.interleaved(
+        {"short": lambda: time.sleep(SHORT), "long": lambda: time.sleep(0.03)}, repeats=3, warm_up=0
+    )
     assert all(t >= SHORT for t in times["short"])
     assert all(t >= 0.03 for t in times["long"])
     assert min(times["short"]) < 0.03
@@ -242,7 +253,9 @@ def test_interleaved_measures_each_by_itself():
 
 def test_interleaved_stops_early_but_not_before_three_rounds():
     calls = []
-    times = clock.interleaved({"a": lambda: (time.sleep(0.02), calls.append(1))}, repeats=100, warm_up=1, seconds=0.001)
+    times = clock.interleaved(
+        {"a": lambda: (time.sleep(0.02), calls.append(1))}, repeats=100, warm_up=1, seconds=0.001
+    )
     assert len(times["a"]) == 3
     assert len(calls) == 4
 
@@ -269,7 +282,9 @@ def test_steady_memory_keeps_what_was_freed():
     root = Path(effilib.__file__).parents[1]
 
     def printed(mode):
-        return subprocess.run([sys.executable, "-c", code, mode], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(
+            [sys.executable, "-c", code, mode], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.split()
 
     set_, faults = printed("steady")
     if set_ == "False":
@@ -294,6 +309,8 @@ def test_time_is_read_in_the_clock_alone():
         re.MULTILINE,
     )
     folder = Path(effilib.__file__).parent
-    sources = {str(f.relative_to(folder)): f.read_text(encoding="utf-8") for f in sorted(folder.rglob("*.py"))}
+    sources = {
+        str(f.relative_to(folder)): f.read_text(encoding="utf-8") for f in sorted(folder.rglob("*.py"))
+    }
     offenders = {name: found.group() for name, text in sources.items() if (found := reads.search(text))}
     assert set(offenders) == {"clock.py"}, offenders

@@ -1,4 +1,5 @@
-"""Notebooks over machines: a real dask scheduler and real workers, each in a folder of its own, with other places for data and results.
+"""Notebooks over machines: a real dask scheduler and real workers, each in a folder of its own, with other
+places for data and results.
 
 Addresses 127.0.0.2, 127.0.0.3, ... stand for machines. No worker is told where the caller's results lie.
 """
@@ -18,8 +19,9 @@ import textwrap
 import psutil
 import pytest
 
-from effilib import cluster, paths
+from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import cluster
 from tests.runs import WAIT, alive, background, command, status, wait_for, write_notebook
 
 distributed = pytest.importorskip("distributed", reason="the cluster needs the package `distributed`")
@@ -69,11 +71,17 @@ with open({log!r}, "a") as log:
 def start(folder, module, *arguments, **environment):
     """Start one of dask's command lines in a folder of its own, with its output in the file `log`."""
     folder.mkdir()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("EFFILIB_") and "THREADS" not in name}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("EFFILIB_") and "THREADS" not in name
+    }
     environment = {**inherited, "PYTHONPATH": str(paths.root()), **environment}
     line = [sys.executable, "-m", f"distributed.cli.{module}", *arguments, "--no-dashboard"]
     with (folder / "log").open("w") as log:
-        return subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def stop(process):
@@ -85,7 +93,9 @@ def stop(process):
 @contextlib.contextmanager
 def scheduling(folder):
     """A scheduler: (its address, its process)."""
-    process = start(folder, "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", "address.json")
+    process = start(
+        folder, "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", "address.json"
+    )
     try:
         wait_for(lambda: paths.read_json(folder / "address.json"))
         yield paths.read_json(folder / "address.json")["address"], process
@@ -102,13 +112,26 @@ def scheduler(tmp_path_factory):
 
 @pytest.fixture
 def worker(tmp_path):
-    """Start workers: `worker(scheduler, "127.0.0.2", ...)` returns the process, whose folder has the name of its machine."""
+    """Start workers: `worker(scheduler, "127.0.0.2", ...)` returns the process, whose folder has the name of
+    its machine.
+    """
     processes = []
 
     def begin(scheduler, machine, *options, nanny=False, **environment):
         folder = tmp_path / machine
-        environment = {"EFFILIB_RESULTS": str(folder / "results"), "EFFILIB_DATA": str(folder / "data"), **environment}
-        options = ["--host", machine, "--local-directory", "scratch", "--nanny" if nanny else "--no-nanny", *options]
+        environment = {
+            "EFFILIB_RESULTS": str(folder / "results"),
+            "EFFILIB_DATA": str(folder / "data"),
+            **environment,
+        }
+        options = [
+            "--host",
+            machine,
+            "--local-directory",
+            "scratch",
+            "--nanny" if nanny else "--no-nanny",
+            *options,
+        ]
         processes.append(start(folder, "dask_worker", scheduler, "--nthreads", "1", *options, **environment))
         return processes[-1]
 
@@ -130,7 +153,9 @@ def pids(folder):
 
 
 @linux
-def test_a_notebook_travels_and_its_results_come_back(scheduler, worker, tmp_path, notebooks, results, folder, run, capsys, monkeypatch):
+def test_a_notebook_travels_and_its_results_come_back(
+    scheduler, worker, tmp_path, notebooks, results, folder, run, capsys, monkeypatch
+):
     worker(scheduler, "127.0.0.2", nanny=True)
     write_notebook(notebooks / "04_1_travels.ipynb", SEED, TRAVELLER)
     write_notebook(notebooks / "10_last.ipynb", LAST)
@@ -142,7 +167,11 @@ def test_a_notebook_travels_and_its_results_come_back(scheduler, worker, tmp_pat
     paths.write(mine / "recorded" / "study-cifar10" / "04_1_travels" / "record.json", {"status": "complete"})
     monkeypatch.chdir(mine)
     monkeypatch.setenv("EFFILIB_RECORDED", str(mine / "recorded"))
-    own = {"parameters": [("dataset", "photos"), ("network", "net.py:net")], "name": "mine", "scheduler": scheduler}
+    own = {
+        "parameters": [("dataset", "photos"), ("network", "net.py:net")],
+        "name": "mine",
+        "scheduler": scheduler,
+    }
     folder = folder.with_name("mine")
     joined(tmp_path / "127.0.0.2")
 
@@ -164,14 +193,22 @@ def test_a_notebook_travels_and_its_results_come_back(scheduler, worker, tmp_pat
     assert seen["images"] == ["image.png"]
     assert seen["data"] == str(there / "data")  # data sets that have a name are the worker's own
     assert all(seen[place].startswith(str(there / "scratch")) for place in ("cwd", "results"))
-    assert seen["threads"] is None  # dask's one thread a library is not for a notebook that has the machine for itself
+    assert (
+        seen["threads"] is None
+    )  # dask's one thread a library is not for a notebook that has the machine for itself
 
-    assert run(**own) == 0  # with the seed of the run that failed, a record of the series, and what is recorded
+    assert (
+        run(**own) == 0
+    )  # with the seed of the run that failed, a record of the series, and what is recorded
     assert (status(folder, "04_1_travels"), status(folder, "10_last")) == ("complete", "complete")
     record = paths.read_json(folder / "04_1_travels" / "record.json")
     assert (record["status"], record["shared_machine"]) == ("complete", False)
     assert not (there / "results").exists()
-    left = [path for path in (there / "scratch").rglob("*") if path.is_file() and path.suffix in (".ipynb", ".json", ".html")]
+    left = [
+        path
+        for path in (there / "scratch").rglob("*")
+        if path.is_file() and path.suffix in (".ipynb", ".json", ".html")
+    ]
     assert left == []
     assert run(**own) == 0
     assert "04_1_travels: up to date" in capsys.readouterr().out
@@ -182,7 +219,11 @@ def test_a_worker_dies_and_then_the_scheduler(worker, tmp_path, notebooks, resul
     waits = [tmp_path / "one", tmp_path / "two"]
     for where in waits:
         where.mkdir()
-    write_notebook(notebooks / "04_1_dies.ipynb", SEED, "if not known:\n" + textwrap.indent(WAIT.format(here=str(waits[0])), "    "))
+    write_notebook(
+        notebooks / "04_1_dies.ipynb",
+        SEED,
+        "if not known:\n" + textwrap.indent(WAIT.format(here=str(waits[0])), "    "),
+    )
     write_notebook(notebooks / "04_2_waits.ipynb", WAIT.format(here=str(waits[1])))
     with scheduling(tmp_path / "scheduler") as (address, process):
         workers = {f"127.0.0.{n}": worker(address, f"127.0.0.{n}") for n in (2, 3, 4)}
@@ -203,7 +244,16 @@ def test_a_worker_dies_and_then_the_scheduler(worker, tmp_path, notebooks, resul
         wait_for(lambda: not any(map(alive, second)))  # the worker ends what nobody waits for
     said = capsys.readouterr().out.splitlines()
     assert "3 at a time on 3 machines of " + address in said
-    assert len([line for line in said if line.startswith("04_1_dies: its worker tcp://127.0.0.2:") and "runs again" in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in said
+                if line.startswith("04_1_dies: its worker tcp://127.0.0.2:") and "runs again" in line
+            ]
+        )
+        == 1
+    )
     lost = f"the dask scheduler at {address} went away: 04_1_dies finished, 04_2_waits not; the same command goes on from there"
     assert said[-1] == lost
     assert status(folder, "04_1_dies") == "complete"
@@ -213,7 +263,9 @@ def test_a_worker_dies_and_then_the_scheduler(worker, tmp_path, notebooks, resul
 
 
 @linux
-def test_a_notebook_whose_workers_die_fails_after_three(scheduler, worker, tmp_path, notebooks, folder, run, capsys):
+def test_a_notebook_whose_workers_die_fails_after_three(
+    scheduler, worker, tmp_path, notebooks, folder, run, capsys
+):
     write_notebook(notebooks / "04_1_deadly.ipynb", "import time\ntime.sleep(60)")
     workers = [worker(scheduler, f"127.0.0.{n}") for n in (2, 3, 4)]
     joined(*(tmp_path / f"127.0.0.{n}" for n in (2, 3, 4)))
@@ -249,12 +301,17 @@ def test_one_notebook_a_gpu(scheduler, worker, tmp_path, notebooks, folder, run,
     assert together[-1] == []
     assert all(len(event) == 2 for event in events)
     said = capsys.readouterr().out
-    assert f"2 at a time on 1 machine of {scheduler}; some share a machine, so there are no verdicts on times" in said
+    assert (
+        f"2 at a time on 1 machine of {scheduler}; some share a machine, so there are no verdicts on times"
+        in said
+    )
     assert paths.read_json(folder / "04_0_x" / "record.json")["shared_machine"] is True
 
 
 @linux
-def test_interrupting_the_call_ends_the_notebook_on_its_worker(scheduler, worker, tmp_path, notebooks, folder):
+def test_interrupting_the_call_ends_the_notebook_on_its_worker(
+    scheduler, worker, tmp_path, notebooks, folder
+):
     write_notebook(notebooks / "04_1_waits.ipynb", WAIT.format(here=str(tmp_path)))
     process = worker(scheduler, "127.0.0.2")
     joined(tmp_path / "127.0.0.2")
@@ -279,7 +336,9 @@ echo "Submitted batch job $!"
 
 @linux
 def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, run, capsys):
-    """All is real but SLURM itself: `sbatch` starts the job's script here and now, `scancel` ends its processes."""
+    """All is real but SLURM itself: `sbatch` starts the job's script here and now, `scancel` ends its
+    processes.
+    """
     if not importlib.util.find_spec("dask_jobqueue"):  # not imported here: it takes hold of SIGINT
         pytest.skip("the README's lines need the package `dask-jobqueue`")
     lines = re.search(r"(?s)```py\n(.*?)```", (paths.root() / "README.md").read_text())[1]
@@ -292,10 +351,22 @@ def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, r
         (tmp_path / name).chmod(0o755)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EFFILIB_")}
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(paths.root()), "HOME": str(tmp_path)}
-    lines = lines.replace('"port": 8786', f'"port": {port}, "host": "127.0.0.1"').replace("jobs=4", "jobs=1").replace("32GB", "1GB")
+    lines = (
+        lines.replace('"port": 8786', f'"port": {port}, "host": "127.0.0.1"')
+        .replace("jobs=4", "jobs=1")
+        .replace("32GB", "1GB")
+    )
     with (tmp_path / "log").open("w") as log:
         line = [sys.executable, "-c", lines]
-        login = subprocess.Popen(line, cwd=tmp_path, env={**inherited, **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+        login = subprocess.Popen(
+            line,
+            cwd=tmp_path,
+            env={**inherited, **own},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+        )
     write_notebook(notebooks / "04_1_x.ipynb")
     try:
         wait_for(lambda: (tmp_path / "script").exists() or login.poll() is not None)
@@ -305,12 +376,17 @@ def test_the_readmes_lines_start_workers_on_slurm(tmp_path, notebooks, folder, r
     finally:
         login.kill()
         for process in psutil.process_iter(["cmdline"]):
-            if any(f":{port}" in word for word in process.info["cmdline"] or ()):  # a worker that nobody cancelled
+            if any(
+                f":{port}" in word for word in process.info["cmdline"] or ()
+            ):  # a worker that nobody cancelled
                 process.kill()
     assert "1 at a time on 1 machine" in capsys.readouterr().out
     assert status(folder, "04_1_x") == "complete"
     script = (tmp_path / "script").read_text()
-    assert all(words in script for words in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "--resources GPU=1"))
+    assert all(
+        words in script
+        for words in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "--resources GPU=1")
+    )
 
 
 # What is refused, before anything runs
@@ -324,7 +400,10 @@ def test_other_code_and_files_too_large_are_refused(scheduler, worker, tmp_path,
         file.write("OLD = True\n")
     old = worker(scheduler, "127.0.0.2", PYTHONPATH=str(tmp_path / "old"))
     joined(tmp_path / "127.0.0.2")
-    with pytest.raises(BadInput, match=r"the worker tcp://127\.0\.0\.2:\d+ has effilib .* not .* as here: update it and start it again"):
+    with pytest.raises(
+        BadInput,
+        match=r"the worker tcp://127\.0\.0\.2:\d+ has effilib .* not .* as here: update it and start it again",
+    ):
         run(scheduler=scheduler)
     stop(old)
 
@@ -333,8 +412,12 @@ def test_other_code_and_files_too_large_are_refused(scheduler, worker, tmp_path,
     (tmp_path / "large.npz").write_bytes(b"x" * 100)
     monkeypatch.setattr(cluster, "LIMIT", 99)
     listing = cluster.jobs.listing
-    monkeypatch.setattr(cluster.jobs, "listing", lambda path: [*listing(path), ("only here", 0, 0)])  # the worker sees the same disk
-    with pytest.raises(BadInput, match=r"has no /.*/large\.npz, too much to be sent .* put a copy there, at the same path"):
+    monkeypatch.setattr(
+        cluster.jobs, "listing", lambda path: [*listing(path), ("only here", 0, 0)]
+    )  # the worker sees the same disk
+    with pytest.raises(
+        BadInput, match=r"has no /.*/large\.npz, too much to be sent .* put a copy there, at the same path"
+    ):
         run(scheduler=scheduler, parameters=[("dataset", str(tmp_path / "large.npz"))])
 
 
@@ -357,7 +440,9 @@ def test_dask_is_optional(notebooks, run, monkeypatch):
 def test_what_was_packed_is_unpacked(tmp_path):
     (tmp_path / "a").write_bytes(b"1" * 10_000)
     (tmp_path / "b").write_bytes(b"")
-    archive = cluster.pack({"x/a": tmp_path / "a", "b": tmp_path / "b", "gone": tmp_path / "c", "folder": tmp_path})
+    archive = cluster.pack(
+        {"x/a": tmp_path / "a", "b": tmp_path / "b", "gone": tmp_path / "c", "folder": tmp_path}
+    )
     assert len(archive) < 1000
     assert cluster.unpack(archive, tmp_path / "there") == ["x/a", "b"]
     assert (tmp_path / "there" / "x" / "a").read_bytes() == b"1" * 10_000

@@ -1,4 +1,6 @@
-"""The approximable product: exact where nothing is replaced, each part replaceable alone, only what is asked for computed."""
+"""The approximable product: exact where nothing is replaced, each part replaceable alone, only what is asked
+for computed.
+"""
 
 import copy
 import pickle
@@ -42,14 +44,26 @@ GEOMETRIES = {
     "not square": dict(stride=(2, 1), padding=(0, 2)),
 }
 SCALES = [None, 2.0, torch.tensor([0.5, 3.0], dtype=torch.float64)]
-PRODUCTS = {"3x3": Convolution(padding=(1, 1)), "stride": Convolution(stride=(2, 2)), "linear": MatrixProduct()}
+PRODUCTS = {
+    "3x3": Convolution(padding=(1, 1)),
+    "stride": Convolution(stride=(2, 2)),
+    "linear": MatrixProduct(),
+}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def tensors(*, groups=1, k=3, dtype=torch.float64, layout="contiguous", n=3, channels=4, out=6, size=7):
-    x = torch.randn(n, channels, size, size, generator=g(), dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    w = torch.randn(out, channels // groups, k, k, generator=g(1), dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    return x.requires_grad_(), w.requires_grad_(), torch.randn(out, generator=g(2), dtype=dtype).requires_grad_()
+    x = torch.randn(n, channels, size, size, generator=g(), dtype=dtype).contiguous(
+        memory_format=LAYOUTS[layout]
+    )
+    w = torch.randn(out, channels // groups, k, k, generator=g(1), dtype=dtype).contiguous(
+        memory_format=LAYOUTS[layout]
+    )
+    return (
+        x.requires_grad_(),
+        w.requires_grad_(),
+        torch.randn(out, generator=g(2), dtype=dtype).requires_grad_(),
+    )
 
 
 def gradients(y, *inputs):
@@ -80,7 +94,9 @@ def test_gradients_pass_gradcheck(geometry):
 
 
 def test_the_linear_product_is_pytorchs():
-    x, w, b = (torch.randn(s, generator=g(), dtype=torch.float64).requires_grad_() for s in ((2, 3, 5), (4, 5), (4,)))
+    x, w, b = (
+        torch.randn(s, generator=g(), dtype=torch.float64).requires_grad_() for s in ((2, 3, 5), (4, 5), (4,))
+    )
     assert torch.equal(approx_linear(x, w, b), F.linear(x, w, b))
     assert torch.autograd.gradcheck(approx_linear, (x, w, b))
 
@@ -96,7 +112,9 @@ def test_autocast_is_followed_as_pytorchs_layers_follow_it():
     got = gradients(mine, x, w)
     assert all(torch.equal(a, e) for a, e in zip(got, gradients(theirs, x, w), strict=True))
     assert got[1].dtype == torch.float32
-    assert seen == [torch.float32]  # a replaced forward gets the numbers as they are, and no autocast around it
+    assert seen == [
+        torch.float32
+    ]  # a replaced forward gets the numbers as they are, and no autocast around it
 
 
 def test_it_refuses_to_be_differentiated_twice():
@@ -145,7 +163,9 @@ def test_each_part_is_replaced_alone():
     for name, (part, changed) in parts.items():
         y = approx_conv2d(x, w, b, padding=1, **{name: part})
         got = [y, *gradients(y, x, w, b)]
-        assert {i for i, (a, e) in enumerate(zip(got, exact, strict=True)) if not torch.allclose(a, e)} == changed, name
+        assert {
+            i for i, (a, e) in enumerate(zip(got, exact, strict=True)) if not torch.allclose(a, e)
+        } == changed, name
 
 
 def test_a_weight_gradient_of_none_leaves_the_parameter_without_one():
@@ -188,7 +208,9 @@ def test_sampled_channels_are_a_mask_on_the_input(layout, scale):
     for a, e in zip(got, gradients(expected, x, w), strict=True):
         assert torch.allclose(a, e)
         assert (a[:, [0, 2]] == 0).all()
-    assert torch.autograd.gradcheck(lambda x, w: approx_conv2d(x, w, sample=lambda x, w: (index, scale)), (x, w))
+    assert torch.autograd.gradcheck(
+        lambda x, w: approx_conv2d(x, w, sample=lambda x, w: (index, scale)), (x, w)
+    )
 
 
 def test_only_sampled_channels_are_kept_for_the_backward_pass():
@@ -242,7 +264,10 @@ class Net(nn.Module):
     def __init__(self, last=None):
         super().__init__()
         self.late, self.stem = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(3, 4, 3)
-        self.early, self.depthwise = nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.Conv2d(6, 6, 3, groups=6)
+        self.early, self.depthwise = (
+            nn.Conv2d(4, 6, 3, padding="same", bias=False),
+            nn.Conv2d(6, 6, 3, groups=6),
+        )
         self.hidden, self.head = nn.Linear(6, 8), last or nn.Linear(8, 5)
 
     def forward(self, x):
@@ -262,15 +287,21 @@ def test_layers_leave_out_stem_and_classifier_in_their_true_order():
     assert list(layers(Net(), images())) == ["early", "late", "depthwise"]
     assert list(layers(Net(), images(), linear=True)) == ["early", "late", "depthwise", "hidden"]
     resnet = models.build("resnet", 10, (3, 8, 8), widths=(4, 8), blocks=(1, 1))
-    assert list(layers(resnet)) == [n for n, m in resnet.named_modules() if isinstance(m, nn.Conv2d) and n != "stem"]
+    assert list(layers(resnet)) == [
+        n for n, m in resnet.named_modules() if isinstance(m, nn.Conv2d) and n != "stem"
+    ]
     assert set(layers(resnet)) == set(layers(resnet, images()))
 
 
 def test_a_convolution_as_classifier_is_left_exact_and_a_perceptrons_first_layer_is_not():
-    fully = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fully = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     assert list(layers(fully)) == list(layers(fully, images())) == ["1"]
     perceptron = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
-    assert list(layers(perceptron, linear=True)) == list(layers(perceptron, images(), linear=True)) == ["1", "3"]
+    assert (
+        list(layers(perceptron, linear=True)) == list(layers(perceptron, images(), linear=True)) == ["1", "3"]
+    )
     assert list(layers(perceptron)) == []
 
 
@@ -278,7 +309,12 @@ def test_two_stems_side_by_side_are_both_found_by_a_batch():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.inner, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+            self.a, self.b, self.inner, self.head = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(3, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 3),
+                nn.Linear(4, 5),
+            )
 
         def forward(self, x):
             return self.head(self.inner(self.a(x) + self.b(x)).mean((2, 3)))
@@ -300,7 +336,9 @@ def test_a_class_of_the_users_own_is_left_alone():
     class Own(nn.Conv2d):
         pass
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Own(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(5)
+    )
     model(images())
     assert list(layers(model)) == ["2"]
 
@@ -310,7 +348,12 @@ def test_conversion_keeps_parameters_is_exact_in_eval_mode_and_can_be_undone():
     parameters, state, x = dict(model.named_parameters()), copy.deepcopy(model.state_dict()), images()
     trained, evaluated = model(x), model.eval()(x)
     chosen = layers(model.train(), x, linear=True)
-    assert convert_(chosen, {n: double_forward() for n in chosen}, "me", "doubling") == ["early", "late", "depthwise", "hidden"]
+    assert convert_(chosen, {n: double_forward() for n in chosen}, "me", "doubling") == [
+        "early",
+        "late",
+        "depthwise",
+        "hidden",
+    ]
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert type(model.early) is ApproxConv2d
     assert type(model.hidden) is ApproxLinear
@@ -360,7 +403,9 @@ def test_a_converted_layer_pads_as_the_plain_one(settings):
     layer = nn.Conv2d(**{"in_channels": 3, "out_channels": 4, "kernel_size": 3, **settings})
     x, seen = images(), []
     expected, single = layer(x), layer(x[0])
-    convert_({"": layer}, {"": Approximation(output_gradient=lambda dy: seen.append(1) or dy)}, "me", "looking")
+    convert_(
+        {"": layer}, {"": Approximation(output_gradient=lambda dy: seen.append(1) or dy)}, "me", "looking"
+    )
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(x[0]), single)
     layer(x).sum().backward()
@@ -391,7 +436,9 @@ METHODS = {
 
 def trained(*methods, epochs=1):
     model = models.build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
-    history = train(model, DATA, Recipe(epochs=epochs, batch_size=32, precision="fp32"), [METHODS[m] for m in methods])
+    history = train(
+        model, DATA, Recipe(epochs=epochs, batch_size=32, precision="fp32"), [METHODS[m] for m in methods]
+    )
     return model, history
 
 
@@ -405,17 +452,25 @@ def test_no_method_is_bit_equal_to_exact_training_and_combined_they_are_like_non
     runs = [(), *((m,) for m in METHODS), *pairs, ("pruning", "approximation")]
     found = {r: weights(trained(*r)[0]) for r in runs}
     names = list(found)
-    assert [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if torch.equal(found[a], found[b])] == []
+    assert [
+        (a, b) for i, a in enumerate(names) for b in names[i + 1 :] if torch.equal(found[a], found[b])
+    ] == []
 
 
 def test_combined_methods_learn_and_all_of_them_leave():
     model, history = trained("sampling", "pruning", "approximation", epochs=6)
     assert history.accuracy > 80
     assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
-    assert {e["method"] for e in history.events} == {"ColumnRowSampling", "GradientPruning", "GradientApproximation"}
+    assert {e["method"] for e in history.events} == {
+        "ColumnRowSampling",
+        "GradientPruning",
+        "GradientApproximation",
+    }
 
 
-@pytest.mark.parametrize("pair", [("subsets", "approximation"), ("fixed point", "pruning"), ("fixed point", "approximation")])
+@pytest.mark.parametrize(
+    "pair", [("subsets", "approximation"), ("fixed point", "pruning"), ("fixed point", "approximation")]
+)
 def test_methods_that_replace_the_same_part_are_refused(pair):
     with pytest.raises(BadInput, match="cannot be combined"):
         trained(*pair)
@@ -447,7 +502,9 @@ for _ in range(20):
 
 @pytest.mark.parametrize(("batch", "channels"), [(15, 8), (31, 12), (16, 8), (13, 3), (15, 16)])
 def test_narrow_strided_shortcuts_neither_crash_nor_differ(batch, channels):
-    done = subprocess.run([sys.executable, "-c", RISKY, str(batch), str(channels)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", RISKY, str(batch), str(channels)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,6 @@
-"""What training costs: FLOPs against closed forms, the passes of a convolution against autograd, memory against a sum by hand."""
+"""What training costs: FLOPs against closed forms, the passes of a convolution against autograd, memory
+against a sum by hand.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,17 @@ import torchvision
 from torch import nn
 
 from effilib import cost, models
-from effilib.cost import PASSES, Conv, Counter, conv_passes, conv_seconds, count_flops, latency_table, layers, step_flops
+from effilib.cost import (
+    PASSES,
+    Conv,
+    Counter,
+    conv_passes,
+    conv_seconds,
+    count_flops,
+    latency_table,
+    layers,
+    step_flops,
+)
 from effilib.errors import BadInput
 
 CONVS = {
@@ -24,11 +36,17 @@ each_conv = pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS.keys())
 
 
 def by_loops(conv):
-    """Multiply-accumulates of a forward pass, one filter position after the other; padding is multiplied as well."""
+    """Multiply-accumulates of a forward pass, one filter position after the other; padding is multiplied as
+    well.
+    """
     count = 0
     for _ in range(conv.O):
         for _top in range(-conv.pad, conv.H + conv.pad - conv.k + 1, conv.stride):
-            count += conv.k**2 * (conv.C // conv.groups) * len(range(-conv.pad, conv.W + conv.pad - conv.k + 1, conv.stride))
+            count += (
+                conv.k**2
+                * (conv.C // conv.groups)
+                * len(range(-conv.pad, conv.W + conv.pad - conv.k + 1, conv.stride))
+            )
     return conv.N * count
 
 
@@ -47,9 +65,14 @@ def test_each_pass_is_counted_as_its_closed_form(conv):
 def test_the_passes_compute_what_autograd_does(conv, channels_last):
     passes = conv_passes(conv, channels_last=channels_last)
     g = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(*s, generator=g) for s in ((conv.N, conv.C, conv.H, conv.W), (conv.O, conv.C // conv.groups, conv.k, conv.k)))
+    x, w = (
+        torch.randn(*s, generator=g)
+        for s in ((conv.N, conv.C, conv.H, conv.W), (conv.O, conv.C // conv.groups, conv.k, conv.k))
+    )
     dy = torch.randn(conv.N, conv.O, *conv.out_size, generator=g)
-    y = F.conv2d(x.requires_grad_(), w.requires_grad_(), stride=conv.stride, padding=conv.pad, groups=conv.groups)
+    y = F.conv2d(
+        x.requires_grad_(), w.requires_grad_(), stride=conv.stride, padding=conv.pad, groups=conv.groups
+    )
     y.backward(dy)
     assert torch.allclose(passes["forward"](), y, atol=1e-4)
     dx, none, _ = passes["dX"]()
@@ -90,11 +113,16 @@ def test_linear_layers_and_other_products_are_counted():
 def test_integer_products_are_counted():
     a, b = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 24, dtype=torch.int8)
     assert count_flops(lambda: torch._int_mm(a, b)) == 2 * 32 * 16 * 24
-    assert count_flops(lambda: torch.ones(3, 4, dtype=torch.int16) @ torch.ones(4, 5, dtype=torch.int16)) == 2 * 3 * 4 * 5
+    assert (
+        count_flops(lambda: torch.ones(3, 4, dtype=torch.int16) @ torch.ones(4, 5, dtype=torch.int16))
+        == 2 * 3 * 4 * 5
+    )
 
 
 def convolutions(model, shape, n):
-    """2 x forward FLOPs of every convolution and linear layer, by hand: the spatial sizes come from hooks written here."""
+    """2 x forward FLOPs of every convolution and linear layer, by hand: the spatial sizes come from hooks
+    written here.
+    """
     found, hooks = [], []
 
     def note(module, inputs, output):
@@ -148,7 +176,9 @@ def test_saved_bytes_are_those_of_a_sum_by_hand(device):
     assert count.saved_bytes == 4 * 8 * 10
     with Counter() as count:
         first(x.clone().requires_grad_()).sum().backward()
-    assert count.saved_bytes == 4 * (8 * 10 + 10 * 20)  # for dX the weights, which nobody named as held anyway
+    assert count.saved_bytes == 4 * (
+        8 * 10 + 10 * 20
+    )  # for dX the weights, which nobody named as held anyway
 
 
 def test_nothing_is_saved_without_gradients():
@@ -213,7 +243,10 @@ def test_padding_may_be_given_by_its_name(padding, pad):
     assert conv.out_size == tuple(model(torch.zeros(1, 1, 8, 8)).shape[2:])
 
 
-@pytest.mark.parametrize("settings", [{"kernel_size": (1, 7)}, {"kernel_size": 3, "dilation": 2}, {"kernel_size": 3, "stride": (1, 2)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"kernel_size": (1, 7)}, {"kernel_size": 3, "dilation": 2}, {"kernel_size": 3, "stride": (1, 2)}],
+)
 def test_a_convolution_that_cannot_be_described_is_named(settings):
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, **settings))
     with pytest.raises(BadInput, match=r"convolution 1 is not square or is dilated"):
@@ -226,7 +259,11 @@ def test_the_latency_table_has_every_pass_but_the_first_dx():
     model = models.build("convnet", 4, (1, 8, 8), widths=(4, 6))
     rows = latency_table(model, torch.zeros(2, 1, 8, 8), repeats=2)
     first, second = layers(model, torch.zeros(2, 1, 8, 8))
-    assert [(r["layer"], r["pass"]) for r in rows] == [(first, "forward"), (first, "dW"), *((second, p) for p in PASSES)]
+    assert [(r["layer"], r["pass"]) for r in rows] == [
+        (first, "forward"),
+        (first, "dW"),
+        *((second, p) for p in PASSES),
+    ]
     for r in rows:
         assert r["ms"] > 0
         assert r["gflops_per_s"] == pytest.approx(r["flops"] / r["ms"] / 1e6)

@@ -1,4 +1,6 @@
-"""Data sets, splits and batches: the fast path against plain slicing, and every file that a person could get wrong."""
+"""Data sets, splits and batches: the fast path against plain slicing, and every file that a person could get
+wrong.
+"""
 
 import gzip
 import math
@@ -69,7 +71,9 @@ def test_mnist5k_has_the_four_splits_that_the_design_fixes(mnist5k):
     for s in SPLITS:
         split = getattr(mnist5k, s)
         assert (split.x.dtype, split.y.dtype) == (torch.uint8, torch.int64)
-        assert counts(split.y, 10).tolist() == [len(split) // 10] * 10  # 500 of each class: exactly stratified
+        assert (
+            counts(split.y, 10).tolist() == [len(split) // 10] * 10
+        )  # 500 of each class: exactly stratified
 
 
 def test_the_splits_are_disjoint_and_nothing_is_lost(mnist5k):
@@ -107,7 +111,8 @@ def test_every_prefix_of_a_stratified_order_holds_the_classes_in_proportion(labe
     order = data.stratified_order(labels, seed)
     assert sorted(order) == list(range(len(labels)))
     classes, size = np.unique(labels, return_counts=True)
-    # Class c has n_c p + 1/2 or fewer by half a sample at place p, so k samples are N p to within half the number of classes.
+    # Class c has n_c p + 1/2 or fewer by half a sample at place p, so k samples are N p to within half the
+    # number of classes.
     bound = 0.5 + size / len(labels) * len(classes) / 2 + 1e-9
     for k in range(len(labels) + 1):
         have = np.array([(labels[order[:k]] == c).sum() for c in classes])
@@ -152,7 +157,9 @@ def test_a_gpu_sees_the_same_data():
     assert there.device.type == "cuda"
     assert there.digest == here.digest
     for (x, y), (x_there, y_there) in zip(
-        Batches(here, 32, generator(), augmentation="crop+flip"), Batches(there, 32, generator(), augmentation="crop+flip"), strict=True
+        Batches(here, 32, generator(), augmentation="crop+flip"),
+        Batches(there, 32, generator(), augmentation="crop+flip"),
+        strict=True,
     ):
         assert_close(x_there.cpu(), x)
         assert torch.equal(y_there.cpu(), y)
@@ -171,7 +178,9 @@ def plain_cut(dataset, pad, index, dy, dx, mirrored):
     """Slow oracle: pad, slice and flip each image by itself."""
     _, height, width = dataset.shape
     images = []
-    for i, top, left, flipped in zip(index.tolist(), dy.tolist(), dx.tolist(), mirrored.tolist(), strict=True):
+    for i, top, left, flipped in zip(
+        index.tolist(), dy.tolist(), dx.tolist(), mirrored.tolist(), strict=True
+    ):
         image = dataset.train.x[i].permute(2, 0, 1)[None].float()
         padded = F.pad(image, [pad] * 4, mode="reflect")[0]
         crop = padded[:, top : top + height, left : left + width]
@@ -184,7 +193,9 @@ def plain_cut(dataset, pad, index, dy, dx, mirrored):
     height=st.integers(2, 9), width=st.integers(2, 9), channels=st.sampled_from([1, 3]), batch=st.integers(1, 12),
     augmentation=st.sampled_from(["auto", "none", "crop", "crop+flip"]), pad=st.integers(0, 1), flip=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_batches_are_crops_and_flips_by_plain_slicing(height, width, channels, batch, augmentation, pad, flip, seed):
+def test_batches_are_crops_and_flips_by_plain_slicing(
+    height, width, channels, batch, augmentation, pad, flip, seed
+):
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 256, (40, height, width, channels), dtype=np.uint8)
     dataset = data._split("random", [x, np.arange(40) % 2, None, None], ("a", "b"), pad=pad, flip=flip)
@@ -193,7 +204,10 @@ def test_batches_are_crops_and_flips_by_plain_slicing(height, width, channels, b
     g, n = generator(seed), len(dataset.train)
     order = torch.randperm(n, generator=g)
     used = {"auto": pad, "none": 0}.get(augmentation, pad or 1)
-    dy, dx = (torch.randint(2 * used + 1, (n,), generator=g) if used else torch.zeros(n, dtype=torch.int64) for _ in range(2))
+    dy, dx = (
+        torch.randint(2 * used + 1, (n,), generator=g) if used else torch.zeros(n, dtype=torch.int64)
+        for _ in range(2)
+    )
     mirror = flip if augmentation == "auto" else augmentation == "crop+flip"
     mirrored = torch.randint(2, (n,), generator=g).bool() if mirror else torch.zeros(n, dtype=torch.bool)
     got = list(batches)
@@ -245,7 +259,15 @@ def test_the_order_is_the_generators_alone():
         for seed, n in ((0, 1), (0, 2), (1, 1)):
             torch.set_num_threads(n)
             torch.manual_seed(n)  # the global generator does not matter
-            runs.append(torch.cat([x for _ in range(2) for x, _ in Batches(d, 32, generator(seed), augmentation="crop+flip")]))
+            runs.append(
+                torch.cat(
+                    [
+                        x
+                        for _ in range(2)
+                        for x, _ in Batches(d, 32, generator(seed), augmentation="crop+flip")
+                    ]
+                )
+            )
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(before)
@@ -272,7 +294,9 @@ def test_crops_and_flips_are_all_equally_likely():
 @pytest.mark.parametrize("batch_size", [0, -1, 361, 10_000])
 def test_a_batch_larger_than_the_split_is_named(batch_size):
     d = data.synthetic()
-    with pytest.raises(BadInput, match=f"batch size {batch_size} does not fit synthetic: it has 360 training images"):
+    with pytest.raises(
+        BadInput, match=f"batch size {batch_size} does not fit synthetic: it has 360 training images"
+    ):
         Batches(d, batch_size, generator())
 
 
@@ -332,7 +356,10 @@ def test_a_label_is_fit_for_a_folder(name, short):
 def arrays(n=40, shape=(6, 5, 3), classes=2, **changes):
     rng = np.random.default_rng(0)
     train, test = (rng.integers(0, 256, (k, *shape), dtype=np.uint8) for k in (n, 10))
-    return dict(zip(ARRAYS, [train, np.arange(n) % classes, test, np.arange(10) % classes], strict=True)) | changes
+    return (
+        dict(zip(ARRAYS, [train, np.arange(n) % classes, test, np.arange(10) % classes], strict=True))
+        | changes
+    )
 
 
 def npz(folder, **content):
@@ -346,7 +373,9 @@ def npz(folder, **content):
     channels=st.sampled_from([None, 1, 3]), classes=st.integers(2, 10), label=st.sampled_from(["u1", "i1", "<i4", ">i4", "<u8", "i8"]),
     column=st.booleans(), compress=st.booleans(),
 )  # fmt: skip
-def test_an_npz_of_any_shape_is_taken_as_it_is(tmp_path_factory, n, shape, channels, classes, label, column, compress):
+def test_an_npz_of_any_shape_is_taken_as_it_is(
+    tmp_path_factory, n, shape, channels, classes, label, column, compress
+):
     content = arrays(n, shape + (() if channels is None else (channels,)), classes)
     for k in ("train_labels", "test_labels"):
         content[k] = content[k].astype(label)[:, None] if column else content[k].astype(label)
@@ -361,7 +390,10 @@ def test_an_npz_of_any_shape_is_taken_as_it_is(tmp_path_factory, n, shape, chann
     assert d.test.y.tolist() == content["test_labels"].reshape(-1).tolist()
     assert (d.pad, d.flip) == (0, False)  # a user's own images are not augmented unless asked
     assert next(iter(Batches(d, 4, generator())))[0].shape == (4, *d.shape)
-    assert sum(counts(getattr(d, s).y, classes) for s in SPLITS[:3]).tolist() == np.bincount(np.arange(n) % classes).tolist()
+    assert (
+        sum(counts(getattr(d, s).y, classes) for s in SPLITS[:3]).tolist()
+        == np.bincount(np.arange(n) % classes).tolist()
+    )
 
 
 def test_an_npz_may_be_named_by_a_path_object_and_hold_more(tmp_path):
@@ -384,14 +416,23 @@ WRONG = {  # what is in the file, and what the sentence must say
         without("test_labels"),
         "lacks test_labels: an .npz data set has train_images, .*; this one has train_images, train_labels, test_images$",
     ),
-    "all keys are others": (dict(x=np.zeros(3)), "lacks train_images, train_labels, test_images, test_labels.*this one has x"),
+    "all keys are others": (
+        dict(x=np.zeros(3)),
+        "lacks train_images, train_labels, test_images, test_labels.*this one has x",
+    ),
     "nothing in it": ({}, "lacks train_images"),
     "float images": (
         arrays(train_images=np.zeros((40, 6, 5, 3))),
         r"train_images is float64 \(40, 6, 5, 3\), expected uint8 N x H x W x C with 1 or 3 channels",
     ),
-    "channels first": (arrays(train_images=np.zeros((40, 3, 6, 5), np.uint8)), r"train_images is uint8 \(40, 3, 6, 5\), expected"),
-    "four channels": (arrays(test_images=np.zeros((10, 6, 5, 4), np.uint8)), r"test_images is uint8 \(10, 6, 5, 4\)"),
+    "channels first": (
+        arrays(train_images=np.zeros((40, 3, 6, 5), np.uint8)),
+        r"train_images is uint8 \(40, 3, 6, 5\), expected",
+    ),
+    "four channels": (
+        arrays(test_images=np.zeros((10, 6, 5, 4), np.uint8)),
+        r"test_images is uint8 \(10, 6, 5, 4\)",
+    ),
     "flat images": (arrays(train_images=np.zeros((40, 90), np.uint8)), r"train_images is uint8 \(40, 90\)"),
     "one-hot labels": (
         arrays(train_labels=np.eye(2, dtype=int)[np.arange(40) % 2]),
@@ -410,7 +451,10 @@ WRONG = {  # what is in the file, and what the sentence must say
     "negative labels": (arrays(train_labels=np.arange(40) % 2 - 1), r"found \[-1, 0\]"),
     "a gap in the labels": (arrays(train_labels=np.arange(40) % 2 * 2), r"found \[0, 2\]"),
     "one class": (arrays(train_labels=np.zeros(40, int)), r"with 2 classes or more; found \[0\]"),
-    "a class that is only in test": (arrays(test_labels=np.arange(10) % 5), r"test labels \[2, 3, 4\] are not among the 2 classes"),
+    "a class that is only in test": (
+        arrays(test_labels=np.arange(10) % 5),
+        r"test labels \[2, 3, 4\] are not among the 2 classes",
+    ),
     "test images of another size": (
         arrays(test_images=np.zeros((10, 6, 6, 3), np.uint8)),
         r"train images are \(6, 5, 3\) but test images \(6, 6, 3\)",
@@ -553,7 +597,9 @@ def folder(tmp_path, monkeypatch):
         for part, n in (("train", train), ("test", test)):
             for c in classes:
                 for i in range(n):
-                    picture(root / part / c / f"{i}.png", seed=zlib.crc32(f"{part}/{c}/{i}".encode()), **settings)
+                    picture(
+                        root / part / c / f"{i}.png", seed=zlib.crc32(f"{part}/{c}/{i}".encode()), **settings
+                    )
         return root
 
     make.picture = picture
@@ -609,7 +655,9 @@ def test_images_of_different_sizes_are_resized_to_one(folder):
     assert data.load(str(root)).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("1", 1), ("RGB", 3), ("P", 3), ("RGBA", 3), ("LA", 3)])
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("L", 1), ("1", 1), ("RGB", 3), ("P", 3), ("RGBA", 3), ("LA", 3)]
+)
 def test_grey_images_have_one_channel_and_others_three(folder, mode, channels):
     assert data.load(str(folder(mode=mode))).shape[0] == channels
 
@@ -692,7 +740,9 @@ def test_a_single_class_is_named(folder):
         data.load(str(root))
 
 
-@pytest.mark.parametrize("there", [[], ["train"], ["test"], ["train/cat", "test"], ["training/cat", "testing/cat"]])
+@pytest.mark.parametrize(
+    "there", [[], ["train"], ["test"], ["train/cat", "test"], ["training/cat", "testing/cat"]]
+)
 def test_a_folder_of_another_form_is_named_with_what_was_expected(there, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILIB_DATA", str(tmp_path / "data"))
     root = tmp_path / "pictures"
@@ -720,7 +770,11 @@ def test_a_data_folder_that_cannot_be_written_is_named(folder, tmp_path, monkeyp
 
 def idx(array):
     """The bytes of an IDX file."""
-    return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    return (
+        struct.pack(">BBBB", 0, 0, 8, array.ndim)
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
 
 
 def tiny_idx(folder, *, zipped=False, **other):
@@ -728,9 +782,13 @@ def tiny_idx(folder, *, zipped=False, **other):
     folder.mkdir(parents=True, exist_ok=True)
     for file in IDX:
         n = 60 if file.startswith("train") else 20
-        content = np.zeros((n, 28, 28), np.uint8) if "images" in file else (np.arange(n) % 10).astype(np.uint8)
+        content = (
+            np.zeros((n, 28, 28), np.uint8) if "images" in file else (np.arange(n) % 10).astype(np.uint8)
+        )
         raw = other.get(file, idx(content))
-        (folder / f"{file}.gz").write_bytes(gzip.compress(raw)) if zipped else (folder / file).write_bytes(raw)
+        (folder / f"{file}.gz").write_bytes(gzip.compress(raw)) if zipped else (folder / file).write_bytes(
+            raw
+        )
     return folder
 
 
@@ -768,24 +826,41 @@ def test_other_images_where_debian_keeps_fashion_mnist_are_refused_by_that_folde
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_corrupt_idx_file_is_named(raw, zipped, offline):
     folder = tiny_idx(offline / "MNIST" / "raw", zipped=zipped, **{IDX[0]: raw})
-    with pytest.raises(BadInput, match=f"mnist: the file {folder}/{IDX[0]}.* is corrupt .*delete it to download it again"):
+    with pytest.raises(
+        BadInput, match=f"mnist: the file {folder}/{IDX[0]}.* is corrupt .*delete it to download it again"
+    ):
         data.load("mnist")
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda raw: raw[:-20], lambda raw: raw[:40] + b"x" + raw[41:], lambda raw: b"no gzip", lambda raw: b"", lambda raw: raw + b"rest"],
+    [
+        lambda raw: raw[:-20],
+        lambda raw: raw[:40] + b"x" + raw[41:],
+        lambda raw: b"no gzip",
+        lambda raw: b"",
+        lambda raw: raw + b"rest",
+    ],
 )
 def test_a_corrupt_gz_is_named(damage, offline):
     folder = tiny_idx(offline / "MNIST" / "raw", zipped=True)
     file = folder / f"{IDX[2]}.gz"
-    file.write_bytes(damage(gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)))))
+    file.write_bytes(
+        damage(gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8))))
+    )
     with pytest.raises(BadInput, match=f"mnist: the file {file} is corrupt"):
         data.load("mnist")
 
 
-MISSING = [("mnist", "train-images-idx3-ubyte.gz", "MNIST/raw"), ("fashion_mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw")]
-MISSING += [("cifar10", "cifar-10-python.tar.gz", ""), ("cifar100", "cifar-100-python.tar.gz", ""), ("svhn", "train_32x32.mat", "")]
+MISSING = [
+    ("mnist", "train-images-idx3-ubyte.gz", "MNIST/raw"),
+    ("fashion_mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw"),
+]
+MISSING += [
+    ("cifar10", "cifar-10-python.tar.gz", ""),
+    ("cifar100", "cifar-100-python.tar.gz", ""),
+    ("svhn", "train_32x32.mat", ""),
+]
 
 
 @pytest.mark.parametrize(("name", "file", "folder"), MISSING)
@@ -795,7 +870,9 @@ def test_a_missing_file_on_an_offline_machine_is_one_sentence(name, file, folder
         data.load(name)
     sentence = str(error.value)
     assert sentence.startswith(f"{name}: {file} is not in {offline / folder} and could not be downloaded (")
-    assert sentence.endswith("Put the files there, name their folder in EFFILIB_DATA, or use the embedded data set mnist5k")
+    assert sentence.endswith(
+        "Put the files there, name their folder in EFFILIB_DATA, or use the embedded data set mnist5k"
+    )
     assert "\n" not in sentence
     assert not [f for f in offline.rglob("*") if f.is_file()]  # nothing half-written
 

@@ -1,4 +1,6 @@
-"""The decision to prune on, widen, deepen or stop: by tables of synthetic traces, and for any trace that hypothesis can think of."""
+"""The decision to prune on, widen, deepen or stop: by tables of synthetic traces, and for any trace that
+hypothesis can think of.
+"""
 
 import math
 from dataclasses import replace
@@ -7,8 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effilib.decision import GROWTH, MODES, Action, Epoch, Policy, Stage, Trace, decide, due, flat, gained, level, rates, since
 from effilib.errors import BadInput
+from effilib.methods.decision import (
+    GROWTH,
+    MODES,
+    Action,
+    Epoch,
+    Policy,
+    Stage,
+    Trace,
+    decide,
+    due,
+    flat,
+    gained,
+    level,
+    rates,
+    since,
+)
 
 FLAT = [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]  # the validation loss of a run that improves nothing any more
 
@@ -31,7 +48,17 @@ def trace(stages, losses=FLAT, accuracy=60.0, train_accuracy=62.0, train_loss=No
         )
         for i, (v, a) in enumerate(zip(losses, accuracies, strict=True))
     )
-    return Trace(**{"epochs": epochs, "lam": 1e-3, "idle": 2.0, "pressed": 5.0, "budget": 100.0, "images": 10_000, **kwargs})
+    return Trace(
+        **{
+            "epochs": epochs,
+            "lam": 1e-3,
+            "idle": 2.0,
+            "pressed": 5.0,
+            "budget": 100.0,
+            "images": 10_000,
+            **kwargs,
+        }
+    )
 
 
 def did(kind, name, epoch):
@@ -91,9 +118,18 @@ def test_the_table(name):
 
 def test_the_reason_has_the_numbers_in_it():
     reason = decide(trace(QUIET)).reason
-    assert reason == "2 epochs improved the validation loss by less than 2.0%; b lost 0.0% of its channels in 2 epochs, 0.0% are going"
-    assert "widening it brought +0.0 points, less than 0.5" in decide(TABLE["widening brought nothing: deepen there"][0]).reason
-    assert "of its 16 new channels 8 were pruned again" in decide(TABLE["newborns were pruned again: deepen there"][0]).reason
+    assert (
+        reason
+        == "2 epochs improved the validation loss by less than 2.0%; b lost 0.0% of its channels in 2 epochs, 0.0% are going"
+    )
+    assert (
+        "widening it brought +0.0 points, less than 0.5"
+        in decide(TABLE["widening brought nothing: deepen there"][0]).reason
+    )
+    assert (
+        "of its 16 new channels 8 were pruned again"
+        in decide(TABLE["newborns were pruned again: deepen there"][0]).reason
+    )
     assert "with no penalty" in decide(TABLE["no penalty: wait"][0]).reason
     assert "75.0 % on training images, 60.0 % on others" in decide(TABLE["over-fitting: stop"][0]).reason
     assert str(decide(trace(QUIET))).startswith("widen b: ")
@@ -135,7 +171,9 @@ def test_level_compares_means_of_windows():
 
 
 def test_one_noisy_epoch_is_a_decision_of_the_thesis_and_none_in_windows():
-    noisy = trace(QUIET, [2.5, 1.73, 1.89], train_loss=[2.0, 1.8, 1.6])  # as measured at a constant learning rate
+    noisy = trace(
+        QUIET, [2.5, 1.73, 1.89], train_loss=[2.0, 1.8, 1.6]
+    )  # as measured at a constant learning rate
     assert decide(noisy, Policy(mode="thesis")).kind == "widen"
     assert decide(noisy).kind == "wait"
     assert decide(replace(noisy, epochs=noisy.epochs[:2]), Policy(mode="thesis")).kind == "wait"
@@ -161,7 +199,9 @@ def test_the_plateaus_clock_starts_anew_with_an_action_and_with_another_size():
 def test_accuracies_at_two_sizes_are_not_compared():
     found = trace(QUIET, actions=(did("widen", "b", 3),), accuracy=[60.0] * 4 + [50.0] * 4)
     assert gained(found, Policy()) == -10
-    resized = replace(found, epochs=tuple(replace(e, size=(16, 16) if e.epoch < 4 else (32, 32)) for e in found.epochs))
+    resized = replace(
+        found, epochs=tuple(replace(e, size=(16, 16) if e.epoch < 4 else (32, 32)) for e in found.epochs)
+    )
     assert gained(resized, Policy()) is None
     assert decide(resized).freeze == ()
     assert gained(trace(QUIET), Policy()) is None
@@ -214,7 +254,10 @@ def traces(draw):
     kept = [replace(s, name=names[i]) for i, s in enumerate(draw(stages_))]
     losses = draw(st.lists(st.floats(0.1, 3), min_size=1, max_size=10))
     epochs = draw(st.lists(st.integers(0, len(losses) - 1), unique=True, max_size=4))
-    actions = tuple(did(draw(st.sampled_from(("shrink", *GROWTH))), draw(st.sampled_from(names)), e) for e in sorted(epochs))
+    actions = tuple(
+        did(draw(st.sampled_from(("shrink", *GROWTH))), draw(st.sampled_from(names)), e)
+        for e in sorted(epochs)
+    )
     return trace(
         kept, losses, draw(st.floats(0, 100)), draw(st.floats(0, 100)), actions=actions, spent=draw(positive), projected=draw(positive),
         budget=draw(st.floats(0, 40)), lam=draw(st.sampled_from((0.0, 1e-3))), pressed=draw(st.floats(0, 4)),
@@ -238,7 +281,10 @@ def test_an_action_is_always_affordable_allowed_and_the_same_again(found, policy
         assert found.now.epoch - found.last >= policy.cooldown or not found.actions
         assert found.lam > 0 or not policy.pressure
         if policy.where == "pruned":
-            assert max(rates(found, max(policy.window, 2))[action.stage], chosen.pending) <= policy.low or not policy.pressure
+            assert (
+                max(rates(found, max(policy.window, 2))[action.stage], chosen.pending) <= policy.low
+                or not policy.pressure
+            )
 
 
 @settings(max_examples=300, deadline=None)
@@ -252,7 +298,9 @@ def test_what_growth_costs_matters_only_where_there_is_growth(found, policy):
 @settings(max_examples=60, deadline=None)
 @given(stages_, policies, st.lists(st.floats(0.5, 1.5), min_size=40, max_size=40))
 def test_on_stages_that_go_on_as_they_are_it_never_goes_to_and_fro(seen, policy, losses):
-    """The same rates in every epoch, any losses: no stage is grown and said to shrink by turns, and growth ends."""
+    """The same rates in every epoch, any losses: no stage is grown and said to shrink by turns, and growth
+    ends.
+    """
     stages = [replace(s, name="abc"[i]) for i, s in enumerate(seen)]
     policy = replace(policy, where="pruned")
     actions, frozen, last = (), frozenset(), None

@@ -1,8 +1,8 @@
-"""Several processes, started by a real torchrun (gloo): equal to one process, also through surgery; killed, restarted, refused.
+"""Several processes, started by a real torchrun (gloo): equal to one process, also through surgery; killed,
+restarted, refused.
 
-`torchrun -m tests.test_distributed FOLDER` runs what is below `main`; pytest does the same with one process and compares. With
-BatchNorm the one process normalises each share apart.
-"""
+`torchrun -m tests.test_distributed FOLDER` runs what is below `main`; pytest does the same with one process
+and compares. With BatchNorm the one process normalises each share apart."""
 
 import os
 import signal
@@ -29,9 +29,9 @@ from effilib.methods.prune_train import PruneTrain
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
-from effilib.single import methods as all_methods
 from effilib.tasks import task
 from effilib.training import Method, Recipe, train
+from effilib.workbook.train_command import methods as all_methods
 from tests.common import users
 
 RECIPE = Recipe(epochs=5, batch_size=33, lr=0.1, precision="fp64")  # 33 images: shares of 17 and 16
@@ -52,17 +52,32 @@ class Look(Method):
 
     def on_fit_start(self, run):
         run.state[self] = {"losses": [], "batches": [], "equal": True, "images": 0}
-        common, own = (run.ranks.gather(torch.rand(3, generator=run.generator(self, share)).tolist()) for share in (False, True))
-        run.log(self, "draws", common=common[0], alike=common == common[:1] * len(common), own=len({str(o) for o in own}) == len(own))
+        common, own = (
+            run.ranks.gather(torch.rand(3, generator=run.generator(self, share)).tolist())
+            for share in (False, True)
+        )
+        run.log(
+            self,
+            "draws",
+            common=common[0],
+            alike=common == common[:1] * len(common),
+            own=len({str(o) for o in own}) == len(own),
+        )
 
     def on_batch(self, run, x, y):
         whole = run.ranks.whole(x).flatten()  # in its order
-        run.state[self]["batches"].append(round((whole * torch.linspace(0, 1, len(whole), dtype=x.dtype)).sum().item(), 6))
+        run.state[self]["batches"].append(
+            round((whole * torch.linspace(0, 1, len(whole), dtype=x.dtype)).sum().item(), 6)
+        )
         return x, y
 
     def on_after_backward(self, run):
         state, gradients = run.state[self], [p.grad for p in run.model.parameters()]
-        state["equal"] &= all(torch.equal(a, b) for other in run.ranks.gather(gradients) for a, b in zip(gradients, other, strict=True))
+        state["equal"] &= all(
+            torch.equal(a, b)
+            for other in run.ranks.gather(gradients)
+            for a, b in zip(gradients, other, strict=True)
+        )
 
     def on_step_end(self, run):
         state = run.state[self]
@@ -75,7 +90,17 @@ class Look(Method):
 
 PRUNE = PruneTrain(scale=100.0, weigh="size", multiple=2)
 GENTLE = PruneTrain(weigh="norm", rule="readers", keep_scale=True, multiple=2)
-GROW = PruneThenGrow(mode="periodic", period=1, cooldown=1, prune=GENTLE, idle=0.1, budget=3.0, full=101.0, gap=100.0, search=0.9)
+GROW = PruneThenGrow(
+    mode="periodic",
+    period=1,
+    cooldown=1,
+    prune=GENTLE,
+    idle=0.1,
+    budget=3.0,
+    full=101.0,
+    gap=100.0,
+    search=0.9,
+)
 PLAN = replace(GROW, plan=((0, "widen", "stage 2"), (2, "deepen", "stage 2")))
 CASES = {
     "plain": (without_bn, (Look(),)),
@@ -137,7 +162,8 @@ class Jitter(Method):
         run.log(self, "drawn", drawn=run.ranks.gather(run.state[self]["drawn"]))
 
 
-# A user's network with dropout, pruned and grown in width and depth, and draws for single images: all that a checkpoint has to hold.
+# A user's network with dropout, pruned and grown in width and depth, and draws for single images: all that a
+# checkpoint has to hold.
 KILLED = (users, (Jitter(), PRUNE, Net2Net(at=0.4, wider=1.5, deeper=("layer1.1",))))
 
 
@@ -176,7 +202,10 @@ def every_method():
     special = {
         "kernel_rescaling": (with_bn, KernelRescaling(kernels=False, recalibrate=1)),
         "net2net": (with_bn, Net2Net(wider=1.5)),
-        "stochastic_pooling": (lambda: models.build("vgg", 4, (1, 8, 8), widths=((8,), (8,))), StochasticPooling()),
+        "stochastic_pooling": (
+            lambda: models.build("vgg", 4, (1, 8, 8), widths=((8,), (8,))),
+            StochasticPooling(),
+        ),
         "structure_and_strength": (with_bn, StructureAndStrength(structure="random", scope="auto")),
         "wavelet_auto_encoder": (lambda: WAE(1, 4, trunk(8), trunk(4), (8, 4)), WaveletAutoEncoder()),
     }
@@ -220,7 +249,9 @@ def main(folder):
 
 
 def apart(m, x):
-    """BatchNorm that normalises each of two shares of the batch by itself; running statistics are the mean of theirs."""
+    """BatchNorm that normalises each of two shares of the batch by itself; running statistics are the mean of
+    theirs.
+    """
     if not m.training:
         return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
     outs, moments = [], []
@@ -235,7 +266,15 @@ def apart(m, x):
 
 def torchrun(folder, *words, restarts=0):
     """Run `python *words` in two processes; one thread each."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", *words]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+        *words,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -249,7 +288,10 @@ def found(tmp_path_factory):
     train(with_bn(), DATA, RECIPE, checkpoint=folder / "alone.pt")
     torchrun(folder, "-m", "tests.test_distributed", str(folder), restarts=1)
     assert (folder / "died").exists()
-    return {**torch.load(folder / "first.pt", weights_only=False), **torch.load(folder / "second.pt", weights_only=False)}
+    return {
+        **torch.load(folder / "first.pt", weights_only=False),
+        **torch.load(folder / "second.pt", weights_only=False),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -267,7 +309,9 @@ def test_two_processes_are_equal_to_one(name, found, monkeypatch):
         assert a == pytest.approx(b, rel=1e-7, nan_ok=True)
     start = CASES[name][0]()
     if name.startswith("plain"):
-        assert one["events"][-1] == two["events"][-1]  # images and losses of every step; gradients were equal in all processes
+        assert (
+            one["events"][-1] == two["events"][-1]
+        )  # images and losses of every step; gradients were equal in all processes
         assert two["events"][-1]["images"] == 20 * 33
         assert two["events"][-1]["equal"]
         assert two["events"][0]["common"] == one["events"][0]["common"]
@@ -343,7 +387,9 @@ def test_one_process_gives_back_what_it_was_given():
     x, model = torch.rand(3), with_bn()
     assert distributed.ranks() is ALONE
     assert ALONE.wrap(model) is model
-    assert ALONE.agree(x) is ALONE.total(x) is ALONE.whole(x) is ALONE.mean(x, None) is ALONE.weigh(x, None) is x
+    assert (
+        ALONE.agree(x) is ALONE.total(x) is ALONE.whole(x) is ALONE.mean(x, None) is ALONE.weigh(x, None) is x
+    )
     assert ALONE.gather(x) == [x]
     assert ALONE.first(lambda: x) is x
 

@@ -23,7 +23,14 @@ from effilib.tasks import Task
 from effilib.training import History, Method, Recipe, train
 
 RECIPE = Recipe(epochs=1, batch_size=64, precision="fp32")
-TASK = Task(preset="quick", dataset="synthetic", widths={"widths": (8, 8), "blocks": (1, 1)}, recipe=RECIPE, target=60.0, margin=1.0)
+TASK = Task(
+    preset="quick",
+    dataset="synthetic",
+    widths={"widths": (8, 8), "blocks": (1, 1)},
+    recipe=RECIPE,
+    target=60.0,
+    margin=1.0,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +59,15 @@ class Made:
         top = 20.0 if seed in self.missed else self.accuracy
         noise = 1 + 0.01 * (seed % 3)
         rows = [
-            {"step": s, "epoch": s / 10, "seconds": self.seconds * noise * s / 20, "lr": 0.1, "train_loss": 1.0, "loss": 1.0, "accuracy": a}
+            {
+                "step": s,
+                "epoch": s / 10,
+                "seconds": self.seconds * noise * s / 20,
+                "lr": 0.1,
+                "train_loss": 1.0,
+                "loss": 1.0,
+                "accuracy": a,
+            }
             for s, a in ((0, 10.0), (10, top), (20, top + 0.1 * (seed % 2)))
         ]
         kinds = {"step": {"count": 20, "seconds": self.seconds, "median": self.step * noise}}
@@ -77,7 +92,9 @@ def _nothing_run():
 def test_arms_are_measured_in_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match=r"arms are measured in one process; over several only train\(\) works"):
+    with pytest.raises(
+        BadInput, match=r"arms are measured in one process; over several only train\(\) works"
+    ):
         compare(TASK, arms(BASE, Made("other")))
     assert RUNS == []
 
@@ -118,7 +135,9 @@ class Watch(Method):
 
     def on_batch(self, run, x, y):
         if run.step == 0:
-            self.seen.append({"weights": {k: v.clone() for k, v in run.model.state_dict().items()}, "data": []})
+            self.seen.append(
+                {"weights": {k: v.clone() for k, v in run.model.state_dict().items()}, "data": []}
+            )
         self.seen[-1]["data"].append((x.sum().item(), y.tolist()))
         return x, y
 
@@ -137,7 +156,9 @@ def test_pairs_share_initial_weights_where_shapes_agree_and_the_order_of_the_dat
     seen = {}
     for seed in (0, 1):
         Arm(name="a", methods=(a,)).run(TASK, dataset, seed)
-        Arm(name="b", methods=(Draws(), b), changes={"lr": 0.01, "memory_format": "contiguous"}).run(TASK, dataset, seed)
+        Arm(name="b", methods=(Draws(), b), changes={"lr": 0.01, "memory_format": "contiguous"}).run(
+            TASK, dataset, seed
+        )
         Arm(name="c", methods=(c,), network={"widths": (8, 12)}).run(TASK, dataset, seed)
         seen[seed] = [w.seen[-1] for w in (a, b, c)]
         assert seen[seed][0]["data"] == seen[seed][1]["data"] == seen[seed][2]["data"]
@@ -150,7 +171,9 @@ def test_pairs_share_initial_weights_where_shapes_agree_and_the_order_of_the_dat
 
 
 def test_an_arm_is_what_train_does_with_its_changes():
-    history = Arm(name="a", changes={"epochs": 2, "lr": 0.05}, network={"widths": (4, 4)}).run(TASK, dataset := TASK.load(), 7)
+    history = Arm(name="a", changes={"epochs": 2, "lr": 0.05}, network={"widths": (4, 4)}).run(
+        TASK, dataset := TASK.load(), 7
+    )
     task = TASK.but(epochs=2, lr=0.05)
     same = train(task.build(dataset, 7, widths=(4, 4)), dataset, task.recipe, seed=7)
     assert [r["loss"] for r in history.rows] == [r["loss"] for r in same.rows]
@@ -171,7 +194,12 @@ def stages(task, seed):
 
 
 def test_stages_make_one_history_on_one_clock():
-    found = compare(TASK, [Arm(name="once", role="baseline"), Arm(name="twice", fit=stages)], seeds=1, quantity="time per step")
+    found = compare(
+        TASK,
+        [Arm(name="once", role="baseline"), Arm(name="twice", fit=stages)],
+        seeds=1,
+        quantity="time per step",
+    )
     once, twice = (found.histories(n)[0] for n in ("once", "twice"))
     assert twice.steps == 2 * once.steps
     assert twice.flops == 2 * once.flops
@@ -186,7 +214,9 @@ def test_stages_make_one_history_on_one_clock():
 
 
 def plain(history):
-    return json.loads(json.dumps({**history.__dict__, "rows": [{k: str(v) for k, v in r.items()} for r in history.rows]}))
+    return json.loads(
+        json.dumps({**history.__dict__, "rows": [{k: str(v) for k, v in r.items()} for r in history.rows]})
+    )
 
 
 @dataclass(frozen=True)
@@ -257,7 +287,13 @@ def test_changed_data_under_the_same_path_runs_anew(tmp_path):
     def write(seed):
         rng = np.random.default_rng(seed)
         images, labels = rng.integers(0, 255, (200, 8, 8, 1), dtype=np.uint8), np.arange(200) % 4
-        np.savez(tmp_path / "mine.npz", train_images=images, train_labels=labels, test_images=images[:40], test_labels=labels[:40])
+        np.savez(
+            tmp_path / "mine.npz",
+            train_images=images,
+            train_labels=labels,
+            test_images=images[:40],
+            test_labels=labels[:40],
+        )
 
     task = replace(TASK, dataset=str(tmp_path / "mine.npz"))
     write(0)
@@ -303,7 +339,9 @@ def test_a_changed_source_of_a_method_runs_anew_and_a_comment_does_not(tmp_path,
         sys.modules.pop("method_of_mine", None)
         importlib.invalidate_caches()
         module = importlib.import_module("method_of_mine")
-        keys.append(key(TASK, dataset, [Arm(name="a", role="baseline"), Arm(name="b", methods=(module.Mine(),))]))
+        keys.append(
+            key(TASK, dataset, [Arm(name="a", role="baseline"), Arm(name="b", methods=(module.Mine(),))])
+        )
     assert keys[0] == keys[1] == keys[3] != keys[2]
 
 
@@ -341,7 +379,9 @@ def test_a_cached_baseline_never_meets_a_fresh_method():
     assert sorted(RUNS) == [("base", 1), ("fast", 1)]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"arms": 3}', '{"seed": 0, "arms": {"base": {"rowz": []}, "fast": {}}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"arms": 3}', '{"seed": 0, "arms": {"base": {"rowz": []}, "fast": {}}}']
+)
 def test_a_damaged_file_of_the_cache_is_measured_again(content):
     compare(TASK, arms(BASE, Made("fast")), seeds=1)
     file = next(paths.cache().glob("*/seed-0.json"))
@@ -389,14 +429,18 @@ print(len(found.blocks), sum("cached" in b for b in found.blocks))
 
 
 def test_a_killed_comparison_keeps_its_finished_seeds(tmp_path):
-    """A real process, SIGKILL in the third seed; a second process runs what is missing and finds it by the same key."""
+    """A real process, SIGKILL in the third seed; a second process runs what is missing and finds it by the
+    same key.
+    """
     log, script = tmp_path / "log", tmp_path / "script.py"
     script.write_text(SCRIPT.format(here=os.path.dirname(__file__), log=str(log)))
     base = os.path.dirname(os.path.dirname(experiment.__file__))
     environment = {**os.environ, "PYTHONPATH": base}
 
     def start(**more):
-        return subprocess.run([sys.executable, str(script)], env={**environment, **more}, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, str(script)], env={**environment, **more}, capture_output=True, text=True
+        )
 
     killed = start(KILL="1")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -430,7 +474,9 @@ def test_a_seed_with_too_many_stalled_steps_is_run_again():
     found = measure(task, [Arm(name="a", role="baseline"), Arm(name="b", methods=(stalls,))], [5])
     assert stalls.seen.count(5) >= 2
     assert found[0]["attempts"] == stalls.seen.count(5)
-    comparison = experiment.Comparison(task=task, arms=(Arm(name="a", role="baseline"), Arm(name="b")), blocks=found)
+    comparison = experiment.Comparison(
+        task=task, arms=(Arm(name="a", role="baseline"), Arm(name="b")), blocks=found
+    )
     assert "Seeds run again because over 5% of their steps stalled: [5]." in comparison.notes()
 
 
@@ -456,7 +502,10 @@ def test_one_capped_step_in_twenty_is_borne():
         ([Arm(name="a")], "the first arm, and no other"),
         ([Arm(name="a", role="baseline"), Arm(name="b", role="baseline")], "the first arm, and no other"),
         ([Arm(name="a"), Arm(name="b", role="baseline")], "the first arm, and no other"),
-        ([Arm(name="a", role="baseline"), Arm(name="b", role="controll")], "the others are 'method' or 'control'"),
+        (
+            [Arm(name="a", role="baseline"), Arm(name="b", role="controll")],
+            "the others are 'method' or 'control'",
+        ),
         ([Arm(name="a", role="baseline"), Arm(name="a")], "arms need names of their own, got a, a"),
     ],
 )
@@ -467,7 +516,10 @@ def test_arms_that_cannot_be_compared_are_bad_input(given, words):
 
 
 def test_an_unknown_quantity_is_bad_input():
-    with pytest.raises(BadInput, match="unknown quantity 'time to step': choose one of time to target, time per step, training time"):
+    with pytest.raises(
+        BadInput,
+        match="unknown quantity 'time to step': choose one of time to target, time per step, training time",
+    ):
         compare(TASK, arms(BASE), quantity="time to step")
 
 
@@ -555,7 +607,9 @@ def test_time_per_step_is_judged_by_the_median_step():
 
 def test_training_time_is_judged_by_the_whole_run_and_needs_no_target():
     task = replace(TASK, target=None)
-    found = compare(task, arms(Made("base", seconds=10.0), Made("fast", seconds=5.0)), seeds=5, quantity="training time")
+    found = compare(
+        task, arms(Made("base", seconds=10.0), Made("fast", seconds=5.0)), seeds=5, quantity="training time"
+    )
     assert found.task.target is None
     assert found.verdict("fast").ratio == pytest.approx(stats_ratio(found))
     assert found.verdict("fast").quantity == "training time"
@@ -573,7 +627,9 @@ def test_verdicts_are_withheld_from_smoke_runs_and_illustrations():
 
 
 def test_claims_may_differ_by_arm():
-    found = compare(TASK, arms(BASE, Made("fast", seconds=5.0), Made("small", seconds=5.0)), seeds=5, claim={"fast": 3.0})
+    found = compare(
+        TASK, arms(BASE, Made("fast", seconds=5.0), Made("small", seconds=5.0)), seeds=5, claim={"fast": 3.0}
+    )
     assert [v.claim_reproduced for v in found.verdicts()] == ["no", "not tested"]
     assert [v.arm for v in found.verdicts()] == ["fast", "small"]
 
@@ -603,7 +659,9 @@ def test_the_table_says_everything_that_is_judged():
     assert fast["measured"].startswith("2.0")
     assert fast["verdict"] == FASTER
     assert fast["claim reproduced"] == "yes"
-    assert table.loc["base", ["step speed-up", "predicted", "measured", "verdict", "claim reproduced"]].tolist() == ["1", "1", "1", "", ""]
+    assert table.loc[
+        "base", ["step speed-up", "predicted", "measured", "verdict", "claim reproduced"]
+    ].tolist() == ["1", "1", "1", "", ""]
     assert table.loc["missed", "reached"] == "3 of 5"
     assert table.loc["missed", "verdict"] == MISSED
     assert "s to 60 %" in table.columns
@@ -616,17 +674,31 @@ def test_the_table_of_one_seed_pretends_no_interval():
 
 
 def test_the_table_without_a_target_has_none():
-    table = compare(replace(TASK, target=None), arms(BASE, Made("fast")), seeds=2, quantity="time per step").table()
+    table = compare(
+        replace(TASK, target=None), arms(BASE, Made("fast")), seeds=2, quantity="time per step"
+    ).table()
     assert not any(c.startswith("s to") for c in table.columns)
     assert "reached" not in table.columns
 
 
 def test_the_history_has_a_row_for_every_evaluation():
     history = compare(TASK, arms(BASE, Made("fast")), seeds=3).history()
-    assert list(history.columns) == ["arm", "seed", "step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]
+    assert list(history.columns) == [
+        "arm",
+        "seed",
+        "step",
+        "epoch",
+        "seconds",
+        "lr",
+        "train_loss",
+        "loss",
+        "accuracy",
+    ]
     assert len(history) == 2 * 3 * 3
     assert isinstance(history, pd.DataFrame)
-    assert set(zip(history.arm, history.seed, strict=True)) == {(a, s) for a in ("base", "fast") for s in range(3)}
+    assert set(zip(history.arm, history.seed, strict=True)) == {
+        (a, s) for a in ("base", "fast") for s in range(3)
+    }
     assert history[(history.arm == "fast") & (history.seed == 1)].accuracy.tolist() == [10, 90, 90.1]
 
 
@@ -641,7 +713,11 @@ def test_the_notes_name_what_diverged():
 
 def test_a_whole_small_comparison_of_real_trainings():
     task = TASK.but(epochs=2)
-    found = compare(task, [Arm(name="base", role="baseline"), Arm(name="short", role="control", changes={"epochs": 1})], seeds=2)
+    found = compare(
+        task,
+        [Arm(name="base", role="baseline"), Arm(name="short", role="control", changes={"epochs": 1})],
+        seeds=2,
+    )
     assert found.predicted("short") == pytest.approx(2.0)
     assert found.predicted("short", per_step=True) == pytest.approx(1.0)
     assert found.machine["threads"] == torch.get_num_threads()

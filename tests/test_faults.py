@@ -1,6 +1,8 @@
-"""The fault table: whatever breaks, nothing is lost, nothing is half-written, and the reason is named in one sentence.
+"""The fault table: whatever breaks, nothing is lost, nothing is half-written, and the reason is named in one
+sentence.
 
-kernel killed, cell timeout         test_faults::test_failure_has_its_reason (a full disk within a cell, a missing record, errors, too)
+kernel killed, cell timeout         test_faults::test_failure_has_its_reason (a full disk within a cell, a
+missing record, errors, too)
   and the rest of the series        test_faults::test_the_rest_goes_on
                                     test_faults::test_no_process_and_no_half_result_is_left
 disk full, or read-only             test_faults::test_a_disk_that_fills_up
@@ -14,8 +16,9 @@ results folder not to be written    test_paths::test_a_folder_that_cannot_be_mad
 corrupted cache entry               test_experiment::test_a_damaged_file_of_the_cache_is_measured_again
 corrupted record                    test_faults::test_a_damaged_record_is_no_result
                                     test_report::test_no_record_breaks_the_index
-corrupted checkpoint                test_checkpoint::test_a_damaged_checkpoint_is_bad_input_that_names_the_file
-two runners on one folder           test_faults::test_two_runners_at_once
+corrupted checkpoint
+test_checkpoint::test_a_damaged_checkpoint_is_bad_input_that_names_the_file two runners on one folder
+test_faults::test_two_runners_at_once
                                     test_jobs::test_one_run_at_a_time_in_a_folder
                                     test_jobs::test_without_its_hold_a_job_does_not_begin
 clock jumping                       test_faults::test_a_clock_that_jumps
@@ -43,7 +46,8 @@ import nbformat
 import psutil
 import pytest
 
-from effilib import paths, runner
+from effilib import paths
+from effilib.workbook import runner
 from tests.runs import RECORD, WAIT, background, command, status, wait_for, write_notebook
 
 
@@ -57,11 +61,20 @@ def test_the_table_names_tests_that_are_there():
 # A series in which nearly everything goes wrong: run once, looked at by several tests
 
 WRONG = {
-    "03_1_killed": ("import os\nos.kill(os.getpid(), 9)", "its kernel was killed or crashed in the cell `import os`"),
+    "03_1_killed": (
+        "import os\nos.kill(os.getpid(), 9)",
+        "its kernel was killed or crashed in the cell `import os`",
+    ),
     "03_2_slow": ("while True: pass", "the cell `while True: pass` took longer than the 3 s of --timeout"),
     "03_3_raising": ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
-    "03_4_bad_input": ("from effilib.errors import BadInput\nraise BadInput('give it a name')", "give it a name"),
-    "03_5_full_disk": ("open('/dev/full', 'w', 1).write('x\\n')", "OSError: [Errno 28] No space left on device"),
+    "03_4_bad_input": (
+        "from effilib.errors import BadInput\nraise BadInput('give it a name')",
+        "give it a name",
+    ),
+    "03_5_full_disk": (
+        "open('/dev/full', 'w', 1).write('x\\n')",
+        "OSError: [Errno 28] No space left on device",
+    ),
     "03_6_no_record": ("epochs", "it wrote no complete record.json"),
 }
 
@@ -71,7 +84,9 @@ def wrong(tmp_path_factory):
     """(exit code, folder, lines printed) of a run with two jobs at a time."""
     where = tmp_path_factory.mktemp("wrong")
     for name, (code, _) in WRONG.items():
-        write_notebook(where / "notebooks" / f"{name}.ipynb", code, record="" if "no_record" in name else RECORD)
+        write_notebook(
+            where / "notebooks" / f"{name}.ipynb", code, record="" if "no_record" in name else RECORD
+        )
     for name in ("02_good", "10_good"):
         write_notebook(where / "notebooks" / f"{name}.ipynb")
     with pytest.MonkeyPatch.context() as patch, (where / "said").open("w+") as said:
@@ -97,7 +112,12 @@ def test_failure_has_its_reason(wrong, name):
 def test_the_rest_goes_on(wrong):
     _, folder, said = wrong
     assert {status(folder, "02_good"), status(folder, "10_good")} == {"complete"}
-    assert {file.name for file in (folder / "02_good").iterdir()} == {"notebook.ipynb", "report.html", "record.json", "run.json"}
+    assert {file.name for file in (folder / "02_good").iterdir()} == {
+        "notebook.ipynb",
+        "report.html",
+        "record.json",
+        "run.json",
+    }
     assert f"{2} complete, {len(WRONG)} failed" in said
     assert said[-1] == f"report: {folder / 'index.html'}"
     assert all(name in (folder / "index.html").read_text() for name in [*WRONG, "02_good", "10_good"])
@@ -116,16 +136,18 @@ def test_chapter_10_runs_last(wrong):
 def test_no_process_and_no_half_result_is_left(wrong):
     folder = wrong[1]
     assert not list((folder / ".partial").iterdir())
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
+    assert not [
+        process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])
+    ]
 
 
 # A disk that fills up
 
-# In a small disk of its own: a first run; one whose notebook does not fit; one that begins without a byte left; one on a disk that takes
-# no writes; and one after all is well again. Prints a line of JSON for each.
+# In a small disk of its own: a first run; one whose notebook does not fit; one that begins without a byte
+# left; one on a disk that takes no writes; and one after all is well again. Prints a line of JSON for each.
 DISK = """
 import contextlib, io, json, pathlib, subprocess, sys
-from effilib import runner
+from effilib.workbook import runner
 from effilib.errors import BadInput
 
 disk, notebooks = map(pathlib.Path, sys.argv[1:])
@@ -164,10 +186,15 @@ run("4")
 
 
 def mounting(*line):
-    """A command within file systems of its own, for that alone is it allowed to mount any; skips where it is not."""
+    """A command within file systems of its own, for that alone is it allowed to mount any; skips where it is
+    not.
+    """
     for allowed in (["unshare", "--mount"], ["unshare", "--mount", "--map-root-user"]):
         mount = ["sh", "-c", 'mount -t tmpfs -o size=1m effilib "$0" && exec "$@"']
-        if shutil.which("unshare") and not subprocess.run([*allowed, *mount, "/mnt", "true"], capture_output=True).returncode:
+        if (
+            shutil.which("unshare")
+            and not subprocess.run([*allowed, *mount, "/mnt", "true"], capture_output=True).returncode
+        ):
             return [*allowed, *mount, *map(str, line)]
     pytest.skip("needs a small file system of its own, and mounting is not allowed here")
 
@@ -178,34 +205,53 @@ def test_a_disk_that_fills_up(tmp_path, notebooks):
     line = mounting(disk, sys.executable, "-c", DISK, disk, notebooks)
     # In the second run it prints more than fits.
     write_notebook(notebooks / "04_1_x.ipynb", "print('x' * 300_000 * (epochs > 3))")
-    done = subprocess.run(line, cwd=paths.root(), env={**os.environ, "EFFILIB_RESULTS": str(disk)}, capture_output=True, text=True)
+    done = subprocess.run(
+        line,
+        cwd=paths.root(),
+        env={**os.environ, "EFFILIB_RESULTS": str(disk)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     first, full, nothing_left, read_only, mended = map(json.loads, done.stdout.splitlines())
 
     def result(run):
-        return {name: size for name, size in run[2].items() if name.startswith("mine/04_1_x/") and not name.endswith("run.json")}
+        return {
+            name: size
+            for name, size in run[2].items()
+            if name.startswith("mine/04_1_x/") and not name.endswith("run.json")
+        }
 
     assert first[0] == 0
-    assert set(result(first)) == {f"mine/04_1_x/{name}" for name in ("notebook.ipynb", "record.json", "report.html")}
+    assert set(result(first)) == {
+        f"mine/04_1_x/{name}" for name in ("notebook.ipynb", "record.json", "report.html")
+    }
 
     assert full[0] == 1
     assert "No space left on device" in full[1].splitlines()[-2]
     assert full[3] == 3  # the first result is there as it was
     assert result(full) == result(first)
 
-    for code, said, why in ((*nothing_left[:2], "No space left on device"), (*read_only[:2], "Read-only file system")):
+    for code, said, why in (
+        (*nothing_left[:2], "No space left on device"),
+        (*read_only[:2], "Read-only file system"),
+    ):
         assert code == 2
         assert said.startswith(f"cannot write results into {disk / 'mine'}: {why}")
     assert result(nothing_left) == result(read_only) == result(first)
 
     assert (mended[0], mended[3], mended[4]["status"]) == (0, 4, "complete")
-    assert all(Path(name).suffix in (".ipynb", ".json", ".html") or name.endswith(".running") for name in mended[2])  # and no rests
+    assert all(
+        Path(name).suffix in (".ipynb", ".json", ".html") or name.endswith(".running") for name in mended[2]
+    )  # and no rests
 
 
 # A damaged record
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3", '"complete"', "null", "{}", '{"status": "failed"}', "\udcff", "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[1]", "3", '"complete"', "null", "{}", '{"status": "failed"}', "\udcff", "\0"]
+)
 @pytest.mark.parametrize("name", ["record.json", "run.json"])
 def test_a_damaged_record_is_no_result(notebooks, plan, name, content):
     write_notebook(notebooks / "04_1_x.ipynb")
@@ -234,7 +280,9 @@ def test_two_runners_at_once(notebooks, folder, run, tmp_path):
     second = command(notebooks)
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert said.splitlines()[1:] == [f"effilib: another run is writing into {folder}: wait for its end, or give this one a --name"]
+    assert said.splitlines()[1:] == [
+        f"effilib: another run is writing into {folder}: wait for its end, or give this one a --name"
+    ]
     (tmp_path / "go").touch()
     assert first.result(60) == 0
     assert status(folder, "04_1_waits") == "complete"
@@ -287,7 +335,9 @@ def test_a_clock_that_jumps(notebooks, folder, tmp_path, run, capsys):
 
 def test_killed_while_the_report_is_rendered(notebooks, folder, tmp_path, run, capsys):
     count = tmp_path / "count"
-    notebook = write_notebook(notebooks / "04_1_x.ipynb", f"with open({str(count)!r}, 'a') as file: file.write('x')")
+    notebook = write_notebook(
+        notebooks / "04_1_x.ipynb", f"with open({str(count)!r}, 'a') as file: file.write('x')"
+    )
     long = nbformat.read(notebook, as_version=4)
     long.cells.insert(1, nbformat.v4.new_markdown_cell("a formula $\\frac{a_1}{b^2}$ " * 3000))
     nbformat.write(long, notebook)
@@ -297,7 +347,10 @@ def test_killed_while_the_report_is_rendered(notebooks, folder, tmp_path, run, c
     process.kill()
     process.communicate()
     assert sorted(file.name for file in place.iterdir()) == ["notebook.ipynb", "record.json", "run.json"]
-    assert paths.read_json(place / "run.json")["reason"] == "its report was not rendered; the next call does that"
+    assert (
+        paths.read_json(place / "run.json")["reason"]
+        == "its report was not rendered; the next call does that"
+    )
 
     assert run() == 0
     assert count.read_text() == "x"  # nothing was executed again

@@ -36,13 +36,26 @@ def comparison(arms=2, seeds=3, target=90.0, rows=5):
 
     def history(k, seed):
         seconds = np.linspace(0, 3 + k, rows)
-        return History(rows=[{"seconds": s, "accuracy": 100 - 90 / (1 + s + 0.1 * seed)} for s in seconds.tolist()])
+        return History(
+            rows=[{"seconds": s, "accuracy": 100 - 90 / (1 + s + 0.1 * seed)} for s in seconds.tolist()]
+        )
 
     histories = {n: [history(k, s) for s in range(seeds)] for k, n in enumerate(names)}
-    return SimpleNamespace(arms=[SimpleNamespace(name=n) for n in names], histories=histories.get, task=SimpleNamespace(target=target))
+    return SimpleNamespace(
+        arms=[SimpleNamespace(name=n) for n in names],
+        histories=histories.get,
+        task=SimpleNamespace(target=target),
+    )
 
 
-VERDICT = judge([2.0, 2.1, 2.2, 2.0, 2.1], [1.0, 1.1, 1.0, 1.0, 1.1], [0.0, 0.1, -0.1, 0.0, 0.0], margin=1, arm="method", claim=1.5)
+VERDICT = judge(
+    [2.0, 2.1, 2.2, 2.0, 2.1],
+    [1.0, 1.1, 1.0, 1.0, 1.1],
+    [0.0, 0.1, -0.1, 0.0, 0.0],
+    margin=1,
+    arm="method",
+    claim=1.5,
+)
 MISSED = judge([2.0] * 5, [1.0, None, 1.0, 1.0, 1.0], [0.0] * 5, margin=1, arm="missed")
 ONE = judge([2.0], [1.0], [0.0], margin=1, arm="one seed")
 
@@ -56,7 +69,10 @@ def test_accuracy_over_time_draws_each_seed_thin_and_the_median_thick(arms, seed
     assert len([c for c in curves if c.get_linewidth() < 1]) == arms * seeds
     assert len([c for c in curves if c.get_linewidth() > 2]) == arms
     assert len([line for line in left.lines if line.get_linestyle() == "--"]) == (target is not None)
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["baseline", *[f"arm {i}" for i in range(1, arms)]]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "baseline",
+        *[f"arm {i}" for i in range(1, arms)],
+    ]
     drawn(figure)
 
 
@@ -76,7 +92,15 @@ def test_the_target_lies_within_the_right_panel():
 
 
 @pytest.mark.parametrize(
-    "verdicts", [[], [VERDICT], [MISSED], [ONE], [VERDICT, MISSED, ONE], [replace(VERDICT, ratio=20.0, low=0.05, high=30.0)]]
+    "verdicts",
+    [
+        [],
+        [VERDICT],
+        [MISSED],
+        [ONE],
+        [VERDICT, MISSED, ONE],
+        [replace(VERDICT, ratio=20.0, low=0.05, high=30.0)],
+    ],
 )
 @pytest.mark.parametrize("predicted", [None, {"method": 1.8}, {"method": math.nan}, {"another": 2.0}])
 @pytest.mark.parametrize("claim", [None, 1.5])
@@ -94,7 +118,11 @@ def test_speed_ups_draw_every_kind_of_verdict(verdicts, predicted, claim):
 
 
 def row(verdict, ratio=None, low=None, high=None):
-    text = f"{ratio:.2f}x [{low:.2f}, {high:.2f}], n=5 pairs, 2-core CPU" if ratio else "3 of 5 reached the target"
+    text = (
+        f"{ratio:.2f}x [{low:.2f}, {high:.2f}], n=5 pairs, 2-core CPU"
+        if ratio
+        else "3 of 5 reached the target"
+    )
     what = {
         "chapter": "3.2",
         "title": "Mixed precision",
@@ -107,14 +135,22 @@ def row(verdict, ratio=None, low=None, high=None):
 
 
 def test_the_scoreboard_places_ratios_with_their_intervals_and_marks_what_missed_its_target():
-    rows = [row("faster at equal accuracy", 1.7, 1.5, 1.9), row("target missed"), row("slower", 0.02, 0.01, 0.04)]
+    rows = [
+        row("faster at equal accuracy", 1.7, 1.5, 1.9),
+        row("target missed"),
+        row("slower", 0.02, 0.01, 0.04),
+    ]
     axes = figures.scoreboard(rows).axes[0]
     assert axes.get_xscale() == "log"
     bars = [line.get_xydata()[:, 0].tolist() for line in axes.lines if line.get_alpha()]
     assert bars == [[1.5, 1.9], [0.01, 0.04]]
     dots = {tuple(line.get_xydata()[0]): line for line in axes.lines if line.get_marker() != "None"}
     assert set(dots) == {(1.7, 0), (0.02, 2)}  # (x, row)
-    assert len({to_hex(line.get_color()) for line in dots.values()}) == len({line.get_marker() for line in dots.values()}) == 2
+    assert (
+        len({to_hex(line.get_color()) for line in dots.values()})
+        == len({line.get_marker() for line in dots.values()})
+        == 2
+    )
     assert axes.get_xlim()[0] < 0.01
     said = texts(axes.figure)
     assert {
@@ -129,7 +165,13 @@ def test_the_scoreboard_places_ratios_with_their_intervals_and_marks_what_missed
 
 
 def test_every_verdict_has_its_place_on_the_scoreboard():
-    words = (statistics.FASTER, statistics.LESS_ACCURATE, statistics.SLOWER, statistics.NONE, statistics.INCONCLUSIVE)
+    words = (
+        statistics.FASTER,
+        statistics.LESS_ACCURATE,
+        statistics.SLOWER,
+        statistics.NONE,
+        statistics.INCONCLUSIVE,
+    )
     drawn(figures.scoreboard([row(word, 1.0, 0.9, 1.1) for word in words]))
     assert set(figures.VERDICTS) <= {*words, statistics.MISSED}
 
@@ -141,7 +183,12 @@ def test_the_legend_names_each_thing_once():
 
 
 def test_shares_say_what_part_takes_how_much():
-    figure = figures.shares({"fp32": {"forward": 30.0, "backward": 60.0, "optimizer": 10.0}, "bf16": {"forward": 20.0, "backward": 30.0}})
+    figure = figures.shares(
+        {
+            "fp32": {"forward": 30.0, "backward": 60.0, "optimizer": 10.0},
+            "bf16": {"forward": 20.0, "backward": 30.0},
+        }
+    )
     said = texts(figure)
     assert {"30%", "60%", "10%", "40%"} <= set(said)
     assert any("100 ms" in t for t in said)
@@ -156,7 +203,13 @@ def test_a_part_that_only_a_later_row_has_is_in_the_legend():
 
 def test_measured_and_predicted_has_a_panel_per_scan():
     panels = [
-        {"title": "a", "xlabel": "n", "x": [1, 2, 4], "series": {"fp32": [1.0, 2.0, 4.0]}, "predicted": {"fp32": [1.0, 2.0, 4.0]}},
+        {
+            "title": "a",
+            "xlabel": "n",
+            "x": [1, 2, 4],
+            "series": {"fp32": [1.0, 2.0, 4.0]},
+            "predicted": {"fp32": [1.0, 2.0, 4.0]},
+        },
         {"title": "b", "xlabel": "n", "x": [1, 2], "series": {"fp32": [1.0, 2.0]}, "predicted": {}},
     ]
     figure = figures.measured_and_predicted(panels)
@@ -178,7 +231,13 @@ def test_a_sweep_has_a_panel_per_number_of_epochs():
 
 
 @pytest.mark.parametrize(
-    "values", [{"a": np.arange(100.0)}, {f"{i}": np.arange(9.0) for i in range(9)}, {"a": [1.0]}, {"a": [1, 1], "b": [1]}]
+    "values",
+    [
+        {"a": np.arange(100.0)},
+        {f"{i}": np.arange(9.0) for i in range(9)},
+        {"a": [1.0]},
+        {"a": [1, 1], "b": [1]},
+    ],
 )
 def test_histograms_take_any_samples(values):
     figure = figures.histogram(values, marks=[(0.5, "here")], spans=[(0, 1, "lost")], xlabel="x")

@@ -1,4 +1,6 @@
-"""One job: its folders, its hold on the results, its processes. What a whole run does with it is in `test_runner.py`."""
+"""One job: its folders, its hold on the results, its processes. What a whole run does with it is in
+`test_runner.py`.
+"""
 
 import os
 import pickle
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from effilib import jobs, paths
+from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import jobs
 
 
 @pytest.fixture
@@ -25,7 +28,9 @@ def test_a_job_travels(job):
 
 def test_a_job_carries_the_settings_of_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILIB_DATA", "elsewhere")
-    job = jobs.Job(notebook=tmp_path, folder=tmp_path, parameters={}, preset="smoke", dataset="mnist5k", timeout=60)
+    job = jobs.Job(
+        notebook=tmp_path, folder=tmp_path, parameters={}, preset="smoke", dataset="mnist5k", timeout=60
+    )
     assert job.environment["EFFILIB_DATA"] == "elsewhere"
 
 
@@ -40,7 +45,11 @@ def test_exchange_of_results_is_taken_up_after_a_kill(job):
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):
-    with jobs.hold(tmp_path), pytest.raises(BadInput, match="another run is writing into"), jobs.hold(tmp_path):
+    with (
+        jobs.hold(tmp_path),
+        pytest.raises(BadInput, match="another run is writing into"),
+        jobs.hold(tmp_path),
+    ):
         pass
     with jobs.hold(tmp_path) as token:
         assert (tmp_path / ".running").read_text() == token
@@ -57,7 +66,10 @@ def test_without_its_hold_a_job_does_not_begin(job):
 def test_end_kills_what_carries_the_mark_and_nothing_else(tmp_path):
     line = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
     mine, other = (
-        subprocess.Popen(line, env={**os.environ, "EFFILIB_OUT": str(tmp_path / name)}, stdout=subprocess.PIPE) for name in ("a", "ab")
+        subprocess.Popen(
+            line, env={**os.environ, "EFFILIB_OUT": str(tmp_path / name)}, stdout=subprocess.PIPE
+        )
+        for name in ("a", "ab")
     )
     for process in (mine, other):
         process.stdout.readline()  # it runs

@@ -19,7 +19,10 @@ def notebooks(tmp_path, monkeypatch):
     new = nbformat.v4
     parameters = new.new_code_cell('preset = ""\nepochs = 3', metadata={"tags": ["parameters"]})
     (tmp_path / "notebooks").mkdir()
-    nbformat.write(new.new_notebook(cells=[new.new_markdown_cell("# One"), parameters]), tmp_path / "notebooks" / "04_1_one.ipynb")
+    nbformat.write(
+        new.new_notebook(cells=[new.new_markdown_cell("# One"), parameters]),
+        tmp_path / "notebooks" / "04_1_one.ipynb",
+    )
     monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
     return tmp_path / "notebooks"
 
@@ -28,7 +31,10 @@ def notebooks(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["05"], "unknown notebook '05': choose one of 04_1_one"),
-        (["--preset", "quikc"], "unknown preset 'quikc': choose one of smoke, quick, study, full (did you mean 'quick'?)"),
+        (
+            ["--preset", "quikc"],
+            "unknown preset 'quikc': choose one of smoke, quick, study, full (did you mean 'quick'?)",
+        ),
         (["-p", "epoch", "3"], "unknown parameter of 04_1_one 'epoch'"),
         (["-p", "epochs", "many"], "parameter 'epochs' of 04_1_one takes values of type int"),
         (["-p", "dataset", "mnist6k"], "unknown data set 'mnist6k'"),
@@ -75,11 +81,25 @@ def test_list(tmp_path, monkeypatch, capsys):
     for name in ("03_1_convolution_cost", "03_2_mixed_precision"):
         (tmp_path / f"{name}.ipynb").touch()
     (tmp_path / "recorded" / "study-cifar10" / "03_2_mixed_precision").mkdir(parents=True)
-    record = {"status": "complete", "notebook": "03_2_mixed_precision", "date": "2026-11-24", "headline": {"text": "2.10x, n=5 pairs"}}
+    record = {
+        "status": "complete",
+        "notebook": "03_2_mixed_precision",
+        "date": "2026-11-24",
+        "headline": {"text": "2.10x, n=5 pairs"},
+    }
     paths.write(tmp_path / "recorded" / "study-cifar10" / "03_2_mixed_precision" / "record.json", record)
     assert command.main(["list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["3.1"].split() == ["3.1", "What", "a", "convolution", "costs", "03_1_convolution_cost", "nothing", "recorded"]
+    assert lines["3.1"].split() == [
+        "3.1",
+        "What",
+        "a",
+        "convolution",
+        "costs",
+        "03_1_convolution_cost",
+        "nothing",
+        "recorded",
+    ]
     assert lines["3.2"].endswith(" 03_2_mixed_precision                 study-cifar10 2.10x, n=5 pairs")
     assert lines["II.9"].endswith(" 09_prune_then_grow                   no notebook yet")
 
@@ -91,7 +111,9 @@ def test_tune(tmp_path, monkeypatch, capsys):
     assert command.main(line) == 0
     said = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in said[:2]] == ["1/2", "2/2"]
-    assert re.fullmatch(r"0\.5 epochs: [\d.]+ %, at least [\d.]+ % \(n=1\) with lr 0\.[12], weight decay 0\.0005", said[2])
+    assert re.fullmatch(
+        r"0\.5 epochs: [\d.]+ %, at least [\d.]+ % \(n=1\) with lr 0\.[12], weight decay 0\.0005", said[2]
+    )
     assert len((tmp_path / "tuning" / "smoke-mnist5k.csv").read_text().splitlines()) == 3
     assert command.main(line) == 0
     assert capsys.readouterr().out.splitlines() == said[2:]  # nothing is left to run
@@ -99,7 +121,20 @@ def test_tune(tmp_path, monkeypatch, capsys):
 
 def test_tune_finds_a_target(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "recorded", lambda: tmp_path)
-    line = ["tune", "--target", "--preset", "smoke", "--dataset", "mnist5k", "--epochs", "4", "--lr", "0.1", "--weight-decay", "5e-4"]
+    line = [
+        "tune",
+        "--target",
+        "--preset",
+        "smoke",
+        "--dataset",
+        "mnist5k",
+        "--epochs",
+        "4",
+        "--lr",
+        "0.1",
+        "--weight-decay",
+        "5e-4",
+    ]
     assert command.main([*line, "--seeds", "1000", "1001"]) == 0
     said = capsys.readouterr().out.splitlines()
     rows = list(csv.DictReader((tmp_path / "tuning" / "smoke-mnist5k.target.csv").open()))
@@ -116,8 +151,14 @@ def test_tune_finds_a_target(tmp_path, monkeypatch, capsys):
         (["--preset", "smoke"], "preset 'smoke' has no grid of epochs (quick, study have): give --epochs"),
         (["--dataset", "mnist6k"], "unknown data set 'mnist6k'"),
         (["--variant", "deep"], "unknown variant 'deep': choose one of base, wide"),
-        (["--target", "--lr", "0.1", "0.2", "--epochs", "1", "--weight-decay", "0"], "--target is found for one setting"),
-        (["--target", "--lr", "0.1"], "--target is found for one setting: give --epochs, --lr and --weight-decay one value each"),
+        (
+            ["--target", "--lr", "0.1", "0.2", "--epochs", "1", "--weight-decay", "0"],
+            "--target is found for one setting",
+        ),
+        (
+            ["--target", "--lr", "0.1"],
+            "--target is found for one setting: give --epochs, --lr and --weight-decay one value each",
+        ),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     ],
 )
@@ -138,7 +179,9 @@ def test_failed_run_gives_1(notebooks, capsys):
     assert said.err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["tune", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["tune", "--help"], ["--version"]]
+)
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         command.main(arguments)
@@ -147,7 +190,9 @@ def test_help(capsys, arguments):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, effilib.__main__; print([m for m in ('torch', 'papermill', 'numpy', 'effilib.runner') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, check=True)
+    code = "import sys, effilib.__main__; print([m for m in ('torch', 'papermill', 'numpy', 'effilib.workbook.runner') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     assert __version__

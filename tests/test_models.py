@@ -1,4 +1,6 @@
-"""Networks: shapes, descriptions that build the same network again, seeds, and what a user's own network can get wrong."""
+"""Networks: shapes, descriptions that build the same network again, seeds, and what a user's own network can
+get wrong.
+"""
 
 import json
 
@@ -136,7 +138,12 @@ def test_a_description_builds_the_same_network_again(network, wanted, shape):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3)), min_size=1, max_size=4), st.integers(1, 9)
+    st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 9),
 )
 def test_a_resnet_of_any_widths_is_described_as_it_is(stages, stem):
     wanted = {"widths": [w for w, _ in stages], "blocks": [b for _, b in stages], "stem": stem}
@@ -152,17 +159,24 @@ def test_kernel_sizes_are_settings_and_3_everywhere_is_not_mentioned():
     }  # fmt: skip
     assert describe(model)["kernels"] == [7, [[5, 5]], [[3, 3]]]
     assert model.stages[0](model.stem(torch.zeros(1, 1, 16, 16))).shape == (1, 4, 16, 16)
-    assert "kernels" not in describe(build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(3, 3, 3)))
+    assert "kernels" not in describe(
+        build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(3, 3, 3))
+    )
     patches = build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), patch=4)
     assert patches.stem(torch.zeros(1, 1, 16, 16)).shape == (1, 4, 4, 4)
-    with pytest.raises(BadInput, match="2 kernel sizes, expected one for the stem and one for each of 2 stages"):
+    with pytest.raises(
+        BadInput, match="2 kernel sizes, expected one for the stem and one for each of 2 stages"
+    ):
         build("resnet", 3, (1, 16, 16), widths=(4, 6), blocks=(1, 1), kernels=(5, 3))
 
 
 @pytest.mark.parametrize("padding", [2, "same", (1, 2)])
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_a_convolution_takes_another_geometry(padding, mode):
-    conv, fresh = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Conv2d(2, 3, 5, padding=padding, padding_mode=mode)
+    conv, fresh = (
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode),
+        nn.Conv2d(2, 3, 5, padding=padding, padding_mode=mode),
+    )
     models.set_kernel_(conv, fresh.kernel_size, fresh.stride, fresh.padding)
     conv.weight, conv.bias = fresh.weight, fresh.bias
     x = torch.randn(2, 2, 9, 9)
@@ -251,7 +265,9 @@ def test_settings_that_make_no_network_are_named(network, wanted, sentence):
 # --- a user's own
 
 
-@pytest.mark.parametrize("name", ["by_position", "by_classes", "by_num_classes", "by_keywords", "lazy", "AsClass", "fixed"])
+@pytest.mark.parametrize(
+    "name", ["by_position", "by_classes", "by_num_classes", "by_keywords", "lazy", "AsClass", "fixed"]
+)
 def test_a_function_or_class_in_a_file_is_a_network(name, own):
     model = build(own + name, 5, (3, 8, 8))
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
@@ -274,7 +290,11 @@ def test_a_home_folder_is_expanded(own, tmp_path, monkeypatch):
 
 
 WRONG = [  # network, shape, what the sentence must say
-    ("torchvision.models:resnet18", (1, 28, 28), r"takes 3 input channels, but the images have 1 \(C, H, W = \(1, 28, 28\)\)"),
+    (
+        "torchvision.models:resnet18",
+        (1, 28, 28),
+        r"takes 3 input channels, but the images have 1 \(C, H, W = \(1, 28, 28\)\)",
+    ),
     ("OWN:by_position", (1, 8, 8), "takes 3 input channels, but the images have 1"),
     ("OWN:by_position", (3, 2, 2), r"cannot take images of C, H, W = \(3, 2, 2\): .*[Kk]ernel size"),
     ("OWN:fixed", (3, 9, 9), r"cannot take images of C, H, W = \(3, 9, 9\)"),
@@ -284,7 +304,11 @@ WRONG = [  # network, shape, what the sentence must say
     ("OWN:silent", (3, 8, 8), "cannot take images of .*: ValueError$"),
     ("OWN:no_module", (3, 8, 8), r"returned str, expected a torch\.nn\.Module"),
     ("OWN:nothing", (3, 8, 8), "cannot be made: nothing()"),
-    ("OWN:by_positoin", (3, 8, 8), r"unknown network in .*mine\.py 'by_positoin': choose one of .*\(did you mean 'by_position'\?\)"),
+    (
+        "OWN:by_positoin",
+        (3, 8, 8),
+        r"unknown network in .*mine\.py 'by_positoin': choose one of .*\(did you mean 'by_position'\?\)",
+    ),
     ("OWN:_hidden", (3, 8, 8), "unknown network in"),
     ("OWN:not_callable", (3, 8, 8), "unknown network in"),
     ("OWN:", (3, 8, 8), "unknown network in"),
@@ -293,7 +317,11 @@ WRONG = [  # network, shape, what the sentence must say
     ("torchvision.models:resnet19", (3, 8, 8), "unknown network in torchvision.models 'resnet19'"),
     (":net", (3, 8, 8), "network :net: cannot import"),
     (".mine:net", (3, 8, 8), r"cannot import \.mine"),
-    ("resnet18", (3, 8, 8), r"unknown network 'resnet18': choose one of resnet, vgg, convnet, an import path .*did you mean 'resnet'"),
+    (
+        "resnet18",
+        (3, 8, 8),
+        r"unknown network 'resnet18': choose one of resnet, vgg, convnet, an import path .*did you mean 'resnet'",
+    ),
     ("", (3, 8, 8), "unknown network ''"),
 ]
 
@@ -305,7 +333,9 @@ def test_what_does_not_fit_is_one_sentence(network, shape, sentence, own):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["def net(:\n", "1 / 0\n", "import no_such_module\n", "raise SystemError\n", "\x00"])
+@pytest.mark.parametrize(
+    "source", ["def net(:\n", "1 / 0\n", "import no_such_module\n", "raise SystemError\n", "\x00"]
+)
 def test_a_file_that_cannot_be_imported_is_named(source, tmp_path):
     (tmp_path / "bad.py").write_text(source)
     with pytest.raises(BadInput, match=r"network .*bad\.py:net: cannot import .*bad\.py \(.+\)"):

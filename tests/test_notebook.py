@@ -53,8 +53,14 @@ def results(tmp_path, monkeypatch):
 def write(path, *cells, parameters=PARAMETERS):
     new = nbformat.v4
     tagged = new.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
-    nbformat.write(new.new_notebook(cells=[tagged, *(new.new_code_cell(c.strip()) for c in cells)], metadata=metadata), path)
+    metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python"},
+    }
+    nbformat.write(
+        new.new_notebook(cells=[tagged, *(new.new_code_cell(c.strip()) for c in cells)], metadata=metadata),
+        path,
+    )
     return path
 
 
@@ -71,7 +77,9 @@ def write(path, *cells, parameters=PARAMETERS):
 def test_a_wrong_parameter_stops_the_notebook_in_papermill(given, words, results, tmp_path):
     path = write(tmp_path / "x.ipynb", START, "ran_on = True")
     with pytest.raises(papermill.PapermillExecutionError, match=words) as error:
-        papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters=given, progress_bar=False, cwd=tmp_path)
+        papermill.execute_notebook(
+            path, tmp_path / "out.ipynb", parameters=given, progress_bar=False, cwd=tmp_path
+        )
     assert error.value.ename == "BadInput"
     assert not results.exists()
 
@@ -79,20 +87,31 @@ def test_a_wrong_parameter_stops_the_notebook_in_papermill(given, words, results
 def test_papermill_runs_a_notebook_with_parameters_into_the_folder_it_is_told(tmp_path, monkeypatch, results):
     monkeypatch.setenv("EFFILIB_OUT", str(tmp_path / "out"))
     path = write(tmp_path / "x.ipynb", START, RUN, RECORD)
-    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters={"seeds": 2, "widths": [4]}, progress_bar=False, cwd=tmp_path)
+    papermill.execute_notebook(
+        path, tmp_path / "out.ipynb", parameters={"seeds": 2, "widths": [4]}, progress_bar=False, cwd=tmp_path
+    )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"record.json", "history.csv", "figure.png"}
     assert not (results / "play").exists()
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert set(record) >= SCHEMA
-    assert record["parameters"] == dict(preset="smoke", dataset="synthetic", network="", seeds=2, device="cpu", widths=[4])
-    assert (record["schema"], record["status"], record["notebook"], record["chapter"]) == (1, "complete", NAME, "3.2")
+    assert record["parameters"] == dict(
+        preset="smoke", dataset="synthetic", network="", seeds=2, device="cpu", widths=[4]
+    )
+    assert (record["schema"], record["status"], record["notebook"], record["chapter"]) == (
+        1,
+        "complete",
+        NAME,
+        "3.2",
+    )
     assert record["paper"] == "Micikevicius et al. 2017, arXiv:1710.03740"
     assert set(record["headline"]) >= HEADLINE
     assert record["headline"]["verdict"] == SMOKE
     assert record["verdicts"] == [record["headline"]]
     assert "A note." in record["notes"]
     history = pd.read_csv(tmp_path / "out" / "history.csv")
-    assert set(zip(history.arm, history.seed, strict=True)) == {(a, s) for a in ("base", "short") for s in (0, 1)}
+    assert set(zip(history.arm, history.seed, strict=True)) == {
+        (a, s) for a in ("base", "short") for s in (0, 1)
+    }
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     shown = nbformat.read(tmp_path / "out.ipynb", 4)
     text = str([o for c in shown.cells if c.cell_type == "code" for o in c.outputs])
@@ -104,8 +123,14 @@ def test_a_notebook_opened_in_any_folder_plays_into_its_own_place(tmp_path, resu
     """As JupyterLab runs it: nothing injected, the kernel in another folder."""
     nb = nbformat.read(write(tmp_path / "x.ipynb", START, RUN, RECORD), 4)
     (tmp_path / "elsewhere").mkdir()
-    nbclient.NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "elsewhere")}}).execute()
-    assert {p.name for p in (results / "play" / NAME).iterdir()} == {"record.json", "history.csv", "figure.png"}
+    nbclient.NotebookClient(
+        nb, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "elsewhere")}}
+    ).execute()
+    assert {p.name for p in (results / "play" / NAME).iterdir()} == {
+        "record.json",
+        "history.csv",
+        "figure.png",
+    }
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert json.loads((results / "play" / NAME / "record.json").read_text())["headline"]["n"] == 1
 
@@ -180,15 +205,30 @@ def fixed(seconds):
     def fit(task, seed):
         row = {"lr": 0.1, "train_loss": 1.0, "loss": 1.0}
         points = [(0, 10.0), (10, 90.0), (20, 90.0)]
-        rows = [{"step": s, "epoch": s / 10, "seconds": seconds * (100 + seed) * s, "accuracy": a, **row} for s, a in points]
+        rows = [
+            {"step": s, "epoch": s / 10, "seconds": seconds * (100 + seed) * s, "accuracy": a, **row}
+            for s, a in points
+        ]
         kinds = {"step": {"count": 20, "seconds": seconds, "median": seconds / 20}}
-        return History(rows=rows, steps=20, seconds=seconds, raw_seconds=seconds, timed=20, kinds=kinds, flops=1e9, test_accuracy=90.0)
+        return History(
+            rows=rows,
+            steps=20,
+            seconds=seconds,
+            raw_seconds=seconds,
+            timed=20,
+            kinds=kinds,
+            flops=1e9,
+            test_accuracy=90.0,
+        )
 
     return fit
 
 
 def compared(book, *, illustration=False, names=("base", "fast", "small")):
-    arms = [Arm(name=n, role=r, fit=fixed(s)) for n, r, s in zip(names, ("baseline", "method", "control"), (10.0, 5.0, 20.0), strict=True)]
+    arms = [
+        Arm(name=n, role=r, fit=fixed(s))
+        for n, r, s in zip(names, ("baseline", "method", "control"), (10.0, 5.0, 20.0), strict=True)
+    ]
     task = book.task.but(preset="quick", target=60.0)
     return compare(task, arms, seeds=5, illustration=illustration, title="made")
 
@@ -229,7 +269,9 @@ def test_a_record_keeps_what_a_notebook_gives_it_besides():
     book = start()
     assert "kept" not in book.record(figure=figure(), caption="c")
     book.record(figure=figure(), caption="c", kept={"plan": [[3, "widen", "stage 1"]]})
-    assert json.loads((book.folder / "record.json").read_text())["kept"] == {"plan": [[3, "widen", "stage 1"]]}
+    assert json.loads((book.folder / "record.json").read_text())["kept"] == {
+        "plan": [[3, "widen", "stage 1"]]
+    }
 
 
 def test_a_record_is_plain_json_without_nan():
@@ -282,7 +324,9 @@ def test_a_shared_machine_is_in_the_record(monkeypatch):
 
 
 def test_tables_show_numbers_and_words_and_nothing_that_is_markup():
-    html = notebook.table_html(pd.DataFrame({"x": [1234.5678, float("nan")], "<b>": ["<script>", "a" * 100]}, index=["one", "two"]))
+    html = notebook.table_html(
+        pd.DataFrame({"x": [1234.5678, float("nan")], "<b>": ["<script>", "a" * 100]}, index=["one", "two"])
+    )
     assert "1,235" in html
     assert "<td>–</td>" in html
     assert "&lt;script&gt;" in html

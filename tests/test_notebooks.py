@@ -1,4 +1,6 @@
-"""What every notebook of the series must keep to, and that plain papermill and Jupyter run them from any folder."""
+"""What every notebook of the series must keep to, and that plain papermill and Jupyter run them from any
+folder.
+"""
 
 import ast
 import json
@@ -15,7 +17,8 @@ import nbformat
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from effilib import paths, series
+from effilib import paths
+from effilib.workbook import series
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
 PARAMETERS = {"preset": "", "dataset": "", "network": "", "seeds": 0, "device": "auto"}
@@ -75,7 +78,9 @@ def test_its_cells_are_short_and_define_nothing(file):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert len(lines) <= 15, cell.source
         kinds = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While)
-        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, kinds)], f"a loop or class moves to effilib: {cell.source}"
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, kinds)], (
+            f"a loop or class moves to effilib: {cell.source}"
+        )
 
 
 @each
@@ -107,14 +112,20 @@ def test_it_names_no_place_of_a_machine(file):
 def papermill(notebook, out, *words, cwd, **environment):
     command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", *words]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(paths.root()), **environment}, capture_output=True, text=True
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(paths.root()), **environment},
+        capture_output=True,
+        text=True,
     )
 
 
 def test_plain_papermill_runs_one_from_another_folder_and_writes_to_play(tmp_path):
     results = tmp_path / "results"
     file = paths.notebooks() / "02_overview.ipynb"
-    done = papermill(file, tmp_path / "out.ipynb", "-p", "preset", "smoke", cwd=tmp_path, EFFILIB_RESULTS=str(results))
+    done = papermill(
+        file, tmp_path / "out.ipynb", "-p", "preset", "smoke", cwd=tmp_path, EFFILIB_RESULTS=str(results)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((results / "play" / "02_overview" / "record.json").read_text())
     assert record["status"] == "complete"
@@ -135,7 +146,9 @@ def test_plain_papermill_runs_one_from_another_folder_and_writes_to_play(tmp_pat
 )
 def test_plain_papermill_stops_a_wrong_parameter_with_one_sentence(tmp_path, words, message):
     file = paths.notebooks() / "02_overview.ipynb"
-    done = papermill(file, tmp_path / "out.ipynb", *words, cwd=tmp_path, EFFILIB_RESULTS=str(tmp_path / "results"))
+    done = papermill(
+        file, tmp_path / "out.ipynb", *words, cwd=tmp_path, EFFILIB_RESULTS=str(tmp_path / "results")
+    )
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "results" / "play").exists()
@@ -143,15 +156,27 @@ def test_plain_papermill_stops_a_wrong_parameter_with_one_sentence(tmp_path, wor
 
 @pytest.fixture
 def jupyterlab(tmp_path):
-    """JupyterLab on the notebooks, started in another folder: its address, its kernels' folder and that of its results."""
+    """JupyterLab on the notebooks, started in another folder: its address, its kernels' folder and that of
+    its results.
+    """
     runtime, results, elsewhere = (tmp_path / name for name in ("runtime", "results", "elsewhere"))
     for folder in (runtime, elsewhere):
         folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t"]
-    own = {"JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path), "EFFILIB_RESULTS": str(results)}
+    words = [
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=t",
+    ]
+    own = {
+        "JUPYTER_RUNTIME_DIR": str(runtime),
+        "JUPYTER_CONFIG_DIR": str(tmp_path),
+        "EFFILIB_RESULTS": str(results),
+    }
     environment = {**os.environ, **own, "PYTHONPATH": str(paths.root())}
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *words]
     log = (tmp_path / "log").open("wb")
@@ -168,8 +193,12 @@ def jupyterlab(tmp_path):
 def ask(address, path, body=None):
     """What JupyterLab's server answers; it is asked again until it is up."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address + path, data, {"Authorization": "token t", "Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not the global one, which may know a proxy
+    request = urllib.request.Request(
+        address + path, data, {"Authorization": "token t", "Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # not the global one, which may know a proxy
     for _ in range(600):
         try:
             with opener.open(request) as answer:

@@ -26,7 +26,9 @@ def test_folders_do_not_depend_on_the_current_folder(tmp_path, monkeypatch):
     assert (paths.root() / "effilib" / "paths.py").is_file()
 
 
-@pytest.mark.parametrize(("variable", "place"), [("EFFILIB_DATA", paths.data), ("EFFILIB_RESULTS", paths.results)])
+@pytest.mark.parametrize(
+    ("variable", "place"), [("EFFILIB_DATA", paths.data), ("EFFILIB_RESULTS", paths.results)]
+)
 def test_variables_name_other_folders(variable, place, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, str(tmp_path / "there"))
     assert place() == tmp_path / "there"
@@ -69,7 +71,9 @@ def test_a_folder_that_takes_no_files_is_named():
         paths.make("/proc")
 
 
-@pytest.mark.parametrize("content", ["Überblick ×\n", b"\x89PNG\x00", {"a": [1, None, 2.5], "ü": "×"}, [], 0, None])
+@pytest.mark.parametrize(
+    "content", ["Überblick ×\n", b"\x89PNG\x00", {"a": [1, None, 2.5], "ü": "×"}, [], 0, None]
+)
 def test_what_was_written_is_read_again(content, tmp_path):
     path = paths.write(tmp_path / "file", content)
     if isinstance(content, bytes):
@@ -85,7 +89,13 @@ def test_what_was_written_is_read_again(content, tmp_path):
 def test_json_is_utf8_whatever_the_locale(tmp_path):
     paths.write(tmp_path / "record.json", {"title": "Überblick ×"})
     code = f"from effilib import paths; assert paths.read_json({str(tmp_path / 'record.json')!r}) == {{'title': '\\xdcberblick \\xd7'}}"
-    environment = {**os.environ, "PYTHONPATH": str(paths.root()), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(paths.root()),
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
@@ -130,7 +140,9 @@ def test_a_writer_that_is_killed_leaves_the_old_or_the_new_file(tmp_path):
         "i = 0\n"
         f"while True: paths.write({str(tmp_path / 'file')!r}, texts[i % 2]); i += 1\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(paths.root())})
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(paths.root())}
+    )
     try:
         while not (tmp_path / "file").exists():
             assert writer.poll() is None

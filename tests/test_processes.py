@@ -1,4 +1,6 @@
-"""Several processes: what they return, and that none is left, however they, or their caller, come to an end."""
+"""Several processes: what they return, and that none is left, however they, or their caller, come to an
+end.
+"""
 
 import os
 import signal
@@ -12,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from effilib import processes
+from effilib.distributed import processes
+from effilib.distributed.processes import WorkerFailed
 from effilib.errors import BadInput
-from effilib.processes import WorkerFailed
 
 # What the processes do; they import it from this file
 
@@ -49,7 +51,11 @@ def hang(rank, folder):
 
 def left(folder):
     """Processes that noted their number and are still there."""
-    return [p for p in (int(f.stem) for f in Path(folder).glob("*.pid")) if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+    return [
+        p
+        for p in (int(f.stem) for f in Path(folder).glob("*.pid"))
+        if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"
+    ]
 
 
 def wait_for(condition, seconds):
@@ -101,14 +107,16 @@ def test_a_function_that_cannot_be_imported_is_refused():
 
 CALLER = """
 import sys
-from effilib import processes
+from effilib.distributed import processes
 from test_processes import hang
 processes.run(hang, 1, sys.argv[1])
 """
 
 
 def test_the_processes_end_with_their_caller_however_it_ends(tmp_path):
-    """Killed outright, ended by a signal, interrupted by Ctrl-C: three callers at once, to save their imports."""
+    """Killed outright, ended by a signal, interrupted by Ctrl-C: three callers at once, to save their
+    imports.
+    """
     modules = os.pathsep.join([str(Path(processes.__file__).parents[1]), str(Path(__file__).parent)])
     callers = {}
     for end in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
@@ -116,7 +124,10 @@ def test_the_processes_end_with_their_caller_however_it_ends(tmp_path):
         folder.mkdir()
         log = (folder / "log").open("wb")
         command = [sys.executable, "-c", CALLER, str(folder)]
-        callers[end] = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": modules}, stdout=log, stderr=log), folder
+        callers[end] = (
+            subprocess.Popen(command, env={**os.environ, "PYTHONPATH": modules}, stdout=log, stderr=log),
+            folder,
+        )
     try:
         for end, (caller, folder) in callers.items():
             wait_for(lambda folder=folder: left(folder), 60)

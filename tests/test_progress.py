@@ -35,7 +35,9 @@ def test_in_a_terminal_each_run_is_a_line(capsys):
 
 
 def test_in_a_notebook_the_line_is_rewritten_in_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")]))
+    )
     code = (
         "from effilib.progress import Progress\n"
         "p = Progress('compare', 9)\n"

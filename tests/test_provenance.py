@@ -52,7 +52,10 @@ async def wait():
         ("        # the largest\n", ""),
         ("  # never none", "  # a comment of another kind"),
         ("\n\n\n", "\n\n\n\n\n"),
-        ("max(least, math.floor(x * self.rate))", "max(\n            least,\n            math.floor(x * self.rate),\n        )"),
+        (
+            "max(least, math.floor(x * self.rate))",
+            "max(\n            least,\n            math.floor(x * self.rate),\n        )",
+        ),
         ("0.5", ".5"),
         ("Only a docstring.", "Still only a docstring."),
     ],
@@ -82,13 +85,23 @@ def test_code_counts(old, new):
 
 def test_a_string_that_is_no_docstring_counts():
     assert provenance.normalized('x = """a"""') != provenance.normalized('x = """b"""')
-    assert provenance.normalized('def f():\n    x = 1\n    "a"') != provenance.normalized('def f():\n    x = 1\n    "b"')
+    assert provenance.normalized('def f():\n    x = 1\n    "a"') != provenance.normalized(
+        'def f():\n    x = 1\n    "b"'
+    )
 
 
 def test_a_digest_is_short_and_depends_on_every_part():
     assert provenance.digest(1, "a") == provenance.digest(1, "a")
     assert len(provenance.digest({})) == 24
-    assert len({provenance.digest(*p) for p in [(), (1,), (1, 1), ("1",), ([1, 1],), (None,), (1.5,), ({"a": 1},), ({"b": 1},)]}) == 9
+    assert (
+        len(
+            {
+                provenance.digest(*p)
+                for p in [(), (1,), (1, 1), ("1",), ([1, 1],), (None,), (1.5,), ({"a": 1},), ({"b": 1},)]
+            }
+        )
+        == 9
+    )
     assert provenance.digest({"a": 1, "b": 2}) == provenance.digest({"b": 2, "a": 1})
 
 
@@ -162,7 +175,13 @@ def test_what_differs_has_different_settings():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Halve(inner={"a": [Third()]}), lambda: adder(1), lambda: functools.partial(adder, 1), lambda: Thing(1).fit]
+    "make",
+    [
+        lambda: Halve(inner={"a": [Third()]}),
+        lambda: adder(1),
+        lambda: functools.partial(adder, 1),
+        lambda: Thing(1).fit,
+    ],
 )
 def test_what_is_made_alike_has_equal_settings(make):
     assert provenance.settings(make()) == provenance.settings(make())
@@ -213,10 +232,17 @@ def test_settings_do_not_depend_on_the_process():
 
 def test_imports_are_followed_but_never_to_reports_or_runner():
     found = provenance.imports(["effilib.experiment"])
-    assert {"effilib.experiment", "effilib.training", "effilib.data", "effilib.clock", "effilib.models", "effilib.statistics"} <= found
+    assert {
+        "effilib.experiment",
+        "effilib.training",
+        "effilib.data",
+        "effilib.clock",
+        "effilib.models",
+        "effilib.statistics",
+    } <= found
     assert not found & provenance.NEVER
     assert not {m for m in found if m.startswith("effilib.chapters")}
-    assert provenance.imports(["effilib.report", "effilib.nothing"]) == set()
+    assert provenance.imports(["effilib.workbook.report", "effilib.nothing"]) == set()
 
 
 def test_every_module_of_effilib_imports_absolutely():
@@ -228,9 +254,13 @@ def test_every_module_of_effilib_imports_absolutely():
 def test_an_arm_depends_on_its_methods_module_alone():
     plain = provenance.source([Arm(name="baseline")])
     assert provenance.source([Arm(name="b", methods=())]) == plain
-    assert provenance.source([Arm(name="b", fit=models.build)]) == plain  # a module that training imports anyway
+    assert (
+        provenance.source([Arm(name="b", fit=models.build)]) == plain
+    )  # a module that training imports anyway
     module = importlib.import_module("effilib.methods.mixed_precision")
-    inside = next(v for v in vars(module).values() if callable(v) and getattr(v, "__module__", "") == module.__name__)
+    inside = next(
+        v for v in vars(module).values() if callable(v) and getattr(v, "__module__", "") == module.__name__
+    )
     assert provenance.source(functools.partial(inside)) != plain
 
 
@@ -265,7 +295,10 @@ def test_editing_the_training_loop_counts_and_editing_a_report_does_not(checkout
             file.write("\nADDED = 1\n")
     training = checkout.folder / "training.py"
     training.write_text(
-        training.read_text(encoding="utf-8").replace('"""One training loop', '# new\n"""Yet one training loop'), encoding="utf-8"
+        training.read_text(encoding="utf-8").replace(
+            '"""One training loop', '# new\n"""Yet one training loop'
+        ),
+        encoding="utf-8",
     )
     assert checkout() == before
     training.write_text(training.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
@@ -384,10 +417,18 @@ def kernel_says(tmp_path_factory):
     previous = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.root()), previous]))
     try:
-        nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path_factory.mktemp("book"))}}).execute()
+        nbclient.NotebookClient(
+            book, timeout=120, resources={"metadata": {"path": str(tmp_path_factory.mktemp("book"))}}
+        ).execute()
     finally:
         os.environ.pop("PYTHONPATH") if previous is None else os.environ.update(PYTHONPATH=previous)
-    return dict(zip(cells, ("".join(o.get("text", "") for o in c.outputs).split() for c in book.cells[2::2]), strict=True))
+    return dict(
+        zip(
+            cells,
+            ("".join(o.get("text", "") for o in c.outputs).split() for c in book.cells[2::2]),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), SAME)
@@ -408,7 +449,9 @@ def test_in_a_notebook_editing_what_an_arm_uses_changes_the_digest(kernel_says, 
 
 def git(folder, *words):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_the_commit_is_named_and_changes_since_are_marked(tmp_path, monkeypatch):
@@ -437,17 +480,37 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 def in_a_fresh_process(code):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(paths.root())}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(paths.root())},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
 
 
 def test_importing_effilib_loads_nothing():
-    heavy = ["torch", "torchvision", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "papermill", "nbconvert", "IPython", "mlxtend"]
+    heavy = [
+        "torch",
+        "torchvision",
+        "matplotlib",
+        "numpy",
+        "pandas",
+        "scipy",
+        "sklearn",
+        "papermill",
+        "nbconvert",
+        "IPython",
+        "mlxtend",
+    ]
     assert in_a_fresh_process(f"import sys, effilib; print(*[m for m in {heavy} if m in sys.modules])") == []
 
 
 def test_importing_the_library_draws_nothing_and_touches_no_gpu_and_no_plots():
-    names = [f"effilib.{f.stem}" for f in Path(effilib.__file__).parent.glob("*.py") if f.stem not in ("__init__", "__main__", "figures")]
+    names = [
+        f"effilib.{f.stem}"
+        for f in Path(effilib.__file__).parent.glob("*.py")
+        if f.stem not in ("__init__", "__main__", "figures")
+    ]
     code = f"""
 import importlib, random, sys
 import numpy, torch

@@ -1,4 +1,6 @@
-"""The README says what is true: its table of chapters and picture, its commands and code, a sentence for each dependency."""
+"""The README says what is true: its table of chapters and picture, its commands and code, a sentence for each
+dependency.
+"""
 
 import os
 import re
@@ -10,19 +12,22 @@ import pytest
 import yaml
 
 import effilib
-from effilib import paths, provenance, series, statistics
+from effilib import paths, provenance, statistics
+from effilib.workbook import series
 
 README = (paths.root() / "README.md").read_text()
 PROJECT = tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"]
 
 
 def test_the_table_of_chapters_is_up_to_date():
-    assert series.with_table(README) == README, "bring it up to date: python -m effilib.series"
+    assert series.with_table(README) == README, "bring it up to date: python -m effilib.workbook.series"
 
 
 def test_the_picture_shows_what_is_recorded():
     assert "](results/recorded/scoreboard.png)" in README
-    assert series.drawn(series.picture()) == provenance.digest(series.headlines()), "bring it up to date: python -m effilib.series"
+    assert series.drawn(series.picture()) == provenance.digest(series.headlines()), (
+        "bring it up to date: python -m effilib.workbook.series"
+    )
 
 
 def test_it_is_read_in_five_minutes():
@@ -42,8 +47,14 @@ BLOCKS = re.findall(r"(?s)```python\n(.*?)```", README)
 @pytest.mark.parametrize("code", BLOCKS, ids=["a method", "the library"])
 def test_its_code_runs_as_it_stands(code, tmp_path):
     file = paths.write(tmp_path / "mine.py", code)
-    own = {"EFFILIB_PRESET": "smoke", "EFFILIB_RESULTS": str(tmp_path / "results"), "PYTHONPATH": str(paths.root())}
-    done = subprocess.run([sys.executable, file.name], cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True)
+    own = {
+        "EFFILIB_PRESET": "smoke",
+        "EFFILIB_RESULTS": str(tmp_path / "results"),
+        "PYTHONPATH": str(paths.root()),
+    }
+    done = subprocess.run(
+        [sys.executable, file.name], cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"fewer images|^[\d.]+ [\d.]+$", done.stdout, re.M), done.stdout
 
@@ -60,7 +71,10 @@ def test_it_is_cited_with_its_version():
 
 
 def test_every_dependency_has_its_sentence():
-    wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+    ]
     names = {re.split(r"[<>=\[]", d)[0] for d in wanted}
     section = README.split("## Dependencies")[1]
     assert not [n for n in names if f"`{n}`" not in section]

@@ -13,8 +13,9 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from effilib import paths, report
+from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import report
 from tests.browser import complaints, keep
 
 PICTURE = "data:image/png;base64,"
@@ -54,14 +55,34 @@ REMOTE = """<style>@import "https://example.org/a.css"; p {background: url(https
 
 def verdict(word="faster at equal accuracy", ratio=1.34, **changes):
     low, high = (None, None) if ratio is None else (ratio * 0.96, ratio * 1.04)
-    row = {"arm": "method", "against": "baseline", "quantity": "time to target", "ratio": ratio, "low": low, "high": high, "n": 5}
-    row |= {"accuracy_difference": -0.1, "accuracy_low": -0.4, "verdict": word, "claim_reproduced": "no", "text": "the text"}
+    row = {
+        "arm": "method",
+        "against": "baseline",
+        "quantity": "time to target",
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "n": 5,
+    }
+    row |= {
+        "accuracy_difference": -0.1,
+        "accuracy_low": -0.4,
+        "verdict": word,
+        "claim_reproduced": "no",
+        "text": "the text",
+    }
     return row | changes
 
 
 def record(name, headline, **changes):
     chapter = report._from_name(name)["chapter"]
-    text = {"notebook": name, "chapter": chapter, "title": f"Title of {name}", "title_de": "Überschrift", "paper": "A. Author 2019"}
+    text = {
+        "notebook": name,
+        "chapter": chapter,
+        "title": f"Title of {name}",
+        "title_de": "Überschrift",
+        "paper": "A. Author 2019",
+    }
     text |= {
         "claim": "Training takes half the time.",
         "preset": "quick",
@@ -69,8 +90,18 @@ def record(name, headline, **changes):
         "network": "resnet",
         "caption": "What it shows.",
     }
-    rest = {"machine": {"summary": "2-core CPU"}, "commit": "abc1234", "date": "2026-11-24T04:00:00+00:00", "duration_s": 43.1}
-    rest |= {"headline": headline, "verdicts": [headline] if headline else [], "notes": [], "shared_machine": False}
+    rest = {
+        "machine": {"summary": "2-core CPU"},
+        "commit": "abc1234",
+        "date": "2026-11-24T04:00:00+00:00",
+        "duration_s": 43.1,
+    }
+    rest |= {
+        "headline": headline,
+        "verdicts": [headline] if headline else [],
+        "notes": [],
+        "shared_machine": False,
+    }
     return {"schema": 1, "status": "complete", **text, **rest, **changes}
 
 
@@ -93,7 +124,9 @@ def soup(path):
 
 
 def assert_self_contained(path):
-    """Nothing on the page runs, and nothing is loaded from elsewhere: only links that a person clicks lead away."""
+    """Nothing on the page runs, and nothing is loaded from elsewhere: only links that a person clicks lead
+    away.
+    """
     page = soup(path)
     assert not page(["script", "iframe", "object", "embed", "link", "base"])
     for element in page.find_all(True):
@@ -101,9 +134,13 @@ def assert_self_contained(path):
         for name in ("src", "srcset", "href", "xlink:href", "poster", "data", "background"):
             if name in element.attrs and element.name != "a":
                 assert element[name].startswith(("data:", "#")), element
-    styles = [style.string for style in page("style")] + [element["style"] for element in page.select("[style]")]
+    styles = [style.string for style in page("style")] + [
+        element["style"] for element in page.select("[style]")
+    ]
     assert not [css for css in styles if "@import" in css or re.search(r"url\((?!['\"]?(data:|#))", css)]
-    assert "default-src 'none'" in page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert (
+        "default-src 'none'" in page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ formulas
@@ -147,7 +184,10 @@ def test_display_puts_limits_below():
     assert "<munder>" in html
 
 
-@pytest.mark.parametrize("latex", [r"\unknownmacro{x}", r"\frac{a", r"x_", r"\left( x", "", r"\text{<img src=x>}", r"a & b", r"a \\ b"])
+@pytest.mark.parametrize(
+    "latex",
+    [r"\unknownmacro{x}", r"\frac{a", r"x_", r"\left( x", "", r"\text{<img src=x>}", r"a & b", r"a \\ b"],
+)
 def test_formula_not_understood_is_shown_as_code(latex):
     assert report.mathml(latex) == f'<code class="latex">{markup.escape(latex)}</code>'
 
@@ -157,19 +197,27 @@ def test_formula_not_understood_is_shown_as_code(latex):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """A notebook that was really executed: a figure, a wide table, a warning, markup in an output and an error."""
+    """A notebook that was really executed: a figure, a wide table, a warning, markup in an output and an
+    error.
+    """
     cells = [
         new_markdown_cell(PROSE),
         new_code_cell('preset = ""', metadata={"tags": ["parameters"]}),
         new_code_cell("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"),
-        new_code_cell("import pandas\npandas.DataFrame([range(40)], columns=[f'quantity {i}' for i in range(40)])"),
+        new_code_cell(
+            "import pandas\npandas.DataFrame([range(40)], columns=[f'quantity {i}' for i in range(40)])"
+        ),
         new_code_cell("import warnings\nwarnings.warn('a warning')\nprint('plain \\x1b[31mred\\x1b[0m <b>')"),
-        new_code_cell("from IPython.display import HTML, Javascript, Math\ndisplay(Math(r'\\frac{a}{b}'), Javascript('alert(1)'))"),
+        new_code_cell(
+            "from IPython.display import HTML, Javascript, Math\ndisplay(Math(r'\\frac{a}{b}'), Javascript('alert(1)'))"
+        ),
         new_code_cell(f"HTML({REMOTE!r})"),
         new_code_cell("secret = 1", metadata={"tags": ["remove-input"]}),
         new_code_cell("1 / 0"),
     ]
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook = new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
     NotebookClient(notebook, allow_errors=True).execute()
     path = tmp_path_factory.mktemp("executed") / "notebook.ipynb"
     nbformat.write(notebook, path)
@@ -180,7 +228,12 @@ def executed(tmp_path_factory):
 def rendered(executed, tmp_path_factory):
     page = tmp_path_factory.mktemp("quick-mnist5k") / "03_2_mixed_precision" / "report.html"
     page.parent.mkdir()
-    content = record("03_2_mixed_precision", verdict(), verdicts=[verdict(), verdict("slower", 0.7)], notes=["No compiler was found."])
+    content = record(
+        "03_2_mixed_precision",
+        verdict(),
+        verdicts=[verdict(), verdict("slower", 0.7)],
+        notes=["No compiler was found."],
+    )
     assert report.render(executed, page, record=content) == page
     return page
 
@@ -240,7 +293,11 @@ def test_failure_stands_on_top(executed, tmp_path):
 
 
 def test_a_failed_runs_report_beside_a_complete_one_leads_back(executed, tmp_path):
-    page = soup(report.render(executed, paths.make(tmp_path / "failed" / "03_2_x") / "report.html", failure="kernel died"))
+    page = soup(
+        report.render(
+            executed, paths.make(tmp_path / "failed" / "03_2_x") / "report.html", failure="kernel died"
+        )
+    )
     assert page.nav.a["href"] == "../../index.html"
     assert page.find("a", string="cost")["href"] == "../../03_1_convolution_cost/report.html"
 
@@ -259,12 +316,18 @@ def test_code_and_money_are_no_formulas():
     ):
         assert report._hide_formulas(text, formulas) == text
     assert not formulas
-    assert report._hide_formulas("a ` b\n\n$x$ and $y$ ` c", formulas) == "a ` b\n\n\ue0000\ue001 and \ue0001\ue001 ` c"
+    assert (
+        report._hide_formulas("a ` b\n\n$x$ and $y$ ` c", formulas)
+        == "a ` b\n\n\ue0000\ue001 and \ue0001\ue001 ` c"
+    )
 
 
 def test_formula_source_stays_in_indented_code(tmp_path):
     nbformat.write(
-        new_notebook(cells=[new_markdown_cell("text\n\n    print('$a<b$')\n\n$a_b$ and [$c$](x.html '$d$')")]), tmp_path / "n.ipynb"
+        new_notebook(
+            cells=[new_markdown_cell("text\n\n    print('$a<b$')\n\n$a_b$ and [$c$](x.html '$d$')")]
+        ),
+        tmp_path / "n.ipynb",
     )
     page = soup(report.render(tmp_path / "n.ipynb", tmp_path / "report.html"))
     assert "print('$a<b$')" in page.pre.get_text()
@@ -284,7 +347,14 @@ def test_failure_without_a_readable_notebook(tmp_path):
 def test_report_escapes_the_record_and_errors(tmp_path):
     error = new_output("error", ename="Error", evalue=NASTY, traceback=[NASTY])
     nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[error])]), tmp_path / "notebook.ipynb")
-    content = record("03_2_x", verdict(NASTY, arm=NASTY, text=NASTY), title=NASTY, dataset=NASTY, notes=[NASTY], machine={"summary": NASTY})
+    content = record(
+        "03_2_x",
+        verdict(NASTY, arm=NASTY, text=NASTY),
+        title=NASTY,
+        dataset=NASTY,
+        notes=[NASTY],
+        machine={"summary": NASTY},
+    )
     page = report.render(tmp_path / "notebook.ipynb", tmp_path / "report.html", record=content)
     assert_self_contained(page)
     assert NASTY in soup(page).h1.get_text()
@@ -302,16 +372,48 @@ def test_report_with_a_record_of_wrong_types(executed, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "quick-mnist5k"
-    done = {"status": "complete", "reason": "", "seconds": 43, "key": "k", "date": "2026-11-24T04:00:00+00:00"}
+    done = {
+        "status": "complete",
+        "reason": "",
+        "seconds": 43,
+        "key": "k",
+        "date": "2026-11-24T04:00:00+00:00",
+    }
     put(folder, "10_comparison", record("10_comparison", verdict("slower", 0.7), chapter="10"), run=done)
-    put(folder, "02_overview", record("02_overview", None, chapter="2", claim="", paper="", caption="Where the time goes."), run=done)
-    put(folder, "03_2_mixed_precision", record("03_2_mixed_precision", verdict(claim_reproduced="yes")), run=done)
-    put(folder, "05_1_stochastic_pooling", record("05_1_stochastic_pooling", verdict("target missed", None, text="4 of 5 reached")))
+    put(
+        folder,
+        "02_overview",
+        record("02_overview", None, chapter="2", claim="", paper="", caption="Where the time goes."),
+        run=done,
+    )
+    put(
+        folder,
+        "03_2_mixed_precision",
+        record("03_2_mixed_precision", verdict(claim_reproduced="yes")),
+        run=done,
+    )
+    put(
+        folder,
+        "05_1_stochastic_pooling",
+        record("05_1_stochastic_pooling", verdict("target missed", None, text="4 of 5 reached")),
+    )
     failed = done | {"status": "failed", "reason": f"cell 9: {NASTY}"}
     put(folder, "06_1_prune_train", record("06_1_prune_train", verdict()), run=failed, figure=False)
     put(folder, "06_2_net2net", '{"schema": 1, "status": "comp', run=done, page=False)
-    put(folder, "07_1_tree_cnn", record("07_1_tree_cnn", verdict() | {"ratio": "fast"}), figure=False, page=False)
-    put(folder, "07_2_standardization_loss", record("07_2_standardization_loss", verdict()) | {"schema": 99}, figure=False, page=False)
+    put(
+        folder,
+        "07_1_tree_cnn",
+        record("07_1_tree_cnn", verdict() | {"ratio": "fast"}),
+        figure=False,
+        page=False,
+    )
+    put(
+        folder,
+        "07_2_standardization_loss",
+        record("07_2_standardization_loss", verdict()) | {"schema": 99},
+        figure=False,
+        page=False,
+    )
     put(folder, "07_3_wavelet", run=done, figure=False, page=False)
     return folder
 
@@ -323,7 +425,12 @@ def test_rows(folder):
     assert list(by_name)[-1] == "10_comparison"
     assert len({tuple(row) for row in rows}) == 1  # the same keys in the same order
     good = by_name["03_2_mixed_precision"]
-    assert (good["status"], good["ratio"], good["n"], good["report"]) == ("complete", 1.34, 5, "03_2_mixed_precision/report.html")
+    assert (good["status"], good["ratio"], good["n"], good["report"]) == (
+        "complete",
+        1.34,
+        5,
+        "03_2_mixed_precision/report.html",
+    )
     assert by_name["02_overview"]["verdict"] == ""
     assert (by_name["03_10_made_up"]["status"], by_name["03_10_made_up"]["chapter"]) == ("not run", "3.10")
     assert by_name["06_1_prune_train"]["status"] == "failed"
@@ -339,7 +446,18 @@ def test_rows(folder):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "null", "3", '"text"', "{}", '{"schema": 1, "status": "complete", "machine": 3}', "\x00\xff", "NaN"]
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        "3",
+        '"text"',
+        "{}",
+        '{"schema": 1, "status": "complete", "machine": 3}',
+        "\x00\xff",
+        "NaN",
+    ],
 )
 def test_no_record_breaks_the_index(tmp_path, content):
     put(tmp_path, "03_2_x", content.encode("latin-1"))
@@ -356,9 +474,26 @@ def test_index(folder):
     assert_self_contained(path)
     page = soup(path)
     rows = {row.select_one(".chapter").get_text(): row for row in page.select("tbody tr")}
-    assert list(rows) == ["2", "3.2", "5.1", "6.1", "6.2", "7.1", "7.2", "7.3", "10"]  # by chapter, not by success
+    assert list(rows) == [
+        "2",
+        "3.2",
+        "5.1",
+        "6.1",
+        "6.2",
+        "7.1",
+        "7.2",
+        "7.3",
+        "10",
+    ]  # by chapter, not by success
     text = {chapter: row.get_text(" ", strip=True) for chapter, row in rows.items()}
-    for part in ("faster at equal accuracy", "1.34x [1.29, 1.39]", "n = 5 pairs", "\u22120.10 points", "yes", "A. Author 2019"):
+    for part in (
+        "faster at equal accuracy",
+        "1.34x [1.29, 1.39]",
+        "n = 5 pairs",
+        "\u22120.10 points",
+        "yes",
+        "A. Author 2019",
+    ):
         assert part in text["3.2"]
     assert rows["3.2"].svg
     assert "— Where the time goes." in text["2"]
@@ -368,7 +503,15 @@ def test_index(folder):
     assert "1.34x" not in text["6.1"]
     assert "half-written" in text["6.2"]
     header = page.header.get_text(" ", strip=True)
-    for part in ("mnist5k", "quick", "2-core CPU", "2026-11-24 04:00 UTC", "4 complete", "5 failed", "1.34x [1.29, 1.40]"):
+    for part in (
+        "mnist5k",
+        "quick",
+        "2-core CPU",
+        "2026-11-24 04:00 UTC",
+        "4 complete",
+        "5 failed",
+        "1.34x [1.29, 1.40]",
+    ):
         assert part in header
     assert "not a measurement" not in header
 
@@ -389,7 +532,9 @@ def test_index_links_resolve_and_pictures_are_small_and_inline(folder):
 
 def test_thumbnail(tmp_path):
     Image.new("RGBA", (1000, 600), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    small = Image.open(io.BytesIO(base64.b64decode(report._thumbnail(tmp_path / "clear.png").removeprefix(PICTURE))))
+    small = Image.open(
+        io.BytesIO(base64.b64decode(report._thumbnail(tmp_path / "clear.png").removeprefix(PICTURE)))
+    )
     assert small.size == (320, 192)
     assert small.convert("RGB").getpixel((5, 5)) == (255, 255, 255)  # transparent is white, not black
     assert report._thumbnail(tmp_path / "missing.png") == ""
@@ -398,7 +543,9 @@ def test_thumbnail(tmp_path):
 
 def test_index_escapes_everything(tmp_path):
     headline = verdict(NASTY, arm=NASTY, against=NASTY, quantity=NASTY, text=NASTY, claim_reproduced=NASTY)
-    texts = dict.fromkeys(("title", "title_de", "paper", "claim", "preset", "dataset", "caption", "date", "chapter"), NASTY)
+    texts = dict.fromkeys(
+        ("title", "title_de", "paper", "claim", "preset", "dataset", "caption", "date", "chapter"), NASTY
+    )
     put(tmp_path, "03_2_x", record("03_2_x", headline, **texts, machine={"summary": NASTY}))
     path = report.index(tmp_path)
     assert_self_contained(path)
@@ -407,7 +554,8 @@ def test_index_escapes_everything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "note"), [({"preset": "smoke"}, "not a measurement"), ({"shared_machine": True}, "Shared machine"), ({}, "")]
+    ("changes", "note"),
+    [({"preset": "smoke"}, "not a measurement"), ({"shared_machine": True}, "Shared machine"), ({}, "")],
 )
 def test_index_says_what_its_numbers_are_worth(tmp_path, changes, note):
     put(tmp_path, "03_2_x", record("03_2_x", verdict(), **changes))
@@ -420,7 +568,13 @@ def test_empty_folder_has_an_index(tmp_path):
 
 def test_extreme_ratios_stay_on_the_axis(tmp_path):
     for number, ratio in enumerate((1e-9, 0.5, 1, 3, 1e9)):
-        put(tmp_path, f"03_{number}_x", record(f"03_{number}_x", verdict(ratio=ratio)), figure=False, page=False)
+        put(
+            tmp_path,
+            f"03_{number}_x",
+            record(f"03_{number}_x", verdict(ratio=ratio)),
+            figure=False,
+            page=False,
+        )
     page = soup(report.index(tmp_path))
     assert len(page("svg")) == 5
     assert all(0 <= float(dot["cx"]) <= 200 for dot in page("circle"))
@@ -442,7 +596,8 @@ def test_verdicts_differ_without_colour():
     assert all(f".{tone}" in css for tone, _ in report.BADGES.values())
 
 
-# ------------------------------------------------------------------------------------------------ a real browser
+# ------------------------------------------------------------------------------------------------ a real
+# browser
 
 
 @pytest.mark.parametrize("width", [390, 1024, 1280])
@@ -450,5 +605,7 @@ def test_whatever_a_notebook_or_a_record_holds_is_readable(browser, rendered, fo
     for file in (rendered, report.index(folder)):
         page = browser.open(file, width)
         keep(page, f"all-{file.stem}-{width}")
-        assert [c for c in complaints(page, file) if not c.startswith("leads nowhere")] == []  # to what was not run here
+        assert [
+            c for c in complaints(page, file) if not c.startswith("leads nowhere")
+        ] == []  # to what was not run here
         assert page["formulas"] or file.stem == "index"

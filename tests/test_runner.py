@@ -1,4 +1,6 @@
-"""The runner, with real papermill runs of tiny notebooks, and real signals. What happens when something breaks is in `test_faults.py`."""
+"""The runner, with real papermill runs of tiny notebooks, and real signals. What happens when something
+breaks is in `test_faults.py`.
+"""
 
 import json
 import os
@@ -8,8 +10,9 @@ from dataclasses import replace
 import nbformat
 import pytest
 
-from effilib import paths, runner
+from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import runner
 from tests.runs import WAIT, alive, command, status, wait_for, write_notebook
 
 pytestmark = pytest.mark.usefixtures("results")
@@ -24,7 +27,12 @@ def test_up_to_date_changed_failed_and_mended(notebooks, folder, run, plan, tmp_
     assert run(parameters=[("epochs", "07")], name="mine") == 0
     folder = folder.with_name("mine")
     record = paths.read_json(folder / "04_1_x" / "record.json")
-    assert (record["epochs"], record["preset"], record["dataset"], record["shared_machine"]) == (7, "smoke", "mnist5k", False)
+    assert (record["epochs"], record["preset"], record["dataset"], record["shared_machine"]) == (
+        7,
+        "smoke",
+        "mnist5k",
+        False,
+    )
     first = (folder / "04_1_x" / "report.html").stat().st_mtime_ns
 
     capsys.readouterr()
@@ -38,7 +46,9 @@ def test_up_to_date_changed_failed_and_mended(notebooks, folder, run, plan, tmp_
     assert (folder / "04_1_x" / "report.html").stat().st_mtime_ns == first
     state = paths.read_json(folder / "04_1_x" / "run.json")
     assert state["status"] == "failed"
-    assert state["reason"] == "AssertionError: as asked (the earlier result is kept; see failed/ for this run)"
+    assert (
+        state["reason"] == "AssertionError: as asked (the earlier result is kept; see failed/ for this run)"
+    )
     assert "as asked" in (folder / "failed" / "04_1_x" / "report.html").read_text()
     assert 'href="failed/04_1_x/report.html"' in (folder / "index.html").read_text()
 
@@ -154,9 +164,17 @@ def test_selectors(notebooks):
     assert select() == names
     assert select("03_2", "2") == ["02_overview", "03_2_mixed_precision"]
     assert select("3") == ["03_1_cost", "03_2_mixed_precision"]
-    assert select("3.1") == select("3_1") == select("notebooks/03_1_cost.ipynb") == select("03_1_co") == ["03_1_cost"]
+    assert (
+        select("3.1")
+        == select("3_1")
+        == select("notebooks/03_1_cost.ipynb")
+        == select("03_1_co")
+        == ["03_1_cost"]
+    )
     for unknown in ("1", "04", "", "03_1_cots"):
-        with pytest.raises(BadInput, match=r"unknown notebook.*02_overview, 03_1_cost, 03_2_mixed_precision, 10_comparison"):
+        with pytest.raises(
+            BadInput, match=r"unknown notebook.*02_overview, 03_1_cost, 03_2_mixed_precision, 10_comparison"
+        ):
             select(unknown)
 
 
@@ -264,10 +282,18 @@ def headline(ratio, low=None, high=None, verdict=""):
 def test_comparison_with_the_recorded(notebooks, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
     cases = {
-        "04_1": (headline(1.5, 1.4, 1.6), headline(1.45, 1.3, 1.6), "1.50x [1.40, 1.60]      1.45x [1.30, 1.60]      yes"),
+        "04_1": (
+            headline(1.5, 1.4, 1.6),
+            headline(1.45, 1.3, 1.6),
+            "1.50x [1.40, 1.60]      1.45x [1.30, 1.60]      yes",
+        ),
         "04_2": (headline(1.1, 1.0, 1.2), headline(1.45, 1.3, 1.6), "no, slower"),
         "04_3": (headline(1.5, 1.4, 1.6), None, "not recorded            -"),
-        "04_4": (headline(None, verdict="target missed"), headline(1.45, 1.3, 1.6), "target missed           1.45x [1.30, 1.60]      -"),
+        "04_4": (
+            headline(None, verdict="target missed"),
+            headline(1.45, 1.3, 1.6),
+            "target missed           1.45x [1.30, 1.60]      -",
+        ),
         "04_5": ({"schema": 1, "status": "complete", "headline": None}, None, None),
     }
     for name in cases:
@@ -312,12 +338,17 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
     (tmp_path / "README.md").write_text("before\n<!-- chapters -->\n<!-- /chapters -->\nafter\n")
     write_notebook(notebooks / "03_2_mixed_precision.ipynb")
     which = {"preset": "quick", "notebooks": notebooks}
-    with pytest.raises(BadInput, match="holds no complete result of 03_2_mixed_precision: effilib run 03_2_mixed_precision --preset quick"):
+    with pytest.raises(
+        BadInput,
+        match="holds no complete result of 03_2_mixed_precision: effilib run 03_2_mixed_precision --preset quick",
+    ):
         runner.keep(**which)
     assert run(preset="quick") == 0
     assert runner.keep(**which) == [tmp_path / "recorded" / "quick-mnist5k" / "03_2_mixed_precision"]
     kept = tmp_path / "recorded" / "quick-mnist5k" / "03_2_mixed_precision" / "record.json"
-    assert kept.read_bytes() == (results / "quick-mnist5k" / "03_2_mixed_precision" / "record.json").read_bytes()
+    assert (
+        kept.read_bytes() == (results / "quick-mnist5k" / "03_2_mixed_precision" / "record.json").read_bytes()
+    )
     assert [file.name for file in kept.parent.iterdir()] == ["record.json"]  # this one drew nothing
     readme = (tmp_path / "README.md").read_text()
     assert "| 3.2 | " in readme

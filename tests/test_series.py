@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from effilib import methods, paths, series
-from effilib.series import ATTACKS, CHAPTERS, chapter, recorded
+from effilib import methods, paths
+from effilib.workbook import series
+from effilib.workbook.series import ATTACKS, CHAPTERS, chapter, recorded
 
 
 def test_chapters_stand_in_the_order_of_the_thesis_with_names_of_their_own():
@@ -52,7 +53,9 @@ def results(tmp_path, monkeypatch):
     def write(folder, **content):
         place = tmp_path / folder / content.get("notebook", "x")
         place.mkdir(parents=True)
-        (place / "record.json").write_text(json.dumps({"status": "complete", "date": "2026-01-01", **content}))
+        (place / "record.json").write_text(
+            json.dumps({"status": "complete", "date": "2026-01-01", **content})
+        )
         return place
 
     return write
@@ -75,7 +78,11 @@ def test_nothing_recorded_is_no_error(results):
 
 
 def test_the_readmes_table_has_a_row_for_every_chapter(results):
-    results("study-cifar10", notebook="03_2_mixed_precision", headline={"text": "2.10x", "verdict": "faster at equal accuracy"})
+    results(
+        "study-cifar10",
+        notebook="03_2_mixed_precision",
+        headline={"text": "2.10x", "verdict": "faster at equal accuracy"},
+    )
     results("study-fashion_mnist", notebook="02_overview", headline=None)
     table = series.readme_table().splitlines()
     assert len(table) == 2 + len(CHAPTERS)
@@ -89,13 +96,27 @@ def test_the_readmes_table_has_a_row_for_every_chapter(results):
     assert once.endswith("<!-- /chapters -->\nend\n")
 
 
-HEAD = {"arm": "bf16", "against": "fp32", "quantity": "time per step", "ratio": 1.7, "low": 1.5, "high": 1.9, "n": 5}
+HEAD = {
+    "arm": "bf16",
+    "against": "fp32",
+    "quantity": "time per step",
+    "ratio": 1.7,
+    "low": 1.5,
+    "high": 1.9,
+    "n": 5,
+}
 HEAD |= {"text": "1.70x [1.50, 1.90], n=5 pairs, 2-core CPU", "verdict": "faster at equal accuracy"}
 
 
 def test_headlines_are_the_newest_of_every_chapter_that_has_one(results):
     results("study-cifar10", notebook="06_1_prune_train", headline=HEAD, dataset="cifar10", date="2026-02-01")
-    results("study-fashion_mnist", notebook="06_1_prune_train", headline=HEAD | {"ratio": 2.0}, dataset="fashion_mnist", date="2026-03-01")
+    results(
+        "study-fashion_mnist",
+        notebook="06_1_prune_train",
+        headline=HEAD | {"ratio": 2.0},
+        dataset="fashion_mnist",
+        date="2026-03-01",
+    )
     results("quick-mnist5k", notebook="03_2_mixed_precision", headline=HEAD, dataset="mnist5k")
     results("study-cifar10", notebook="02_overview", headline=None)
     assert [(h["chapter"], h["dataset"], h["ratio"]) for h in series.headlines()] == [

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from effilib import cost, models, stages, surgery
+from effilib import cost, models, surgery
 from effilib.errors import BadInput
 from effilib.methods import net2net
 from effilib.methods.prune_train import prune_
+from effilib.surgery import stages
 
 
 def resnet(**kwargs):
@@ -32,11 +33,19 @@ def test_a_residual_stage_is_a_trunk_with_what_lies_on_its_paths():
     assert stages.names(layout) == ["stage 1", "stage 2", "stage 3"]
     assert layout["holders"] == ["stages.0", "stages.1", "stages.2"]
     assert layout["pixels"] == [64, 16, 4]
-    assert names(stages.members(found, layout, 1)) == ["stages.1.0.conv1", "stages.1.0.conv2", "stages.1.1.conv1"]
+    assert names(stages.members(found, layout, 1)) == [
+        "stages.1.0.conv1",
+        "stages.1.0.conv2",
+        "stages.1.1.conv1",
+    ]
     assert names(stages.widenable(found, layout, 1)) == ["stages.1.0.conv1", "stages.1.1.conv1"]
     assert names(stages.widenable(found, layout, 1, trunk=True)) == names(stages.members(found, layout, 1))
     assert [stages.depth(found, layout, i) for i in range(3)] == [1, 2, 1]
-    assert [stages.deepenable(model, layout, i) for i in range(3)] == ["stages.0.0", "stages.1.1", "stages.2.0"]
+    assert [stages.deepenable(model, layout, i) for i in range(3)] == [
+        "stages.0.0",
+        "stages.1.1",
+        "stages.2.0",
+    ]
 
 
 def test_plain_layers_go_by_the_size_of_their_maps():
@@ -104,7 +113,11 @@ def test_the_table_of_channels_follows_cuts_growth_and_renumbered_layers():
     later, new = stages.carry(table, owners, before, surgery.trace(model), {"features.4": index}, 7)
     assert set(later) == {"features.0", "features.3", "features.7", "features.10"}
     assert later["features.3"]["born"] == [7] * 4  # the new layer
-    assert later["features.7"] == {"born": [*[stages.ALWAYS] * 3, 7, 7], "alive": [True] * 5, "strength": [1.0, 4.0, 5.0, 0.0, 0.0]}
+    assert later["features.7"] == {
+        "born": [*[stages.ALWAYS] * 3, 7, 7],
+        "alive": [True] * 5,
+        "strength": [1.0, 4.0, 5.0, 0.0, 0.0],
+    }
     assert later["features.10"] == table["features.7"]
     assert new == 6
 
@@ -118,7 +131,11 @@ def test_where_nothing_can_follow_is_bad_input():
     class Listed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.blocks, self.head = nn.Conv2d(1, 4, 3), nn.ModuleList([models.Block(4, 4)]), nn.Linear(4, 4)
+            self.stem, self.blocks, self.head = (
+                nn.Conv2d(1, 4, 3),
+                nn.ModuleList([models.Block(4, 4)]),
+                nn.Linear(4, 4),
+            )
 
         def forward(self, x):
             x = self.stem(x)
@@ -144,7 +161,11 @@ def test_finding_stages_leaves_the_network_as_it_was():
 def test_the_table_follows_a_cut_of_a_trunk_whose_first_path_was_removed():
     model = resnet(blocks=(1, 1, 1))
     found = surgery.trace(model)
-    table, owners, before = stages.table(found), stages.owners(found), {m: name for name, m in model.named_modules()}
+    table, owners, before = (
+        stages.table(found),
+        stages.owners(found),
+        {m: name for name, m in model.named_modules()},
+    )
     inner, trunk = found["stages.1.0.conv1"], found["stages.1.0.conv2"]
     with torch.no_grad():
         for node, dead in ((inner, slice(None)), (trunk, slice(3, None))):
@@ -155,6 +176,8 @@ def test_the_table_follows_a_cut_of_a_trunk_whose_first_path_was_removed():
     done = prune_(model, rule="readers", cuts=cuts)
     assert done == ["residual path stages.1.0 removed", f"{next(iter(cuts))} 6 -> 3"]
     later, new = stages.carry(table, owners, before, surgery.trace(model), cuts, 7)
-    assert {n.name: len(later[n.name]["born"]) for n in surgery.trace(model).nodes} == {n.name: n.width for n in surgery.trace(model).nodes}
+    assert {n.name: len(later[n.name]["born"]) for n in surgery.trace(model).nodes} == {
+        n.name: n.width for n in surgery.trace(model).nodes
+    }
     assert new == 0
     assert later[next(iter(cuts))]["born"] == [0, 1, 2]

@@ -35,7 +35,11 @@ numbers = st.floats(-1e3, 1e3)
 def test_the_interval_is_scipys_student_t(values, level):
     mean, low, high = interval(values, level)
     error = stats.sem(values)
-    expected = stats.t.interval(level, len(values) - 1, loc=np.mean(values), scale=error) if error > 0 else (np.mean(values),) * 2
+    expected = (
+        stats.t.interval(level, len(values) - 1, loc=np.mean(values), scale=error)
+        if error > 0
+        else (np.mean(values),) * 2
+    )
     assert mean == pytest.approx(np.mean(values), abs=1e-9)
     assert (low, high) == pytest.approx(expected, abs=1e-6)
 
@@ -49,7 +53,9 @@ def test_one_value_has_no_interval():
 
 
 def coverage(n, draws=4000):
-    """How often the interval of n values holds the true mean 0, and how often the one-sided bound lies below it."""
+    """How often the interval of n values holds the true mean 0, and how often the one-sided bound lies below
+    it.
+    """
     samples = np.random.default_rng(0).standard_normal((draws, n)).tolist()
     both = np.mean([low <= 0 <= high for _, low, high in map(interval, samples)])
     return both, np.mean([lower_bound(s) <= 0 for s in samples])
@@ -92,11 +98,16 @@ def test_unequal_numbers_of_times_are_no_pairs():
 
 def rows_of(accuracies, seconds=None):
     seconds = seconds or range(len(accuracies))
-    return [{"seconds": float(s), "accuracy": a, "step": 10 * i} for i, (s, a) in enumerate(zip(seconds, accuracies, strict=True))]
+    return [
+        {"seconds": float(s), "accuracy": a, "step": 10 * i}
+        for i, (s, a) in enumerate(zip(seconds, accuracies, strict=True))
+    ]
 
 
 def brute_force(rows, target, grid=4000):
-    """The first moment on a fine grid from which the broken line holds the target up to two evaluations in a row."""
+    """The first moment on a fine grid from which the broken line holds the target up to two evaluations in a
+    row.
+    """
     seconds, accuracy = [r["seconds"] for r in rows], [r["accuracy"] for r in rows]
     for first in range(len(rows) - 1):
         if min(accuracy[first : first + 2]) >= target:
@@ -136,7 +147,9 @@ def test_time_to_target_agrees_with_brute_force(accuracies, target, data):
 def test_the_target_counts_when_two_evaluations_in_a_row_hold_it(accuracies, target, expected):
     found = time_to_target(rows_of(accuracies), target)
     if any(map(math.isnan, accuracies)):
-        assert found is None or not math.isfinite(found) or found > 2  # never a number before training recovered
+        assert (
+            found is None or not math.isfinite(found) or found > 2
+        )  # never a number before training recovered
     else:
         assert found == (expected if expected is None else pytest.approx(expected))
 
@@ -184,7 +197,12 @@ def test_the_verdict_follows_from_the_intervals(ratio, spread, differences, verd
     assert v.accuracy_low == pytest.approx(lower_bound(differences))
 
 
-@given(st.floats(0.3, 3), st.floats(0, 0.5), st.lists(st.floats(-3, 3), min_size=5, max_size=5), st.floats(0.1, 2))
+@given(
+    st.floats(0.3, 3),
+    st.floats(0, 0.5),
+    st.lists(st.floats(-3, 3), min_size=5, max_size=5),
+    st.floats(0.1, 2),
+)
 def test_exactly_one_rule_applies(ratio, spread, differences, margin):
     v = judge(*times(ratio, spread), differences, margin=margin)
     equal = lower_bound(differences) > -margin
@@ -230,7 +248,14 @@ def missing(values, *at):
 )
 def test_a_missed_target_leaves_no_ratio(baseline_misses, method_misses, verdict, text):
     baseline, method = times(3.0)
-    v = judge(missing(baseline, *baseline_misses), missing(method, *method_misses), EQUAL, margin=0.5, claim=1.5, machine="2-core CPU")
+    v = judge(
+        missing(baseline, *baseline_misses),
+        missing(method, *method_misses),
+        EQUAL,
+        margin=0.5,
+        claim=1.5,
+        machine="2-core CPU",
+    )
     assert v.verdict == verdict
     assert (v.ratio, v.low, v.high) == (None, None, None)
     assert v.text == text
@@ -252,7 +277,12 @@ def test_a_target_that_held_before_the_first_step_is_none(early):
 @pytest.mark.parametrize("reason", [SMOKE, SHARED, "illustration, no verdict"])
 def test_a_withheld_verdict_says_why_and_tests_no_claim(reason):
     baseline, method = times(2.0)
-    for pair in ((baseline, method), (baseline, missing(method, 0)), (missing(baseline, 0), method), (baseline[:1], method[:1])):
+    for pair in (
+        (baseline, method),
+        (baseline, missing(method, 0)),
+        (missing(baseline, 0), method),
+        (baseline[:1], method[:1]),
+    ):
         v = judge(*pair, EQUAL[: len(pair[0])], margin=0.5, claim=1.5, withhold=reason)
         assert v.verdict == reason
         assert v.claim_reproduced == "not tested"
@@ -260,7 +290,14 @@ def test_a_withheld_verdict_says_why_and_tests_no_claim(reason):
 
 @pytest.mark.parametrize(
     ("claim", "reproduced"),
-    [(1.5, "yes"), (2.0, "yes"), (2.01, "yes"), (2.2, "no"), (10, "no"), (None, "not tested")],  # measured 2.0 [1.98, 2.02]
+    [
+        (1.5, "yes"),
+        (2.0, "yes"),
+        (2.01, "yes"),
+        (2.2, "no"),
+        (10, "no"),
+        (None, "not tested"),
+    ],  # measured 2.0 [1.98, 2.02]
 )
 def test_the_claim_has_a_column_of_its_own(claim, reproduced):
     v = judge(*times(2.0), EQUAL, margin=0.5, claim=claim)
@@ -270,7 +307,10 @@ def test_the_claim_has_a_column_of_its_own(claim, reproduced):
 
 
 def test_the_text_carries_interval_pairs_and_machine():
-    assert judge(*times(1.34), EQUAL, margin=0.5, machine="2-core CPU").text == "1.34x [1.33, 1.35], n=5 pairs, 2-core CPU"
+    assert (
+        judge(*times(1.34), EQUAL, margin=0.5, machine="2-core CPU").text
+        == "1.34x [1.33, 1.35], n=5 pairs, 2-core CPU"
+    )
     assert say_ratio(2.0, math.nan, math.nan, 1) == "2.00x, n=1 pair"
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from effilib import models
-from effilib.channels import nodes, trace
 from effilib.errors import BadInput
 from effilib.surgery import (
     append_block_,
@@ -21,6 +20,7 @@ from effilib.surgery import (
     remove_path_,
     select_,
 )
+from effilib.surgery.channels import nodes, trace
 from effilib.tasks import task
 from effilib.training import Method, Recipe, train
 from tests.common import ALL, both, every, exactly, images, make, shake, step
@@ -28,7 +28,13 @@ from tests.common import ALL, both, every, exactly, images, make, shake, step
 
 @pytest.mark.parametrize(
     ("index", "words"),
-    [([], "at least one"), ([4], "channels 0 to 3"), ([-1], "runs from -1"), ([0.5], "whole number"), ([[0]], "list of")],
+    [
+        ([], "at least one"),
+        ([4], "channels 0 to 3"),
+        ([-1], "runs from -1"),
+        ([0.5], "whole number"),
+        ([[0]], "list of"),
+    ],
 )
 def test_a_wrong_index_is_bad_input(index, words):
     with pytest.raises(BadInput, match=words):
@@ -106,7 +112,10 @@ def test_growth_undone_restores_every_bit(name):
     x, y = images(), torch.arange(6) % 5
     step(model, optimizer, x, y)
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
-    for share in ([0.0], None):  # newborns that carry nothing; an even split, undone with the counts as shares
+    for share in (
+        [0.0],
+        None,
+    ):  # newborns that carry nothing; an even split, undone with the counts as shares
         for node in nodes(model):
             n = node.width
             select_(node, [*range(n), n - 1], optimizer, share=share and [*[1.0] * n, *share])
@@ -158,7 +167,9 @@ def test_transplanted_momentum_is_the_widened_networks_own_gradient():
         assert_close(optimizer.state[p]["momentum_buffer"], p.grad, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
+)
 def test_second_moments_follow_the_gradients_square(kind):
     model, x, y = make("flat").eval(), images(), torch.arange(6) % 5
     optimizer = kind(model.parameters(), lr=0.0, weight_decay=0)
@@ -232,7 +243,9 @@ def test_a_running_average_follows(wrapped):
     assert_close(both(inner, x), before, atol=1e-10, rtol=0)
     remove_path_(trace(model).path("stages.1.2"), ema=ema)
     assert_close(both(inner, x), before, atol=1e-10, rtol=0)
-    assert {k: v.shape for k, v in inner.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in inner.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
 
 
 def test_a_sliced_network_follows_the_masked_one_for_twenty_steps():
@@ -245,7 +258,10 @@ def test_a_sliced_network_follows_the_masked_one_for_twenty_steps():
         keep = torch.arange(node.width) % 3 != 1
         kept[node.name] = keep.nonzero().flatten()
         masks += [(dense.get_submodule(n).weight, 0, keep) for n in node.producers]
-        masks += [(dense.get_submodule(n).weight, 1, keep.repeat_interleave(per)) for n, per in node.consumers.items()]
+        masks += [
+            (dense.get_submodule(n).weight, 1, keep.repeat_interleave(per))
+            for n, per in node.consumers.items()
+        ]
 
     @torch.no_grad()
     def mask():
@@ -297,7 +313,11 @@ def test_a_new_block_changes_nothing_and_can_be_taken_out_again(name):
     remove_block_(model, new, optimizer)
     exactly(optimizer, model)
     assert models.describe(model) == description
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items() if "running" not in k and "tracked" not in k)
+    assert all(
+        torch.equal(model.state_dict()[k], v)
+        for k, v in state.items()
+        if "running" not in k and "tracked" not in k
+    )
 
 
 def test_a_users_block_is_repeated():

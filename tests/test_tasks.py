@@ -21,7 +21,13 @@ def mine(tmp_path):
     """A user's own small data set."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), np.arange(60) % 3
-    np.savez(tmp_path / "mine.npz", train_images=images, train_labels=labels, test_images=images[:9], test_labels=labels[:9])
+    np.savez(
+        tmp_path / "mine.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:9],
+        test_labels=labels[:9],
+    )
     return str(tmp_path / "mine.npz")
 
 
@@ -37,7 +43,10 @@ def test_the_preset_comes_from_the_environment_else_it_is_quick(monkeypatch):
     monkeypatch.delenv("EFFILIB_PRESET")
     assert task().preset == "quick"
     monkeypatch.setenv("EFFILIB_PRESET", "quikc")
-    with pytest.raises(BadInput, match=r"unknown preset 'quikc': choose one of smoke, quick, study, full \(did you mean 'quick'\?\)"):
+    with pytest.raises(
+        BadInput,
+        match=r"unknown preset 'quikc': choose one of smoke, quick, study, full \(did you mean 'quick'\?\)",
+    ):
         task()
 
 
@@ -45,7 +54,10 @@ def test_the_preset_comes_from_the_environment_else_it_is_quick(monkeypatch):
 def test_every_preset_has_a_data_set_and_sizes(preset, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILIB_DATA", str(tmp_path))  # no file is needed to make a task
     t = task(preset)
-    assert t.dataset == {"smoke": "mnist5k", "quick": "mnist5k", "study": "fashion_mnist", "full": "cifar10"}[preset]
+    assert (
+        t.dataset
+        == {"smoke": "mnist5k", "quick": "mnist5k", "study": "fashion_mnist", "full": "cifar10"}[preset]
+    )
     assert t.margin == (1.0 if preset in ("smoke", "quick") else 0.5)
     assert t.seeds == (1 if preset == "smoke" else 5)
     assert t.network == "resnet"
@@ -75,7 +87,14 @@ def test_every_task_builds_its_network_for_its_images(preset, variant):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lr": 0.3}, {"images": 200}, {"margin": 2.0}, {"epochs": 1, "widths": {}}, {"batch_size": 50, "seeds": 2}]
+    "changes",
+    [
+        {"lr": 0.3},
+        {"images": 200},
+        {"margin": 2.0},
+        {"epochs": 1, "widths": {}},
+        {"batch_size": 50, "seeds": 2},
+    ],
 )
 def test_whoever_changes_the_task_gives_up_its_tuned_target(changes):
     t = task("quick", "mnist5k", **changes)
@@ -134,7 +153,9 @@ def test_devices():
     assert tasks.pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         for device in ("cuda", "cuda:1"):
-            with pytest.raises(BadInput, match=f"device '{device}': this machine has no CUDA; choose auto or cpu"):
+            with pytest.raises(
+                BadInput, match=f"device '{device}': this machine has no CUDA; choose auto or cpu"
+            ):
                 tasks.pick_device(device)
 
 
@@ -173,7 +194,9 @@ def test_a_network_may_have_other_widths_than_the_tasks():
 
 
 def test_random_streams_of_a_seed_are_independent():
-    """Initial weights, data order and methods' draws: none is another's continuation, nor correlated with it."""
+    """Initial weights, data order and methods' draws: none is another's continuation, nor correlated with
+    it.
+    """
     draws = {
         (seed, name): torch.rand(20_000, generator=stream(seed, name))
         for seed in (0, 1)
@@ -188,7 +211,12 @@ def test_random_streams_of_a_seed_are_independent():
 # --- the recipe's schedule
 
 
-@given(st.sampled_from(["linear", "cosine", "constant"]), st.floats(0, 0.9), st.integers(1, 300), st.floats(1e-3, 2))
+@given(
+    st.sampled_from(["linear", "cosine", "constant"]),
+    st.floats(0, 0.9),
+    st.integers(1, 300),
+    st.floats(1e-3, 2),
+)
 def test_the_learning_rate_rises_then_falls_and_stays_between_0_and_its_highest(schedule, warmup, steps, lr):
     recipe = Recipe(lr=lr, schedule=schedule, warmup=warmup)
     rates = [recipe.lr_at(step, steps) for step in range(steps)]
@@ -201,7 +229,9 @@ def test_the_learning_rate_rises_then_falls_and_stays_between_0_and_its_highest(
         assert rates[top] > 0.85 * lr
 
 
-@pytest.mark.parametrize(("schedule", "fall"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("constant", [1.0, 1.0, 1.0, 1.0])])
+@pytest.mark.parametrize(
+    ("schedule", "fall"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("constant", [1.0, 1.0, 1.0, 1.0])]
+)
 def test_the_schedule_by_hand(schedule, fall):
     recipe = Recipe(lr=1.0, schedule=schedule, warmup=0.5)
     assert [recipe.lr_at(step, 8) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, *fall])
@@ -221,7 +251,9 @@ def test_a_tuned_task_is_what_its_sweep_and_its_target_runs_say(key):
     settings = {tuple(r[k] for k in setting) for r in rows}
     assert len(settings) >= (20 if variant == "base" else 8)
     seeds = {s: sorted(r["seed"] for r in rows if tuple(r[k] for k in setting) == s) for s in settings}
-    assert all(found == [1000, 1001] or found == [1000, 1001, 1002, 1003] for found in seeds.values())  # more where two are close
+    assert all(
+        found == [1000, 1001] or found == [1000, 1001, 1002, 1003] for found in seeds.values()
+    )  # more where two are close
     assert sum(len(found) == 4 for found in seeds.values()) in (0, 2)
     assert {r["batch_size"] for r in rows} == {tuned["recipe"].batch_size}
     best = {b["epochs"]: b["accuracy"] for b in tuning.best(rows)}

@@ -1,4 +1,6 @@
-"""`effilib train`: methods and settings from words, files, going on after every kind of end, several processes; errors in one line."""
+"""`effilib train`: methods and settings from words, files, going on after every kind of end, several
+processes; errors in one line.
+"""
 
 import json
 import re
@@ -7,12 +9,13 @@ import pandas as pd
 import pytest
 
 from effilib import __main__ as command
-from effilib import checkpoint, single
+from effilib import checkpoint
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.methods.prune_train import PruneTrain
 from effilib.training import Method
+from effilib.workbook import train_command
 from tests.common import equal
 from tests.test_distributed import torchrun
 
@@ -70,9 +73,14 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     assert said[0].startswith("synthetic, 128 images, resnet; PruneTrain(ratio=0.2, ")
     assert said[0].endswith(f"3 epochs, batches of 32; into {tmp_path / 'a'}")
     assert [line.split(":")[0] for line in said[1:5]] == [f"epoch {e} of 3" for e in range(4)]
-    assert re.search(r": training loss [\d.]+, validation loss [\d.]+, [\d.]+ %; about [\d.]+ s left$", said[2])
+    assert re.search(
+        r": training loss [\d.]+, validation loss [\d.]+, [\d.]+ %; about [\d.]+ s left$", said[2]
+    )
     assert said[4].endswith(" %")
-    assert re.fullmatch(r"[\d.]+ % on the validation images, [\d.]+ % on the test images, 12 steps in [\d.]+ s, [\d,]+ parameters", said[5])
+    assert re.fullmatch(
+        r"[\d.]+ % on the validation images, [\d.]+ % on the test images, 12 steps in [\d.]+ s, [\d,]+ parameters",
+        said[5],
+    )
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["history.csv", "model.pt", "record.json"]
     record = json.loads((tmp_path / "a" / "record.json").read_text())
     assert record["status"] == "complete"
@@ -88,7 +96,10 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     assert "it was complete" in capsys.readouterr().out
     assert (tmp_path / "a" / "model.pt").stat().st_mtime_ns == before
     assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "5") == 2
-    assert capsys.readouterr().err == f"effilib: {tmp_path / 'a'} holds another run: name another folder with --out, or delete it\n"
+    assert (
+        capsys.readouterr().err
+        == f"effilib: {tmp_path / 'a'} holds another run: name another folder with --out, or delete it\n"
+    )
 
 
 def test_without_out_the_folder_is_named_after_the_training(tmp_path, monkeypatch, capsys):
@@ -98,7 +109,7 @@ def test_without_out_the_folder_is_named_after_the_training(tmp_path, monkeypatc
     assert folder.name == "train-smoke-synthetic-resnet-other_norm-kind=group-epochs=0.5-seed=0"
     assert (folder / "record.json").exists()
     assert "model.pt holds weights that no network by name takes" in capsys.readouterr().err
-    assert len(single.file_name(*["long"] * 100)) < 150
+    assert len(train_command.file_name(*["long"] * 100)) < 150
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "memory"])
@@ -108,10 +119,15 @@ def test_an_interrupted_training_goes_on_by_itself(how, mine, tmp_path, capsys):
     said = capsys.readouterr()
     if how == "memory":
         assert ended == 2
-        assert re.fullmatch(r"effilib: out of memory \(.*\); a smaller batch needs less: --set batch_size=...\n", said.err)
+        assert re.fullmatch(
+            r"effilib: out of memory \(.*\); a smaller batch needs less: --set batch_size=...\n", said.err
+        )
     else:
         assert ended == 130
-        assert f"interrupted; the same command goes on from the last whole epoch ({tmp_path / 'a' / 'checkpoint.pt'})" in said.out
+        assert (
+            f"interrupted; the same command goes on from the last whole epoch ({tmp_path / 'a' / 'checkpoint.pt'})"
+            in said.out
+        )
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["checkpoint.pt"]
     assert train(tmp_path / "a", *words) == 0
     said = capsys.readouterr().out
@@ -132,7 +148,10 @@ def test_two_processes_write_what_one_does(tmp_path, capsys):
     assert "batches of 32, shared by 2 processes" in said
     one, two = (model(tmp_path / name) for name in ("one", "two"))
     assert one.settings() == two.settings() != {"widths": [[8], [8]], "bn": False}
-    assert all((a - b).abs().max() < 1e-8 for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        (a - b).abs().max() < 1e-8
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
     assert json.loads((tmp_path / "two" / "record.json").read_text())["run"]["processes"] == 2
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["history.csv", "model.pt", "record.json"]
 
@@ -141,37 +160,72 @@ def test_two_processes_write_what_one_does(tmp_path, capsys):
 
 
 def test_methods_are_found_by_name_and_settings_are_literals(mine):
-    assert single.method("prune_train") == PruneTrain()
-    assert single.method("prune_train", "ratio=0.3", "every=2", "multiple=auto", "grow_batch=True") == PruneTrain(
-        ratio=0.3, every=2, grow_batch=True
+    assert train_command.method("prune_train") == PruneTrain()
+    assert train_command.method(
+        "prune_train", "ratio=0.3", "every=2", "multiple=auto", "grow_batch=True"
+    ) == PruneTrain(ratio=0.3, every=2, grow_batch=True)
+    assert train_command.method("net2net", "wider=[['stem', 8]]", "at=0") == Net2Net(
+        wider=(("stem", 8),), at=0
     )
-    assert single.method("net2net", "wider=[['stem', 8]]", "at=0") == Net2Net(wider=(("stem", 8),), at=0)
-    assert single.method("kernel_rescaling", "schedule=((0.5, 0.5), (0.5, 1.0))") == KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)))
-    assert single.method("prune_then_grow", "prune.every=3", "plan=None").prune.every == 3
-    assert single.method("prune_then_grow", "prune.every=3").prune.weigh == PruneThenGrow().prune.weigh == "norm"
-    own = single.method(f"{mine}:Die", "step=3", "once=3")  # a word, not a number
+    assert train_command.method("kernel_rescaling", "schedule=((0.5, 0.5), (0.5, 1.0))") == KernelRescaling(
+        schedule=((0.5, 0.5), (0.5, 1.0))
+    )
+    assert train_command.method("prune_then_grow", "prune.every=3", "plan=None").prune.every == 3
+    assert (
+        train_command.method("prune_then_grow", "prune.every=3").prune.weigh
+        == PruneThenGrow().prune.weigh
+        == "norm"
+    )
+    own = train_command.method(f"{mine}:Die", "step=3", "once=3")  # a word, not a number
     assert (own.step, own.once) == (3, "3")
-    assert isinstance(single.method(f"{mine}:Plain"), Method)
-    assert set(single.methods()) >= {"prune_train", "net2net", "gradient_subsets", "wavelet_stem", "other_norm"}
-    assert "policy" not in single.methods()
+    assert isinstance(train_command.method(f"{mine}:Plain"), Method)
+    assert set(train_command.methods()) >= {
+        "prune_train",
+        "net2net",
+        "gradient_subsets",
+        "wavelet_stem",
+        "other_norm",
+    }
+    assert "policy" not in train_command.methods()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "prune_trian"], "unknown method 'prune_trian': choose one of .* (did you mean 'prune_train'?)"),
+        (
+            ["--method", "prune_trian"],
+            "unknown method 'prune_trian': choose one of .* (did you mean 'prune_train'?)",
+        ),
         (["--method", "wavelet"], "wavelet is no method: choose wavelet_stem"),
-        (["--method", "layer_replacement"], "layer_replacement is no method: it is more than one training, see its notebook"),
-        (["--method", "prune_train", "ratoi=1"], "unknown setting of prune_train 'ratoi': choose one of .* (did you mean 'ratio'?)"),
+        (
+            ["--method", "layer_replacement"],
+            "layer_replacement is no method: it is more than one training, see its notebook",
+        ),
+        (
+            ["--method", "prune_train", "ratoi=1"],
+            "unknown setting of prune_train 'ratoi': choose one of .* (did you mean 'ratio'?)",
+        ),
         (["--method", "prune_train", "ratio"], "prune_train: 'ratio' is no setting, expected name=value"),
-        (["--method", "prune_train", "ratio=much"], "setting 'ratio' of prune_train takes values of type float, not 'much'"),
-        (["--method", "prune_train", "grow_batch=1"], "setting 'grow_batch' of prune_train takes values of type bool, not '1'"),
+        (
+            ["--method", "prune_train", "ratio=much"],
+            "setting 'ratio' of prune_train takes values of type float, not 'much'",
+        ),
+        (
+            ["--method", "prune_train", "grow_batch=1"],
+            "setting 'grow_batch' of prune_train takes values of type bool, not '1'",
+        ),
         (["--method", "prune_train", "mode=x"], "unknown mode 'x': choose one of proximal, published"),
-        (["--method", "prune_train", "ratio.x=1"], "setting 'ratio' of prune_train has no settings of its own"),
+        (
+            ["--method", "prune_train", "ratio.x=1"],
+            "setting 'ratio' of prune_train has no settings of its own",
+        ),
         (["--method", "prune_then_grow", "prune.x=1"], "unknown setting of prune_then_grow's prune 'x'"),
         (["--method", "MINE:Nothing"], "unknown method in"),
         (["--method", "MINE:Path"], "MINE:Path is no effilib.Method"),
-        (["--method", "MINE:Plain", "x=1"], "unknown setting of MINE:Plain 'x': choose one of none, it has no settings"),
+        (
+            ["--method", "MINE:Plain", "x=1"],
+            "unknown setting of MINE:Plain 'x': choose one of none, it has no settings",
+        ),
         (["--method", "gradient_pruning", "p=0.0"], "gradient pruning: p = 0 prunes nothing"),
         (["--set", "learning=1"], "unknown setting 'learning': choose one of"),
         (["--set", "lr=fast"], "setting 'lr' of the recipe takes values of type float, not 'fast'"),
@@ -204,4 +258,7 @@ def test_the_other_commands_are_for_one_process(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.main(["list"]) == 2
-    assert capsys.readouterr().err == "effilib: process 1: list is one process: of the commands torchrun starts train alone\n"
+    assert (
+        capsys.readouterr().err
+        == "effilib: process 1: list is one process: of the commands torchrun starts train alone\n"
+    )

@@ -78,29 +78,48 @@ for _hook in HOOKS:
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_training_is_bit_equal_to_a_loop_written_by_hand(schedule, layout):
-    recipe = replace(FP32, schedule=schedule, memory_format=layout, lr=0.15, weight_decay=1e-3, label_smoothing=0.1, momentum=0.8)
+    recipe = replace(
+        FP32,
+        schedule=schedule,
+        memory_format=layout,
+        lr=0.15,
+        weight_decay=1e-3,
+        label_smoothing=0.1,
+        momentum=0.8,
+    )
     model, history = trained(recipe, seed=3)
 
     by_hand = network().train()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     by_hand.to(memory_format=memory_format)
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=1.0, momentum=0.8, nesterov=True, weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.SGD(
+        by_hand.parameters(), lr=1.0, momentum=0.8, nesterov=True, weight_decay=1e-3, fused=True
+    )
     batches = Batches(DATA, 32, stream(3, "data"))
     step, steps = 0, 2 * len(batches)
     warm = 0.2 * steps
     for _ in range(2):
         for x, y in batches:
             left = (steps - step) / (steps - warm)
-            lr = {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1}[schedule]
-            optimizer.param_groups[0]["lr"] = 0.15 * ((step + 1) / (math.floor(warm) + 1) if step < warm else lr)
+            lr = {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1}[
+                schedule
+            ]
+            optimizer.param_groups[0]["lr"] = 0.15 * (
+                (step + 1) / (math.floor(warm) + 1) if step < warm else lr
+            )
             loss = F.cross_entropy(by_hand(x.contiguous(memory_format=memory_format)), y, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    close = [torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True)]
+    close = [
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(model.parameters(), by_hand.parameters(), strict=True)
+    ]
     assert all(close)
-    assert same(model, by_hand) or schedule == "cosine"  # the cosine written the other way differs in its last bit
+    assert (
+        same(model, by_hand) or schedule == "cosine"
+    )  # the cosine written the other way differs in its last bit
     assert history.steps == step == steps
 
 
@@ -134,7 +153,9 @@ def test_the_network_learns():
 def test_dropout_is_deterministic_and_the_global_generators_stay_as_they_were():
     def net():
         with models.seeded(5):
-            return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+            return nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4)
+            )
 
     torch.manual_seed(7)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -168,7 +189,18 @@ def test_a_fraction_of_an_epoch_ends_in_mid_epoch(epochs, steps):
 def test_there_are_as_many_evaluations_as_asked_for_and_time_never_goes_back():
     _, history = trained(replace(FP32, epochs=3), evaluations=9)
     assert len(history.rows) == 1 + 9
-    assert [r["step"] for r in history.rows] == [0, 4, 9, 14, 18, 22, 27, 32, 35, 36]  # the last but one shortly before the end
+    assert [r["step"] for r in history.rows] == [
+        0,
+        4,
+        9,
+        14,
+        18,
+        22,
+        27,
+        32,
+        35,
+        36,
+    ]  # the last but one shortly before the end
     seconds = [r["seconds"] for r in history.rows]
     assert seconds == sorted(seconds)
     assert len(set(seconds)) == 10
@@ -292,7 +324,9 @@ def test_precision_is_resolved_and_said():
     assert resolve_precision("auto") == ("bf16" if native_bf16() else "fp32")
     assert trained(replace(FP32, epochs=0.1, precision="auto"))[1].precision == resolve_precision("auto")
     for precision in ("fp16", "tf32"):
-        with pytest.raises(BadInput, match=f"precision '{precision}' needs CUDA; on this CPU choose auto, fp32 or bf16"):
+        with pytest.raises(
+            BadInput, match=f"precision '{precision}' needs CUDA; on this CPU choose auto, fp32 or bf16"
+        ):
             trained(replace(FP32, precision=precision))
 
 
@@ -307,7 +341,9 @@ def test_fp64_computes_in_64_bits_from_the_images_to_the_loss():
 
         def on_step_end(self, run):
             seen["loss"] = run.loss.dtype
-            seen["momentum"] = {run.optimizer.state[p]["momentum_buffer"].dtype for p in run.model.parameters()}
+            seen["momentum"] = {
+                run.optimizer.state[p]["momentum_buffer"].dtype for p in run.model.parameters()
+            }
 
     model, history = trained(replace(FP32, precision="fp64"), [Look()])
     assert seen == {"images": torch.float64, "loss": torch.float64, "momentum": {torch.float64}}
@@ -322,9 +358,9 @@ def test_fp64_computes_in_64_bits_from_the_images_to_the_loss():
 def test_memory_format_auto_is_channels_last_where_the_kernels_read_it():
     assert resolve_layout(FP32) == "channels_last"
     assert resolve_layout(replace(FP32, memory_format="contiguous")) == "contiguous"
-    assert [resolve_layout(replace(FP32, precision=p), "cuda") for p in ("fp32", "tf32", "bf16", "fp16")] == ["contiguous"] + 3 * [
-        "channels_last"
-    ]
+    assert [resolve_layout(replace(FP32, precision=p), "cuda") for p in ("fp32", "tf32", "bf16", "fp16")] == [
+        "contiguous"
+    ] + 3 * ["channels_last"]
     assert same(trained(FP32)[0], trained(replace(FP32, memory_format="channels_last"))[0])
     weight = trained(FP32)[0].stages[1][0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -373,7 +409,18 @@ def test_hooks_are_called_in_their_order_and_methods_in_theirs():
 
     epoch = [both("on_epoch_start"), both("on_epoch_end")]
     look = both("on_evaluation")
-    expected = [*both("on_fit_start"), *look, *epoch[0], *12 * step, *epoch[1], *epoch[0], *step, *epoch[1], *both("on_fit_end"), *look]
+    expected = [
+        *both("on_fit_start"),
+        *look,
+        *epoch[0],
+        *12 * step,
+        *epoch[1],
+        *epoch[0],
+        *step,
+        *epoch[1],
+        *both("on_fit_end"),
+        *look,
+    ]
     assert [(name, hook) for name, hook, _, _ in a.calls] == expected
     assert [step for name, hook, _, step in a.calls if (name, hook) == ("a", "on_batch")] == list(range(13))
     assert [epoch for name, hook, epoch, _ in a.calls if (name, hook) == ("a", "on_epoch_start")] == [0, 1]
@@ -418,7 +465,9 @@ class Draws(Method):
 def test_a_methods_draws_do_not_shift_the_order_of_the_data():
     quiet, noisy = Draws(draws=False), Draws()
     a, b = trained(methods=[quiet])[0], trained(methods=[noisy])[0]
-    assert all(torch.equal(x, v) and torch.equal(y, w) for (x, y), (v, w) in zip(quiet.seen, noisy.seen, strict=True))
+    assert all(
+        torch.equal(x, v) and torch.equal(y, w) for (x, y), (v, w) in zip(quiet.seen, noisy.seen, strict=True)
+    )
     assert same(a, b)
 
 
@@ -495,7 +544,9 @@ def test_a_second_run_of_the_same_method_starts_afresh():
     count = Count()
     histories = [trained(methods=[count], seed=s)[1] for s in (0, 1)]
     assert count.ends == [24, 24]
-    assert histories[1].events == [{"step": 24, "epoch": 1, "method": "Count", "text": "counted", "steps": 24}]
+    assert histories[1].events == [
+        {"step": 24, "epoch": 1, "method": "Count", "text": "counted", "steps": 24}
+    ]
 
 
 def test_a_group_of_parameters_can_have_a_learning_rate_factor():
@@ -673,7 +724,9 @@ def test_steps_of_another_size_are_a_kind_of_their_own_and_not_capped_by_the_oth
     assert history.seconds > 1.6  # five of them were in an epoch whose median step was small
     assert history.step_seconds == history.kinds["step"]["median"] >= 0.1
     history.kinds.pop("step")
-    assert history.step_seconds == history.kinds["step, small"]["median"]  # a run that diverged early has no other
+    assert (
+        history.step_seconds == history.kinds["step, small"]["median"]
+    )  # a run that diverged early has no other
 
 
 def test_a_methods_work_is_inside_the_clock_and_the_record_is_not():
@@ -724,7 +777,10 @@ def widen(model, optimizer, *, new=4, rebind=True):
     block = model.stages[0][0]
     conv1, bn1, conv2 = block.conv1, block.bn1, block.conv2
     inner = conv1.out_channels + new
-    block.conv1, block.bn1 = nn.Conv2d(conv1.in_channels, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+    block.conv1, block.bn1 = (
+        nn.Conv2d(conv1.in_channels, inner, 3, padding=1, bias=False),
+        nn.BatchNorm2d(inner),
+    )
     block.conv2 = nn.Conv2d(inner, conv2.out_channels, 3, padding=1, bias=False)
     nn.init.zeros_(block.conv2.weight)
     with torch.no_grad():
@@ -767,7 +823,9 @@ class Widen(Method):
         self.work(run, "on_step_end")
 
 
-@pytest.mark.parametrize(("hook", "step", "narrow"), [("on_step_end", 5, 6), ("on_step_end", 0, 1), ("on_epoch_start", 12, 12)])
+@pytest.mark.parametrize(
+    ("hook", "step", "narrow"), [("on_step_end", 5, 6), ("on_step_end", 0, 1), ("on_epoch_start", 12, 12)]
+)
 def test_a_layer_can_be_widened_in_mid_training(hook, step, narrow):
     model, history = trained(methods=[Widen(hook, step)])
     assert history.structure["blocks"] == [[12], [8]]
@@ -775,7 +833,9 @@ def test_a_layer_can_be_widened_in_mid_training(hook, step, narrow):
     assert model.stages[0][0].conv2.weight[:, 8:].abs().max() > 0  # the new channels are trained
     assert history.steps == 24
     assert history.kinds["reconfigure"]["count"] == 1
-    before, after = (cost.step_flops(network(blocks=b).to("meta"), (1, 8, 8), 32) for b in ([[8], [8]], [[12], [8]]))
+    before, after = (
+        cost.step_flops(network(blocks=b).to("meta"), (1, 8, 8), 32) for b in ([[8], [8]], [[12], [8]])
+    )
     assert history.flops == narrow * before + (24 - narrow) * after
     assert history.memory["parameters"] == 4 * sum(p.numel() for p in model.parameters())
 
@@ -814,7 +874,9 @@ def test_a_restructured_run_goes_on_with_the_new_network():
     method = Widen("on_step_end", 5)
     model, _ = trained(replace(FP32, epochs=1), [method])
     by_hand = network().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        by_hand.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+    )
     for step, (x, y) in enumerate(Batches(DATA, 32, stream(0, "data"))):
         optimizer.param_groups[0]["lr"] = FP32.lr_at(step, 12)
         F.cross_entropy(by_hand(x), y).backward()
@@ -837,7 +899,9 @@ def test_new_parameters_may_come_without_momentum():
             if run.step == 6:
                 run.restructure(self.change)
             if run.step == 7:
-                self.momenta.extend(run.optimizer.state[p]["momentum_buffer"] for p in run.model.head.parameters())
+                self.momenta.extend(
+                    run.optimizer.state[p]["momentum_buffer"] for p in run.model.head.parameters()
+                )
 
         def change(self, model, optimizer):
             params = optimizer.param_groups[0]["params"]
@@ -906,7 +970,9 @@ def test_an_optimizer_that_does_not_fit_the_new_structure_is_an_error(kind):
         else:
             head = nn.Linear(8, 4)
             params = optimizer.param_groups[0]["params"]
-            params[:] = [p for p in params if p is not model.head.weight and p is not model.head.bias] + list(head.parameters())
+            params[:] = [p for p in params if p is not model.head.weight and p is not model.head.bias] + list(
+                head.parameters()
+            )
             model.head = head
 
     @dataclass(frozen=True)
@@ -969,12 +1035,22 @@ def test_histories_add_up_to_one_clock():
 
 
 def test_events_of_a_later_history_move_with_its_clock():
-    first = History(rows=[{"step": 10, "epoch": 2.0, "seconds": 1.0, "accuracy": 50.0}], steps=10, seconds=1.0)
+    first = History(
+        rows=[{"step": 10, "epoch": 2.0, "seconds": 1.0, "accuracy": 50.0}], steps=10, seconds=1.0
+    )
     first.events = [{"step": 3, "text": "x"}]
-    second = History(rows=[{"step": 4, "epoch": 1.0, "seconds": 2.0, "accuracy": 60.0}], steps=4, seconds=2.0, diverged=True)
+    second = History(
+        rows=[{"step": 4, "epoch": 1.0, "seconds": 2.0, "accuracy": 60.0}],
+        steps=4,
+        seconds=2.0,
+        diverged=True,
+    )
     second.events = [{"step": 2, "epoch": 0, "method": "M", "text": "pruned", "channels": 7}]
     both = first + second
-    assert both.events == [*first.events, {"step": 12, "epoch": 2.0, "method": "M", "text": "pruned", "channels": 7}]
+    assert both.events == [
+        *first.events,
+        {"step": 12, "epoch": 2.0, "method": "M", "text": "pruned", "channels": 7},
+    ]
     assert both.rows[-1] == {"step": 14, "epoch": 3.0, "seconds": 3.0, "accuracy": 60.0}
     assert both.diverged
     assert (second + first).diverged

@@ -1,4 +1,6 @@
-"""The sweep of a baseline: real processes, a CSV that goes on where it was interrupted, and what follows from it."""
+"""The sweep of a baseline: real processes, a CSV that goes on where it was interrupted, and what follows from
+it.
+"""
 
 import csv
 from dataclasses import replace
@@ -50,7 +52,13 @@ def test_a_row_is_what_training_that_setting_gives():
     dataset = t.load()
     last = train(t.build(dataset, 1001), dataset, t.recipe, seed=1001).rows[-1]
     assert set(row) == set(tuning.FIELDS)
-    assert (row["epochs"], row["lr"], row["weight_decay"], row["seed"], row["diverged"]) == (0.5, 0.05, 2e-3, 1001, 0)
+    assert (row["epochs"], row["lr"], row["weight_decay"], row["seed"], row["diverged"]) == (
+        0.5,
+        0.05,
+        2e-3,
+        1001,
+        0,
+    )
     assert row["accuracy"] == pytest.approx(last["accuracy"], abs=1e-4)
     assert row["loss"] == pytest.approx(last["loss"], abs=1e-4)
 
@@ -65,7 +73,9 @@ def test_tuning_never_reads_the_test_split(monkeypatch):
     with pytest.raises((ValueError, RuntimeError)):
         train(model, broken, t.recipe)
     assert tuning.run_one("smoke", "synthetic", "base", 0, dict(epochs=0.5))["accuracy"] > 0
-    tuning.find_target("smoke", "synthetic", seeds=(1000,), report=lambda text: None, epochs=0.5, lr=0.1, weight_decay=5e-4)
+    tuning.find_target(
+        "smoke", "synthetic", seeds=(1000,), report=lambda text: None, epochs=0.5, lr=0.1, weight_decay=5e-4
+    )
 
 
 def test_a_diverging_setting_is_a_row_like_others():
@@ -75,7 +85,13 @@ def test_a_diverging_setting_is_a_row_like_others():
 
 def test_the_sweep_of_a_users_own_data_lies_in_the_folder_too(folder, tmp_path):
     images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 4
-    np.savez(tmp_path / "my set.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "my set.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+    )
     assert tuning.sweep_file("quick", str(tmp_path / "my set.npz"), "base") == folder / "quick-my_set.csv"
     assert tuning.sweep_file("quick", "mnist5k", "wide") == folder / "quick-mnist5k-wide.csv"
 
@@ -92,7 +108,10 @@ def rows(*values):
 
 
 def test_the_best_setting_of_each_number_of_epochs_has_the_highest_mean():
-    short, long = [(2, 0.1, 0.1, 70), (2, 0.1, 0.2, 71)], [(4, 0.1, 0.0, 90), (4, 0.1, 0.0, 92), (4, 0.2, 0.0, 95), (4, 0.2, 0.0, 80)]
+    short, long = (
+        [(2, 0.1, 0.1, 70), (2, 0.1, 0.2, 71)],
+        [(4, 0.1, 0.0, 90), (4, 0.1, 0.0, 92), (4, 0.2, 0.0, 95), (4, 0.2, 0.0, 80)],
+    )
     found = tuning.best(rows(*long, *short))
     assert found == [
         dict(epochs=2, lr=0.1, weight_decay=0.2, accuracy=71, low=71, n=1),
@@ -103,7 +122,16 @@ def test_the_best_setting_of_each_number_of_epochs_has_the_highest_mean():
 
 def test_the_target_is_what_all_seeds_hold_rounded_down_and_is_written_down(folder):
     said = []
-    target = tuning.find_target("smoke", "synthetic", seeds=(1000, 1001), step=0.5, report=said.append, epochs=3, lr=0.1, weight_decay=5e-4)
+    target = tuning.find_target(
+        "smoke",
+        "synthetic",
+        seeds=(1000, 1001),
+        step=0.5,
+        report=said.append,
+        epochs=3,
+        lr=0.1,
+        weight_decay=5e-4,
+    )
     with (folder / "smoke-synthetic.target.csv").open(newline="") as f:
         written = list(csv.DictReader(f))
     held = [float(r["held"]) for r in written]

@@ -1,7 +1,7 @@
 """Arms of chapter 10 that other chapters have not: one that may fail, and Tree-CNN as a way to all classes.
 
-They stand apart from the chapter's tables and pictures, because what was measured with them is kept under their source.
-"""
+They stand apart from the chapter's tables and pictures, because what was measured with them is kept under
+their source."""
 
 from dataclasses import dataclass, field, replace
 
@@ -17,10 +17,11 @@ from effilib.training import History, resolve_precision
 
 
 def tried(function, network):
-    """(what `function()` returns, "") or (None, why not): a method that does not apply says so by `BadInput` or `NoEffect`.
+    """(what `function()` returns, "") or (None, why not): a method that does not apply says so by `BadInput`
+    or `NoEffect`.
 
-    Any other error is a fault of ours and is raised, unless the network is a user's, whose code may raise anything.
-    """
+    Any other error is a fault of ours and is raised, unless the network is a user's, whose code may raise
+    anything."""
     try:
         return function(), ""
     except (BadInput, NoEffect) as error:
@@ -33,7 +34,9 @@ def tried(function, network):
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """Runs an arm; where it does not apply, its history holds the reason and nothing else: (task, seed) -> `History`."""
+    """Runs an arm; where it does not apply, its history holds the reason and nothing else: (task, seed) ->
+    `History`.
+    """
 
     arm: Arm
 
@@ -45,7 +48,11 @@ class Attempt:
 def nothing(why):
     """The history of an arm that does not apply."""
     row = dict.fromkeys(("step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"), 0.0)
-    return History(rows=[row], test_accuracy=0.0, events=[{"step": 0, "epoch": 0, "method": "Attempt", "text": why, "refused": why}])
+    return History(
+        rows=[row],
+        test_accuracy=0.0,
+        events=[{"step": 0, "epoch": 0, "method": "Attempt", "text": why, "refused": why}],
+    )
 
 
 def refused(history):
@@ -62,9 +69,9 @@ def attempted(arm):
 class WholeTree:
     """Tree-CNN from no class to all of them, every stage on the clock: (task, seed) -> `History`.
 
-    In chapter 7.1 the first stage is given, as in the paper. Here it counts, and so does every image of a class that has not come yet: it
-    is told wrong. So accuracies are those of the whole task, as the other arms have them.
-    """
+    In chapter 7.1 the first stage is given, as in the paper. Here it counts, and so does every image of a
+    class that has not come yet: it is told wrong. So accuracies are those of the whole task, as the other
+    arms have them."""
 
     tree: TreeCNN = field(default_factory=TreeCNN)
 

@@ -1,4 +1,6 @@
-"""Chapter 3.4: errors of sampled products over sample sizes, what a sampled layer and step cost, and the arms."""
+"""Chapter 3.4: errors of sampled products over sample sizes, what a sampled layer and step cost, and the
+arms.
+"""
 
 import functools
 
@@ -7,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from effilib import figures
-from effilib.chapters.products import Variant, against_exact, formats, layer_times, layers_of, pass_times, say_conv
+from effilib.chapters.products import (
+    Variant,
+    against_exact,
+    formats,
+    layer_times,
+    layers_of,
+    pass_times,
+    say_conv,
+)
 from effilib.convolution import approx_conv2d
 from effilib.experiment import Arm
 from effilib.methods.column_row_sampling import (
@@ -37,8 +47,13 @@ GRID = {"quick": dict(epochs=0.7, evaluations=1, seeds=1), "study": dict(epochs=
 
 
 def by_hand():
-    """A product of three terms, two of which are computed: the terms, their norms, and what each choice gives."""
-    A, B = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([[4.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    """A product of three terms, two of which are computed: the terms, their norms, and what each choice
+    gives.
+    """
+    A, B = (
+        torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]),
+        torch.tensor([[4.0, 0.0], [1.0, 1.0], [0.0, 1.0]]),
+    )
     w, terms = norms(A, 1) * norms(B, 0), A.T[:, :, None] * B[:, None, :]
     index, _ = choose_terms(w, 2, "topk")
 
@@ -46,7 +61,11 @@ def by_hand():
         return str([[f"{v:g}" for v in row] for row in matrix.tolist()]).replace("'", "")
 
     rows = {f"term {i + 1}": (say(t), f"{w[i]:.3f}") for i, t in enumerate(terms)}
-    rows |= {"A B": (say(A @ B), ""), "the two largest": (say(terms[index].sum(0)), ""), "left out": (say(A @ B - terms[index].sum(0)), "")}
+    rows |= {
+        "A B": (say(A @ B), ""),
+        "the two largest": (say(terms[index].sum(0)), ""),
+        "left out": (say(A @ B - terms[index].sum(0)), ""),
+    }
     return pd.DataFrame(rows, index=["matrix", "|A^(i)| |B_(i)|"]).T
 
 
@@ -78,7 +97,9 @@ def error_figure(curves):
     figure, panels = figures.new(len(curves), width=10.0, height=4.2)
     for axes, (title, (ks, errors)) in zip(panels, curves.items(), strict=True):
         for i, (name, e) in enumerate(errors.items()):
-            axes.plot(ks, e, "o-", ms=3.5, lw=1.5, color=figures.COLOURS[i % len(figures.COLOURS)], label=name)
+            axes.plot(
+                ks, e, "o-", ms=3.5, lw=1.5, color=figures.COLOURS[i % len(figures.COLOURS)], label=name
+            )
         axes.set_title(f"entries {title}")
         axes.set_xlabel("k, terms computed of 100")
         axes.set_ylim(bottom=0)
@@ -91,14 +112,21 @@ def error_figure(curves):
 
 
 def check_estimates(draws=2000):
-    """Bias and mean squared error of the scaled estimates against the formulas, on a convolution; and top-k's error against its bound."""
+    """Bias and mean squared error of the scaled estimates against the formulas, on a convolution; and top-k's
+    error against its bound.
+    """
     g = stream(0, "numerics")
-    x, w = torch.randn(4, 16, 8, 8, generator=g, dtype=torch.float64).relu(), torch.randn(8, 16, 3, 3, generator=g, dtype=torch.float64)
+    x, w = (
+        torch.randn(4, 16, 8, 8, generator=g, dtype=torch.float64).relu(),
+        torch.randn(8, 16, 3, 3, generator=g, dtype=torch.float64),
+    )
     x *= torch.logspace(-1, 0.5, 16, dtype=torch.float64)[:, None, None]  # channels that differ
     terms = torch.stack([F.conv2d(x[:, c : c + 1], w[:, c : c + 1]) for c in range(16)])  # (C, N, O, H', W')
     exact, score, k, rows = terms.sum(0), (norms(x, 1) * norms(w, 1)).double(), 6, {}
     formula = {
-        "uniform, replacement, scaled": squared_error(terms, k, "replacement", p=torch.full((16,), 1 / 16, dtype=torch.float64)),
+        "uniform, replacement, scaled": squared_error(
+            terms, k, "replacement", p=torch.full((16,), 1 / 16, dtype=torch.float64)
+        ),
         "norm, replacement, scaled": squared_error(terms, k, "replacement", p=score / score.sum()),
         "Bernoulli, scaled": squared_error(terms, k, "bernoulli", p=inclusion(score, k)),
     }
@@ -129,7 +157,9 @@ def check_estimates(draws=2000):
 
 
 def check_products():
-    """The fast path (gather, smaller product, scatter) against a slow one (a mask on the input): largest differences, in float64."""
+    """The fast path (gather, smaller product, scatter) against a slow one (a mask on the input): largest
+    differences, in float64.
+    """
     g = stream(0, "numerics")
     x = torch.randn(4, 16, 8, 8, generator=g, dtype=torch.float64).requires_grad_()
     w = torch.randn(8, 16, 3, 3, generator=g, dtype=torch.float64).requires_grad_()
@@ -142,7 +172,10 @@ def check_products():
     rows = {}
     for i, name in enumerate(("y", "dX", "dW")):
         a, b, c = (t[i].detach() for t in three)
-        rows[name] = {"fast against slow": f"{(a - b).abs().max():.1e}", "against the exact product": f"{((a - c).norm() / c.norm()):.2f}"}
+        rows[name] = {
+            "fast against slow": f"{(a - b).abs().max():.1e}",
+            "against the exact product": f"{((a - c).norm() / c.norm()):.2f}",
+        }
     every = approx_conv2d(x, w, padding=1, approximation=forward_sampling(1.0, 1, scheme="topk"))
     rows["y with all channels"] = {
         "fast against slow": "",
@@ -152,7 +185,9 @@ def check_products():
 
 
 def layer_table(task, dataset):
-    """What sampling half of the channels saves layer by layer, in every format: speed-up of forward + backward; FLOPs predict 2x."""
+    """What sampling half of the channels saves layer by layer, in every format: speed-up of forward +
+    backward; FLOPs predict 2x.
+    """
     convs = {}
     for c in layers_of(task, dataset).values():
         convs.setdefault(say_conv(c), c)
@@ -163,15 +198,25 @@ def layer_table(task, dataset):
         for name in convs:
             exact, sampled = (sum(times[name, v].values()) for v in ("exact", "half"))
             rows.setdefault(name, {}).update(
-                {f"{precision}, exact ms": exact, f"{precision}, half ms": sampled, f"{precision}, speed-up": f"{exact / sampled:.2f}x"}
+                {
+                    f"{precision}, exact ms": exact,
+                    f"{precision}, half ms": sampled,
+                    f"{precision}, speed-up": f"{exact / sampled:.2f}x",
+                }
             )
     return pd.DataFrame(rows).T.rename_axis("layer")
 
 
 def step_table(task, dataset):
-    """(table, times): a whole training step at each ratio, in every format: sampling on top of bf16, and bf16 on its own."""
+    """(table, times): a whole training step at each ratio, in every format: sampling on top of bf16, and bf16
+    on its own.
+    """
     variants = [
-        Variant(name=f"{p}, {r:.0%}", precision=p, convert=functools.partial(sample_columns_, ratio=r, minimal=4) if r < 1 else None)
+        Variant(
+            name=f"{p}, {r:.0%}",
+            precision=p,
+            convert=functools.partial(sample_columns_, ratio=r, minimal=4) if r < 1 else None,
+        )
         for p in formats(task.device)
         for r in (1, *RATIOS)
     ]
@@ -187,7 +232,14 @@ def step_figure(times):
     for i, p in enumerate(kinds):
         ms = [times[f"{p}, {r:.0%}"]["step"] for r in ratios]
         axes.plot(ratios, ms, "o-", color=figures.COLOURS[i], label=f"{p}, measured")
-        axes.plot(ratios, [r * ms[0] for r in ratios], "--", color=figures.COLOURS[i], lw=1, label=f"{p}, if all of it shrank with k")
+        axes.plot(
+            ratios,
+            [r * ms[0] for r in ratios],
+            "--",
+            color=figures.COLOURS[i],
+            lw=1,
+            label=f"{p}, if all of it shrank with k",
+        )
     axes.set_xlabel("share of the channels that is computed")
     axes.set_ylabel("ms a training step")
     axes.set_xlim(1.03, 0.27)
@@ -205,21 +257,35 @@ def step_figure(times):
 
 
 def narrower(task, share=0.72):
-    """Settings of the task's network with `share` of the channels everywhere, in multiples of 16: about half of the products."""
+    """Settings of the task's network with `share` of the channels everywhere, in multiples of 16: about half
+    of the products.
+    """
     if task.network != "vgg" or "widths" not in task.widths:
         return {}
-    return {"widths": tuple(tuple(max(8, round(c * share / 16) * 16) for c in stage) for stage in task.widths["widths"])}
+    return {
+        "widths": tuple(
+            tuple(max(8, round(c * share / 16) * 16) for c in stage) for stage in task.widths["widths"]
+        )
+    }
 
 
 def arms(task):
-    """The verdict arms: exact, top-k at the ratios (quick: half), and an exact narrower network of about as many FLOPs as half."""
+    """The verdict arms: exact, top-k at the ratios (quick: half), and an exact narrower network of about as
+    many FLOPs as half.
+    """
     ratios = RATIOS if task.preset in ("study", "full") else (0.5,)
     found = [Arm(name="exact", role="baseline")]
-    found += [Arm(name=f"top-k, {r:.0%} of the channels", methods=(ColumnRowSampling(ratio=r, minimal=4),)) for r in ratios]
+    found += [
+        Arm(name=f"top-k, {r:.0%} of the channels", methods=(ColumnRowSampling(ratio=r, minimal=4),))
+        for r in ratios
+    ]
     smaller = narrower(task)
     if smaller:
         return [*found, Arm(name="narrower network, exact", role="control", network=smaller)]
-    return [*found, Arm(name="fewer epochs, exact", role="control", changes={"epochs": 0.75 * task.recipe.epochs})]
+    return [
+        *found,
+        Arm(name="fewer epochs, exact", role="control", changes={"epochs": 0.75 * task.recipe.epochs}),
+    ]
 
 
 def grid(task):
@@ -230,7 +296,11 @@ def grid(task):
 
     found = [Arm(name="exact", role="baseline")]
     if task.preset not in ("study", "full"):
-        return [*found, *(arm(f"top-k, {r:.0%}", ratio=r) for r in RATIOS if r != 0.5), arm("norm, unscaled", scheme="norm")]
+        return [
+            *found,
+            *(arm(f"top-k, {r:.0%}", ratio=r) for r in RATIOS if r != 0.5),
+            arm("norm, unscaled", scheme="norm"),
+        ]
     return [
         *found,
         arm("uniform, scaled", scheme="uniform", replacement=True, scaled=True),
@@ -241,7 +311,9 @@ def grid(task):
 
 
 def statistics_table(comparison):
-    """Validation accuracy at the end with BatchNorm's statistics as training left them, and re-estimated: both numbers, per arm."""
+    """Validation accuracy at the end with BatchNorm's statistics as training left them, and re-estimated:
+    both numbers, per arm.
+    """
     rows = {}
     for a in comparison.arms:
         events = [e for h in comparison.histories(a.name) for e in h.events if "reestimated" in e]

@@ -1,10 +1,10 @@
 """Chapter 10: one protocol for every method, who gets how many seeds, the scoreboard and the Pareto front.
 
-Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 20 b, and 5 b for what is tried in more epochs; selection, 3 rounds
-of the baseline and about 3 arms, some of them longer, 15 b a seed; measured in the study preset 14 b a seed, in the quick one 2.4 b a seed
-and every single method once, 18 b; what is over 1.5x slower once, 15 b. b is about 20 s in the study preset and 2 s in the quick one. What
-really fits is found out from the pilots: `plan`.
-"""
+Budget on 2 cores in whole runs of the baseline, b: screening of 18 arms 20 b, and 5 b for what is tried in
+more epochs; selection, 3 rounds of the baseline and about 3 arms, some of them longer, 15 b a seed; measured
+in the study preset 14 b a seed, in the quick one 2.4 b a seed and every single method once, 18 b; what is
+over 1.5x slower once, 15 b. b is about 20 s in the study preset and 2 s in the quick one. What really fits is
+found out from the pilots: `plan`."""
 
 import itertools
 import math
@@ -28,12 +28,16 @@ MIXED = "mixed precision"
 # These epochs are among those of the recorded sweep, so that the baseline of this length is a tuned one too.
 SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epochs=5, evaluations=10)}
 BUDGET = {"quick": 150, "study": 2600}  # seconds for all that is trained here, pilots included
-MARGINS = 3  # from what the pilots hold down to the target: in so few epochs seeds differ by more than elsewhere
+MARGINS = (
+    3  # from what the pilots hold down to the target: in so few epochs seeds differ by more than elsewhere
+)
 AIM = 1.43  # of a combination: what chapter 6.3 claims for resizing alone
 
 
 def task(book):
-    """The one task: the baseline's, in the length that fits, with the recorded sweep's best setting for that length."""
+    """The one task: the baseline's, in the length that fits, with the recorded sweep's best setting for that
+    length.
+    """
     base, sizes = book.task, dict(SIZES.get(book.preset, {}))
     if not sizes:
         return base
@@ -70,7 +74,9 @@ def budget(preset):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which arms are measured with how many seeds. notes: name -> why with one only, and how many epochs where these are more."""
+    """Which arms are measured with how many seeds. notes: name -> why with one only, and how many epochs
+    where these are more.
+    """
 
     task: Task
     judged: tuple
@@ -82,12 +88,13 @@ class Plan:
 
 
 def plan(book, trial, picked):
-    """Give every arm its seeds: the slow ones one, all others as many as were asked for or (where nobody asked) fit into the budget.
+    """Give every arm its seeds: the slow ones one, all others as many as were asked for or (where nobody
+    asked) fit into the budget.
 
-    Where the task's seeds do not fit, those that missed the target in their pilot have one as well, the least accurate first and parts of
-    combinations never; only then all others have fewer. In the presets smoke and quick every single method has one seed, an illustration
-    (smoke: but the slow ones), and the combinations are judged.
-    """
+    Where the task's seeds do not fit, those that missed the target in their pilot have one as well, the least
+    accurate first and parts of combinations never; only then all others have fewer. In the presets smoke and
+    quick every single method has one seed, an illustration (smoke: but the slow ones), and the combinations
+    are judged."""
     task, whole = trial.task, picked.combinations
     singles = [c for c in trial.contenders if c.name not in trial.refused and (c.name,) not in whole]
     once = [c for c in singles if task.preset in ("smoke", "quick") or c.name in trial.slow]
@@ -106,7 +113,9 @@ def plan(book, trial, picked):
         arms = [alone[c.name] for c in singles if c.name not in notes] + together
         each = base + OVERHEAD * sum(runs[a.name].raw_seconds for a in arms)
         left = sum(base * trial.factors[c.name] for c in once) + base * bool(once)
-        fitting = max(1, int((BUDGET[task.preset] - spent - left) / each)) if task.preset in BUDGET else task.seeds
+        fitting = (
+            max(1, int((BUDGET[task.preset] - spent - left) / each)) if task.preset in BUDGET else task.seeds
+        )
         return arms, each, left, task.seeds if book.parameters["seeds"] else min(task.seeds, fitting)
 
     parts = {n for c in whole for n in c}
@@ -117,24 +126,40 @@ def plan(book, trial, picked):
     arms, each, left, seeds = account()
     rows = [
         ("pilots, as they took", "", spent),
-        (f"{len(arms)} arms and the baseline, {seeds} seed{'s' * (seeds > 1)}", (len(arms) + 1) * seeds, seeds * each),
+        (
+            f"{len(arms)} arms and the baseline, {seeds} seed{'s' * (seeds > 1)}",
+            (len(arms) + 1) * seeds,
+            seeds * each,
+        ),
         (f"{len(once)} arms and the baseline, one seed", len(once) + bool(once), left),
         ("together", "", spent + seeds * each + left),
     ]
-    table = pd.DataFrame(rows, columns=["what", "runs", "seconds"]).set_index("what").rename_axis(budget(task.preset))
+    table = (
+        pd.DataFrame(rows, columns=["what", "runs", "seconds"])
+        .set_index("what")
+        .rename_axis(budget(task.preset))
+    )
     table["seconds"] = [f"{s:.0f}" for s in table["seconds"]]
     claims = {join(c): AIM for c in whole}
     for a in (*alone.values(), *together):
         if length(task, a) > 1:
             notes[a.name] = "; ".join(filter(None, [notes.get(a.name), f"{length(task, a):.2f}x the epochs"]))
     return Plan(
-        task=task, judged=tuple(arms), once=tuple(alone[c.name] for c in once), seeds=seeds, claims=claims, notes=notes, table=table
+        task=task,
+        judged=tuple(arms),
+        once=tuple(alone[c.name] for c in once),
+        seeds=seeds,
+        claims=claims,
+        notes=notes,
+        table=table,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The finished runs: the `Comparison` of what is judged, and (or None) of what has one seed. notes, refused: name -> words."""
+    """The finished runs: the `Comparison` of what is judged, and (or None) of what has one seed. notes,
+    refused: name -> words.
+    """
 
     judged: experiment.Comparison
     once: experiment.Comparison | None
@@ -166,11 +191,17 @@ class Measured:
         return list(zip(c.histories(name), c.histories(c.baseline), strict=True))
 
     def mixed(self):
-        """The baseline's `Verdict` against fp32: what 16-bit products bring, which all arms have. None where there is no fp32 arm."""
+        """The baseline's `Verdict` against fp32: what 16-bit products bring, which all arms have. None where
+        there is no fp32 arm.
+        """
         c = self.of(FP32)
         if c is None:
             return None
-        withhold = c.verdict(FP32).verdict if c.illustration or self.task.preset == "smoke" or experiment.shared_machine() else ""
+        withhold = (
+            c.verdict(FP32).verdict
+            if c.illustration or self.task.preset == "smoke" or experiment.shared_machine()
+            else ""
+        )
         return judge(
             c.times(FP32), c.times(DENSE), [-d for d in c.differences(FP32)], margin=c.task.margin, arm=MIXED, against=FP32,
             machine=c.machine["summary"], withhold=withhold,
@@ -179,12 +210,16 @@ class Measured:
 
 def measured(plan, trial):
     """Run, or take from the cache, what the plan says."""
-    judged = compare(plan.task, [baseline(), *plan.judged], seeds=plan.seeds, claim=plan.claims, title="measured")
+    judged = compare(
+        plan.task, [baseline(), *plan.judged], seeds=plan.seeds, claim=plan.claims, title="measured"
+    )
     once, no = None, dict(trial.refused)
     if plan.once:
         arms = [baseline(), *map(attempted, plan.once)]
         found = compare(plan.task, arms, seeds=1, illustration=True, title="one seed")
-        no |= {a.name: refused(found.histories(a.name)[0]) for a in arms if refused(found.histories(a.name)[0])}
+        no |= {
+            a.name: refused(found.histories(a.name)[0]) for a in arms if refused(found.histories(a.name)[0])
+        }
         kept = [a for a in arms if a.name not in no]
         blocks = [{**b, "arms": {a.name: b["arms"][a.name] for a in kept}} for b in found.blocks]
         once = replace(found, arms=tuple(kept), blocks=blocks)
@@ -195,7 +230,9 @@ def measured(plan, trial):
 
 
 def front(points):
-    """Indices of the points (time, accuracy) that no other beats, in order of time: none is as fast and as accurate, and better in one."""
+    """Indices of the points (time, accuracy) that no other beats, in order of time: none is as fast and as
+    accurate, and better in one.
+    """
     kept, best = [], None
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if best is None or points[i][1] > best[1] or points[i] == best:
@@ -205,14 +242,25 @@ def front(points):
 
 
 def ends(result):
-    """Where every arm ends: dict name -> (time of the whole run relative to the baseline's with the same seed, accuracy), means."""
+    """Where every arm ends: dict name -> (time of the whole run relative to the baseline's with the same
+    seed, accuracy), means.
+    """
     pairs = {n: result.pairs(n) for n in result.names}
-    return {n: (stats.mean(h.seconds / b.seconds for h, b in p), stats.mean(h.accuracy for h, _ in p)) for n, p in pairs.items()}
+    return {
+        n: (stats.mean(h.seconds / b.seconds for h, b in p), stats.mean(h.accuracy for h, _ in p))
+        for n, p in pairs.items()
+    }
 
 
 def best(result):
-    """Names of the arms on the Pareto front, by time; without what diverged and the student whose teacher's time nobody counts."""
-    found = {n: p for n, p in ends(result).items() if n != GIVEN and not any(h.diverged for h, _ in result.pairs(n))}
+    """Names of the arms on the Pareto front, by time; without what diverged and the student whose teacher's
+    time nobody counts.
+    """
+    found = {
+        n: p
+        for n, p in ends(result).items()
+        if n != GIVEN and not any(h.diverged for h, _ in result.pairs(n))
+    }
     return [list(found)[i] for i in front(list(found.values()))]
 
 
@@ -220,21 +268,37 @@ REMARKS = {GIVEN: "its teacher's time is not counted", TREE: "made for classes t
 
 
 def scoreboard(result, contenders):
-    """One row an arm, the fastest to the target first: time, accuracy, FLOPs, memory, front; at the end who does not apply."""
+    """One row an arm, the fastest to the target first: time, accuracy, FLOPs, memory, front; at the end who
+    does not apply.
+    """
     chapter, on = {c.name: c.chapter for c in contenders}, best(result)
     rows, ratios = {}, {DENSE: math.inf}
     for c in result.comparisons:
         for name, row in c.table().drop(columns=["claim reproduced", "step ms"]).iterrows():
             if name not in rows:
                 note = "; ".join(filter(None, [result.notes.get(name), REMARKS.get(name)]))
-                rows[name] = {"chapter": chapter.get(name, "")} | dict(row) | {"front": "yes" if name in on else "", "note": note}
+                rows[name] = (
+                    {"chapter": chapter.get(name, "")}
+                    | dict(row)
+                    | {"front": "yes" if name in on else "", "note": note}
+                )
                 ratios.setdefault(name, c.verdict(name).ratio or -1)
     rows = {n: rows[n] for n in sorted(rows, key=ratios.get, reverse=True)}
     mixed = result.mixed()
     if mixed:
-        rows[MIXED] = {"chapter": "3.2", "role": "in all arms", "measured": f"{mixed.text}, against fp32", "verdict": mixed.verdict}
-    rows |= {n: {"chapter": chapter.get(n, ""), "note": note} for n, note in result.notes.items() if n not in rows}
-    rows |= {n: {"chapter": chapter.get(n, ""), "note": f"does not apply: {why}"} for n, why in result.refused.items()}
+        rows[MIXED] = {
+            "chapter": "3.2",
+            "role": "in all arms",
+            "measured": f"{mixed.text}, against fp32",
+            "verdict": mixed.verdict,
+        }
+    rows |= {
+        n: {"chapter": chapter.get(n, ""), "note": note} for n, note in result.notes.items() if n not in rows
+    }
+    rows |= {
+        n: {"chapter": chapter.get(n, ""), "note": f"does not apply: {why}"}
+        for n, why in result.refused.items()
+    }
     table = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="arm")).astype(object)
     return table.where(table.notna(), "–")
 
@@ -253,11 +317,15 @@ def parts_table(result, picked):
                     text = f"{ratio:.2f}x" + (f" [{low:.2f}, {high:.2f}]" if len(times[0]) > 1 else "")
             rows.append((join(c), part, text))
     rows = rows or [("none of several methods was measured", "", "")]
-    return pd.DataFrame(rows, columns=["combination", "part", "faster than the part"]).set_index(["combination", "part"])
+    return pd.DataFrame(rows, columns=["combination", "part", "faster than the part"]).set_index(
+        ["combination", "part"]
+    )
 
 
 def curve(result, name):
-    """(times relative to the baseline's whole run, accuracies): medians over the seeds, evaluation by evaluation."""
+    """(times relative to the baseline's whole run, accuracies): medians over the seeds, evaluation by
+    evaluation.
+    """
     pairs = result.pairs(name)
     n = min(len(h.rows) for h, _ in pairs)
     x = [stats.median(h.rows[i]["seconds"] / b.seconds for h, b in pairs) for i in range(n)]
@@ -265,23 +333,38 @@ def curve(result, name):
 
 
 def picture(result):
-    """(figure, caption): accuracy over time, relative to the baseline's whole run; right where the arms end, and the Pareto front."""
+    """(figure, caption): accuracy over time, relative to the baseline's whole run; right where the arms end,
+    and the Pareto front.
+    """
     end, on = ends(result), best(result)
     names = sorted(end, key=lambda n: (n not in on, end[n]))
     loud = [n for n in on if n != DENSE]
-    colour = {n: figures.COLOURS[i % 6] for i, n in enumerate(loud)} | {DENSE: "black"}  # the seventh is black
+    colour = {n: figures.COLOURS[i % 6] for i, n in enumerate(loud)} | {
+        DENSE: "black"
+    }  # the seventh is black
     figure, (left, right) = figures.new(2, width=11.5, height=5.2)
     marks = {}
     for i, name in reversed(list(enumerate(names, 1))):  # the front on top
         tint = colour.get(name, "#B5B5B5")
         left.plot(*curve(result, name), color=tint, lw=2.2 if name in colour else 0.9)
         shape = "o" if name in on else "^" if name == GIVEN else "s"
-        (marks[f"{i}  {name}"],) = right.plot(*end[name], shape, ls="none", color=tint, ms=8 if name in on else 5)
+        (marks[f"{i}  {name}"],) = right.plot(
+            *end[name], shape, ls="none", color=tint, ms=8 if name in on else 5
+        )
         right.annotate(str(i), end[name], xytext=(5, 3), textcoords="offset points", fontsize=8)
     low, top = min(y for _, y in end.values()), max(y for _, y in end.values())
-    low = max(low, top - 4 * max(2.0, top - end[DENSE][1], *(top - end[n][1] for n in on)))  # what fell far behind is named instead
+    low = max(
+        low, top - 4 * max(2.0, top - end[DENSE][1], *(top - end[n][1] for n in on))
+    )  # what fell far behind is named instead
     far = 1.1 * max(x for x, _ in end.values())
-    right.step([end[n][0] for n in on] + [far], [end[n][1] for n in [*on, on[-1]]], where="post", color="black", lw=1, ls=":")
+    right.step(
+        [end[n][0] for n in on] + [far],
+        [end[n][1] for n in [*on, on[-1]]],
+        where="post",
+        color="black",
+        lw=1,
+        ls=":",
+    )
     left.axhline(result.task.target, color="black", lw=0.8, ls="--")
     left.set_xlim(0, min(far, 1.7))
     for axes in (left, right):
@@ -292,7 +375,10 @@ def picture(result):
     right.set_xscale("log")
     first = 0.9 * min(x for x, _ in end.values())
     right.set_xlim(first, far)
-    figures.plain_log(right.xaxis, values=[v for v in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 12) if first <= v <= far])
+    figures.plain_log(
+        right.xaxis,
+        values=[v for v in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 12) if first <= v <= far],
+    )
     right.set_title("where the arms end, and the front (dotted; log scale)")
     figure.legend([*marks.values()][::-1], [*marks][::-1], loc="outside right center", fontsize=8)
     seconds = stats.median(h.seconds for h in result.judged.histories(DENSE))
@@ -308,13 +394,21 @@ def seeds(result):
     """How many seeds the arms have, in words."""
     n = len(result.judged.blocks)
     text = f"{n} seed{'s' * (n > 1)}"
-    return text if result.once is None else f"{text}, one for {len(result.once.arms) - 1} of the {len(result.names)} arms"
+    return (
+        text
+        if result.once is None
+        else f"{text}, one for {len(result.once.arms) - 1} of the {len(result.names)} arms"
+    )
 
 
 def say_front(result):
     """The front in a sentence."""
     end = ends(result)
-    return "Pareto front (time, accuracy): " + "; ".join(f"{n} ({end[n][0]:.2f}, {end[n][1]:.2f} %)" for n in best(result)) + "."
+    return (
+        "Pareto front (time, accuracy): "
+        + "; ".join(f"{n} ({end[n][0]:.2f}, {end[n][1]:.2f} %)" for n in best(result))
+        + "."
+    )
 
 
 def headline(picked):
@@ -332,12 +426,19 @@ def toy():
     rows = {}
     for n, (x, y) in points.items():
         beaten = [m for m, (u, v) in points.items() if u <= x and v >= y and (u, v) != (x, y)]
-        rows[n] = {"time": f"{x:g}", "accuracy %": f"{y:g}", "beaten by": ", ".join(beaten), "on the front": "yes" if n in on else ""}
+        rows[n] = {
+            "time": f"{x:g}",
+            "accuracy %": f"{y:g}",
+            "beaten by": ", ".join(beaten),
+            "on the front": "yes" if n in on else "",
+        }
     return pd.DataFrame(rows).T.rename_axis("arm")
 
 
 def check(cases=200):
-    """The front and the selection against trying everything, on made-up numbers: a table of what was found."""
+    """The front and the selection against trying everything, on made-up numbers: a table of what was
+    found.
+    """
     g, wrong, worse = random.Random(0), 0, {"add up": 0, "do not add up": 0}
     for _ in range(cases):
         points = [(g.randint(1, 9), g.randint(1, 9)) for _ in range(8)]
@@ -346,9 +447,16 @@ def check(cases=200):
         every = [c for k in range(4) for c in itertools.combinations("abcde", k)]
         single = {n: g.gauss(0, 1) for n in "abcde"}
         sums = {c: sum(single[n] for n in c) for c in every}
-        for kind, times in (("add up", sums), ("do not add up", {c: v + (len(c) > 1) * g.gauss(0, 1) for c, v in sums.items()})):
-            chosen, tried = forward("abcde", lambda todo, times=times: {c: times[tuple(sorted(c))] for c in todo})
+        for kind, times in (
+            ("add up", sums),
+            ("do not add up", {c: v + (len(c) > 1) * g.gauss(0, 1) for c, v in sums.items()}),
+        ):
+            chosen, tried = forward(
+                "abcde", lambda todo, times=times: {c: times[tuple(sorted(c))] for c in todo}
+            )
             worse[kind] += tried[chosen] > min(times.values()) + 1e-9
     rows = {f"front against asking every pair, {cases} sets: wrong": f"{wrong}"}
-    rows |= {f"greedy choice, effects that {k}: not the best of all": f"{n} of {cases}" for k, n in worse.items()}
+    rows |= {
+        f"greedy choice, effects that {k}: not the best of all": f"{n} of {cases}" for k, n in worse.items()
+    }
     return pd.DataFrame({"result": rows}).rename_axis("what")

@@ -1,11 +1,12 @@
-"""Who takes part in chapter 10: every method as its own chapter makes it, the controls, and which of them go together."""
+"""Who takes part in chapter 10: every method as its own chapter makes it, the controls, and which of them go
+together.
+"""
 
 import itertools
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from effilib import series
 from effilib.chapters import (
     column_row_sampling,
     dynamic_fixed_point,
@@ -27,13 +28,19 @@ from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.methods.tree_cnn import TreeCNN
 from effilib.training import resolve_precision
+from effilib.workbook import series
 
 DENSE, SHORTER = "baseline", 0.8  # the shorter schedule's share of the epochs
 FP32, SHORT, SMALL = "fp32", "shorter schedule", "smaller network"
 GIVEN, COUNTED = "Net2Net, teacher given", "Net2Net, teacher counted"
 RESIZED, STEM, PRUNED, TREE = "resizing", "wavelet stem", "PruneTrain", "Tree-CNN"
 
-CONVS, NORMS, NETWORK, LENGTH = "the convolutions", "the normalisation", "the network's size", "the length of the schedule"
+CONVS, NORMS, NETWORK, LENGTH = (
+    "the convolutions",
+    "the normalisation",
+    "the network's size",
+    "the length of the schedule",
+)
 IMAGES, POOLS, FRONT, FORMAT = "the size of the images", "the pooling", "the stem", "the number format"
 
 
@@ -41,9 +48,9 @@ IMAGES, POOLS, FRONT, FORMAT = "the size of the images", "the pooling", "the ste
 class Contender:
     """A method or a control as it takes part.
 
-    stem: of its chapter's notebook; "" for a control. arm: None where it cannot be made for this task, `why` says why. holds: what it takes
-    hold of; no two methods of a combination may change the same. order: in which methods work within a step, smallest first.
-    """
+    stem: of its chapter's notebook; "" for a control. arm: None where it cannot be made for this task, `why`
+    says why. holds: what it takes hold of; no two methods of a combination may change the same. order: in
+    which methods work within a step, smallest first."""
 
     name: str
     stem: str = ""
@@ -69,7 +76,9 @@ def baseline():
 
 
 def contenders(task, dataset):
-    """Every method with the settings that its own chapter has for this preset, and the controls; a reason where one cannot be made."""
+    """Every method with the settings that its own chapter has for this preset, and the controls; a reason
+    where one cannot be made.
+    """
     student = net2net.STUDENT[task.preset]
     offers = [  # name, chapter, what it takes hold of, order, how the arm is made
         (FP32, "", [FORMAT], 0, lambda: fp32(task)),
@@ -98,7 +107,16 @@ def contenders(task, dataset):
     found = []
     for name, stem, holds, order, make in offers:
         arm, why = tried(make, task.network)
-        found.append(Contender(name=name, stem=stem, holds=tuple(holds), order=order, arm=arm and replace(arm, name=name), why=why))
+        found.append(
+            Contender(
+                name=name,
+                stem=stem,
+                holds=tuple(holds),
+                order=order,
+                arm=arm and replace(arm, name=name),
+                why=why,
+            )
+        )
     return tuple(found)
 
 
@@ -120,7 +138,9 @@ def smaller(task):
     if settings:
         return Arm(name="", role="control", network=settings)
     multiple = 2 if task.preset == "smoke" else 16
-    fit = layer_replacement.Narrower(factor=layer_replacement.NARROW, multiple=multiple, evaluations=task.evaluations)
+    fit = layer_replacement.Narrower(
+        factor=layer_replacement.NARROW, multiple=multiple, evaluations=task.evaluations
+    )
     return Arm(name="", role="control", fit=fit)
 
 
@@ -151,7 +171,12 @@ def replaced(task):
 
 def tree(task, dataset):
     """Chapter 7.1's tree, its first stage on the clock."""
-    return Arm(name="", fit=WholeTree(tree=TreeCNN(cap=tree_cnn.cap(dataset.classes), evaluations=max(2, task.evaluations // 2))))
+    return Arm(
+        name="",
+        fit=WholeTree(
+            tree=TreeCNN(cap=tree_cnn.cap(dataset.classes), evaluations=max(2, task.evaluations // 2))
+        ),
+    )
 
 
 def auto_encoder(task, dataset):
@@ -163,7 +188,9 @@ def auto_encoder(task, dataset):
 
 def grown(task, dataset):
     """Chapter II.9's procedure."""
-    return Arm(name="", methods=(prune_then_grow.procedure(task, dataset),), network=prune_then_grow.start(task))
+    return Arm(
+        name="", methods=(prune_then_grow.procedure(task, dataset),), network=prune_then_grow.start(task)
+    )
 
 
 # Which go together
@@ -197,7 +224,9 @@ def combined(task, parts):
         epochs *= length(task, c.arm)  # longer and shorter go together
         for k, v in c.arm.changes.items():
             if k != "epochs" and changes.setdefault(k, v) != v:
-                raise BadInput(f"{join([c.name for c in parts])} cannot be combined: they set {k} to {changes[k]} and {v}")
+                raise BadInput(
+                    f"{join([c.name for c in parts])} cannot be combined: they set {k} to {changes[k]} and {v}"
+                )
     if epochs != 1:
         changes["epochs"] = epochs * task.recipe.epochs
     return Arm(
@@ -212,7 +241,9 @@ def combined(task, parts):
 
 def lengthened(task, arm, factor):
     """The same arm with so many times its epochs."""
-    return replace(arm, changes={**arm.changes, "epochs": factor * arm.changes.get("epochs", task.recipe.epochs)})
+    return replace(
+        arm, changes={**arm.changes, "epochs": factor * arm.changes.get("epochs", task.recipe.epochs)}
+    )
 
 
 def length(task, arm):
@@ -237,15 +268,23 @@ def table(found):
 
 
 def say(arm):
-    """What an arm does otherwise than the baseline: its methods with the settings that are not their defaults."""
+    """What an arm does otherwise than the baseline: its methods with the settings that are not their
+    defaults.
+    """
     words = [*map(short, arm.methods), *([short(arm.fit)] if arm.fit else [])]
-    words += [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in (arm.changes | arm.network).items()]
+    words += [
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in (arm.changes | arm.network).items()
+    ]
     return ", ".join(words)
 
 
 def short(method):
     """A dataclass as one would type it, without what is as it is by default."""
-    own = {k: getattr(method, k) for k, f in type(method).__dataclass_fields__.items() if getattr(method, k) != f.default}
+    own = {
+        k: getattr(method, k)
+        for k, f in type(method).__dataclass_fields__.items()
+        if getattr(method, k) != f.default
+    }
     return f"{type(method).__name__}({', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v!r}' for k, v in own.items())})"
 
 

@@ -1,4 +1,6 @@
-"""Chapter II.9: what was decided, when and why: the toy case, a run's log as plain values, as a table and as pictures, and its replay."""
+"""Chapter II.9: what was decided, when and why: the toy case, a run's log as plain values, as a table and as
+pictures, and its replay.
+"""
 
 import copy
 import itertools
@@ -10,14 +12,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from effilib import figures, stages, surgery
+from effilib import figures, surgery
 from effilib.chapters.prune_then_grow import Fit, mode_name, start
 from effilib.data import Batches
-from effilib.decision import GROWTH, Action, Epoch, Policy, Stage, Trace, decide, rates
 from effilib.errors import BadInput
+from effilib.methods.decision import GROWTH, Action, Epoch, Policy, Stage, Trace, decide, rates
 from effilib.methods.prune_then_grow import grow_, plan
 from effilib.methods.prune_train import prune_
 from effilib.models import stream
+from effilib.surgery import stages
 from effilib.training import train
 
 # By hand
@@ -37,30 +40,61 @@ SITUATIONS = {
 def situation(lost, last="", kept=16, before=60.0, train=62.0, spent=0.0, lam=1e-3, falling=1.0):
     """A trace of eight epochs with two stages.
 
-    lost: share of its channels that each stage loses in every epoch. last: how stage 2 grew after the fourth epoch; kept: of the 16
-    channels born then how many live. before: accuracy (%) until then, 60 afterwards. train: accuracy on training images. spent: of a
-    budget of 100; a growth costs 1. falling: factor on both losses an epoch. The penalty needs 2 epochs and had 8.
-    """
+    lost: share of its channels that each stage loses in every epoch. last: how stage 2 grew after the fourth
+    epoch; kept: of the 16 channels born then how many live. before: accuracy (%) until then, 60 afterwards.
+    train: accuracy on training images. spent: of a budget of 100; a growth costs 1. falling: factor on both
+    losses an epoch. The penalty needs 2 epochs and had 8."""
     seen = tuple(
-        Stage(name=f"stage {i + 1}", widths=(32,), live=(32,), lost=rate, born=16 if last and i else 0, kept=kept, widen=1.0, deepen=1.0)
+        Stage(
+            name=f"stage {i + 1}",
+            widths=(32,),
+            live=(32,),
+            lost=rate,
+            born=16 if last and i else 0,
+            kept=kept,
+            widen=1.0,
+            deepen=1.0,
+        )
         for i, rate in enumerate(lost)
     )
     epochs = tuple(
-        Epoch(epoch=e, train_loss=falling**e, train_accuracy=train, loss=falling**e, accuracy=before if e < 4 else 60.0, stages=seen)
+        Epoch(
+            epoch=e,
+            train_loss=falling**e,
+            train_accuracy=train,
+            loss=falling**e,
+            accuracy=before if e < 4 else 60.0,
+            stages=seen,
+        )
         for e in range(8)
     )
     actions = ((3, Action(kind=last, stage="stage 2")),) if last else ()
-    return Trace(epochs=epochs, actions=actions, spent=spent, budget=100.0, lam=lam, idle=2.0, pressed=8.0, images=10_000)
+    return Trace(
+        epochs=epochs,
+        actions=actions,
+        spent=spent,
+        budget=100.0,
+        lam=lam,
+        idle=2.0,
+        pressed=8.0,
+        images=10_000,
+    )
 
 
 def toy():
-    """What `decide` says in eight situations that can be checked by hand; rates are over the last two epochs."""
+    """What `decide` says in eight situations that can be checked by hand; rates are over the last two
+    epochs.
+    """
     rows = {}
     for name, given in SITUATIONS.items():
         trace = situation(**given)
         action = decide(trace)
         lost = " / ".join(f"{rate:.2f}" for rate in rates(trace, 2).values())
-        rows[name] = {"rates": lost, "action": f"{action.kind} {action.stage}".strip(), "reason": action.reason}
+        rows[name] = {
+            "rates": lost,
+            "action": f"{action.kind} {action.stage}".strip(),
+            "reason": action.reason,
+        }
     return pd.DataFrame(rows).T.rename_axis("situation")
 
 
@@ -68,7 +102,9 @@ def toy():
 
 
 def check(task, dataset):
-    """What each action changes of the outputs, relative to their spread, in eval and in training; and whether it can be undone."""
+    """What each action changes of the outputs, relative to their spread, in eval and in training; and whether
+    it can be undone.
+    """
     x, y = next(iter(Batches(dataset, min(32, len(dataset.train)), stream(0, "numerics"))))
     model = task.build(dataset, **start(task))
     layout, rows = stages.find(model, dataset.shape), {}
@@ -77,7 +113,12 @@ def check(task, dataset):
         try:
             done = grow_(grown, layout, i, growth, x=x, y=y, generator=stream(0, "growth"))
         except BadInput as error:
-            rows[f"{growth} {name}"] = {"done": f"cannot be: {error}", "eval": "", "training": "", "undone": ""}
+            rows[f"{growth} {name}"] = {
+                "done": f"cannot be: {error}",
+                "eval": "",
+                "training": "",
+                "undone": "",
+            }
             continue
         row = {"done": "; ".join(done), **_changes(model, grown, x), "undone": ""}
         if growth == "widen":
@@ -92,7 +133,11 @@ def check(task, dataset):
         for name, per in node.consumers.items():
             node.layer(name).weight[:, : node.width // 2 * per] = 0
     cut = copy.deepcopy(dead)
-    rows["cut what nobody reads"] = {"done": "; ".join(prune_(cut, rule="readers")), **_changes(dead, cut, x), "undone": ""}
+    rows["cut what nobody reads"] = {
+        "done": "; ".join(prune_(cut, rule="readers")),
+        **_changes(dead, cut, x),
+        "undone": "",
+    }
     return pd.DataFrame(rows).T.rename_axis("action")
 
 
@@ -114,7 +159,9 @@ def seen(history):
 
 
 def account(history):
-    """The procedure's last event: what was `spent` and `looked` of the `budget`, FLOPs, and the `stages` that it ends with."""
+    """The procedure's last event: what was `spent` and `looked` of the `budget`, FLOPs, and the `stages` that
+    it ends with.
+    """
     return next(e for e in reversed(history.events) if "budget" in e)
 
 
@@ -124,7 +171,9 @@ def deciding(comparison):
 
 
 def pictured(comparison):
-    """The arm whose run is shown: the procedure in all of the time, on resized images where that was trained."""
+    """The arm whose run is shown: the procedure in all of the time, on resized images where that was
+    trained.
+    """
     names = [a.name for a in comparison.arms]
     return next(n for n in (mode_name("windowed", True), mode_name("windowed")) if n in names)
 
@@ -135,11 +184,16 @@ def seconds(history, step):
 
 
 def _per_stage(epoch, key, form="{}"):
-    return " / ".join(" + ".join(map(form.format, v)) if isinstance(v := s[key], list | tuple) else form.format(v) for s in epoch["stages"])
+    return " / ".join(
+        " + ".join(map(form.format, v)) if isinstance(v := s[key], list | tuple) else form.format(v)
+        for s in epoch["stages"]
+    )
 
 
 def epochs(history):
-    """A dict an epoch of SEARCH: what was seen of every stage, what was decided and why, and what was spent by then. Plain values."""
+    """A dict an epoch of SEARCH: what was seen of every stage, what was decided and why, and what was spent
+    by then. Plain values.
+    """
     budget = account(history)["budget"]
     return [
         {
@@ -163,10 +217,17 @@ def epochs(history):
 
 
 def log(comparison):
-    """All of it for the record: arm -> per seed the plan, by which `PruneThenGrow(plan=...)` does the same again, and every epoch."""
+    """All of it for the record: arm -> per seed the plan, by which `PruneThenGrow(plan=...)` does the same
+    again, and every epoch.
+    """
     return {
         arm.name: [
-            {"seed": b["seed"], "plan": [list(step) for step in plan(h)], "budget": account(h)["budget"], "epochs": epochs(h)}
+            {
+                "seed": b["seed"],
+                "plan": [list(step) for step in plan(h)],
+                "budget": account(h)["budget"],
+                "epochs": epochs(h),
+            }
             for b, h in zip(comparison.blocks, comparison.histories(arm.name), strict=True)
         ]
         for arm in deciding(comparison)
@@ -174,20 +235,25 @@ def log(comparison):
 
 
 def table(history):
-    """A row a decision: when, what and why, and how things stood; epochs in which it waited and cut nothing are left out."""
+    """A row a decision: when, what and why, and how things stood; epochs in which it waited and cut nothing
+    are left out.
+    """
     columns = ["epoch", "decision", "reason", "done", "widths", "depth", "accuracy %", "budget", "seconds"]
     rows = [{k: e[k] for k in columns} for e in epochs(history) if e["decision"] != "wait" or e["done"]]
     return pd.DataFrame(rows, columns=columns).set_index("epoch")
 
 
 def tried(comparison):
-    """A row an arm that decides: the first seed's decisions and the network that it ends with; of all seeds how the budget was spent."""
+    """A row an arm that decides: the first seed's decisions and the network that it ends with; of all seeds
+    how the budget was spent.
+    """
     rows = {}
     for arm in deciding(comparison):
         runs = comparison.histories(arm.name)
         last = [account(h) for h in runs]
         rows[arm.name] = {
-            "decisions": ", ".join(f"{k} {s}".strip() + f" at {e + 1}" for e, k, s in plan(runs[0])) or "none",
+            "decisions": ", ".join(f"{k} {s}".strip() + f" at {e + 1}" for e, k, s in plan(runs[0]))
+            or "none",
             "growths a run": f"{stats.mean(sum(k in GROWTH for _, k, _ in plan(h)) for h in runs):.1f}",
             "ends with": _per_stage(last[0], "widths"),
             "budget spent": f"{stats.mean((e['spent'] + e['looked']) / e['budget'] for e in last):.3f}",
@@ -197,7 +263,9 @@ def tried(comparison):
 
 
 def replay(comparison, name):
-    """The first seed's run of an arm, trained again by nothing but the plan in the record: is everything the same, to the last digit?"""
+    """The first seed's run of an arm, trained again by nothing but the plan in the record: is everything the
+    same, to the last digit?
+    """
     task, arm = comparison.task, next(a for a in comparison.arms if a.name == name)
     history, dataset = comparison.histories(name)[0], comparison.task.load()
     recorded = json.loads(json.dumps(log(comparison)))[name][0]  # as the record's file has it
@@ -206,7 +274,9 @@ def replay(comparison, name):
         network, methods = dict(arm.fit.start), (arm.fit.resizer, arm.fit.method)
     *resizers, method = methods
     model, method = task.build(dataset, recorded["seed"], **network), replace(method, plan=recorded["plan"])
-    again = train(model, dataset, task.recipe, [*resizers, method], recorded["seed"], evaluations=task.evaluations)
+    again = train(
+        model, dataset, task.recipe, [*resizers, method], recorded["seed"], evaluations=task.evaluations
+    )
     rows = {
         "decisions": [len(plan(h)) for h in (history, again)],
         "FLOPs": [f"{h.flops:.6e}" for h in (history, again)],
@@ -220,11 +290,18 @@ def replay(comparison, name):
 
 # Pictures
 
-MARKS = {"widen": ("o", "widen"), "deepen": ("^", "deepen"), "shrink": ("v", "keep shrinking"), "stop": ("s", "stop")}
+MARKS = {
+    "widen": ("o", "widen"),
+    "deepen": ("^", "deepen"),
+    "shrink": ("v", "keep shrinking"),
+    "stop": ("s", "stop"),
+}
 
 
 def run_figure(comparison, arm, seed=0):
-    """(figure, caption): one run as a picture: channels over epochs with the decisions marked, accuracy over seconds."""
+    """(figure, caption): one run as a picture: channels over epochs with the decisions marked, accuracy over
+    seconds.
+    """
     history, base = comparison.histories(arm)[seed], comparison.histories(comparison.baseline)[seed]
     events, last = seen(history), account(history)
     per_epoch = events[0]["step"] / (events[0]["epoch"] + 1)
@@ -233,25 +310,53 @@ def run_figure(comparison, arm, seed=0):
         at = [next(s for s in e["seen"]["stages"] if s["name"] == final["name"]) for e in events]
         ends, colour = [e["epoch"] + 1 for e in events], figures.COLOURS[i % len(figures.COLOURS)]
         there = [sum(s["widths"]) for s in [*at, final]]
-        left.step([0, *ends, history.steps / per_epoch], [there[0], *there], where="pre", color=colour, lw=2, label=final["name"])
+        left.step(
+            [0, *ends, history.steps / per_epoch],
+            [there[0], *there],
+            where="pre",
+            color=colour,
+            lw=2,
+            label=final["name"],
+        )
         left.plot(ends, [sum(s["live"]) for s in at], ":", color=colour, lw=1.6)
         for e, wide in zip(events, there, strict=False):
             if e["action"]["stage"] == final["name"]:
-                left.plot(e["epoch"] + 1, wide, MARKS[e["action"]["kind"]][0], color=colour, ms=9, mec="black", zorder=3)
+                left.plot(
+                    e["epoch"] + 1,
+                    wide,
+                    MARKS[e["action"]["kind"]][0],
+                    color=colour,
+                    ms=9,
+                    mec="black",
+                    zorder=3,
+                )
     for e in events:
         if e["action"]["kind"] in MARKS and not e["action"]["stage"]:
-            left.axvline(e["epoch"] + 1, color="black", lw=0.9, ls="--" if e["action"]["kind"] == "stop" else ":")
+            left.axvline(
+                e["epoch"] + 1, color="black", lw=0.9, ls="--" if e["action"]["kind"] == "stop" else ":"
+            )
     left.set_ylim(bottom=0)
     left.set_xlabel("epochs")
     left.set_ylabel("channels of a stage's nodes, together")
     left.set_title("channels: there (line), alive (dotted)")
     for h, colour, label in ((base, figures.GREY, comparison.baseline), (history, figures.COLOURS[0], arm)):
-        right.plot([r["seconds"] for r in h.rows], [r["accuracy"] for r in h.rows], color=colour, lw=2, label=label)
+        right.plot(
+            [r["seconds"] for r in h.rows], [r["accuracy"] for r in h.rows], color=colour, lw=2, label=label
+        )
     ends, marked = [h.accuracy for h in (base, history)], []
     for kind, (marker, label) in MARKS.items():
         at = [seconds(history, e["step"]) for e in events if e["action"]["kind"] == kind]
         curve = np.interp(at, [r["seconds"] for r in history.rows], [r["accuracy"] for r in history.rows])
-        right.plot(at, curve, marker, color=figures.COLOURS[1], ms=8, mec="black", ls="none", label=label if at else None)
+        right.plot(
+            at,
+            curve,
+            marker,
+            color=figures.COLOURS[1],
+            ms=8,
+            mec="black",
+            ls="none",
+            label=label if at else None,
+        )
         marked += list(curve)
     right.set_ylim(max(0, min([min(ends) - 35, *marked]) - 2), min(101, max(ends) + 4))
     right.set_xlabel("seconds on the clock")
@@ -266,7 +371,9 @@ def run_figure(comparison, arm, seed=0):
 
 
 def rates_figure(history, policy=None):
-    """(figure, caption): what each stage lost in every epoch of SEARCH, and the two rates between which it is left alone."""
+    """(figure, caption): what each stage lost in every epoch of SEARCH, and the two rates between which it is
+    left alone.
+    """
     policy, events = policy or Policy(), seen(history)
     figure, axes = figures.new(width=8.0, height=3.6)
     for i, stage in enumerate(s["name"] for s in events[0]["seen"]["stages"]):

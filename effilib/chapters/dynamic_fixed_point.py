@@ -1,4 +1,6 @@
-"""Chapter 3.3: exactness of integer products, overflow on purpose, the integer route timed at GEMM and layer level, and the arms."""
+"""Chapter 3.3: exactness of integer products, overflow on purpose, the integer route timed at GEMM and layer
+level, and the arms.
+"""
 
 import statistics as stats
 
@@ -33,12 +35,20 @@ GEMMS = {
 LAYERS = {
     "smoke": (Conv(N=4, C=8, O=8, H=8, W=8),),
     "quick": (Conv(N=64, C=32, O=32, H=14, W=14), Conv(N=64, C=128, O=128, H=14, W=14)),
-    "study": (Conv(N=64, C=16, O=16, H=32, W=32), Conv(N=64, C=64, O=64, H=8, W=8), Conv(N=64, C=128, O=128, H=16, W=16)),
+    "study": (
+        Conv(N=64, C=16, O=16, H=32, W=32),
+        Conv(N=64, C=64, O=64, H=8, W=8),
+        Conv(N=64, C=128, O=128, H=16, W=16),
+    ),
 }
 
 NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
-# An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a narrower network on smaller batches.
-RUNS = {"quick": dict(epochs=0.6, widths=NARROW, batch_size=32, lr=0.1, evaluations=5), "study": dict(epochs=1, evaluations=5)}
+# An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a
+# narrower network on smaller batches.
+RUNS = {
+    "quick": dict(epochs=0.6, widths=NARROW, batch_size=32, lr=0.1, evaluations=5),
+    "study": dict(epochs=1, evaluations=5),
+}
 GRID = {
     "quick": RUNS["quick"] | dict(epochs=0.4, evaluations=1, seeds=1),
     "study": dict(epochs=1, evaluations=1, seeds=2),
@@ -54,7 +64,9 @@ def by_hand():
         f"{v:g}": {"x 2^scf": f"{v * 2 ** q.scf.item():g}", "I": str(i), "I 2^-scf": f"{d:g}"}
         for v, i, d in zip(x.tolist(), q.I.tolist(), dequantise(q).tolist(), strict=True)
     }
-    return pd.DataFrame(rows).T.rename_axis(f"x: max 2.6 = 0.65 x 2^2, so E = 2 and scf = 4 - 1 - 2 = {q.scf.item():g}")
+    return pd.DataFrame(rows).T.rename_axis(
+        f"x: max 2.6 = 0.65 x 2^2, so E = 2 and scf = 4 - 1 - 2 = {q.scf.item():g}"
+    )
 
 
 def error_table(K=512):
@@ -64,12 +76,18 @@ def error_table(K=512):
     exact, rows = a.double() @ b.double(), {}
 
     def note(name, product, bits):
-        rows[name] = {"bits": bits, "relative error": f"{(product.double() - exact).norm() / exact.norm():.1e}"}
+        rows[name] = {
+            "bits": bits,
+            "relative error": f"{(product.double() - exact).norm() / exact.norm():.1e}",
+        }
 
     for bits in BITS:
         qa, qb = quantise(a, bits), quantise(b, bits)
         note(f"DFP-{bits}", integer_mm(halves(qa.I), halves(qb.I)) * 2.0 ** -(qa.scf + qb.scf).double(), bits)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):  # operands rounded, sums exact: the format alone
+    for name, dtype in (
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+    ):  # operands rounded, sums exact: the format alone
         note(f"{name}, operands rounded", a.to(dtype).double() @ b.to(dtype).double(), 16)
     note("fp32", a @ b, 32)
     return pd.DataFrame(rows).T
@@ -87,14 +105,19 @@ def check_exact(size=256):
         "torch's own int16 @ int16": a @ b,
     }
     rows = {
-        n: {"wrong results": f"{(r.long() != truth).double().mean():.1%}", "largest error": f"{(r.long() - truth).abs().max():,}"}
+        n: {
+            "wrong results": f"{(r.long() != truth).double().mean():.1%}",
+            "largest error": f"{(r.long() - truth).abs().max():,}",
+        }
         for n, r in routes.items()
     }
     return pd.DataFrame(rows).T.rename_axis("16-bit integers, 512 products a sum")
 
 
 def overflow_table(K=512):
-    """A tensor of largest numbers, built to overflow: what int32 would make of the sum, and the chain that cannot overflow."""
+    """A tensor of largest numbers, built to overflow: what int32 would make of the sum, and the chain that
+    cannot overflow.
+    """
     rows = {}
     for bits in (16, 15, 14):
         largest = 32639 if bits == 16 else 2 ** (bits - 1) - 1
@@ -118,7 +141,9 @@ def overflow_table(K=512):
 
 
 def gemm_table(preset, device="cpu"):
-    """GEMMs by route, core only and with rounding and splitting the operands: table of ms, and speed-ups over fp32."""
+    """GEMMs by route, core only and with rounding and splitting the operands: table of ms, and speed-ups over
+    fp32.
+    """
     steady_memory()
     g, rows = stream(0, "gemm"), {}
     for M, K, N in GEMMS.get(preset, GEMMS["study"]):
@@ -129,7 +154,9 @@ def gemm_table(preset, device="cpu"):
             functions["bf16"] = lambda a=a16, b=b16: a @ b
         for bits, name in ((8, "int8, 1 product"), (14, "int16, 4 products")):
             pa, pb = halves(quantise(a, bits).I), halves(quantise(b, bits).I)
-            functions[f"{name}, core"] = lambda pa=pa, pb=pb: [torch._int_mm(p, q) for p, _ in pa for q, _ in pb]
+            functions[f"{name}, core"] = lambda pa=pa, pb=pb: [
+                torch._int_mm(p, q) for p, _ in pa for q, _ in pb
+            ]
             functions[f"{name}, whole"] = lambda a=a, b=b, bits=bits: _whole(a, b, bits)
         times = interleaved(functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=4)
         ms = {n: 1e3 * stats.median(t) for n, t in times.items()}
@@ -139,16 +166,23 @@ def gemm_table(preset, device="cpu"):
 
 def _whole(a, b, bits):
     qa, qb = quantise(a, bits), quantise(b, bits)
-    return torch.ldexp(chained_mm(halves(qa.I), halves(qb.I), LONG if bits <= 8 else 2304), -(qa.scf + qb.scf))
+    return torch.ldexp(
+        chained_mm(halves(qa.I), halves(qb.I), LONG if bits <= 8 else 2304), -(qa.scf + qb.scf)
+    )
 
 
 def layer_table(preset, device="cpu"):
-    """(table, times): forward and backward pass of single layers: fp32, bf16, and the integer route with 8 and 14 bits."""
+    """(table, times): forward and backward pass of single layers: fp32, bf16, and the integer route with 8
+    and 14 bits.
+    """
     convs = {say_conv(c): c for c in LAYERS.get(preset, LAYERS["study"])}
     chains = {"forward": 2304, "dX": 2304, "dW": 2304}
     integer = {f"DFP-{bits}": fixed_point(bits, lambda: chains) for bits in (8, 14)}
     few = dict(repeats=2, seconds=1) if preset == "smoke" else dict(repeats=9, seconds=6)
-    found = {p: layer_times(convs, integer if p == "fp32" else {}, precision=p, device=device, **few) for p in formats(device)}
+    found = {
+        p: layer_times(convs, integer if p == "fp32" else {}, precision=p, device=device, **few)
+        for p in formats(device)
+    }
     rows, times = {}, {}
     for name in convs:
         cases = {p: found[p][name, "exact"] for p in reversed(formats(device))}
@@ -181,8 +215,12 @@ def parts_figure(preset, device="cpu"):
         functions[name, "rounding"] = lambda bits=bits: (quantise(x, bits), quantise(w, bits))
         if bits > 8:
             functions[name, "splitting"] = lambda q=q: halves(q.I)
-        functions[name, "gathering patches"] = lambda parts=parts: [columns(p, product, (3, 3)) for p, _ in parts]
-        functions[name, "product"] = lambda a=patches, b=weights: [torch._int_mm(p, o) for p, _ in a for o, _ in b]
+        functions[name, "gathering patches"] = lambda parts=parts: [
+            columns(p, product, (3, 3)) for p, _ in parts
+        ]
+        functions[name, "product"] = lambda a=patches, b=weights: [
+            torch._int_mm(p, o) for p, _ in a for o, _ in b
+        ]
         functions[name, "product and sums"] = lambda a=patches, b=weights: chained_mm(a, b, 2304)
     times = interleaved(functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=5)
     ms, parts = {k: 1e3 * stats.median(t) for k, t in times.items()}, {}
@@ -241,17 +279,23 @@ def notes(history):
 def cliff_figure(comparison):
     """(figure, caption): accuracy over bits, fp32 as a line."""
     figure, axes = figures.new(width=7.5, height=3.6)
-    plain = {a.methods[0].bits: a for a in comparison.arms if a.methods and a.name == f"{a.methods[0].bits} bits"}
+    plain = {
+        a.methods[0].bits: a for a in comparison.arms if a.methods and a.name == f"{a.methods[0].bits} bits"
+    }
     bits = sorted(plain)
     means = {b: stats.mean(h.accuracy for h in comparison.histories(plain[b].name)) for b in bits}
-    axes.plot(bits, [means[b] for b in bits], "o-", color=figures.COLOURS[0], label="one exponent a tensor, nearest")
+    axes.plot(
+        bits, [means[b] for b in bits], "o-", color=figures.COLOURS[0], label="one exponent a tensor, nearest"
+    )
     for b in bits:
         accuracies = [h.accuracy for h in comparison.histories(plain[b].name)]
         axes.plot([b] * len(accuracies), accuracies, ".", color=figures.COLOURS[0], alpha=0.5)
     others = [a for a in comparison.arms if a.methods and a not in plain.values()]
     for i, a in enumerate(others):
         accuracy = stats.mean(h.accuracy for h in comparison.histories(a.name))
-        axes.plot(a.methods[0].bits, accuracy, "^s*dv"[i % 5], color=figures.COLOURS[1 + i % 5], ms=8, label=a.name)
+        axes.plot(
+            a.methods[0].bits, accuracy, "^s*dv"[i % 5], color=figures.COLOURS[1 + i % 5], ms=8, label=a.name
+        )
     base = stats.mean(h.accuracy for h in comparison.histories(comparison.baseline))
     axes.axhline(base, color="black", lw=0.8, ls="--", label="fp32")
     axes.set_xticks(bits)
@@ -261,5 +305,9 @@ def cliff_figure(comparison):
     worst = min(bits, key=lambda b: means[b])
     return figure, (
         f"Accuracy over the number of bits; dashed: fp32. The largest distance is {base - means[worst]:.1f} points at {worst} bits. "
-        + ("One seed: an illustration." if len(comparison.blocks) == 1 else f"{len(comparison.blocks)} seeds.")
+        + (
+            "One seed: an illustration."
+            if len(comparison.blocks) == 1
+            else f"{len(comparison.blocks)} seeds."
+        )
     )

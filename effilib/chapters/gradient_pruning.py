@@ -1,4 +1,6 @@
-"""Chapter 4.1: shares of zeros by the closed forms and in training, the structured subsets' times, and the arms."""
+"""Chapter 4.1: shares of zeros by the closed forms and in training, the structured subsets' times, and the
+arms.
+"""
 
 import math
 import statistics as stats
@@ -61,11 +63,17 @@ def samples(n=200_000):
     g = stream(0, "laws")
     normal, sign = torch.randn(n, generator=g), torch.randn(n, generator=g).sign()
     exponential = -torch.rand(n, generator=g).clamp_min(1e-12).log()
-    return {"normal": normal, "Laplace": exponential * sign, "lognormal (s = 2)": (2 * torch.randn(n, generator=g)).exp() * sign}
+    return {
+        "normal": normal,
+        "Laplace": exponential * sign,
+        "lognormal (s = 2)": (2 * torch.randn(n, generator=g)).exp() * sign,
+    }
 
 
 def zeros_table(n=200_000):
-    """The share of zeros that a target rate p really gives, by closed form and for gradients of three laws."""
+    """The share of zeros that a target rate p really gives, by closed form and for gradients of three
+    laws.
+    """
     g, rows = stream(1, "laws"), {}
     laws = samples(n)
     for p in RATES:
@@ -90,17 +98,30 @@ def check_pruning(draws=1000):
     rows = {
         f"largest |z| of the mean of {int(small.sum())} elements below tau": f"{z.abs().max():.1f}",
         "measured / expected variance, median": f"{(values.var(0) / variance).median():.2f}",
-        "elements below tau become": "0, tau or -tau" if bool(((values == 0) | (values.abs() == tau)).all()) else "SOMETHING ELSE",
-        "elements from tau on": "unchanged" if torch.equal(found[:, ~small], x[~small].expand(draws, -1)) else "CHANGED",
-        "forward pass of a pruned layer": "bit-equal to the exact one" if torch.equal(pruned, F.conv2d(images, w)) else "CHANGED",
+        "elements below tau become": "0, tau or -tau"
+        if bool(((values == 0) | (values.abs() == tau)).all())
+        else "SOMETHING ELSE",
+        "elements from tau on": "unchanged"
+        if torch.equal(found[:, ~small], x[~small].expand(draws, -1))
+        else "CHANGED",
+        "forward pass of a pruned layer": "bit-equal to the exact one"
+        if torch.equal(pruned, F.conv2d(images, w))
+        else "CHANGED",
     }
     return pd.DataFrame({"result": rows}).rename_axis("what")
 
 
 def gradients(task, dataset, epochs=1.0):
-    """The gradients that would be pruned, layer by layer, after `epochs` of training: dict "layer (place)" -> (n,), in fp32."""
+    """The gradients that would be pruned, layer by layer, after `epochs` of training: dict "layer (place)" ->
+    (n,), in fp32.
+    """
     model = task.build(dataset)
-    train(model, dataset, replace(task.recipe, epochs=min(epochs, task.recipe.epochs), precision="fp32"), evaluations=1)
+    train(
+        model,
+        dataset,
+        replace(task.recipe, epochs=min(epochs, task.recipe.epochs), precision="fp32"),
+        evaluations=1,
+    )
     x, y = next(iter(Batches(dataset, min(64, len(dataset.train)), stream(0, "numerics"))))
     chosen, found = convolution.layers(model, x[:2]), {}
     place = placements(model, chosen, x[:2])
@@ -121,7 +142,9 @@ def gradients(task, dataset, epochs=1.0):
 
 
 def laws_figure(found):
-    """(figure, caption): the magnitudes of real gradients, every layer a line, against the normal and the lognormal law."""
+    """(figure, caption): the magnitudes of real gradients, every layer a line, against the normal and the
+    lognormal law.
+    """
     figure, axes = figures.new(width=8.5, height=3.6)
     bins = torch.linspace(-12, 3, 61)
     middle = (bins[1:] + bins[:-1]) / 2
@@ -130,11 +153,20 @@ def laws_figure(found):
         logs = (g[g != 0].abs() / (math.sqrt(math.pi / 2) * g.abs().mean())).log2()
         spreads.append(float(logs.std()) * math.log(2))
         density = torch.histogram(logs.cpu(), bins, density=True).hist
-        axes.plot(middle, density, color=figures.COLOURS[0], lw=0.8, alpha=0.7, label="layers of this network" if i == 0 else None)
+        axes.plot(
+            middle,
+            density,
+            color=figures.COLOURS[0],
+            lw=0.8,
+            alpha=0.7,
+            label="layers of this network" if i == 0 else None,
+        )
     normal = torch.randn(400_000, generator=stream(0, "normal")).abs().log2()
     axes.plot(middle, torch.histogram(normal, bins, density=True).hist, color="black", lw=1.8, label="normal")
     s = stats.median(spreads)
-    u = (middle * math.log(2) + s * s / 2 + 0.5 * math.log(math.pi / 2)) / s  # lognormal of the same mean magnitude
+    u = (
+        middle * math.log(2) + s * s / 2 + 0.5 * math.log(math.pi / 2)
+    ) / s  # lognormal of the same mean magnitude
     axes.plot(
         middle,
         math.log(2) / s / math.sqrt(2 * math.pi) * torch.exp(-u * u / 2),
@@ -152,7 +184,9 @@ def laws_figure(found):
 
 
 def density_table(found, p=0.9):
-    """Shares of zeros of real gradients, layer by layer: with the normal threshold, against the closed form, and lognormal-aware."""
+    """Shares of zeros of real gradients, layer by layer: with the normal threshold, against the closed form,
+    and lognormal-aware.
+    """
     g, rows, aim = stream(0, "densities"), {}, zero_fraction(p)
     for name, x in found.items():
         pruned = prune(x, threshold(x, p), g)
@@ -168,7 +202,9 @@ def density_table(found, p=0.9):
 
 
 def time_table(task, dataset, keep=0.5):
-    """(table, times): passes of a network, exact, with pruned elements and with structured subsets, in every format."""
+    """(table, times): passes of a network, exact, with pruned elements and with structured subsets, in every
+    format.
+    """
     x = dataset.normalize(dataset.train.x[:2])
 
     def pruned(model):
@@ -179,8 +215,14 @@ def time_table(task, dataset, keep=0.5):
 
     variants, groups = [], {}
     for p in formats(task.device):
-        made = [Variant(name=f"{p}, exact", precision=p), Variant(name=f"{p}, elements pruned, p = 90%", precision=p, convert=pruned)]
-        made += [Variant(name=f"{p}, {n}, {keep:.0%}", precision=p, convert=subset(how)) for n, how in SUBSETS.items()]
+        made = [
+            Variant(name=f"{p}, exact", precision=p),
+            Variant(name=f"{p}, elements pruned, p = 90%", precision=p, convert=pruned),
+        ]
+        made += [
+            Variant(name=f"{p}, {n}, {keep:.0%}", precision=p, convert=subset(how))
+            for n, how in SUBSETS.items()
+        ]
         groups[p] = [v.name for v in made]
         variants += made
     times = pass_times(task, dataset, variants, seconds=6 if task.preset == "quick" else 25)
@@ -228,7 +270,9 @@ def control(task):
 
 
 def arms(task):
-    """The verdict arms: exact, the paper's pruning, in the study one structured variant, and the smaller network."""
+    """The verdict arms: exact, the paper's pruning, in the study one structured variant, and the smaller
+    network.
+    """
     found = [Arm(name="exact", role="baseline"), Arm(name="pruned, p = 90%", methods=(GradientPruning(),))]
     if task.preset in ("study", "full"):
         found.append(Arm(name="half of the outputs for dX and dW", methods=(GradientSubsets(),)))
@@ -239,10 +283,17 @@ def grid(task):
     """The target rates, the lognormal-aware threshold, the batch's own tau, and the structured subsets."""
     several = task.preset in ("study", "full")
     found = [Arm(name="exact", role="baseline")]
-    found += [Arm(name=f"p = {p:.0%}", methods=(GradientPruning(p=p),)) for p in (RATES if several else RATES[-1:])]
+    found += [
+        Arm(name=f"p = {p:.0%}", methods=(GradientPruning(p=p),)) for p in (RATES if several else RATES[-1:])
+    ]
     if several:
         found.append(Arm(name="p = 90%, the batch's own tau", methods=(GradientPruning(fifo=0),)))
-    found.append(Arm(name="lognormal-aware, as many zeros", methods=(GradientPruning(p=round(zero_fraction(0.9), 3), law="lognormal"),)))
+    found.append(
+        Arm(
+            name="lognormal-aware, as many zeros",
+            methods=(GradientPruning(p=round(zero_fraction(0.9), 3), law="lognormal"),),
+        )
+    )
     kinds = SUBSETS if several else {n: SUBSETS[n] for n in list(SUBSETS)[:3:2]}
     return [*found, *(Arm(name=f"half: {n}", methods=(GradientSubsets(**how),)) for n, how in kinds.items())]
 
@@ -253,7 +304,11 @@ def notes(history):
     if not event or not event["density"]:
         return {"zeros": "", "tau's error": "", "cosine": ""}
     mean = {k: stats.mean(event[k].values()) for k in ("density", "error", "cosine")}
-    return {"zeros": f"{1 - mean['density']:.2f}", "tau's error": f"{mean['error']:.0%}", "cosine": f"{mean['cosine']:.2f}"}
+    return {
+        "zeros": f"{1 - mean['density']:.2f}",
+        "tau's error": f"{mean['error']:.0%}",
+        "cosine": f"{mean['cosine']:.2f}",
+    }
 
 
 def achieved_figure(comparison):
@@ -264,12 +319,29 @@ def achieved_figure(comparison):
         event = next(e for e in reversed(comparison.histories(arm.name)[-1].events) if "density" in e)
         method = arm.methods[0]
         zeros = [1 - d for d in event["density"].values()]
-        axes.plot(zeros, [y] * len(zeros), "o", color=figures.COLOURS[0], ms=5, alpha=0.6, label="layers" if y == 0 else None)
+        axes.plot(
+            zeros,
+            [y] * len(zeros),
+            "o",
+            color=figures.COLOURS[0],
+            ms=5,
+            alpha=0.6,
+            label="layers" if y == 0 else None,
+        )
         normal = method.law == "normal"
         foreseen = zero_fraction(method.p) if normal else method.p
-        axes.plot([foreseen] * 2, [y - 0.3, y + 0.3], color="black", lw=2, label="closed form" if y == 0 else None)
+        axes.plot(
+            [foreseen] * 2, [y - 0.3, y + 0.3], color="black", lw=2, label="closed form" if y == 0 else None
+        )
         if normal:
-            axes.plot(method.p, y, "D", mfc="none", mec=figures.COLOURS[1], label="target rate p" if y == 0 else None)
+            axes.plot(
+                method.p,
+                y,
+                "D",
+                mfc="none",
+                mec=figures.COLOURS[1],
+                label="target rate p" if y == 0 else None,
+            )
     axes.set_yticks(range(len(arms)), [a.name for a in arms])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)

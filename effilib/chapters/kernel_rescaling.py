@@ -1,4 +1,6 @@
-"""Chapter 6.3: the arms on one network, what the amplitude factor is worth at the switch, schedules, patches, and the checks."""
+"""Chapter 6.3: the arms on one network, what the amplitude factor is worth at the switch, schedules, patches,
+and the checks.
+"""
 
 import copy
 import itertools
@@ -14,13 +16,23 @@ from torch import nn
 from effilib import cost, figures, models
 from effilib.data import Split
 from effilib.experiment import Arm, compare, pilot
-from effilib.methods.kernel_rescaling import KernelRescaling, kernels, matrix, pi_resize, recalibrate_, rescale_, rescale_kernel, resize
+from effilib.methods.kernel_rescaling import (
+    KernelRescaling,
+    kernels,
+    matrix,
+    pi_resize,
+    recalibrate_,
+    rescale_,
+    rescale_kernel,
+    resize,
+)
 from effilib.training import evaluate, stream, train
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
-# Chosen in trial runs with seeds that are not measured. Small images teach less a step, so `longer` times the baseline's epochs are
-# trained. epochs, images, evaluations: of the network with 5x5 kernels, else the task's. tuned: what is other on the tuned network.
-# Study, 5x5 kernels, one seed: quick's schedule over 1.1 times the epochs ended 1.6 points under full size, this one 0.5 above it.
+# Chosen in trial runs with seeds that are not measured. Small images teach less a step, so `longer` times the
+# baseline's epochs are trained. epochs, images, evaluations: of the network with 5x5 kernels, else the
+# task's. tuned: what is other on the tuned network. Study, 5x5 kernels, one seed: quick's schedule over 1.1
+# times the epochs ended 1.6 points under full size, this one 0.5 above it.
 SETTINGS = {
     "smoke": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0),
     "quick": dict(schedule=((0.4, 0.5), (0.3, 0.75), (0.3, 1.0)), longer=1.0, epochs=2, images=2500, evaluations=8),
@@ -44,7 +56,8 @@ PATCH = 4  # of the network whose stem cuts the image into patches
 
 
 def task(base):
-    """The task of the kernel arms: our ResNet with 5x5 kernels in stem and first stage. Nobody tuned it: a pilot finds the target.
+    """The task of the kernel arms: our ResNet with 5x5 kernels in stem and first stage. Nobody tuned it: a
+    pilot finds the target.
 
     Another network is taken as it is.
     """
@@ -59,9 +72,9 @@ def task(base):
 def piloted(task):
     """The task with its target; where a pilot finds it, a margin further down than elsewhere.
 
-    This network's accuracy differs by a point and a half from seed to seed. With the usual rule one of the study preset's five baselines
-    missed the target, by 0.2 points, and nothing could be decided; so the rule was changed here, after that run.
-    """
+    This network's accuracy differs by a point and a half from seed to seed. With the usual rule one of the
+    study preset's five baselines missed the target, by 0.2 points, and nothing could be decided; so the rule
+    was changed here, after that run."""
     return pilot(task, margins=3)
 
 
@@ -73,15 +86,25 @@ def method(base, dataset, **changes):
 
 def _arm(base, name, role, m, longer=None):
     longer = longer or SETTINGS[base.preset]["longer"]
-    return Arm(name=name, role=role, methods=(m,), changes={"epochs": longer * base.recipe.epochs} if longer != 1 else {})
+    return Arm(
+        name=name,
+        role=role,
+        methods=(m,),
+        changes={"epochs": longer * base.recipe.epochs} if longer != 1 else {},
+    )
 
 
 def arms(base, dataset):
-    """The judged arms on one network. Where it has no kernel of 5x5, what is left of the method is resizing the images."""
+    """The judged arms on one network. Where it has no kernel of 5x5, what is left of the method is resizing
+    the images.
+    """
     found = [Arm(name=FULL, role="baseline")]
     if not kernels(base.build(dataset)):
         return [*found, _arm(base, IMAGES, "method", method(base, dataset, kernels=False))]
-    found += [_arm(base, IMAGES, "control", method(base, dataset, kernels=False)), _arm(base, BOTH, "method", method(base, dataset))]
+    found += [
+        _arm(base, IMAGES, "control", method(base, dataset, kernels=False)),
+        _arm(base, BOTH, "method", method(base, dataset)),
+    ]
     if base.preset != "quick":
         found.append(_arm(base, BARE, "control", method(base, dataset, amplitude=False)))
     return found
@@ -91,7 +114,10 @@ def tuned_arms(base, dataset):
     """Images only against full size, on the task's tuned network."""
     own = dict(SETTINGS[base.preset].get("tuned", {}))
     longer = own.pop("longer", None)
-    return [Arm(name=FULL, role="baseline"), _arm(base, IMAGES, "method", method(base, dataset, kernels=False, **own), longer)]
+    return [
+        Arm(name=FULL, role="baseline"),
+        _arm(base, IMAGES, "method", method(base, dataset, kernels=False, **own), longer),
+    ]
 
 
 def tuned(book):
@@ -100,11 +126,15 @@ def tuned(book):
     how = {} if judged else dict(seeds=1, illustration=True)
     if not judged and book.task.target is None:
         how["quantity"] = "training time"  # no pilot for an illustration
-    return compare(book.task, tuned_arms(book.task, book.dataset), claim={IMAGES: 1.43}, title="tuned network", **how)
+    return compare(
+        book.task, tuned_arms(book.task, book.dataset), claim={IMAGES: 1.43}, title="tuned network", **how
+    )
 
 
 def subset(base):
-    """What the illustrations run on: in the quick preset a third of the images, in the study preset fewer epochs."""
+    """What the illustrations run on: in the quick preset a third of the images, in the study preset fewer
+    epochs.
+    """
     smaller = {"quick": dict(images=(base.images or 0) // 3), "study": dict(epochs=5, evaluations=6)}
     return base.but(**smaller.get(base.preset, {}), target=None)
 
@@ -119,21 +149,34 @@ def grid(base, dataset):
     """A wider grid, for illustration: schedules of image sizes at the same number of epochs."""
     wanted = SCHEDULES[1::3] if base.preset in ("smoke", "quick") else SCHEDULES
     found = [method(base, dataset, kernels=False, schedule=s) for s in wanted]
-    return [Arm(name=FULL, role="baseline"), *(Arm(name=schedule_name(m, dataset.shape), methods=(m,)) for m in found)]
+    return [
+        Arm(name=FULL, role="baseline"),
+        *(Arm(name=schedule_name(m, dataset.shape), methods=(m,)) for m in found),
+    ]
 
 
 def patch_task(base):
     """The task with our ResNet whose stem cuts 4x4 patches."""
-    return base.but(network="resnet", widths={"widths": (32, 64), "blocks": (1, 1), "patch": PATCH}, target=None)
+    return base.but(
+        network="resnet", widths={"widths": (32, 64), "blocks": (1, 1), "patch": PATCH}, target=None
+    )
 
 
 def patch_arms():
-    """For illustration: images halved for half of the steps, with the patches as they are, or PI-resized to half."""
+    """For illustration: images halved for half of the steps, with the patches as they are, or PI-resized to
+    half.
+    """
     halved = dict(schedule=((0.5, 0.5), (0.5, 1.0)), multiple=PATCH // 2)
     return [
         Arm(name=FULL, role="baseline"),
-        Arm(name=f"images halved, patches of {PATCH} px", role="control", methods=(KernelRescaling(**halved, kernels=False),)),
-        Arm(name=f"images halved, patches PI-resized to {PATCH // 2} px", methods=(KernelRescaling(**halved),)),
+        Arm(
+            name=f"images halved, patches of {PATCH} px",
+            role="control",
+            methods=(KernelRescaling(**halved, kernels=False),),
+        ),
+        Arm(
+            name=f"images halved, patches PI-resized to {PATCH // 2} px", methods=(KernelRescaling(**halved),)
+        ),
     ]
 
 
@@ -143,18 +186,27 @@ def patch_arms():
 def toy():
     """A 3x3 kernel of ones on an image of ones answers 9. Enlarged to 5x5 it must answer 9 again."""
     W, one = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 5, 5)
-    found = {"3x3": W, "5x5, no factor": rescale_kernel(W, 5, amplitude=False), "5x5, factor (3/5)^2": rescale_kernel(W, 5)}
+    found = {
+        "3x3": W,
+        "5x5, no factor": rescale_kernel(W, 5, amplitude=False),
+        "5x5, factor (3/5)^2": rescale_kernel(W, 5),
+    }
     answers = {n: float(F.conv2d(one, w)[0, 0, 0, 0]) for n, w in found.items()}
-    rows = {n: {"every weight": f"{float(w.mean()):.2f}", "response": f"{answers[n]:.0f}"} for n, w in found.items()}
+    rows = {
+        n: {"every weight": f"{float(w.mean()):.2f}", "response": f"{answers[n]:.0f}"}
+        for n, w in found.items()
+    }
     return pd.DataFrame(rows).T.rename_axis("kernel")
 
 
 def toy_matrix():
-    """The map that resizes 3 samples to 5: each new sample is a weighted mean of its neighbours, so rows add up to 1."""
+    """The map that resizes 3 samples to 5: each new sample is a weighted mean of its neighbours, so rows add
+    up to 1.
+    """
     R = matrix(3, 5)
-    return pd.DataFrame([[f"{v:.1f}" for v in row] for row in R.tolist()], columns=[f"old {i + 1}" for i in range(3)]).set_axis(
-        [f"new {i + 1}" for i in range(5)]
-    )
+    return pd.DataFrame(
+        [[f"{v:.1f}" for v in row] for row in R.tolist()], columns=[f"old {i + 1}" for i in range(3)]
+    ).set_axis([f"new {i + 1}" for i in range(5)])
 
 
 def smooth_kernel(n, generator, channels=1):
@@ -167,7 +219,9 @@ def smooth_kernel(n, generator, channels=1):
 
 
 def smooth_image(n, generator, waves=8, longest=3):
-    """An image without high frequencies, (1, 1, n, n): random waves, at most `longest` of them over its side."""
+    """An image without high frequencies, (1, 1, n, n): random waves, at most `longest` of them over its
+    side.
+    """
     u = (torch.arange(n, dtype=torch.double) + 0.5) / n
     f = torch.randint(-longest, longest + 1, (waves, 2), generator=generator).double()
     phase = 2 * math.pi * torch.rand(waves, generator=generator, dtype=torch.double)
@@ -177,7 +231,9 @@ def smooth_image(n, generator, waves=8, longest=3):
 
 
 def law_error(n, k, amplitude=True, seed=0):
-    """How far conv(resize(x), W') is from resize(conv(x, W)), relative: n x n kernels to k x k, no high frequencies in image and kernel."""
+    """How far conv(resize(x), W') is from resize(conv(x, W)), relative: n x n kernels to k x k, no high
+    frequencies in image and kernel.
+    """
     g = stream(seed, "law")
     side = 12 * n
     x, W = smooth_image(side, g), smooth_kernel(n, g)
@@ -194,7 +250,9 @@ def law_error(n, k, amplitude=True, seed=0):
 
 
 def law_table(pairs=((3, 5), (5, 7), (7, 9), (7, 11), (11, 15), (3, 2), (5, 3))):
-    """The law's relative error for several changes of size, with and without the amplitude factor, median of 9 draws."""
+    """The law's relative error for several changes of size, with and without the amplitude factor, median of
+    9 draws.
+    """
     rows = {}
     for n, k in pairs:
         errors = {a: stats.median(law_error(n, k, a, seed) for seed in range(9)) for a in (True, False)}
@@ -218,7 +276,9 @@ def check():
     rows = {
         "R x R^T against interpolation": (resize(x, (16, 12)) - slow).abs().max(),
         "5x5 to 5x5 is the identity": (rescale_kernel(W, 5) - W).abs().max(),
-        "linear: of 2 W + V": (rescale_kernel(2 * W + V, 7) - 2 * rescale_kernel(W, 7) - rescale_kernel(V, 7)).abs().max(),
+        "linear: of 2 W + V": (rescale_kernel(2 * W + V, 7) - 2 * rescale_kernel(W, 7) - rescale_kernel(V, 7))
+        .abs()
+        .max(),
         "a constant kernel's sum, 5x5 to 3, 7, 9, 11": sums,
         "PI-resize 3x3 to 5x5: products with resized patches": kept,
         "... with the amplitude factor instead": lost,
@@ -233,7 +293,12 @@ def plain(classes, channels, bn):
     """A small network whose kernels are all 5x5, with or without BatchNorm."""
     layers, c = [], channels
     for width in (16, 32):
-        layers += [nn.Conv2d(c, width, 5, padding=2, bias=not bn), *([nn.BatchNorm2d(width)] if bn else []), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(c, width, 5, padding=2, bias=not bn),
+            *([nn.BatchNorm2d(width)] if bn else []),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
         c = width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
     models.initialize_(model, 0)
@@ -244,10 +309,14 @@ def shrunk(dataset, size):
     """The data set with its images resized to (h, w)."""
 
     def small(split):
-        parts = [resize(x.permute(0, 3, 1, 2).float(), size).round().clamp(0, 255) for x in split.x.split(2000)]
+        parts = [
+            resize(x.permute(0, 3, 1, 2).float(), size).round().clamp(0, 255) for x in split.x.split(2000)
+        ]
         return Split(x=torch.cat(parts).to(torch.uint8).permute(0, 2, 3, 1).contiguous(), y=split.y)
 
-    return replace(dataset, **{k: small(getattr(dataset, k)) for k in ("train", "decide", "validation", "test")})
+    return replace(
+        dataset, **{k: small(getattr(dataset, k)) for k in ("train", "decide", "validation", "test")}
+    )
 
 
 def _half(dataset):
@@ -265,7 +334,9 @@ def small_network(base, dataset, bn, epochs):
 
 
 def switch_table(base, dataset, epochs=None):
-    """Validation accuracy (%) at the switch, before another step is trained: with and without factor, BatchNorm, new statistics."""
+    """Validation accuracy (%) at the switch, before another step is trained: with and without factor,
+    BatchNorm, new statistics.
+    """
     epochs = epochs or min(4, base.recipe.epochs)
     columns = {}
     for name, bn in (("with BatchNorm", True), ("without BatchNorm", False)):
@@ -281,18 +352,29 @@ def switch_table(base, dataset, epochs=None):
             rows[f"rescaled, {words}"] = evaluate(large, dataset, "validation")[1]
             if bn:
                 recalibrate_(large, full)
-            rows[f"rescaled, {words}, new statistics"] = evaluate(large, dataset, "validation")[1] if bn else float("nan")
+            rows[f"rescaled, {words}, new statistics"] = (
+                evaluate(large, dataset, "validation")[1] if bn else float("nan")
+            )
         columns[name] = rows
-    return pd.DataFrame(columns).rename_axis("validation accuracy (%), full-size images from the second row on")
+    return pd.DataFrame(columns).rename_axis(
+        "validation accuracy (%), full-size images from the second row on"
+    )
 
 
 def patch_table(base, dataset, epochs=None):
-    """Validation accuracy (%) when a patch embedding trained on small images meets images of twice the side, nothing trained in between."""
+    """Validation accuracy (%) when a patch embedding trained on small images meets images of twice the side,
+    nothing trained in between.
+    """
     base, size = patch_task(base), tuple(n // 2 // 2 * 2 for n in dataset.shape[1:])
     data = shrunk(dataset, size)
     model = base.build(data)
     rescale_(model, PATCH // 2)
-    train(model, replace(data, test=data.validation), replace(base.recipe, epochs=epochs or min(4, base.recipe.epochs)), evaluations=1)
+    train(
+        model,
+        replace(data, test=data.validation),
+        replace(base.recipe, epochs=epochs or min(4, base.recipe.epochs)),
+        evaluations=1,
+    )
     twice = shrunk(dataset, tuple(2 * n for n in size))
     W = model.stem.weight.detach().clone()
     ways = {
@@ -335,7 +417,9 @@ def kernels_figure(base, dataset, epochs=None, shown=8):
 
 
 def cost_table(base, dataset):
-    """FLOPs of a step in each phase of the schedule, relative to a step at full size, and of the whole schedule."""
+    """FLOPs of a step in each phase of the schedule, relative to a step at full size, and of the whole
+    schedule.
+    """
     m, model = method(base, dataset), base.build(dataset)
     full, size = kernels(model), min(base.recipe.batch_size, len(dataset.train))
 
@@ -351,7 +435,10 @@ def cost_table(base, dataset):
         sizes = m.sizes(model, full, factor)
         rows[f"{side[0]} x {side[1]}"] = {
             "share of the steps": share,
-            "kernels": ", ".join(f"{a} to {b}" for a, b in sorted({(full[n], k) for n, k in sizes.items() if k != full[n]})) or "full size",
+            "kernels": ", ".join(
+                f"{a} to {b}" for a, b in sorted({(full[n], k) for n, k in sizes.items() if k != full[n]})
+            )
+            or "full size",
             IMAGES: flops(side, full) / whole,
             BOTH: flops(side, sizes) / whole,
         }
@@ -370,14 +457,19 @@ def phases(comparison):
         kinds = dict.fromkeys(k for h in histories for k in h.kinds)
         seconds = stats.mean(h.seconds for h in histories)
         steps = [k for k in kinds if k.startswith("step")]
-        for kind in [*sorted(steps, key=lambda k: (k == "step", k)), *(["reconfigure"] if "reconfigure" in kinds else [])]:
+        for kind in [
+            *sorted(steps, key=lambda k: (k == "step", k)),
+            *(["reconfigure"] if "reconfigure" in kinds else []),
+        ]:
             found, one_off = [h.kinds[kind] for h in histories if kind in h.kinds], kind == "reconfigure"
             times = len(histories[0].events) if one_off else round(stats.mean(f["count"] for f in found))
             each = stats.median(f["seconds"] / times if one_off else f["median"] for f in found)
             rows.append(
                 {
                     "arm": arm.name,
-                    "what": {"step": "step at full size", "reconfigure": "switch, with new statistics"}.get(kind, kind),
+                    "what": {"step": "step at full size", "reconfigure": "switch, with new statistics"}.get(
+                        kind, kind
+                    ),
                     "times": times,
                     "ms each": 1e3 * each,
                     "share of the time": f"{stats.mean(f['seconds'] for f in found) / seconds:.0%}",
@@ -413,7 +505,9 @@ def relative(comparison):
     for arm in comparison.arms[1:]:
         h = comparison.histories(arm.name)
         time = stats.mean(b.seconds / m.seconds for b, m in zip(base, h, strict=True))
-        words.append(f"{arm.name}: {1 / time:.2f} of the time, {stats.mean(comparison.differences(arm.name)):+.2f} points")
+        words.append(
+            f"{arm.name}: {1 / time:.2f} of the time, {stats.mean(comparison.differences(arm.name)):+.2f} points"
+        )
     return "; ".join(words) + f" (n={len(base)})."
 
 

@@ -1,4 +1,6 @@
-"""Chapter 6.4, the paper itself: published networks cut, the simulator over workers and bandwidths, and the real run over processes."""
+"""Chapter 6.4, the paper itself: published networks cut, the simulator over workers and bandwidths, and the
+real run over processes.
+"""
 
 import copy
 import functools
@@ -9,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import figures, models, processes
+from effilib import figures, models
 from effilib.data import Batches
+from effilib.distributed import processes
 from effilib.errors import BadInput
 from effilib.methods.layer_placement import (
     BYTES,
@@ -34,8 +37,13 @@ from effilib.methods.layer_placement import (
 )
 from effilib.training import stream
 
-PUBLISHED = {"VGG-16": ("vgg16", 32), "AlexNet": ("alexnet", 128), "ResNet-50": ("resnet50", 32)}  # torchvision's name, images a worker
-RATE = 5e12  # FLOP/s of every machine in the simulator: an assumption, of the order of what a GPU of 2019 kept up in fp32
+PUBLISHED = {
+    "VGG-16": ("vgg16", 32),
+    "AlexNet": ("alexnet", 128),
+    "ResNet-50": ("resnet50", 32),
+}  # torchvision's name, images a worker
+# FLOP/s of every machine in the simulator: an assumption, of the order of what a GPU of 2019 kept up in fp32
+RATE = 5e12
 GBIT = 1e9 / 8  # bytes/s
 BANDWIDTHS = {"1 Gbit/s": GBIT, "10 Gbit/s": 10 * GBIT, "100 Gbit/s": 100 * GBIT}
 WORKERS = 2
@@ -52,7 +60,9 @@ SIZES = {
 
 @functools.cache
 def published_layers(name):
-    """(layers, how many lie before the first fully connected one) of a published network at 224 x 224 pixels, on the meta device."""
+    """(layers, how many lie before the first fully connected one) of a published network at 224 x 224 pixels,
+    on the meta device.
+    """
     import torchvision
 
     with torch.device("meta"):
@@ -83,7 +93,9 @@ def toy():
     rows = []
     for k in (1, 2, 3):
         P, A = sum(layer.parameters for layer in layers[:k]), layers[k - 1].outputs if k < 3 else 0
-        rows.append({"cut behind layer": k, "by hand": f"4 (2 2 {P} + 2 2 1 {A})", "bytes": traffic(layers, k, 2, 1)})
+        rows.append(
+            {"cut behind layer": k, "by hand": f"4 (2 2 {P} + 2 2 1 {A})", "bytes": traffic(layers, k, 2, 1)}
+        )
     return pd.DataFrame(rows).set_index("cut behind layer")
 
 
@@ -99,11 +111,19 @@ def check(trials=200):
         layers = [
             Layer(name=str(i), parameters=draw(0, 9), outputs=draw(1, 9), seconds=draw(0, 9)) for i in range(draw(2, 9))
         ]  # fmt: skip
-        cluster = Cluster(workers=draw(1, 5), batch=draw(1, 4), bandwidth=draw(1, 300), memory=1000 * draw(1, 9), overlap=bool(draw(0, 2)))
+        cluster = Cluster(
+            workers=draw(1, 5),
+            batch=draw(1, 4),
+            bandwidth=draw(1, 300),
+            memory=1000 * draw(1, 9),
+            overlap=bool(draw(0, 2)),
+        )
         fitting = [k for k in range(1, len(layers) + 1) if server_bytes(layers, k, cluster) <= cluster.memory]
         wrong["cut"] += best_cut(layers, cluster)[1] != min(step_seconds(layers, k, cluster) for k in fitting)
         stages = draw(1, len(layers) + 1)
-        slow = min(_slowest(layers, c, 3, 50.0) for c in itertools.combinations(range(1, len(layers)), stages - 1))
+        slow = min(
+            _slowest(layers, c, 3, 50.0) for c in itertools.combinations(range(1, len(layers)), stages - 1)
+        )
         found, cuts = pipeline(layers, stages, 3, 50.0)
         wrong["pipeline"] += found != slow or _slowest(layers, cuts, 3, 50.0) != slow
     return pd.DataFrame(
@@ -114,7 +134,10 @@ def check(trials=200):
 
 def _slowest(layers, cuts, batch, bandwidth):
     """Seconds of the slowest stage or link of one partition."""
-    pieces = [sum(batch * layer.seconds for layer in layers[i:j]) for i, j in itertools.pairwise((0, *cuts, len(layers)))]
+    pieces = [
+        sum(batch * layer.seconds for layer in layers[i:j])
+        for i, j in itertools.pairwise((0, *cuts, len(layers)))
+    ]
     return max(pieces + [2 * BYTES * batch * layers[i - 1].outputs / bandwidth for i in cuts])
 
 
@@ -122,13 +145,20 @@ def _slowest(layers, cuts, batch, bandwidth):
 
 
 def ring_seconds(layers, cluster):
-    """The control: data parallelism without a server, gradients summed in a ring over the workers' own links: 2 (W - 1) / W P each."""
+    """The control: data parallelism without a server, gradients summed in a ring over the workers' own links:
+    2 (W - 1) / W P each.
+    """
     W, P = cluster.workers, sum(layer.parameters for layer in layers)
-    return cluster.batch * sum(layer.seconds for layer in layers) + BYTES * 2 * (W - 1) / W * P / cluster.bandwidth
+    return (
+        cluster.batch * sum(layer.seconds for layer in layers)
+        + BYTES * 2 * (W - 1) / W * P / cluster.bandwidth
+    )
 
 
 def simulate(workers=range(1, 9)):
-    """Every published network, number of workers and bandwidth: seconds a step of plain server, best placement and ring."""
+    """Every published network, number of workers and bandwidth: seconds a step of plain server, best
+    placement and ring.
+    """
     rows = []
     for name, (_, b) in PUBLISHED.items():
         layers = estimate(published_layers(name)[0], RATE)
@@ -149,7 +179,12 @@ def simulate(workers=range(1, 9)):
                 }
             )
     frame = pd.DataFrame(rows)
-    return frame.assign(**{"speed-up": frame["plain server s"] / frame["placed s"], "ring": frame["plain server s"] / frame["ring s"]})
+    return frame.assign(
+        **{
+            "speed-up": frame["plain server s"] / frame["placed s"],
+            "ring": frame["plain server s"] / frame["ring s"],
+        }
+    )
 
 
 def simulation_table(frame, workers=4):
@@ -164,9 +199,18 @@ def simulation_figure(frame):
     for ax, name in zip(axes, PUBLISHED, strict=True):
         for i, label in enumerate(BANDWIDTHS):
             part = frame[(frame["network"] == name) & (frame["bandwidth"] == label)]
-            ax.plot(part["workers"], part["speed-up"], "o-", ms=4, color=figures.COLOURS[i], label=f"placed, {label}")
+            ax.plot(
+                part["workers"],
+                part["speed-up"],
+                "o-",
+                ms=4,
+                color=figures.COLOURS[i],
+                label=f"placed, {label}",
+            )
             part = part[part["workers"] > 1]  # one worker alone has nobody to send to
-            ax.plot(part["workers"], part["ring"], "--", lw=1.2, color=figures.COLOURS[i], label=f"ring, {label}")
+            ax.plot(
+                part["workers"], part["ring"], "--", lw=1.2, color=figures.COLOURS[i], label=f"ring, {label}"
+            )
         ax.axhline(1, color="black", lw=0.8)
         ax.set_yscale("log")
         figures.plain_log(ax.yaxis, values=(0.5, 1, 2, 5, 10, 20))
@@ -185,7 +229,9 @@ def simulation_figure(frame):
 
 
 class FatHead(nn.Module):
-    """Six convolutions and three fully connected layers, like VGG: few weights compute much, many compute little. No BatchNorm."""
+    """Six convolutions and three fully connected layers, like VGG: few weights compute much, many compute
+    little. No BatchNorm.
+    """
 
     def __init__(self, classes, channels=3, width=32):
         super().__init__()
@@ -197,7 +243,13 @@ class FatHead(nn.Module):
             self.features.append(nn.MaxPool2d(2))
         self.features.append(nn.AdaptiveAvgPool2d(4))
         hidden = 32 * width
-        self.head = nn.Sequential(nn.Linear(16 * c, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        self.head = nn.Sequential(
+            nn.Linear(16 * c, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, classes),
+        )
         models.initialize_(self)
 
     def forward(self, x):
@@ -213,7 +265,12 @@ def maker(task, dataset):
     """() -> the network of the real run, the same in every process."""
     width = SIZES[task.preset]["width"]
     return functools.partial(
-        models.build, f"{__name__}:fat_head", dataset.classes, dataset.shape, seed=stream(0, "placement").initial_seed(), width=width
+        models.build,
+        f"{__name__}:fat_head",
+        dataset.classes,
+        dataset.shape,
+        seed=stream(0, "placement").initial_seed(),
+        width=width,
     )
 
 
@@ -252,7 +309,8 @@ def layer_table(layers, task):
 
 
 def real(task, dataset, layers):
-    """Train over three processes, plain and placed, at full speed and with a slowed-down link, and take pipeline steps. All in one start.
+    """Train over three processes, plain and placed, at full speed and with a slowed-down link, and take
+    pipeline steps. All in one start.
 
     Returns {"cut", "pipeline", "stages", "runs": {name: results by rank}, "times": rows, "checks": rows}.
     """
@@ -263,13 +321,21 @@ def real(task, dataset, layers):
     stages = min(3, len(layers))
     _, cuts = pipeline(layers, stages, b, GBIT)
     where = {"plain server": None, "placed": cut}
-    jobs = {(name, "full speed"): Job(make=make, batches=everything, cut=k, lr=LR) for name, k in where.items()}
+    jobs = {
+        (name, "full speed"): Job(make=make, batches=everything, cut=k, lr=LR) for name, k in where.items()
+    }
     few = everything[:SLOW_STEPS]
-    jobs |= {(n, label): Job(make=make, batches=few, cut=k, lr=LR, bandwidth=w) for label, w in slow.items() for n, k in where.items()}
+    jobs |= {
+        (n, label): Job(make=make, batches=few, cut=k, lr=LR, bandwidth=w)
+        for label, w in slow.items()
+        for n, k in where.items()
+    }
     double, precise = functools.partial(_double, make), tuple((x.double(), y) for x, y in everything)
     jobs |= {(name, "float64"): Job(make=double, batches=precise, cut=k, lr=LR) for name, k in where.items()}
     x, y = everything[0]
-    calls = [(take_part, (job,)) for job in jobs.values()] + [(pipelined, (make, c, x, y, WORKERS)) for c in ((cut,), cuts)]
+    calls = [(take_part, (job,)) for job in jobs.values()] + [
+        (pipelined, (make, c, x, y, WORKERS)) for c in ((cut,), cuts)
+    ]
     by_rank = processes.run(several, WORKERS + 1, calls)
     runs = {name: [r[i] for r in by_rank] for i, name in enumerate(jobs)}
     gradients = [{n: g for r in by_rank for n, g in r[len(jobs) + i].items()} for i in range(2)]
@@ -284,7 +350,9 @@ def real(task, dataset, layers):
 
 
 def _double(make):
-    """The network in float64, in which the rounding of 20 steps does not grow to where nothing is equal any more."""
+    """The network in float64, in which the rounding of 20 steps does not grow to where nothing is equal any
+    more.
+    """
     return make().double()
 
 
@@ -299,13 +367,22 @@ def _checks(make, jobs, runs, layers, cut, cuts, b, gradients, batch):
     start = dict(_double(make).named_parameters())
     one = alone(jobs["plain server", "float64"])
     moved = _difference(one, {n: p.detach() for n, p in start.items()})
-    exact_plain, exact_placed = (runs[name, "float64"][0]["parameters"] for name in ("plain server", "placed"))
+    exact_plain, exact_placed = (
+        runs[name, "float64"][0]["parameters"] for name in ("plain server", "placed")
+    )
     rows = []
     for name, ranks, k in (("plain server", plain, len(layers)), ("placed", placed, cut)):
-        counted, formula = ranks[0]["sent"] + ranks[0]["received"], len(job.batches) * traffic(layers, k, WORKERS, b)
+        counted, formula = (
+            ranks[0]["sent"] + ranks[0]["received"],
+            len(job.batches) * traffic(layers, k, WORKERS, b),
+        )
         there = sum(r["sent"] + r["received"] for r in ranks[1:])
         rows.append(
-            (f"{name}: bytes at the server, {len(job.batches)} steps", f"{counted:,}", "equal" if counted == formula == there else "differ")
+            (
+                f"{name}: bytes at the server, {len(job.batches)} steps",
+                f"{counted:,}",
+                "equal" if counted == formula == there else "differ",
+            )
         )
         rows.append(("... by the formula", f"{formula:,}", ""))
     for text, a, c in (
@@ -316,7 +393,11 @@ def _checks(make, jobs, runs, layers, cut, cuts, b, gradients, batch):
         what = f"weights after {len(job.batches)} steps in float64, {text}: largest difference"
         rows.append((what, f"{d:.1e}", "equal" if d <= 1e-10 else "differ"))
     rows.append(
-        ("... the same in fp32, placed against plain server", f"{_difference(placed[0]['parameters'], plain[0]['parameters']):.1e}", "")
+        (
+            "... the same in fp32, placed against plain server",
+            f"{_difference(placed[0]['parameters'], plain[0]['parameters']):.1e}",
+            "",
+        )
     )
     rows.append(("... largest change of a weight in these steps", f"{moved:.1e}", ""))
     model = make().train()
@@ -333,8 +414,17 @@ def _times(runs, layers, where, b, slow):
     rows = []
     for label, bandwidth in {"full speed": float("inf"), **slow}.items():
         for name, k in where.items():
-            foreseen = step_seconds(layers, k or len(layers), Cluster(workers=WORKERS, batch=b, bandwidth=bandwidth))
-            rows.append({"link": label, "placement": name, "foreseen ms": 1e3 * foreseen, "ms": 1e3 * runs[name, label][0]["seconds"]})
+            foreseen = step_seconds(
+                layers, k or len(layers), Cluster(workers=WORKERS, batch=b, bandwidth=bandwidth)
+            )
+            rows.append(
+                {
+                    "link": label,
+                    "placement": name,
+                    "foreseen ms": 1e3 * foreseen,
+                    "ms": 1e3 * runs[name, label][0]["seconds"],
+                }
+            )
     return rows
 
 
@@ -351,10 +441,26 @@ def times_figure(found):
     for i, name in enumerate(dict.fromkeys(r["placement"] for r in rows)):
         mine = [r for r in rows if r["placement"] == name]
         at = [links.index(r["link"]) + 0.36 * (i - 0.5) for r in mine]
-        axes.bar(at, [r["ms"] for r in mine], width=0.32, color=(figures.GREY, figures.COLOURS[0])[i], label=f"{name}, measured")
-        axes.plot(at, [r["foreseen ms"] for r in mine], "D", mfc="none", mec=figures.COLOURS[1], mew=1.5, label="foreseen" if i else None)
+        axes.bar(
+            at,
+            [r["ms"] for r in mine],
+            width=0.32,
+            color=(figures.GREY, figures.COLOURS[0])[i],
+            label=f"{name}, measured",
+        )
+        axes.plot(
+            at,
+            [r["foreseen ms"] for r in mine],
+            "D",
+            mfc="none",
+            mec=figures.COLOURS[1],
+            mew=1.5,
+            label="foreseen" if i else None,
+        )
         for x, r in zip(at, mine, strict=True):
-            axes.annotate(f"{r['ms']:.0f}", (x, r["ms"]), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{r['ms']:.0f}", (x, r["ms"]), (0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
     axes.set_xticks(range(len(links)), [f"link: {link}" for link in links])
     axes.set_ylabel("ms a step")
     axes.margins(y=0.15)
@@ -366,7 +472,9 @@ def times_figure(found):
 
 
 def own_cut(task, dataset):
-    """The task's own network as a chain: the best cut at 1 Gbit/s, what it saves, and what would not stay equal; or why it is no chain."""
+    """The task's own network as a chain: the best cut at 1 Gbit/s, what it saves, and what would not stay
+    equal; or why it is no chain.
+    """
     model = task.build(dataset).cpu()
     try:
         chain = Chain(copy.deepcopy(model))
@@ -379,9 +487,12 @@ def own_cut(task, dataset):
     doubts = chain.doubts(k)
     facts = {
         "layers": f"{len(layers)}: {layers[0].name} ... {layers[-1].name}",
-        "best cut, 4 workers, 1 Gbit/s": f"before {layers[k].name}" if k < len(layers) else "none: the plain parameter server",
+        "best cut, 4 workers, 1 Gbit/s": f"before {layers[k].name}"
+        if k < len(layers)
+        else "none: the plain parameter server",
         "speed-up foreseen": f"{plain / seconds:.2f}x",
-        "would not stay equal": "; ".join(doubts[:3]) + (f"; and {len(doubts) - 3} more" if len(doubts) > 3 else "")
+        "would not stay equal": "; ".join(doubts[:3])
+        + (f"; and {len(doubts) - 3} more" if len(doubts) > 3 else "")
         if doubts
         else "nothing",
     }
@@ -401,6 +512,4 @@ def say(found):
     speed = {r["link"]: r["ms"] for r in found["times"] if r["placement"] == "plain server"}
     placed = {r["link"]: r["ms"] for r in found["times"] if r["placement"] == "placed"}
     ratios = ", ".join(f"{link} {speed[link] / placed[link]:.1f}x" for link in speed)
-    return (
-        f"Placement over 3 processes: {verdicts.count('equal')} of {len(verdicts)} checks equal; step against the plain server: {ratios}."
-    )
+    return f"Placement over 3 processes: {verdicts.count('equal')} of {len(verdicts)} checks equal; step against the plain server: {ratios}."

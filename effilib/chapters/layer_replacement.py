@@ -1,4 +1,6 @@
-"""Chapter 6.4, the word taken literally: what candidates take and damage, plans under budgets, arms and controls, and the checks."""
+"""Chapter 6.4, the word taken literally: what candidates take and damage, plans under budgets, arms and
+controls, and the checks.
+"""
 
 import copy
 import itertools
@@ -36,7 +38,10 @@ BUDGET = 0.6
 AIM = 1.43  # step time at most 0.7x
 BUDGETS = (0.75, 0.6, 0.5, 0.35)
 NARROW = 0.7  # of every width, in blocks of 16 channels: about the same time as the replaced network
-WIDER = {"widths": (64, 128, 256), "blocks": (1, 1, 1)}  # convolutions are most of the step here; at half of it other work is a third
+WIDER = {
+    "widths": (64, 128, 256),
+    "blocks": (1, 1, 1),
+}  # convolutions are most of the step here; at half of it other work is a third
 SIZES = {
     "quick": dict(epochs=0.6),
     "study": dict(epochs=4, held=1500, widths=WIDER),
@@ -51,16 +56,27 @@ DENSE, REPLACED, NARROWED = "as built", f"replaced, budget {BUDGET:g}", "narrowe
 
 
 def wide(book):
-    """This chapter's task: a network so wide that convolutions dominate, fewer epochs in the short presets, 2 points of margin."""
+    """This chapter's task: a network so wide that convolutions dominate, fewer epochs in the short presets, 2
+    points of margin.
+    """
     t = book.task
-    task = tasks.task(t.preset, t.dataset, "" if t.network == "resnet" else t.network, "wide", device=t.device, seeds=t.seeds)
+    task = tasks.task(
+        t.preset,
+        t.dataset,
+        "" if t.network == "resnet" else t.network,
+        "wide",
+        device=t.device,
+        seeds=t.seeds,
+    )
     own = {k: v for k, v in SIZES.get(t.preset, {}).items() if k != "widths" or task.network == "resnet"}
     return task.but(**own, margin=2.0, target=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Narrower:
-    """An arm's `fit`: the task's network with `factor` of every width, in multiples, trained from scratch; 1 is the network as built."""
+    """An arm's `fit`: the task's network with `factor` of every width, in multiples, trained from scratch; 1
+    is the network as built.
+    """
 
     factor: float = 1.0
     multiple: int = 16
@@ -87,7 +103,11 @@ def arms(task):
     found = [
         Arm(name=DENSE, role="baseline", fit=Narrower(**few)),
         Arm(name=REPLACED, fit=method(task.preset)),
-        Arm(name=NARROWED, role="control", fit=Narrower(factor=NARROW, multiple=2 if task.preset == "smoke" else 16, **few)),
+        Arm(
+            name=NARROWED,
+            role="control",
+            fit=Narrower(factor=NARROW, multiple=2 if task.preset == "smoke" else 16, **few),
+        ),
     ]
     try:
         surgery.nodes(task.build(task.load()))
@@ -129,14 +149,21 @@ def look(task, dataset):
 
 
 def latency_table(seen):
-    """Milliseconds of a training step of every candidate at every layer; a dash where one does not fit or saves no products."""
-    rows = {n: {c: 1e3 * v["seconds"] for c, v in choices.items()} for n, choices in seen.found["layers"].items()}
+    """Milliseconds of a training step of every candidate at every layer; a dash where one does not fit or
+    saves no products.
+    """
+    rows = {
+        n: {c: 1e3 * v["seconds"] for c, v in choices.items()} for n, choices in seen.found["layers"].items()
+    }
     return pd.DataFrame(rows).T.rename_axis("ms a training step")
 
 
 def damage_table(seen):
     """The loss of Fisher potential of every candidate at every layer, in % of the network's."""
-    rows = {n: {c: 100 * v["damage"] for c, v in choices.items() if c != ORIGINAL} for n, choices in seen.found["layers"].items()}
+    rows = {
+        n: {c: 100 * v["damage"] for c, v in choices.items() if c != ORIGINAL}
+        for n, choices in seen.found["layers"].items()
+    }
     return pd.DataFrame(rows).T.rename_axis("potential lost, %")
 
 
@@ -198,8 +225,21 @@ def plans_figure(found):
     figure, axes = figures.new(width=6.4, height=3.8)
     budgets = sorted(found)
     axes.plot(budgets, budgets, "--", color="black", lw=1, label="the budget")
-    axes.plot(budgets, [found[b]["foreseen"] for b in budgets], "D-", color=figures.COLOURS[1], mfc="none", label="foreseen from the table")
-    axes.plot(budgets, [found[b]["measured"] for b in budgets], "o-", color=figures.COLOURS[0], label="measured, whole step")
+    axes.plot(
+        budgets,
+        [found[b]["foreseen"] for b in budgets],
+        "D-",
+        color=figures.COLOURS[1],
+        mfc="none",
+        label="foreseen from the table",
+    )
+    axes.plot(
+        budgets,
+        [found[b]["measured"] for b in budgets],
+        "o-",
+        color=figures.COLOURS[0],
+        label="measured, whole step",
+    )
     axes.set_xlabel("budget (share of the step's time)")
     axes.set_ylabel("share of the step's time")
     axes.set_ylim(bottom=0)
@@ -221,14 +261,22 @@ def toy():
     for pair in itertools.product(range(3), repeat=2):
         t, d = (sum(v[i][c] for i, c in enumerate(pair)) for v in (seconds, damages))
         rows.append(
-            {"choices": str(pair), "ms": t, "damage": d, "fits": "yes" if t <= 10 else "", "chosen": "<-" if list(pair) == picks else ""}
+            {
+                "choices": str(pair),
+                "ms": t,
+                "damage": d,
+                "fits": "yes" if t <= 10 else "",
+                "chosen": "<-" if list(pair) == picks else "",
+            }
         )
     return pd.DataFrame(rows).set_index("choices")
 
 
 @torch.no_grad()
 def check(seen, seed=0):
-    """The knapsack against trying everything, factorisations against the filters, and that a plan replays to the same weights."""
+    """The knapsack against trying everything, factorisations against the filters, and that a plan replays to
+    the same weights.
+    """
     g, rows = stream(0, "checks of 6.4"), []
     wrong, trials = 0, 100
     for _ in range(trials):
@@ -236,7 +284,11 @@ def check(seen, seed=0):
         damages = torch.randint(0, 9, (4, 4), generator=g).tolist()
         limit = 20 + int(torch.randint(0, 100, (1,), generator=g))
         resolution = 1 / limit  # whole milliseconds: nothing is rounded
-        fitting = [p for p in itertools.product(range(4), repeat=4) if sum(seconds[i][c] for i, c in enumerate(p)) <= limit]
+        fitting = [
+            p
+            for p in itertools.product(range(4), repeat=4)
+            if sum(seconds[i][c] for i, c in enumerate(p)) <= limit
+        ]
         if fitting:
             picks = knapsack(seconds, damages, limit, resolution)
             best = min(sum(damages[i][c] for i, c in enumerate(p)) for p in fitting)
@@ -250,7 +302,12 @@ def check(seen, seed=0):
     for c in ("lowrank/1", "lowrank/4", "spatial/2", "group/4", "dwsep", "bneck/2"):
         error = float((replacement(c, site, conv=conv)(x) - y).norm() / y.norm())
         what = "full rank" if c == "lowrank/1" else f"spectral tail {spectral(conv.weight, c):.4f}"
-        rows.append((f"{c}, factorised: relative error on white noise ({what})", f"{error:.1e}" if c == "lowrank/1" else f"{error:.4f}"))
+        rows.append(
+            (
+                f"{c}, factorised: relative error on white noise ({what})",
+                f"{error:.1e}" if c == "lowrank/1" else f"{error:.4f}",
+            )
+        )
     names = list(seen.found["layers"])
     plan = {"layers": {n: list(seen.found["layers"][n])[1] for n in names}, "norm": seen.found["norm"]}
     twice = []
@@ -258,22 +315,35 @@ def check(seen, seed=0):
         model = copy.deepcopy(seen.model)
         replace_(model, text, seed)
         twice.append(model.state_dict())
-    same = twice[0].keys() == twice[1].keys() and all(torch.equal(a, b) for a, b in zip(*(t.values() for t in twice), strict=True))
+    same = twice[0].keys() == twice[1].keys() and all(
+        torch.equal(a, b) for a, b in zip(*(t.values() for t in twice), strict=True)
+    )
     rows.append(("a plan, and the same plan from JSON: the same weights", "yes" if same else "no"))
-    rows.append(("logits keep their shape", "yes" if model.eval()(seen.x[:2]).shape == seen.model.eval()(seen.x[:2]).shape else "no"))
+    rows.append(
+        (
+            "logits keep their shape",
+            "yes" if model.eval()(seen.x[:2]).shape == seen.model.eval()(seen.x[:2]).shape else "no",
+        )
+    )
     seen.model.train()
     return pd.DataFrame(rows, columns=["what", "result"]).set_index("what")
 
 
 def trained_table(task, dataset, seen, epochs=1):
-    """Spectral damage after a little training, against what was there before it: the share of ||W|| that a candidate cannot hold."""
+    """Spectral damage after a little training, against what was there before it: the share of ||W|| that a
+    candidate cannot hold.
+    """
     model = copy.deepcopy(seen.model)
     before = {n: model.get_submodule(n).weight.detach().clone() for n in seen.found["layers"]}
     train(model, dataset, task.but(epochs=min(epochs, task.recipe.epochs)).recipe, (), 0, evaluations=1)
     rows = {}
     for n, W in before.items():
         now = model.get_submodule(n).weight
-        fitting = [c for c in ("lowrank/2", "lowrank/4", "spatial/2", "group/4", "dwsep", "bneck/2") if c in seen.found["layers"][n]]
+        fitting = [
+            c
+            for c in ("lowrank/2", "lowrank/4", "spatial/2", "group/4", "dwsep", "bneck/2")
+            if c in seen.found["layers"][n]
+        ]
         rows[n] = {c: f"{spectral(W, c):.3f} → {spectral(now, c):.3f}" for c in fitting}
     return pd.DataFrame(rows).T.rename_axis("random → trained")
 
@@ -325,12 +395,19 @@ def pays_after(comparison, name=REPLACED):
 def say_plans(found):
     """The budgets in a sentence."""
     return (
-        "; ".join(f"{b:g}: foreseen {p['foreseen']:.2f}, measured {p['measured']:.2f}" for b, p in found.items()) + " of the step's time."
+        "; ".join(
+            f"{b:g}: foreseen {p['foreseen']:.2f}, measured {p['measured']:.2f}" for b, p in found.items()
+        )
+        + " of the step's time."
     )
 
 
 def trained_budgets(task):
     """Other budgets trained with one seed, an illustration; the quick preset has no time for it."""
     if task.preset not in ("study", "full"):
-        return pd.DataFrame({"": ["only planned and measured in this preset: see above"]}, index=["other budgets"])
-    return what_happened(compare(task, grid(task), quantity="time per step", seeds=1, illustration=True, title="budgets"))
+        return pd.DataFrame(
+            {"": ["only planned and measured in this preset: see above"]}, index=["other budgets"]
+        )
+    return what_happened(
+        compare(task, grid(task), quantity="time per step", seeds=1, illustration=True, title="budgets")
+    )

@@ -1,4 +1,6 @@
-"""Chapter 3.2: the timed ladder, the four-arm ablation, and the numerics of 16-bit numbers shown on this task's gradients."""
+"""Chapter 3.2: the timed ladder, the four-arm ablation, and the numerics of 16-bit numbers shown on this
+task's gradients.
+"""
 
 import copy
 import math
@@ -16,14 +18,15 @@ from effilib.experiment import Arm
 from effilib.methods.mixed_precision import LossScaler, MixedPrecision, round_to
 from effilib.training import Run, can_compile, native_bf16, stream, train
 
-# Epochs of the two runs, shorter than the task's: fp32 NCHW takes nearly twice the baseline's time, and a notebook has a minute
-# in the quick preset and 20 in the study preset.
+# Epochs of the two runs, shorter than the task's: fp32 NCHW takes nearly twice the baseline's time, and a
+# notebook has a minute in the quick preset and 20 in the study preset.
 LADDER = {"quick": 1.2, "study": 8}
 ABLATION = {"quick": 0.5, "study": 4}
 
 
 def ladder(device="cpu", *, compile=True):
-    """The arms fp32 -> channels_last -> 16 bits -> compiled, as far as this machine has them, and why rungs are left out.
+    """The arms fp32 -> channels_last -> 16 bits -> compiled, as far as this machine has them, and why rungs
+    are left out.
 
     Each rung keeps what the one before it brought. Returns (arms, sentences).
     """
@@ -39,32 +42,49 @@ def ladder(device="cpu", *, compile=True):
     if native_bf16(device):
         arms.append(Arm(name="bf16 channels_last", changes={"precision": "bf16", **last}))
     else:
-        left_out.append("The bf16 rung is left out: this machine has no native bf16 products, and emulated ones are slower than fp32.")
-    reason = can_compile(device) if compile else "compiling takes longer than this preset's whole run; the study preset has it"
+        left_out.append(
+            "The bf16 rung is left out: this machine has no native bf16 products, and emulated ones are slower than fp32."
+        )
+    reason = (
+        can_compile(device)
+        if compile
+        else "compiling takes longer than this preset's whole run; the study preset has it"
+    )
     if reason:
         left_out.append(f"The compile rung is left out: {reason}.")
     else:
-        arms.append(Arm(name=f"{arms[-1].name}, compiled", role="control", changes={**arms[-1].changes, "compile": True}))
+        arms.append(
+            Arm(
+                name=f"{arms[-1].name}, compiled",
+                role="control",
+                changes={**arms[-1].changes, "compile": True},
+            )
+        )
     return arms, left_out
 
 
 def ladder_task(task):
-    """The task with the ladder's length. Time per step is judged, which needs no target, and accuracy at equal length."""
+    """The task with the ladder's length. Time per step is judged, which needs no target, and accuracy at
+    equal length.
+    """
     epochs = LADDER.get(task.preset)
     return task.but(epochs=min(task.recipe.epochs, epochs), target=None) if epochs else task
 
 
 def ablation_task(task):
-    """The task of the ablation: fp32 products, which emulate fp16's, and a length of its own, for emulation is slow."""
+    """The task of the ablation: fp32 products, which emulate fp16's, and a length of its own, for emulation
+    is slow.
+    """
     epochs = ABLATION.get(task.preset, task.recipe.epochs / 2)
     return task.but(precision="fp32", epochs=min(task.recipe.epochs, epochs), target=None)
 
 
 def width_scan(task, dataset, factors=(1, 2, 4)):
-    """Time of a whole training step in three formats over the network's width, interleaved: a table of ms, rows are widths.
+    """Time of a whole training step in three formats over the network's width, interleaved: a table of ms,
+    rows are widths.
 
-    Nothing is trained for long; the point is which share of a step the products have. Only of our resnet, whose widths are a list.
-    """
+    Nothing is trained for long; the point is which share of a step the products have. Only of our resnet,
+    whose widths are a list."""
     few = task.preset == "smoke"
     widths = task.build(dataset).settings()["widths"]
     formats = {"fp32 NCHW": ("fp32", "contiguous"), "fp32 channels_last": ("fp32", "channels_last")}
@@ -82,7 +102,9 @@ def width_scan(task, dataset, factors=(1, 2, 4)):
             x, y = _batch(dataset, t.recipe.batch_size)
             x = x.contiguous(memory_format=run.layout)
             steps[name] = lambda run=run, x=x, y=y: run.train_step(x, y)
-        times = interleaved(steps, repeats=3 if few else 15, device=task.device, seconds=4 if task.preset == "quick" else 10)
+        times = interleaved(
+            steps, repeats=3 if few else 15, device=task.device, seconds=4 if task.preset == "quick" else 10
+        )
         rows["/".join(map(str, wide))] = {name: 1e3 * stats.median(t) for name, t in times.items()}
     return pd.DataFrame(rows).T.rename_axis("widths")
 
@@ -107,7 +129,9 @@ def width_figure(scan):
 def say_widths(scan):
     """The last format's speed-up at each width, in a sentence."""
     name = scan.columns[-1]
-    found = ", ".join(f"{ratio:.2f}x at {widths}" for widths, ratio in (scan["fp32 NCHW"] / scan[name]).items())
+    found = ", ".join(
+        f"{ratio:.2f}x at {widths}" for widths, ratio in (scan["fp32 NCHW"] / scan[name]).items()
+    )
     return f"A step of {name} against fp32 NCHW: {found}."
 
 
@@ -127,7 +151,9 @@ def lost_updates():
     for k in (6, 7, 8, 9, 10, 11, 12, 23):
         update = 2.0**-k
         rows[f"2^-{k}"] = {
-            name: "kept" if (torch.tensor(1.0, dtype=dtype) + torch.tensor(update, dtype=dtype)).item() != 1 else "lost"
+            name: "kept"
+            if (torch.tensor(1.0, dtype=dtype) + torch.tensor(update, dtype=dtype)).item() != 1
+            else "lost"
             for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
         }
     return pd.DataFrame(rows).T.rename_axis("update of the weight 1")
@@ -144,7 +170,9 @@ def _gradients(model, x, y, scale=1.0):
 
 
 def check_scaling(model, dataset):
-    """Scaling by 2^15 and by 30,000 against the gradients of the plain loss, and what an overflowing step leaves behind."""
+    """Scaling by 2^15 and by 30,000 against the gradients of the plain loss, and what an overflowing step
+    leaves behind.
+    """
     x, y = _batch(dataset)
     model = model.eval()  # no statistics move: the same function each time
     plain = _gradients(model, x, y)
@@ -152,8 +180,16 @@ def check_scaling(model, dataset):
     for scale in (2.0**15, 30_000.0):
         scaled = _gradients(model, x, y, scale)
         same = all(torch.equal(s / scale, g) for s, g in zip(scaled, plain, strict=True))
-        error = max(((s / scale - g).norm() / g.norm().clamp_min(1e-30)).item() for s, g in zip(scaled, plain, strict=True))
-        rows.append((f"gradients of {scale:g} L, divided by {scale:g}", "bit-equal" if same else f"relative difference {error:.1e}"))
+        error = max(
+            ((s / scale - g).norm() / g.norm().clamp_min(1e-30)).item()
+            for s, g in zip(scaled, plain, strict=True)
+        )
+        rows.append(
+            (
+                f"gradients of {scale:g} L, divided by {scale:g}",
+                "bit-equal" if same else f"relative difference {error:.1e}",
+            )
+        )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     _gradients(model, x, y)
     optimizer.step()
@@ -166,18 +202,30 @@ def check_scaling(model, dataset):
     scaler.update()
     after = [model.state_dict(), optimizer.state_dict()["state"]]
     kept = all(torch.equal(before[0][k], v) for k, v in after[0].items())
-    kept &= all(torch.equal(before[1][i]["momentum_buffer"], s["momentum_buffer"]) for i, s in after[1].items())
+    kept &= all(
+        torch.equal(before[1][i]["momentum_buffer"], s["momentum_buffer"]) for i, s in after[1].items()
+    )
     rows.append(
-        ("a step that overflows at S = 2^40", f"{scaler.skipped} skipped; weights and momentum {'unchanged' if kept else 'CHANGED'}")
+        (
+            "a step that overflows at S = 2^40",
+            f"{scaler.skipped} skipped; weights and momentum {'unchanged' if kept else 'CHANGED'}",
+        )
     )
     rows.append(("S afterwards", f"2^{math.log2(scaler.S):g}"))
     return pd.DataFrame(rows, columns=["what", "result"]).set_index("what")
 
 
 def gradient_magnitudes(task, dataset, epochs=1.0):
-    """log2 |g| of the non-zero gradients of layer outputs and of weights, in fp32, after `epochs` of training, and the share that is 0."""
+    """log2 |g| of the non-zero gradients of layer outputs and of weights, in fp32, after `epochs` of
+    training, and the share that is 0.
+    """
     model = task.build(dataset)
-    train(model, dataset, replace(task.recipe, epochs=min(epochs, task.recipe.epochs), precision="fp32"), evaluations=1)
+    train(
+        model,
+        dataset,
+        replace(task.recipe, epochs=min(epochs, task.recipe.epochs), precision="fp32"),
+        evaluations=1,
+    )
     x, y = _batch(dataset)
     outputs, hooks = [], []
 
@@ -198,7 +246,9 @@ def underflow_figure(gradients):
     logs = {name: torch.log2(g[g != 0].abs()).cpu().numpy() for name, g in gradients.items()}
     low = min(-40.0, *(float(v.min()) for v in logs.values()))
     spans = [(low, -25, "0 in fp16 at S = 1"), (low, -35, "still 0 at S = 2^10")]
-    figure = figures.histogram(logs, xlabel="log2 of the gradient's magnitude", spans=spans, marks=[(-14, "smallest normal number")])
+    figure = figures.histogram(
+        logs, xlabel="log2 of the gradient's magnitude", spans=spans, marks=[(-14, "smallest normal number")]
+    )
     return figure, (
         "Gradients left of -25 become 0 in fp16; those between -25 and -14 lose bits. Multiplying the loss by S = 2^10 moves the limits "
         "ten units to the left, for nothing: only exponents change."
@@ -210,13 +260,19 @@ def underflow_table(gradients, scales=(1, 8, 128, 1024, 2**16)):
     rows = {}
     for name, g in gradients.items():
         g = g[g != 0]
-        rows[f"{name}: become 0"] = {f"S = {s:g}": f"{(round_to(s * g) == 0).float().mean():.3%}" for s in scales}
-        rows[f"{name}: overflow"] = {f"S = {s:g}": f"{torch.isinf(round_to(s * g)).float().mean():.3%}" for s in scales}
+        rows[f"{name}: become 0"] = {
+            f"S = {s:g}": f"{(round_to(s * g) == 0).float().mean():.3%}" for s in scales
+        }
+        rows[f"{name}: overflow"] = {
+            f"S = {s:g}": f"{torch.isinf(round_to(s * g)).float().mean():.3%}" for s in scales
+        }
     return pd.DataFrame(rows).T
 
 
 def cost_table(task, dataset):
-    """Bytes and FLOPs of a training step by format, and the measured rate of products of the network's largest convolution."""
+    """Bytes and FLOPs of a training step by format, and the measured rate of products of the network's
+    largest convolution.
+    """
     batch = min(task.recipe.batch_size, len(dataset.train))
     x = dataset.normalize(dataset.train.x[:batch])
     largest = max(cost.layers(task.build(dataset), x).values(), key=lambda c: c.flops)
@@ -224,7 +280,9 @@ def cost_table(task, dataset):
     if native_bf16(task.device):
         formats["bf16 channels_last"] = (torch.bfloat16, True)
     convs = {name: (largest, *f) for name, f in formats.items()}
-    times = cost.conv_seconds(convs, device=task.device, repeats=5 if task.preset == "smoke" else 21, seconds=4)
+    times = cost.conv_seconds(
+        convs, device=task.device, repeats=5 if task.preset == "smoke" else 21, seconds=4
+    )
     flops = cost.step_flops(task.build(dataset).to("meta"), dataset.shape, batch)
     reference, rows = None, {}
     for name, (dtype, _) in formats.items():
@@ -236,13 +294,17 @@ def cost_table(task, dataset):
             "GFLOP/s, largest convolution": f"{3 * largest.flops / seconds / 1e9:.0f}",
             "its speed-up, forward + dX + dW": f"{reference / seconds:.2f}x",
         }
-    return pd.DataFrame(rows).T.rename_axis(f"{largest.C} to {largest.O} channels, {largest.H} x {largest.W}, batch {batch}")
+    return pd.DataFrame(rows).T.rename_axis(
+        f"{largest.C} to {largest.O} channels, {largest.H} x {largest.W}, batch {batch}"
+    )
 
 
 def scaling_events(comparison):
     """What became of the loss scale in each arm."""
     last = {a.name: [e for h in comparison.histories(a.name) for e in h.events] for a in comparison.arms}
-    return pd.DataFrame({n: {"loss scale": "; ".join(dict.fromkeys(e["text"] for e in events))} for n, events in last.items()}).T
+    return pd.DataFrame(
+        {n: {"loss scale": "; ".join(dict.fromkeys(e["text"] for e in events))} for n, events in last.items()}
+    ).T
 
 
 def ablation_figure(comparison):

@@ -1,4 +1,6 @@
-"""Chapter 6.2: teachers and students on one clock, the controls, and what function preservation comes to in numbers."""
+"""Chapter 6.2: teachers and students on one clock, the controls, and what function preservation comes to in
+numbers.
+"""
 
 import copy
 import itertools
@@ -16,11 +18,12 @@ from effilib.experiment import Arm
 from effilib.methods.net2net import Net2Net, deepen_, gradmax_, thin_, widen_
 from effilib.training import stream, train
 
-# Shares of the baseline's epochs (student, teacher), of its learning rate (student) and of its widths (teacher). Chosen in trial runs with
-# seeds that are not measured: students of a teacher with half of the widths did not reach the target in half of the epochs, and a
-# teacher that is trained for all of them holds it already. Half of the epochs and of the rate was the first choice for the study preset;
-# there three of the five measured seeds held the target (22 s against 45 s), so the epochs were raised after that run, and the rate in
-# trial runs.
+# Shares of the baseline's epochs (student, teacher), of its learning rate (student) and of its widths
+# (teacher). Chosen in trial runs with seeds that are not measured: students of a teacher with half of the
+# widths did not reach the target in half of the epochs, and a teacher that is trained for all of them holds
+# it already. Half of the epochs and of the rate was the first choice for the study preset; there three of the
+# five measured seeds held the target (22 s against 45 s), so the epochs were raised after that run, and the
+# rate in trial runs.
 STUDENT = {
     "smoke": dict(epochs=0.5, lr=0.5, factor=0.5),
     "quick": dict(epochs=0.6, lr=0.7, factor=0.75, taught=0.5),
@@ -31,7 +34,9 @@ _latest = {"block": None, "arms": set(), "kept": {}}
 
 
 def shared(task, seed, arm):
-    """What the arms of one block share, a dict: empty for another block, and where an arm asks again because its block is run again."""
+    """What the arms of one block share, a dict: empty for another block, and where an arm asks again because
+    its block is run again.
+    """
     block = repr((task, seed))
     if block != _latest["block"] or arm in _latest["arms"]:
         _latest.update(block=block, arms=set(), kept={})
@@ -43,11 +48,11 @@ def shared(task, seed, arm):
 class Grown:
     """A student that grows out of a teacher: (task, seed) -> `History`.
 
-    The teacher is the task's network with `factor` of every width, trained by the task's recipe for `taught` times its epochs. The
-    student grows back to the full widths before its first step (growth is on its clock) and trains for `epochs` times the recipe's
-    epochs at `lr` times its learning rate. counted: put the teacher's training on the clock too. deeper: layers or blocks to add as well.
-    Teacher and student are trained once a block: the student whose teacher counts is the one whose teacher is given.
-    """
+    The teacher is the task's network with `factor` of every width, trained by the task's recipe for `taught`
+    times its epochs. The student grows back to the full widths before its first step (growth is on its clock)
+    and trains for `epochs` times the recipe's epochs at `lr` times its learning rate. counted: put the
+    teacher's training on the clock too. deeper: layers or blocks to add as well. Teacher and student are
+    trained once a block: the student whose teacher counts is the one whose teacher is given."""
 
     breaker: str = "noise"
     factor: float = 0.5
@@ -62,8 +67,12 @@ class Grown:
         key = replace(self, counted=False)
         model, before, teacher = self.teacher(task, dataset, seed, kept)
         if key not in kept:
-            recipe = replace(task.recipe, epochs=self.epochs * task.recipe.epochs, lr=self.lr * task.recipe.lr, warmup=0.0)
-            method = Net2Net(wider=before if self.factor < 1 else 1.0, breaker=self.breaker, deeper=self.deeper)
+            recipe = replace(
+                task.recipe, epochs=self.epochs * task.recipe.epochs, lr=self.lr * task.recipe.lr, warmup=0.0
+            )
+            method = Net2Net(
+                wider=before if self.factor < 1 else 1.0, breaker=self.breaker, deeper=self.deeper
+            )
             kept[key] = train(model, dataset, recipe, [method], seed, evaluations=task.evaluations)
         return teacher + kept[key] if self.counted else kept[key]
 
@@ -83,12 +92,17 @@ class Grown:
         return model, before, history
 
 
-SIZES = {"quick": dict(evaluations=8, images=2200), "study": dict(evaluations=12)}  # evaluations must not take as long as the training
+SIZES = {
+    "quick": dict(evaluations=8, images=2200),
+    "study": dict(evaluations=12),
+}  # evaluations must not take as long as the training
 GIVEN, COUNTED = "Net2Wider, teacher given", "Net2Wider, teacher counted"
 
 
 def arms(preset):
-    """The judged arms: from scratch; grown, with and without the teacher's time; from scratch with the student's short schedule."""
+    """The judged arms: from scratch; grown, with and without the teacher's time; from scratch with the
+    student's short schedule.
+    """
     student = STUDENT[preset]
     found = [
         Arm(name="from scratch", role="baseline"),
@@ -99,23 +113,40 @@ def arms(preset):
     if preset != "quick":
         found.insert(3, Arm(name="GradMax, teacher given", fit=Grown(**student, breaker="gradmax")))
     if preset in ("smoke", "full"):
-        found.append(Arm(name="random pad, teacher given", role="control", fit=Grown(**student, breaker="random")))
+        found.append(
+            Arm(name="random pad, teacher given", role="control", fit=Grown(**student, breaker="random"))
+        )
     return found
 
 
 def with_epochs(task, arms):
     """The arms with shares of the epochs turned into epochs of this task."""
-    return [replace(a, changes={"epochs": a.changes["epochs"] * task.recipe.epochs}) if "epochs" in a.changes else a for a in arms]
+    return [
+        replace(a, changes={"epochs": a.changes["epochs"] * task.recipe.epochs})
+        if "epochs" in a.changes
+        else a
+        for a in arms
+    ]
 
 
 def deeper_places(task, dataset):
-    """Where one more layer can go: behind the last block whose copy would fit, else behind the last ReLU in a Sequential."""
+    """Where one more layer can go: behind the last block whose copy would fit, else behind the last ReLU in a
+    Sequential.
+    """
     model = task.build(dataset)
     if isinstance(model, models.ResNet):
         return (f"stages.{len(model.stages) - 1}.{len(model.stages[-1]) - 1}",)
     blocks = [p.name for p in surgery.trace(model).paths if not p.shortcut]
-    holders = {n: model.get_submodule(n.rpartition(".")[0]) for n, m in model.named_modules() if isinstance(m, nn.ReLU)}
-    convs = [n for n, h in holders.items() if isinstance(h, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in h)]
+    holders = {
+        n: model.get_submodule(n.rpartition(".")[0])
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ReLU)
+    }
+    convs = [
+        n
+        for n, h in holders.items()
+        if isinstance(h, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in h)
+    ]
     return tuple([*blocks[-1:], *convs[-1:]][:1])
 
 
@@ -123,7 +154,11 @@ def breakers(preset, places=()):
     """A wider grid, for illustration: every symmetry breaker, and Net2Deeper alone."""
     student = STUDENT[preset]
     found = [Arm(name="from scratch", role="baseline")]
-    kinds = ("none", "noise", "gradmax", "random") if preset == "quick" else ("none", "noise", "uneven", "pair", "gradmax", "random")
+    kinds = (
+        ("none", "noise", "gradmax", "random")
+        if preset == "quick"
+        else ("none", "noise", "uneven", "pair", "gradmax", "random")
+    )
     found += [Arm(name=f"wider: {b}", fit=Grown(**student, breaker=b)) for b in kinds]
     if places:
         found.append(Arm(name="deeper", fit=Grown(**student | {"factor": 1.0}, deeper=places)))
@@ -150,7 +185,9 @@ def _outputs(model, x):
 
 
 def preservation(task, dataset, steps=20):
-    """Largest change of an output, relative to the outputs' spread, by each way to grow: in eval, in training, on another batch."""
+    """Largest change of an output, relative to the outputs' spread, by each way to grow: in eval, in
+    training, on another batch.
+    """
     (x, y), (other, _) = _batch(dataset, 32), _batch(dataset, 32, "another batch")
     teacher = task.build(dataset)
     before = thin_(teacher, 0.5)
@@ -176,7 +213,9 @@ def preservation(task, dataset, steps=20):
                 continue  # a trunk, or a picture that changes its size on the way: shown for the rest
 
     places = deeper_places(task, dataset)
-    ways = {f"wider: {b}": wider(b) for b in ("none", "uneven", "pair", "noise", "random")} | {"GradMax, where it applies": gradmax}
+    ways = {f"wider: {b}": wider(b) for b in ("none", "uneven", "pair", "noise", "random")} | {
+        "GradMax, where it applies": gradmax
+    }
     ways |= {f"deeper, behind {p}": lambda model, p=p: deepen_(model, p, x=x, generator=g) for p in places}
     rows = {}
     for name, grow in ways.items():
@@ -264,18 +303,34 @@ def _apart(model, name, index, n):
 
 
 def cost_table(task, dataset, student):
-    """Parameters and predicted cost of teacher, student and training from scratch, in units of the baseline's training FLOPs."""
+    """Parameters and predicted cost of teacher, student and training from scratch, in units of the baseline's
+    training FLOPs.
+    """
     from effilib import cost
 
     full, thin = task.build(dataset), task.build(dataset)
     thin_(thin, student["factor"])
     size = min(task.recipe.batch_size, len(dataset.train))
-    flops = {k: cost.step_flops(m.to("meta"), dataset.shape, size) for k, m in (("full", full), ("thin", thin))}
+    flops = {
+        k: cost.step_flops(m.to("meta"), dataset.shape, size) for k, m in (("full", full), ("thin", thin))
+    }
     ratio, taught = flops["thin"] / flops["full"], student.get("taught", 1.0)
     rows = {
-        "from scratch": {"parameters": cost.parameters(full), "GFLOP a step": flops["full"] / 1e9, "training FLOPs": "1"},
-        "teacher": {"parameters": cost.parameters(thin), "GFLOP a step": flops["thin"] / 1e9, "training FLOPs": f"{ratio * taught:.2f}"},
-        "student": {"parameters": cost.parameters(full), "GFLOP a step": flops["full"] / 1e9, "training FLOPs": f"{student['epochs']:.2f}"},
+        "from scratch": {
+            "parameters": cost.parameters(full),
+            "GFLOP a step": flops["full"] / 1e9,
+            "training FLOPs": "1",
+        },
+        "teacher": {
+            "parameters": cost.parameters(thin),
+            "GFLOP a step": flops["thin"] / 1e9,
+            "training FLOPs": f"{ratio * taught:.2f}",
+        },
+        "student": {
+            "parameters": cost.parameters(full),
+            "GFLOP a step": flops["full"] / 1e9,
+            "training FLOPs": f"{student['epochs']:.2f}",
+        },
         "teacher and student": {
             "parameters": cost.parameters(full),
             "GFLOP a step": float("nan"),
@@ -291,7 +346,13 @@ def grid_figure(comparison):
     colour = figures.colours([a.name for a in comparison.arms])
     for arm in comparison.arms:
         rows = comparison.histories(arm.name)[0].rows
-        axes.plot([r["epoch"] for r in rows], [r["accuracy"] for r in rows], color=colour[arm.name], label=arm.name, lw=1.5)
+        axes.plot(
+            [r["epoch"] for r in rows],
+            [r["accuracy"] for r in rows],
+            color=colour[arm.name],
+            label=arm.name,
+            lw=1.5,
+        )
     last = [comparison.histories(a.name)[0].accuracy for a in comparison.arms]
     axes.set_ylim(min(last) - 0.8 * (max(last) - min(last)) - 4, max(last) + 1)
     axes.set_xlabel("epochs of the student (or of training from scratch)")
@@ -305,7 +366,10 @@ def grid_figure(comparison):
 
 def say_grid(comparison):
     """Final accuracies of the grid in a sentence."""
-    return ", ".join(f"{a.name} {comparison.histories(a.name)[0].accuracy:.2f} %" for a in comparison.arms) + " (one seed)."
+    return (
+        ", ".join(f"{a.name} {comparison.histories(a.name)[0].accuracy:.2f} %" for a in comparison.arms)
+        + " (one seed)."
+    )
 
 
 def teachers(comparison):
@@ -333,12 +397,18 @@ def mean_times(comparison):
     found = []
     for arm in comparison.arms:
         reached = [t for t in comparison.times(arm.name) if t is not None]
-        text = f"{stats.median(reached):.1f} s ({len(reached)} of {len(comparison.blocks)})" if reached else "never"
+        text = (
+            f"{stats.median(reached):.1f} s ({len(reached)} of {len(comparison.blocks)})"
+            if reached
+            else "never"
+        )
         found.append(f"{arm.name} {text}")
     return "; ".join(found) + "."
 
 
 def subset(task):
-    """What the wider grid runs on: in the quick preset a third of the images, in the study preset a quarter of the epochs."""
+    """What the wider grid runs on: in the quick preset a third of the images, in the study preset a quarter
+    of the epochs.
+    """
     smaller = {"quick": dict(images=(task.images or 0) // 3), "study": dict(epochs=task.recipe.epochs / 4)}
     return task.but(**smaller[task.preset], evaluations=5, target=None) if task.preset in smaller else task

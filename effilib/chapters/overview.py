@@ -1,4 +1,6 @@
-"""Chapter 2: what a training step's time consists of, the map of the methods, and what was recorded of each chapter."""
+"""Chapter 2: what a training step's time consists of, the map of the methods, and what was recorded of each
+chapter.
+"""
 
 import statistics as stats
 from dataclasses import replace
@@ -7,10 +9,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from effilib import cost, data, figures, series, tuning
+from effilib import cost, data, figures, tuning
 from effilib.clock import interleaved
 from effilib.data import Batches
 from effilib.training import LAYOUTS, Run, resolve_layout, resolve_precision, stream
+from effilib.workbook import series
 
 PARTS = ("data", "forward: convolutions", "forward: rest", "dX", "dW", "backward: rest", "optimizer")
 
@@ -18,9 +21,9 @@ PARTS = ("data", "forward: convolutions", "forward: rest", "dX", "dW", "backward
 def breakdown(task, dataset, *, repeats=25, seconds=6):
     """Milliseconds of the parts of one training step, as a dict of `PARTS`.
 
-    Data, forward, backward and optimizer are timed as they are; the convolutions' share of forward and backward comes
-    from the per-layer latency table. What is left over is element-wise work, BatchNorm, Python.
-    """
+    Data, forward, backward and optimizer are timed as they are; the convolutions' share of forward and
+    backward comes from the per-layer latency table. What is left over is element-wise work, BatchNorm,
+    Python."""
     layout = LAYOUTS[resolve_layout(task.recipe, task.device)]
     model = task.build(dataset).to(memory_format=layout).train()
     run = Run(model, dataset, replace(task.recipe, compile=False), (), 0)
@@ -52,8 +55,12 @@ def breakdown(task, dataset, *, repeats=25, seconds=6):
         repeats=repeats, device=dataset.device, seconds=seconds,
     )  # fmt: skip
     ms = {k: 1e3 * stats.median(v) for k, v in times.items()}
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(task.recipe.precision, task.device), torch.float32)
-    table = cost.latency_table(model, x, dtype=dtype, channels_last=layout is torch.channels_last, repeats=repeats, seconds=seconds)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        resolve_precision(task.recipe.precision, task.device), torch.float32
+    )
+    table = cost.latency_table(
+        model, x, dtype=dtype, channels_last=layout is torch.channels_last, repeats=repeats, seconds=seconds
+    )
     passes = {p: sum(r["ms"] for r in table if r["pass"] == p) for p in cost.PASSES}
     return {
         "data": ms["data"],
@@ -70,7 +77,9 @@ def breakdowns(task, dataset):
     """The parts for fp32 NCHW, and for what this project trains with: dict name -> parts."""
     few = dict(repeats=3, seconds=2) if task.preset == "smoke" else {}
     plain = task.but(precision="fp32", memory_format="contiguous")
-    name = f"{resolve_precision(task.recipe.precision, task.device)} {resolve_layout(task.recipe, task.device)}"
+    name = (
+        f"{resolve_precision(task.recipe.precision, task.device)} {resolve_layout(task.recipe, task.device)}"
+    )
     return {"fp32 NCHW": breakdown(plain, dataset, **few), name: breakdown(task, dataset, **few)}
 
 
@@ -89,7 +98,12 @@ def limits(parts):
     now = list(parts.values())[-1]
     total = sum(now.values())
     rows = {
-        k: {"ms": f"{v:.2f}", "share": f"{v / total:.0%}", "step, if it were free": f"{total / (total - v):.2f}x"} for k, v in now.items()
+        k: {
+            "ms": f"{v:.2f}",
+            "share": f"{v / total:.0%}",
+            "step, if it were free": f"{total / (total - v):.2f}x",
+        }
+        for k, v in now.items()
     }
     return pd.DataFrame(rows).T
 
@@ -99,7 +113,13 @@ def method_map():
     figure, axes = figures.new(width=10.0, height=4.6)
     axes.axis("off")
     columns = list(series.ATTACKS)
-    heads = ("seconds per\noperation", "operations\nper image", "images\nneeded", "another,\ncheaper network", "fewer steps\nto the target")
+    heads = (
+        "seconds per\noperation",
+        "operations\nper image",
+        "images\nneeded",
+        "another,\ncheaper network",
+        "fewer steps\nto the target",
+    )
     for i, (factor, head) in enumerate(zip(columns, heads, strict=True)):
         x = i / len(columns) + 0.5 / len(columns)
         axes.text(
@@ -123,12 +143,18 @@ def method_map():
 
 def _halves(title):
     words = title.split()
-    cut = min(range(1, len(words)), key=lambda k: abs(len(" ".join(words[:k])) - len(title) / 2)) if len(words) > 1 else 1
+    cut = (
+        min(range(1, len(words)), key=lambda k: abs(len(" ".join(words[:k])) - len(title) / 2))
+        if len(words) > 1
+        else 1
+    )
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 
 def recorded_sweep(task):
-    """(preset, data set, rows) of the sweep behind the task's baseline; where none was recorded, of the quick preset's own."""
+    """(preset, data set, rows) of the sweep behind the task's baseline; where none was recorded, of the quick
+    preset's own.
+    """
     preset, dataset = task.preset, data.identify(task.dataset)
     if not tuning.sweep_file(preset, dataset, task.variant).exists():
         preset, dataset = "quick", "mnist5k"
@@ -159,7 +185,9 @@ def results():
                 "chapter": c.number,
                 "method": c.title,
                 "recorded on": f"{r['preset']}, {r['dataset']}" if r else "",
-                "measured": head["text"] if head else ("no verdict: " + r["caption"].split(".")[0] if r else "not run"),
+                "measured": head["text"]
+                if head
+                else ("no verdict: " + r["caption"].split(".")[0] if r else "not run"),
                 "accuracy, points": f"{difference:+.2f}" if difference is not None else "",
                 "verdict": head["verdict"] if head else "",
                 "claim reproduced": head["claim_reproduced"] if head else "",

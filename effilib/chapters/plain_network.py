@@ -1,8 +1,9 @@
-"""What both chapters about needing fewer images train: a plain network with max pooling, with or without BatchNorm.
+"""What both chapters about needing fewer images train: a plain network with max pooling, with or without
+BatchNorm.
 
-The task's ResNet has no pooling layer between its stages and needs its BatchNorm, so neither chapter can use it. The learning
-rates were tuned at the presets' numbers of updates, before any method was run (`effilib.chapters.plain_tuning`).
-"""
+The task's ResNet has no pooling layer between its stages and needs its BatchNorm, so neither chapter can use
+it. The learning rates were tuned at the presets' numbers of updates, before any method was run
+(`effilib.chapters.plain_tuning`)."""
 
 import functools
 import math
@@ -17,11 +18,26 @@ from effilib.training import Method, evaluate, train
 
 NETWORK = "convnet"
 WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
-# The sweep's best learning rates, the lower one where two lie within half a point: preset -> what is trained, of which filters. Without
-# BatchNorm a rate that is best for two seeds lets a third one collapse, so that five decide there.
+# The sweep's best learning rates, the lower one where two lie within half a point: preset -> what is trained,
+# of which filters. Without BatchNorm a rate that is best for two seeds lets a third one collapse, so that
+# five decide there.
 LR = {
-    "quick": {"all": 0.05, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.05, "strength, learned": 0.2},
-    "study": {"all": 0.1, "all, BatchNorm": 0.4, "strength": 0.2, "BatchNorm only": 0.8, "all, learned": 0.1, "strength, learned": 0.2},
+    "quick": {
+        "all": 0.05,
+        "all, BatchNorm": 0.4,
+        "strength": 0.2,
+        "BatchNorm only": 0.8,
+        "all, learned": 0.05,
+        "strength, learned": 0.2,
+    },
+    "study": {
+        "all": 0.1,
+        "all, BatchNorm": 0.4,
+        "strength": 0.2,
+        "BatchNorm only": 0.8,
+        "all, learned": 0.1,
+        "strength, learned": 0.2,
+    },
 }
 
 
@@ -32,7 +48,11 @@ def settings(task, bn):
 
 def lr(task, what="all"):
     """The tuned learning rate; that of the task for another network, which nobody tuned."""
-    return LR["study" if task.preset in ("study", "full") else "quick"][what] if task.network == NETWORK else task.recipe.lr
+    return (
+        LR["study" if task.preset in ("study", "full") else "quick"][what]
+        if task.network == NETWORK
+        else task.recipe.lr
+    )
 
 
 def at_size(task, images, updates, **changes):
@@ -42,7 +62,9 @@ def at_size(task, images, updates, **changes):
 
 
 class TrainingAccuracy(Method):
-    """Notes the accuracy on the training images in eval mode at the end, off the clock. Comes last in an arm."""
+    """Notes the accuracy on the training images in eval mode at the end, off the clock. Comes last in an
+    arm.
+    """
 
     def on_fit_end(self, run):
         with run.clock.paused():
@@ -64,7 +86,9 @@ def load(task, images=None):
 
 
 def fit(task, seed, methods=(), network=None, lr=None):
-    """A run of a grid: no evaluation on the way, and the accuracy on the training images at the end. For `Arm.fit`."""
+    """A run of a grid: no evaluation on the way, and the accuracy on the training images at the end. For
+    `Arm.fit`.
+    """
     dataset = load(task)
     recipe = task.recipe if lr is None else task.but(lr=lr).recipe
     model = task.build(dataset, seed, **(network or {}))
@@ -73,11 +97,15 @@ def fit(task, seed, methods=(), network=None, lr=None):
 
 def training_accuracy(history):
     """What `TrainingAccuracy` noted, in %; nan where it did not."""
-    return next((e["training_accuracy"] for e in reversed(history.events) if "training_accuracy" in e), math.nan)
+    return next(
+        (e["training_accuracy"] for e in reversed(history.events) if "training_accuracy" in e), math.nan
+    )
 
 
 def images_needed(sizes, accuracies, target):
-    """Images at which a learning curve crosses `target`, interpolated in log N: None if it never does, at least the smallest size."""
+    """Images at which a learning curve crosses `target`, interpolated in log N: None if it never does, at
+    least the smallest size.
+    """
     if accuracies[0] >= target:
         return float(sizes[0])
     for i in range(1, len(sizes)):
@@ -88,7 +116,9 @@ def images_needed(sizes, accuracies, target):
 
 
 def needed(comparisons, arms, sizes, target):
-    """One row per arm: the images that it needs for `target`, from every seed's own curve, and how many times fewer than the first arm."""
+    """One row per arm: the images that it needs for `target`, from every seed's own curve, and how many times
+    fewer than the first arm.
+    """
     found = {}
     for name in arms:
         curves = zip(*([h.accuracy for h in comparisons[n].histories(name)] for n in sizes), strict=True)
@@ -108,7 +138,9 @@ def needed(comparisons, arms, sizes, target):
 
 
 def draw_curves(axes, sizes, values, colour, style=None):
-    """Accuracy over the number of images: a dot a seed, the mean as a line. values: dict arm -> per size the list of seeds."""
+    """Accuracy over the number of images: a dot a seed, the mean as a line. values: dict arm -> per size the
+    list of seeds.
+    """
     for name, per_size in values.items():
         line = (style or {}).get(name, "-")
         axes.plot(sizes, [stats.mean(v) for v in per_size], line, color=colour[name], lw=1.8, label=name)

@@ -1,4 +1,6 @@
-"""What chapters 3.3 to 4.2 share: a network wide enough that its convolutions bound a step, and how long its passes take."""
+"""What chapters 3.3 to 4.2 share: a network wide enough that its convolutions bound a step, and how long its
+passes take.
+"""
 
 import statistics as stats
 from dataclasses import dataclass, replace
@@ -25,39 +27,64 @@ WIDE = {  # convolutions of 128 to 256 channels, small maps: what a CPU trains i
 
 
 def wide(task, network="", **changes):
-    """The task on a wide network; with the user's own `network` it stays on that. changes: of the task or its recipe."""
+    """The task on a wide network; with the user's own `network` it stays on that. changes: of the task or its
+    recipe.
+    """
     if not network:
         held = task.held and min(task.held, 1000)  # twenty evaluations must not take longer than the training
-        changes = {"network": "vgg", "widths": {"widths": WIDE[task.preset]}, "target": None, "held": held, **changes}
+        changes = {
+            "network": "vgg",
+            "widths": {"widths": WIDE[task.preset]},
+            "target": None,
+            "held": held,
+            **changes,
+        }
     return task.but(**changes)
 
 
 def sized(task, sizes):
     """The task in the size of one of a chapter's runs. sizes: preset -> changes.
 
-    widths are those of our own residual network; never more seeds than the task has. If anything changes, a pilot finds the target: also
-    with other evaluations only it is another one, for it has to be held by two in a row.
-    """
-    changes = {k: v for k, v in sizes.get(task.preset, {}).items() if k != "widths" or task.network == "resnet"}
-    return task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None}) if changes else task
+    widths are those of our own residual network; never more seeds than the task has. If anything changes, a
+    pilot finds the target: also with other evaluations only it is another one, for it has to be held by two
+    in a row."""
+    changes = {
+        k: v for k, v in sizes.get(task.preset, {}).items() if k != "widths" or task.network == "resnet"
+    }
+    return (
+        task.but(**changes | {"seeds": min(task.seeds, changes.get("seeds", task.seeds)), "target": None})
+        if changes
+        else task
+    )
 
 
 def judged(task):
     """The task of the judged arms where there are many of them.
 
-    With fewer epochs, at the recorded sweep's best setting for them. Quick: with fewer evaluations too, which would take as long as the
-    training.
-    """
-    return sized(task, {"quick": dict(epochs=2, evaluations=8, **swept(task, 2)), "study": dict(epochs=10, **swept(task, 10))})
+    With fewer epochs, at the recorded sweep's best setting for them. Quick: with fewer evaluations too, which
+    would take as long as the training."""
+    return sized(
+        task,
+        {
+            "quick": dict(epochs=2, evaluations=8, **swept(task, 2)),
+            "study": dict(epochs=10, **swept(task, 10)),
+        },
+    )
 
 
 def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_entropy(logits, y)):
-    """Forward and backward of networks (name -> module), timed in turn, beside what FLOPs predict, relative to the first.
+    """Forward and backward of networks (name -> module), timed in turn, beside what FLOPs predict, relative
+    to the first.
 
     loss: (model, logits in fp32, y) -> what is differentiated.
     """
-    x, y = next(iter(Batches(dataset, min(task.recipe.batch_size, len(dataset.train)), stream(0, "numerics"))))
-    layout, precision = LAYOUTS[resolve_layout(task.recipe, task.device)], resolve_precision(task.recipe.precision, task.device)
+    x, y = next(
+        iter(Batches(dataset, min(task.recipe.batch_size, len(dataset.train)), stream(0, "numerics")))
+    )
+    layout, precision = (
+        LAYOUTS[resolve_layout(task.recipe, task.device)],
+        resolve_precision(task.recipe.precision, task.device),
+    )
     x, steps, flops = x.contiguous(memory_format=layout), {}, {}
     for name, model in networks.items():
         model.train().to(memory_format=layout)
@@ -70,7 +97,9 @@ def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_en
 
         steps[name], flops[name] = step, cost.count_flops(step)
     seconds = {"quick": 3, "study": 15, "full": 15}.get(task.preset, 1)
-    times = interleaved(steps, repeats=3 if task.preset == "smoke" else 15, warm_up=2, device=dataset.device, seconds=seconds)
+    times = interleaved(
+        steps, repeats=3 if task.preset == "smoke" else 15, warm_up=2, device=dataset.device, seconds=seconds
+    )
     first, ms = next(iter(steps)), {name: 1e3 * stats.median(t) for name, t in times.items()}
     rows = {
         name: {
@@ -86,7 +115,9 @@ def step_table(task, dataset, networks, loss=lambda model, logits, y: F.cross_en
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way of computing a network's products: convert(model) in place (None: exact), with a precision ("auto": the task's)."""
+    """A way of computing a network's products: convert(model) in place (None: exact), with a precision
+    ("auto": the task's).
+    """
 
     name: str
     convert: object = None
@@ -94,7 +125,8 @@ class Variant:
 
 
 def pass_times(task, dataset, variants, *, repeats=9, seconds=10):
-    """Milliseconds of forward pass, backward pass and whole step of a network's variants, interleaved: dict name -> dict.
+    """Milliseconds of forward pass, backward pass and whole step of a network's variants, interleaved: dict
+    name -> dict.
 
     All on one batch and with the same initial weights; learning rate 0, nothing is learned. Medians.
     """
@@ -105,13 +137,22 @@ def pass_times(task, dataset, variants, *, repeats=9, seconds=10):
     x, y = next(iter(batches))
     prepared = {}
     for v in variants:
-        recipe = replace(task.recipe, precision=v.precision if v.precision != "auto" else task.recipe.precision)
+        recipe = replace(
+            task.recipe, precision=v.precision if v.precision != "auto" else task.recipe.precision
+        )
         layout = LAYOUTS[resolve_layout(recipe, task.device)]
         model = task.build(dataset).to(memory_format=layout).train()
         if v.convert:
             v.convert(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-        prepared[v.name] = model, optimizer, resolve_precision(recipe.precision, task.device), x.contiguous(memory_format=layout)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+        )
+        prepared[v.name] = (
+            model,
+            optimizer,
+            resolve_precision(recipe.precision, task.device),
+            x.contiguous(memory_format=layout),
+        )
     times = {v.name: {"forward": [], "backward": [], "step": []} for v in variants}
     with elapsed() as spent:
         for round_ in range(-2, repeats):
@@ -142,7 +183,9 @@ def _step(model, optimizer, precision, x, y, device):
 
 
 def against_exact(times, groups):
-    """Times as a table. groups: dict heading -> list of variants' names, the first of which is exact; ratios are to that."""
+    """Times as a table. groups: dict heading -> list of variants' names, the first of which is exact; ratios
+    are to that.
+    """
     rows = {}
     for heading, names in groups.items():
         exact = times[names[0]]
@@ -159,7 +202,9 @@ def against_exact(times, groups):
 
 
 def formats(device="cpu"):
-    """The formats in which times are shown, the one that training uses here first: "bf16" where it is native, and "fp32"."""
+    """The formats in which times are shown, the one that training uses here first: "bf16" where it is native,
+    and "fp32".
+    """
     return ("bf16", "fp32") if native_bf16(device) else ("fp32",)
 
 
@@ -167,14 +212,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def layer_times(convs, approximations, *, precision="fp32", device="cpu", repeats=9, seconds=8):
-    """Milliseconds of forward and backward pass of single layers: dict (layer, variant) -> {"forward", "backward"}, medians.
+    """Milliseconds of forward and backward pass of single layers: dict (layer, variant) -> {"forward",
+    "backward"}, medians.
 
     convs: dict name -> `cost.Conv`. approximations: dict name -> `Approximation`; "exact" is added.
     """
     approximations, cases, g = {"exact": EXACT, **approximations}, {}, torch.Generator().manual_seed(0)
     for name, c in convs.items():
         shapes = (c.N, c.C, c.H, c.W), (c.O, c.C // c.groups, c.k, c.k), (c.N, c.O, *c.out_size)
-        x, w, dy = (torch.randn(s, generator=g).to(device, DTYPES[precision]).to(memory_format=torch.channels_last) for s in shapes)
+        x, w, dy = (
+            torch.randn(s, generator=g).to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
+            for s in shapes
+        )
         for how, a in approximations.items():
             cases[name, how] = c, x.relu().requires_grad_(), w.requires_grad_(), dy, a
     times = {key: {"forward": [], "backward": []} for key in cases}
@@ -198,7 +247,9 @@ def layer_times(convs, approximations, *, precision="fp32", device="cpu", repeat
 
 
 def layers_of(task, dataset):
-    """The layers of the task's network that methods approximate, with the sizes that they meet: dict name -> `Conv`."""
+    """The layers of the task's network that methods approximate, with the sizes that they meet: dict name ->
+    `Conv`.
+    """
     model = task.build(dataset)
     x = dataset.normalize(dataset.train.x[: min(task.recipe.batch_size, len(dataset.train))])
     found = cost.layers(model, x)
@@ -221,7 +272,9 @@ def say_difference(differences):
 
 
 def final_table(comparison, notes=None):
-    """What the arms ended at: accuracy of every arm with the difference to the baseline, step time and FLOPs."""
+    """What the arms ended at: accuracy of every arm with the difference to the baseline, step time and
+    FLOPs.
+    """
     rows = {}
     for arm in comparison.arms:
         h = comparison.histories(arm.name)
@@ -239,7 +292,9 @@ def final_table(comparison, notes=None):
 
 
 def accuracy_figure(comparison, *, xlabel="final validation accuracy (%)"):
-    """(figure, caption): final accuracy of every arm, a dot a seed, a bar for the mean, the baseline's mean dashed."""
+    """(figure, caption): final accuracy of every arm, a dot a seed, a bar for the mean, the baseline's mean
+    dashed.
+    """
     figure, axes = figures.new(width=8.0, height=1.2 + 0.36 * len(comparison.arms))
     colour = figures.colours([a.name for a in comparison.arms])
     base = stats.mean(h.accuracy for h in comparison.histories(comparison.baseline))

@@ -1,7 +1,8 @@
-"""Chapter II.9: what is trained: the procedure in its three modes, with and without resizing, and the controls, all for the same time.
+"""Chapter II.9: what is trained: the procedure in its three modes, with and without resizing, and the
+controls, all for the same time.
 
-What was decided is shown by `decisions`, what came out of it by `answers`: finished runs stay in the cache where only these two change.
-"""
+What was decided is shown by `decisions`, what came out of it by `answers`: finished runs stay in the cache
+where only these two change."""
 
 import copy
 import itertools
@@ -12,25 +13,28 @@ from torch import nn
 from effilib import models, surgery
 from effilib.chapters import kernel_rescaling, prune_train
 from effilib.chapters.net2net import shared
-from effilib.decision import GROWTH, MODES
 from effilib.experiment import PILOT_SEEDS, Arm, measure
+from effilib.methods.decision import GROWTH, MODES
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.prune_then_grow import GENTLE, PruneThenGrow, plan, step_flops
 from effilib.training import stream, train
 from effilib.tuning import swept
 
-# All that was chosen, by preset: starting points, not findings. task: what differs from chapter II.8's; decisions come at epochs' ends, so
-# that the quick preset takes fewer images and more epochs. start: the network that grows, blocks of a stage and the share of the
-# baseline's channels inside of them. method: of `PruneThenGrow`; smoke grows wherever it can (low), so that tests see it on any machine.
-# budget: the predicted cost that all arms share is time, FLOPs are what it is held by; of the baseline's FLOPs, those that take its time on
-# the small network, on images resized as chapter 6.3 does, and on both, for the processor makes less of all that is small. Study: from an
-# earlier run of all arms (n = 5), which with 1, 0.82 and 0.82 of the FLOPs took 1.10, 1.05 and 1.19 of the time.
-# Study, trial runs with seeds that are not measured (n = 2). In 0.55 of 0.88 of the FLOPs: the baseline's network on resized images with
-# 40, 50 and 60 % of the steps at half the side 69.9, 70.6 and 70.8 %; the procedure 69.3 % with idle = 0.12, 70.5 % with 0.25, from the
-# baseline's own network 69.7 %. In 0.55 of the time: the procedure 68.8 %, from half the channels 68.2 %, growing after every epoch 67.7 %,
-# both 67.2 %; the small network 69.4 %, with batches of 128 67.2 % and at twice the learning rate 68.6 %, in 0.91 of that time. In all of
-# the time (n = 5), to the letter of the thesis on the baseline's own network: 74.4 %, from the small one 74.4 % too. On images in full size
-# windowed did not grow once in five runs, so its controls take small images, as the arm of the aim does.
+# All that was chosen, by preset: starting points, not findings. task: what differs from chapter II.8's;
+# decisions come at epochs' ends, so that the quick preset takes fewer images and more epochs. start: the
+# network that grows, blocks of a stage and the share of the baseline's channels inside of them. method: of
+# `PruneThenGrow`; smoke grows wherever it can (low), so that tests see it on any machine. budget: the
+# predicted cost that all arms share is time, FLOPs are what it is held by; of the baseline's FLOPs, those
+# that take its time on the small network, on images resized as chapter 6.3 does, and on both, for the
+# processor makes less of all that is small. Study: from an earlier run of all arms (n = 5), which with 1,
+# 0.82 and 0.82 of the FLOPs took 1.10, 1.05 and 1.19 of the time. Study, trial runs with seeds that are not
+# measured (n = 2). In 0.55 of 0.88 of the FLOPs: the baseline's network on resized images with 40, 50 and 60
+# % of the steps at half the side 69.9, 70.6 and 70.8 %; the procedure 69.3 % with idle = 0.12, 70.5 % with
+# 0.25, from the baseline's own network 69.7 %. In 0.55 of the time: the procedure 68.8 %, from half the
+# channels 68.2 %, growing after every epoch 67.7 %, both 67.2 %; the small network 69.4 %, with batches of
+# 128 67.2 % and at twice the learning rate 68.6 %, in 0.91 of that time. In all of the time (n = 5), to the
+# letter of the thesis on the baseline's own network: 74.4 %, from the small one 74.4 % too. On images in full
+# size windowed did not grow once in five runs, so its controls take small images, as the arm of the aim does.
 SETTINGS = {
     "smoke": dict(
         task=dict(epochs=5, evaluations=5),
@@ -65,19 +69,27 @@ DENSE, PRUNED = "dense baseline", "PruneTrain alone"
 GROWN, RANDOM = "growth alone, resizing", "growth at random stages, resizing"
 SCRATCH, ON = "final architecture from scratch, resizing", "same checkpoint trained on, resizing"
 DENSE_RESIZED, SMALL = "dense, resizing", "smaller network, resizing"
-SHORT = {share: f", {share:g} of the time" for share in (FAST, MODERATE)}  # how the names of arms end that have less than all of it
+SHORT = {
+    share: f", {share:g} of the time" for share in (FAST, MODERATE)
+}  # how the names of arms end that have less than all of it
 
 
 def task(book):
-    """The notebook's task in the size of its preset, at the recorded sweep's best setting. Where that differs, a pilot finds the target."""
+    """The notebook's task in the size of its preset, at the recorded sweep's best setting. Where that
+    differs, a pilot finds the target.
+    """
     changes = dict(SETTINGS[book.preset]["task"])
     if "images" in changes:
         changes["images"] = min(changes["images"], len(book.dataset.train))
-    return book.task.but(**changes, **swept(book.task, changes["epochs"]), target=None) if changes else book.task
+    return (
+        book.task.but(**changes, **swept(book.task, changes["epochs"]), target=None) if changes else book.task
+    )
 
 
 def start(task):
-    """Settings of the network that the procedure starts from: our ResNet with fewer blocks or channels in them, others as they are."""
+    """Settings of the network that the procedure starts from: our ResNet with fewer blocks or channels in
+    them, others as they are.
+    """
     if task.network != "resnet":
         return {}
     how = SETTINGS[task.preset]["start"]
@@ -86,13 +98,19 @@ def start(task):
 
 
 def resizing(task, dataset):
-    """Progressive resizing, by chapter 6.3's schedule: images of half the side, then of three quarters, then in full."""
+    """Progressive resizing, by chapter 6.3's schedule: images of half the side, then of three quarters, then
+    in full.
+    """
     return kernel_rescaling.method(task, dataset, kernels=False)
 
 
 def procedure(task, dataset, **changes):
     """The method as this preset runs it, with all of the baseline's time to spend."""
-    given = {"baseline": baseline_flops(task, dataset), "spend": True, "budget": budget(task, small=bool(start(task)))}
+    given = {
+        "baseline": baseline_flops(task, dataset),
+        "spend": True,
+        "budget": budget(task, small=bool(start(task))),
+    }
     return PruneThenGrow(**{**given, **SETTINGS[task.preset]["method"], **changes})
 
 
@@ -116,8 +134,14 @@ def baseline_flops(task, dataset):
 
 
 def epochs_for(task, dataset, model, share=1.0, resizer=None):
-    """Epochs that a network may train for at this share of the baseline's FLOPs, on images that are resized or not."""
-    phases = [*resizer.phases(dataset.shape, 1000), (1000, None)] if resizer else [(0, dataset.shape[1:]), (1000, None)]  # of 1000 steps
+    """Epochs that a network may train for at this share of the baseline's FLOPs, on images that are resized
+    or not.
+    """
+    phases = (
+        [*resizer.phases(dataset.shape, 1000), (1000, None)]
+        if resizer
+        else [(0, dataset.shape[1:]), (1000, None)]
+    )  # of 1000 steps
     mean = 0.0
     for (first, size, *_), (last, *_) in itertools.pairwise(phases):
         mean += (last - first) / 1000 * step_flops(model, (dataset.shape[0], *size), task.recipe.batch_size)
@@ -131,9 +155,9 @@ def epochs_for(task, dataset, model, share=1.0, resizer=None):
 class Fit:
     """Trains what rests on the procedure's run with the same seed: (task, seed) -> `History`.
 
-    what: "run", the procedure itself; "trained on", it again with every growth left out of its plan; "from scratch", the network that it
-    ends with, from new weights and by the recipe, for the epochs that the budget allows. The run itself is made once a block.
-    """
+    what: "run", the procedure itself; "trained on", it again with every growth left out of its plan; "from
+    scratch", the network that it ends with, from new weights and by the recipe, for the epochs that the
+    budget allows. The run itself is made once a block."""
 
     method: PruneThenGrow
     start: tuple  # settings of the network, as items
@@ -151,13 +175,17 @@ class Fit:
             without = tuple(step for step in plan(history) if step[1] not in GROWTH)
             return self.train(task, dataset, seed, replace(self.method, plan=without))[1]
         model = renewed(model, stream(seed, "initial weights").initial_seed())
-        recipe = replace(task.recipe, epochs=epochs_for(task, dataset, model, self.method.budget, self.resizer))
+        recipe = replace(
+            task.recipe, epochs=epochs_for(task, dataset, model, self.method.budget, self.resizer)
+        )
         return train(model, dataset, recipe, [self.resizer], seed, evaluations=task.evaluations)
 
     def train(self, task, dataset, seed, method):
         """(model, history) of the procedure."""
         model = task.build(dataset, seed, **dict(self.start))
-        return model, train(model, dataset, task.recipe, [self.resizer, method], seed, evaluations=task.evaluations)
+        return model, train(
+            model, dataset, task.recipe, [self.resizer, method], seed, evaluations=task.evaluations
+        )
 
 
 def renewed(model, seed):
@@ -178,7 +206,9 @@ def mode_name(mode, resized=False):
 
 
 def arms(task, dataset):
-    """Every arm in the baseline's predicted time, and some in less; quick: the first three, smoke: these and the last ones."""
+    """Every arm in the baseline's predicted time, and some in less; quick: the first three, smoke: these and
+    the last ones.
+    """
     found = [Arm(name=DENSE, role="baseline"), *judged(task, dataset)]
     if task.preset == "quick":
         return found
@@ -188,7 +218,9 @@ def arms(task, dataset):
 
 
 def judged(task, dataset):
-    """The procedure, and PruneTrain on the baseline's network for as many more epochs as it saved time in a pilot run."""
+    """The procedure, and PruneTrain on the baseline's network for as many more epochs as it saved time in a
+    pilot run.
+    """
     pruning = prune_train.method(task.preset)
     pilots = [Arm(name=DENSE, role="baseline"), Arm(name=PRUNED, role="control", methods=(pruning,))]
     pilot = measure(task, pilots, [PILOT_SEEDS[0]], title="pilot for PruneTrain's epochs")[0]["arms"]
@@ -204,7 +236,10 @@ def modes(task, dataset):
     method, run, small = procedure(task, dataset), on_small_images(task, dataset), start(task)
     others = [mode for mode in MODES if mode != "windowed"]
     plain = [Arm(name=mode_name(m), methods=(replace(method, mode=m),), network=small) for m in others]
-    cheap = [Arm(name=mode_name(m, True), methods=(run.resizer, replace(run.method, mode=m)), network=small) for m in others]
+    cheap = [
+        Arm(name=mode_name(m, True), methods=(run.resizer, replace(run.method, mode=m)), network=small)
+        for m in others
+    ]
     return [*plain, Arm(name=mode_name("windowed", True), fit=run), *cheap]
 
 
@@ -216,7 +251,9 @@ def on_small_images(task, dataset):
 
 
 def controls(task, dataset):
-    """What the procedure would have to beat: growth without pruning, growth anywhere, its outcome known before, its run without growth."""
+    """What the procedure would have to beat: growth without pruning, growth anywhere, its outcome known
+    before, its run without growth.
+    """
     run, rest = on_small_images(task, dataset), dict(role="control", network=start(task))
     alone = replace(run.method, prune=replace(run.method.prune, ratio=0.0), pressure=False)
     return [
@@ -233,7 +270,9 @@ def resized(task, dataset):
 
 
 def shorter(task, dataset):
-    """On resized images in less than the baseline's time: the procedure, and beside what may be enough the control that it has to beat."""
+    """On resized images in less than the baseline's time: the procedure, and beside what may be enough the
+    control that it has to beat.
+    """
     run, found = on_small_images(task, dataset), []
     for share, suffix in SHORT.items():
         methods = run.resizer, replace(run.method, budget=share * run.method.budget)
@@ -245,12 +284,20 @@ def without(task, dataset, name, network, share=1.0):
     """The control that trains this network on resized images, in this share of the baseline's time."""
     resizer, most = resizing(task, dataset), budget(task, small=bool(network), resized=True)
     epochs = round(epochs_for(task, dataset, task.build(dataset, **network), share * most, resizer), 2)
-    return Arm(name=name + SHORT.get(share, ""), role="control", methods=(resizer,), network=network, changes={"epochs": epochs})
+    return Arm(
+        name=name + SHORT.get(share, ""),
+        role="control",
+        methods=(resizer,),
+        network=network,
+        changes={"epochs": epochs},
+    )
 
 
 AIM = {mode_name("windowed", True) + SHORT[FAST]: 1 / FAST}  # arm -> speed-up, fixed before running
 
 
 def headline(task):
-    """The arm whose verdict stands for the chapter: the one that the aim is for; in the quick preset, which has it not, the procedure."""
+    """The arm whose verdict stands for the chapter: the one that the aim is for; in the quick preset, which
+    has it not, the procedure.
+    """
     return mode_name("windowed") if task.preset == "quick" else next(iter(AIM))

@@ -1,4 +1,6 @@
-"""Chapter 6.1: PruneTrain's arms and controls, widths over epochs, what narrower layers really save, and the checks."""
+"""Chapter 6.1: PruneTrain's arms and controls, widths over epochs, what narrower layers really save, and the
+checks.
+"""
 
 import copy
 import statistics as stats
@@ -25,9 +27,12 @@ from effilib.methods.prune_train import (
 from effilib.training import stream, train
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
-SHORTER = 0.8  # the control "dense, stopped early" trains for this share of the epochs: the time that the aim allows the method
+# the control "dense, stopped early" trains for this share of the epochs: the time that the aim allows the
+# method
+SHORTER = 0.8
 
-# What a preset changes of the published settings, and why: chosen in trial runs with seeds that are not measured.
+# What a preset changes of the published settings, and why: chosen in trial runs with seeds that are not
+# measured.
 SHORT = dict(scale="schedule", weigh="norm", rule="readers", keep_scale=True)
 SETTINGS = {
     "smoke": dict(SHORT, until=0.6, multiple=2),
@@ -40,9 +45,18 @@ SIZES = {"quick": dict(images=2500, epochs=2, evaluations=8), "study": dict(epoc
 
 
 def wide(book):
-    """The task from which pruning starts: the wide network, fewer epochs in the short presets, a margin of 1 point."""
+    """The task from which pruning starts: the wide network, fewer epochs in the short presets, a margin of 1
+    point.
+    """
     t = book.task
-    task = tasks.task(t.preset, t.dataset, "" if t.network == "resnet" else t.network, "wide", device=t.device, seeds=t.seeds)
+    task = tasks.task(
+        t.preset,
+        t.dataset,
+        "" if t.network == "resnet" else t.network,
+        "wide",
+        device=t.device,
+        seeds=t.seeds,
+    )
     return task.but(**SIZES.get(t.preset, {}), margin=1.0, target=None)
 
 
@@ -68,7 +82,9 @@ def pruned(task, ratio):
 
 @dataclass(frozen=True, kw_only=True)
 class Smaller:
-    """Trains from scratch a network cut to given widths before the first step; for networks that have no settings of their own."""
+    """Trains from scratch a network cut to given widths before the first step; for networks that have no
+    settings of their own.
+    """
 
     widths: tuple  # (node, width)
     removed: tuple = ()
@@ -85,13 +101,17 @@ class Smaller:
 
 
 def pilot(task):
-    """The history of the judged arm with a seed that is never measured: it says which network is left in the end."""
+    """The history of the judged arm with a seed that is never measured: it says which network is left in the
+    end.
+    """
     arm = Arm(name="pilot", role="baseline", methods=(method(task.preset),))
     return measure(task, [arm], [PILOT_SEEDS[0]], title="pilot for the smaller network")[0]["arms"]["pilot"]
 
 
 def smaller(pilot):
-    """The control that could beat the method: the network that pruning ends with, from scratch and from the first step."""
+    """The control that could beat the method: the network that pruning ends with, from scratch and from the
+    first step.
+    """
     arm = Arm(name="the smaller network from scratch", role="control")
     if pilot.structure:
         return replace(arm, network=pilot.structure)
@@ -104,10 +124,16 @@ def smaller(pilot):
 
 
 def arms(task, pilot):
-    """The judged arms: dense, PruneTrain, the smaller network; in the longer presets also dense with fewer epochs."""
+    """The judged arms: dense, PruneTrain, the smaller network; in the longer presets also dense with fewer
+    epochs.
+    """
     found = [Arm(name="dense", role="baseline"), pruned(task, RATIO[task.preset]), smaller(pilot)]
     if task.preset != "quick":
-        early = Arm(name=f"dense, {SHORTER:g}x the epochs", role="control", changes={"epochs": SHORTER * task.recipe.epochs})
+        early = Arm(
+            name=f"dense, {SHORTER:g}x the epochs",
+            role="control",
+            changes={"epochs": SHORTER * task.recipe.epochs},
+        )
         found.append(early)
     return found
 
@@ -131,7 +157,12 @@ def toy():
     before, norms = W.clone(), group_norms(W, 0)
     shrink_([(W, 0, 1)], 2.0)
     rows = [
-        {"group": str(b.tolist()), "norm": n, "1 - kappa / norm": f"{1 - 2 / n:g}", "after": str([round(v, 4) for v in w.tolist()])}
+        {
+            "group": str(b.tolist()),
+            "norm": n,
+            "1 - kappa / norm": f"{1 - 2 / n:g}",
+            "after": str([round(v, 4) for v in w.tolist()]),
+        }
         for b, n, w in zip(before, norms.tolist(), W, strict=True)
     ]
     return pd.DataFrame(rows).set_index("group")
@@ -142,7 +173,9 @@ def _batch(dataset, size=64):
 
 
 def check(task, dataset):
-    """The penalty against a loop, its share of the loss, cuts against masks, and the prediction of how long a group takes to die."""
+    """The penalty against a loop, its share of the loss, cuts against masks, and the prediction of how long a
+    group takes to die.
+    """
     model, (x, y) = task.build(dataset), _batch(dataset, 32)
     groups = weights(model, places(surgery.trace(model).nodes))
     rows = []
@@ -155,17 +188,31 @@ def check(task, dataset):
         rows.append(("group lasso against a loop over all groups, relative", f"{abs(G - slow) / slow:.1e}"))
         loss = float(F.cross_entropy(model.eval()(x), y))
         lam = coefficient(0.2, loss, G)
-        rows.append(("share of the penalty in the whole loss at r = 0.2", f"{lam * G / (loss + lam * G):.6f}"))
-    rows += [(f"largest change of an output, {what}", f"{change:.1e}") for what, change in cuts(model, x).items()]
-    rows.append(("steps until an idle group of norm 1.4 is gone (lambda 3e-3, lr 0.1): predicted", f"{shrink_steps(1.4, 3e-3, 0.1):.0f}"))
+        rows.append(
+            ("share of the penalty in the whole loss at r = 0.2", f"{lam * G / (loss + lam * G):.6f}")
+        )
+    rows += [
+        (f"largest change of an output, {what}", f"{change:.1e}") for what, change in cuts(model, x).items()
+    ]
+    rows.append(
+        (
+            "steps until an idle group of norm 1.4 is gone (lambda 3e-3, lr 0.1): predicted",
+            f"{shrink_steps(1.4, 3e-3, 0.1):.0f}",
+        )
+    )
     rows.append(("... simulated", f"{_simulate(1.4, 3e-3, 0.1)}"))
     return pd.DataFrame(rows, columns=["what", "result"]).set_index("what")
 
 
 def cuts(model, x):
-    """Largest change of an output (eval) when half of a node's channels are cut: all of their weights zero, or only the producers'."""
+    """Largest change of an output (eval) when half of a node's channels are cut: all of their weights zero,
+    or only the producers'.
+    """
     found = {}
-    for what in ("all weights of a dead channel are zero", "only its producers' are (BatchNorm's shift leaks)"):
+    for what in (
+        "all weights of a dead channel are zero",
+        "only its producers' are (BatchNorm's shift leaks)",
+    ):
         m = copy.deepcopy(model).eval()
         node = surgery.nodes(m)[0]
         dead = torch.arange(node.width) >= node.width // 2
@@ -193,7 +240,9 @@ def _simulate(norm, lam, lr, momentum=0.9):
 
 
 def cost_table(task, dataset):
-    """FLOPs and milliseconds of a training step with every node at a share of its width: predicted and measured speed-up."""
+    """FLOPs and milliseconds of a training step with every node at a share of its width: predicted and
+    measured speed-up.
+    """
     shares = {
         "as built": lambda n: n,
         "3/4 of every width": lambda n: max(1, 3 * n // 4),
@@ -225,19 +274,33 @@ def widths_figure(comparison, dataset):
     pruned = [a for a in comparison.arms if _widths(comparison.histories(a.name)[0])]
     begin = start_widths(comparison.task, dataset)
     nodes = list(begin)
-    figure, axes = figures.new(len(pruned), width=max(6.5, 3.6 * len(pruned)), height=0.9 + 0.3 * len(nodes), squeeze=False, sharey=True)
+    figure, axes = figures.new(
+        len(pruned),
+        width=max(6.5, 3.6 * len(pruned)),
+        height=0.9 + 0.3 * len(nodes),
+        squeeze=False,
+        sharey=True,
+    )
     for ax, arm in zip(axes[0], pruned, strict=True):
         epochs = [begin, *_widths(comparison.histories(arm.name)[0])]
         shares = [[e.get(n, (0, 0))[0] / begin[n][0] for e in epochs] for n in nodes]
         image = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         for i, n in enumerate(nodes):
-            ax.text(len(epochs) - 0.4, i, f"{begin[n][0]} → {epochs[-1].get(n, (0, 0))[0]}", va="center", fontsize=8)
+            ax.text(
+                len(epochs) - 0.4,
+                i,
+                f"{begin[n][0]} → {epochs[-1].get(n, (0, 0))[0]}",
+                va="center",
+                fontsize=8,
+            )
         ax.set_title(arm.name)
         ax.set_xlabel("epoch")
         ax.set_xticks(range(0, len(epochs), 1 + len(epochs) // 8))
         ax.grid(False)
         ax.set_yticks(range(len(nodes)), [n if len(n) < 26 else "..." + n[-23:] for n in nodes], fontsize=8)
-    figure.colorbar(image, ax=axes[0].tolist(), label="share of the channels", pad=0.16 if len(pruned) == 1 else 0.1)
+    figure.colorbar(
+        image, ax=axes[0].tolist(), label="share of the channels", pad=0.16 if len(pruned) == 1 else 0.1
+    )
     return figure, (
         "Every row is a channel node, every column the end of an epoch (0: the start); dark: cut away. The numbers are its channels at the "
         "start and at the end. A residual trunk (named after its first layer) can lose a channel only where no layer of its stage uses it."
@@ -256,7 +319,9 @@ def what_happened(comparison):
             "FLOPs": f"{stats.mean(h.flops for h in runs) / stats.mean(h.flops for h in base):.2f}",
             "time": f"{stats.mean(h.seconds for h in runs) / stats.mean(h.seconds for h in base):.2f}",
             "first cut after epoch": str(min(e["epoch"] for e in cut) + 1) if cut else "",
-            "removed paths": str(sum(d.startswith("residual path") for e in cut for d in e["pruned"])) if cut else "",
+            "removed paths": str(sum(d.startswith("residual path") for e in cut for d in e["pruned"]))
+            if cut
+            else "",
             "seconds for cuts, a run": f"{stats.mean(h.kinds.get('reconfigure', {'seconds': 0})['seconds'] for h in runs):.2f}",
         }
     return pd.DataFrame(rows).T.rename_axis("relative to dense")
@@ -268,7 +333,10 @@ def time_figure(comparison):
     colour = figures.colours([a.name for a in comparison.arms])
     base = comparison.histories(comparison.baseline)
     for arm in comparison.arms:
-        points = [(h.flops / b.flops, h.seconds / b.seconds) for h, b in zip(comparison.histories(arm.name), base, strict=True)]
+        points = [
+            (h.flops / b.flops, h.seconds / b.seconds)
+            for h, b in zip(comparison.histories(arm.name), base, strict=True)
+        ]
         axes.plot(*zip(*points, strict=True), "o", color=colour[arm.name], label=arm.name, alpha=0.8)
     low = min(0.5, *(v for line in axes.lines for v in (*line.get_xdata(), *line.get_ydata())))
     axes.plot([low, 1.05], [low, 1.05], "--", color="black", lw=1, label="time as FLOPs predict")
@@ -298,7 +366,9 @@ def nodes(task, dataset):
             "node": n.name,
             "channels": n.width,
             "producers": ", ".join(n.producers),
-            "consumers": ", ".join(c if per == 1 else f"{c} ({per} columns a channel)" for c, per in n.consumers.items()),
+            "consumers": ", ".join(
+                c if per == 1 else f"{c} ({per} columns a channel)" for c, per in n.consumers.items()
+            ),
             "can be cut": n.why or "yes",
         }
         for n in [*found.nodes, *found.refused]

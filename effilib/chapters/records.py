@@ -1,16 +1,20 @@
-"""What other chapters recorded, as chapter 10 reads it: which record stands for a chapter, whether it is current, what follows from it."""
+"""What other chapters recorded, as chapter 10 reads it: which record stands for a chapter, whether it is
+current, what follows from it.
+"""
 
 import functools
 import subprocess
 
 import pandas as pd
 
-from effilib import clock, data, paths, provenance, series
+from effilib import clock, data, paths, provenance
 from effilib.statistics import Verdict
+from effilib.workbook import series
 
 
 def records(book):
-    """Every other chapter's record, and why it is not current ("" where it is): dict stem -> (record, reason).
+    """Every other chapter's record, and why it is not current ("" where it is): dict stem -> (record,
+    reason).
 
     One of this preset and data set in the results comes before a committed one.
     """
@@ -36,7 +40,9 @@ def elsewhere(record, device="cpu"):
 
 
 def stale(record, module, device="cpu"):
-    """Why a record does not tell what this code would do on this machine, "" if it does. module: of the chapter's method."""
+    """Why a record does not tell what this code would do on this machine, "" if it does. module: of the
+    chapter's method.
+    """
     commit, why = record.get("commit") or "", elsewhere(record, device)
     if why:
         return why
@@ -45,7 +51,9 @@ def stale(record, module, device="cpu"):
     files = differing(commit)
     if files is None:
         return "its commit is not known here"
-    runs_on = provenance.imports({"effilib.training", "effilib.experiment", *([f"effilib.methods.{module}"] if module else [])})
+    runs_on = provenance.imports(
+        {"effilib.training", "effilib.experiment", *([f"effilib.methods.{module}"] if module else [])}
+    )
     changed = [m for m in sorted(runs_on) if any(f in files and other(commit, f) for f in sources(m))]
     return f"changed since: {', '.join(changed)}" if changed else ""
 
@@ -59,7 +67,9 @@ def sources(module):
 def git(*words):
     """What git says of this checkout, None where there is none, or it does not know."""
     try:
-        return subprocess.run(["git", "-C", str(paths.root()), *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(paths.root()), *words], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -75,14 +85,19 @@ def differing(commit):
 def other(commit, file):
     """Whether a file's code, without comments, differs from that at a commit."""
     then, now = git("show", f"{commit}:{file}"), paths.root() / file
-    return then is None or not now.is_file() or provenance.normalized(then) != provenance.normalized(now.read_text(encoding="utf-8"))
+    return (
+        then is None
+        or not now.is_file()
+        or provenance.normalized(then) != provenance.normalized(now.read_text(encoding="utf-8"))
+    )
 
 
 def slowdown(record, least, device="cpu"):
-    """How many times slower its chapter found a method on this machine, by its headline; 1.0 where that was less than `least`.
+    """How many times slower its chapter found a method on this machine, by its headline; 1.0 where that was
+    less than `least`.
 
-    It decides how many seeds are spent, not what is said of a method: so it may be a record of code that has changed.
-    """
+    It decides how many seeds are spent, not what is said of a method: so it may be a record of code that has
+    changed."""
     head = (record or {}).get("headline") or {}
     if not head.get("ratio") or elsewhere(record, device):
         return 1.0

@@ -1,4 +1,6 @@
-"""Chapter 10's pilots: who applies, what an arm may do with the time that it saves, and which methods are worth combining."""
+"""Chapter 10's pilots: who applies, what an arm may do with the time that it saves, and which methods are
+worth combining.
+"""
 
 import math
 import statistics as stats
@@ -9,25 +11,47 @@ import pandas as pd
 
 from effilib.chapters import records as recorded
 from effilib.chapters.attempts import attempted, refused
-from effilib.chapters.contenders import DENSE, FP32, PRUNED, RESIZED, STEM, baseline, clash, combined, join, length, lengthened
+from effilib.chapters.contenders import (
+    DENSE,
+    FP32,
+    PRUNED,
+    RESIZED,
+    STEM,
+    baseline,
+    clash,
+    combined,
+    join,
+    length,
+    lengthened,
+)
 from effilib.errors import choose
 from effilib.experiment import PILOT_SEEDS, measure
 from effilib.statistics import time_to_target
 from effilib.tasks import Task
 from effilib.training import History
 
-PRESCRIBED = (RESIZED, STEM, PRUNED)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
+PRESCRIBED = (
+    RESIZED,
+    STEM,
+    PRUNED,
+)  # tried together whatever the selection finds; bf16 is in every arm where the machine has it
 PILOTS = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # seeds of the selection
 ROUNDS = {"smoke": 1, "quick": 3, "study": 3, "full": 4}  # how many methods a combination may have
 OVERHEAD = 1.25  # evaluations, warm-up and counting are off the clock, but take time
 SLOW = 1.5  # times the baseline's time: such an arm gets one seed and no interval
 HELPLESS = 1.1  # times the baseline's time to the target: such an arm is not tried in combinations
-SHARES = (0.9, 0.8, 0.7)  # of the baseline's time: up to these, in turn, an arm that is cheap but less accurate may train for longer
+SHARES = (
+    0.9,
+    0.8,
+    0.7,
+)  # of the baseline's time: up to these, in turn, an arm that is cheap but less accurate may train for longer
 TIGHT = 0.95  # an arm that fills so much of a share already is not lengthened to fill it
 
 
 class Score(NamedTuple):
-    """How an arm did in the pilots, smaller is better: seeds that missed, whether it is less accurate than the margin allows, time."""
+    """How an arm did in the pilots, smaller is better: seeds that missed, whether it is less accurate than
+    the margin allows, time.
+    """
 
     missed: int
     less: bool
@@ -47,18 +71,21 @@ def score(base, runs, target, margin):
 
 
 def trained(task, arms, seeds, spent, title):
-    """The blocks of some runs; what they took, in seconds, goes to the list `spent`: it is the same when they come from the cache."""
+    """The blocks of some runs; what they took, in seconds, goes to the list `spent`: it is the same when they
+    come from the cache.
+    """
     blocks = measure(task, [a if a.role == "baseline" else attempted(a) for a in arms], seeds, title=title)
     spent += [OVERHEAD * h.raw_seconds for b in blocks for h in b["arms"].values()]
     return blocks
 
 
 def fill(task, arms, seeds, base, runs, spent):
-    """Spend what an arm saves on more epochs, where it is less accurate than the baseline: dict name -> (arm, runs), of those that gain.
+    """Spend what an arm saves on more epochs, where it is less accurate than the baseline: dict name -> (arm,
+    runs), of those that gain.
 
-    base: the baseline's runs; runs: name -> the arm's with the same seeds. It is tried in the `SHARES` of the baseline's time, the largest
-    first, for as long as it holds the target at equal accuracy; kept is the shortest length with which it does.
-    """
+    base: the baseline's runs; runs: name -> the arm's with the same seeds. It is tried in the `SHARES` of the
+    baseline's time, the largest first, for as long as it holds the target at equal accuracy; kept is the
+    shortest length with which it does."""
     kept, short = {}, {}  # short: name -> (arm, its share of the baseline's time)
 
     def good(found):
@@ -82,7 +109,8 @@ def fill(task, arms, seeds, base, runs, spent):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's time. refused: name -> why.
+    """What the screening showed. slow: name -> why it gets one seed. factors: name -> times the baseline's
+    time. refused: name -> why.
 
     Contenders that gain by more epochs have them here, and histories are of that length.
     """
@@ -98,28 +126,49 @@ class Trial:
 
     @property
     def missed(self):
-        """Names of those that missed the target, and how far below the baseline they ended, in points; the furthest first."""
+        """Names of those that missed the target, and how far below the baseline they ended, in points; the
+        furthest first.
+        """
         runs = {n: h for n, h in self.histories.items() if time_to_target(h.rows, self.task.target) is None}
-        return dict(sorted(((n, h.accuracy - self.baseline.accuracy) for n, h in runs.items()), key=lambda item: item[1]))
+        return dict(
+            sorted(
+                ((n, h.accuracy - self.baseline.accuracy) for n, h in runs.items()), key=lambda item: item[1]
+            )
+        )
 
     def find(self, name):
         """The contender of this name."""
-        return next(c for c in self.contenders if c.name == choose("arm", name, [c.name for c in self.contenders]))
+        return next(
+            c for c in self.contenders if c.name == choose("arm", name, [c.name for c in self.contenders])
+        )
 
     @property
     def candidates(self):
-        """Names of those that are tried in combinations: one training, not slow, and alone neither without the target nor `HELPLESS`."""
+        """Names of those that are tried in combinations: one training, not slow, and alone neither without
+        the target nor `HELPLESS`.
+        """
         found = []
         for name, history in self.histories.items():
             s = score([self.baseline], [history], self.task.target, self.task.margin)
-            if not self.find(name).arm.fit and name not in (FP32, *self.slow) and not s.missed and s.time <= HELPLESS:
+            if (
+                not self.find(name).arm.fit
+                and name not in (FP32, *self.slow)
+                and not s.missed
+                and s.time <= HELPLESS
+            ):
                 found.append(name)
         return found
 
 
 def screen(task, contenders, records):
-    """Train every contender once with a pilot seed, but those that their own chapter found slow on this machine."""
-    factors = {c.name: recorded.slowdown(records.get(c.stem, [None])[0], SLOW, task.device) for c in contenders if c.arm}
+    """Train every contender once with a pilot seed, but those that their own chapter found slow on this
+    machine.
+    """
+    factors = {
+        c.name: recorded.slowdown(records.get(c.stem, [None])[0], SLOW, task.device)
+        for c in contenders
+        if c.arm
+    }
     slow = {n: f"{f:.1f}x slower in its own chapter" for n, f in factors.items() if f > 1}
     todo = [c for c in contenders if c.arm and c.name not in slow]
     seed, spent = list(PILOT_SEEDS[:1]), []
@@ -127,7 +176,9 @@ def screen(task, contenders, records):
     base, histories = block["arms"][DENSE], {c.name: block["arms"][c.name] for c in todo}
     could = [c.arm for c in todo if c.stretches]
     longer = fill(task, could, seed, [base], {n: [h] for n, h in histories.items()}, spent)
-    no = {c.name: c.why for c in contenders if not c.arm} | {n: refused(h) for n, h in histories.items() if refused(h)}
+    no = {c.name: c.why for c in contenders if not c.arm} | {
+        n: refused(h) for n, h in histories.items() if refused(h)
+    }
     histories = {n: h for n, h in histories.items() if n not in no}
     histories |= {n: h for n, (_, (h,)) in longer.items()}
     for n, h in histories.items():
@@ -135,7 +186,16 @@ def screen(task, contenders, records):
         if factors[n] > SLOW:
             slow[n] = f"{factors[n]:.1f}x the baseline's time in the pilot"
     who = tuple(replace(c, arm=longer[c.name][0]) if c.name in longer else c for c in contenders)
-    return Trial(task=task, contenders=who, baseline=base, histories=histories, slow=slow, factors=factors, refused=no, seconds=sum(spent))
+    return Trial(
+        task=task,
+        contenders=who,
+        baseline=base,
+        histories=histories,
+        slow=slow,
+        factors=factors,
+        refused=no,
+        seconds=sum(spent),
+    )
 
 
 def screen_table(trial):
@@ -151,17 +211,22 @@ def screen_table(trial):
                 "accuracy, points": f"{h.accuracy - trial.baseline.accuracy:+.2f}",
                 "target": "reached" if reached else "diverged" if h.diverged else "missed",
             }
-        note = f"does not apply: {trial.refused[c.name]}" if c.name in trial.refused else trial.slow.get(c.name, "")
+        note = (
+            f"does not apply: {trial.refused[c.name]}"
+            if c.name in trial.refused
+            else trial.slow.get(c.name, "")
+        )
         rows[c.name] = row | {"note": note or ("is tried in combinations" if c.name in candidates else "")}
     return pd.DataFrame(rows).T.rename_axis("arm")
 
 
 def forward(names, measured, clash=lambda a, b: "", rounds=3):
-    """Greedy forward selection: (what was chosen, dict combination -> score of all that was tried). Smaller scores are better.
+    """Greedy forward selection: (what was chosen, dict combination -> score of all that was tried). Smaller
+    scores are better.
 
-    measured: list of combinations (tuples of names; () is the baseline) -> dict combination -> score: a round is measured as one. Each
-    round adds the name that improves most; the first in which none improves is the last.
-    """
+    measured: list of combinations (tuples of names; () is the baseline) -> dict combination -> score: a round
+    is measured as one. Each round adds the name that improves most; the first in which none improves is the
+    last."""
     chosen, tried = (), dict(measured([()]))
     for _ in range(rounds):
         todo = [(*chosen, n) for n in names if n not in chosen and not any(clash(n, c) for c in chosen)]
@@ -178,7 +243,8 @@ def forward(names, measured, clash=lambda a, b: "", rounds=3):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not apply although its parts do.
+    """What was chosen, and all that was tried. histories: of the first pilot seed. refused: what does not
+    apply although its parts do.
 
     arms: combination -> its arm, where it gains by more epochs than its parts have together.
     """
@@ -193,7 +259,9 @@ class Selection:
 
     @property
     def combinations(self):
-        """What is to be measured: the chosen combination and the prescribed one, once if they are the same."""
+        """What is to be measured: the chosen combination and the prescribed one, once if they are the
+        same.
+        """
         return list(dict.fromkeys(c for c in (self.chosen, self.prescribed) if c))
 
     def arm(self, trial, combination):
@@ -202,7 +270,9 @@ class Selection:
 
 
 def select(trial):
-    """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as its parts apply."""
+    """Choose a combination by forward selection over the pilot seeds, and try the prescribed one as far as
+    its parts apply.
+    """
     task, seeds = trial.task, list(PILOT_SEEDS[: PILOTS[trial.task.preset]])
     known, histories, no, arms, spent = {(): Score(0, False, 1.0)}, {}, {}, {}, []
 
@@ -215,7 +285,9 @@ def select(trial):
         todo = [c for c in combinations if c not in known]
         if todo:
             parts = {join(c): combined(task, [trial.find(n) for n in c]) for c in todo}
-            blocks = trained(task, [baseline(), *parts.values()], seeds, spent, title=f"selection, {len(todo[0])} at once")
+            blocks = trained(
+                task, [baseline(), *parts.values()], seeds, spent, title=f"selection, {len(todo[0])} at once"
+            )
             runs = {name: [b["arms"][name] for b in blocks] for name in (DENSE, *parts)}
             could = [parts[join(c)] for c in todo if all(trial.find(n).stretches for n in c)]
             longer = fill(task, could, seeds, runs[DENSE], runs, spent)
@@ -228,22 +300,42 @@ def select(trial):
     if len(seeds) == 1:  # the screening was the first round
         for n in trial.candidates:
             note((n,), [trial.baseline], [trial.histories[n]])
-    chosen, _ = forward(trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset])
+    chosen, _ = forward(
+        trial.candidates, measured, lambda a, b: clash(trial.find(a), trial.find(b)), ROUNDS[task.preset]
+    )
     prescribed = tuple(n for n in PRESCRIBED if n in trial.histories)
     prescribed = next((c for c in known if set(c) == set(prescribed)), prescribed)  # in whatever order
     measured([prescribed])
     prescribed = () if prescribed in no else prescribed
-    return Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused=no, seconds=sum(spent), arms=arms)
+    return Selection(
+        chosen=chosen,
+        prescribed=prescribed,
+        tried=known,
+        histories=histories,
+        refused=no,
+        seconds=sum(spent),
+        arms=arms,
+    )
 
 
 def table(trial, picked):
-    """Every combination that was tried, in order, how it did, and the time that its parts would have if theirs multiplied."""
+    """Every combination that was tried, in order, how it did, and the time that its parts would have if
+    theirs multiplied.
+    """
     rows = {}
     for c, s in picked.tried.items():
-        marks = [m for m, which in (("chosen", picked.chosen), ("prescribed", picked.prescribed)) if c and c == which]
+        marks = [
+            m
+            for m, which in (("chosen", picked.chosen), ("prescribed", picked.prescribed))
+            if c and c == which
+        ]
         alone = [picked.tried[n,].time for n in c if (n,) in picked.tried]
         row = {"epochs": f"{length(trial.task, picked.arm(trial, c)):.2f}x" if c else "1.00x"}
-        row |= {"target": "missed" if s.missed else "reached", "equal accuracy": "no" if s.less else "yes", "time": f"{s.time:.2f}"}
+        row |= {
+            "target": "missed" if s.missed else "reached",
+            "equal accuracy": "no" if s.less else "yes",
+            "time": f"{s.time:.2f}",
+        }
         row["if times multiplied"] = f"{math.prod(alone):.2f}" if len(alone) == len(c) > 1 else ""
         if c in picked.refused:
             row, marks = dict.fromkeys(row, ""), [f"does not apply: {picked.refused[c]}"]
@@ -263,7 +355,18 @@ def say(picked):
 
 def toy():
     """Greedy selection on made-up times: what each round tries, and why it ends."""
-    times = {(): 1.0, ("a",): 0.7, ("b",): 0.8, ("c",): 0.9, ("a", "b"): 0.6, ("a", "c"): 0.75, ("a", "b", "c"): 0.65}
+    times = {
+        (): 1.0,
+        ("a",): 0.7,
+        ("b",): 0.8,
+        ("c",): 0.9,
+        ("a", "b"): 0.6,
+        ("a", "c"): 0.75,
+        ("a", "b", "c"): 0.65,
+    }
     chosen, tried = forward("abc", lambda todo: {c: times[c] for c in todo})
-    rows = {join(c): {"round": str(len(c)), "time": f"{t:g}", "": "chosen" if c == chosen else ""} for c, t in tried.items()}
+    rows = {
+        join(c): {"round": str(len(c)), "time": f"{t:g}", "": "chosen" if c == chosen else ""}
+        for c, t in tried.items()
+    }
     return pd.DataFrame(rows).T.rename_axis("made up")

@@ -1,8 +1,9 @@
-"""Chapter 7.2: the paper's MNIST table as an acceptance test, batch sizes against BatchNorm, GroupNorm and nothing, costs and numerics.
+"""Chapter 7.2: the paper's MNIST table as an acceptance test, batch sizes against BatchNorm, GroupNorm and
+nothing, costs and numerics.
 
-Budget on 2 cores, in runs x seconds: study: acceptance 15 + 4 runs, 4 s each; batch sizes 5 x (4 arms x 5 seeds + 2 pilots) runs, 8 s each.
-quick: acceptance 4 runs of 4 s; the judged batch size 17 runs and the others 12 runs, 1 to 1.5 s each.
-"""
+Budget on 2 cores, in runs x seconds: study: acceptance 15 + 4 runs, 4 s each; batch sizes 5 x (4 arms x 5
+seeds + 2 pilots) runs, 8 s each. quick: acceptance 4 runs of 4 s; the judged batch size 17 runs and the
+others 12 runs, 1 to 1.5 s each."""
 
 import math
 import statistics as stats
@@ -22,7 +23,13 @@ from effilib.clock import interleaved
 from effilib.data import Batches
 from effilib.experiment import PILOT_SEEDS, Arm, compare, measure
 from effilib.methods import standardization_loss as sl
-from effilib.methods.standardization_loss import OtherNorm, StandardizationLoss, divergence, divergence_of, naive_divergence
+from effilib.methods.standardization_loss import (
+    OtherNorm,
+    StandardizationLoss,
+    divergence,
+    divergence_of,
+    naive_divergence,
+)
 from effilib.statistics import paired_ratio, time_to_target
 from effilib.training import Recipe, autocast, native_bf16, resolve_precision, stream, train
 
@@ -45,10 +52,11 @@ UPDATES = {  # batch size -> updates: about equal seconds
 
 
 def cnn(classes, channels=1):
-    """The paper's MNIST network with BatchNorm: 5x5 convolutions of stride 2 to 32, 16 and 8 channels, ReLU, a linear classifier.
+    """The paper's MNIST network with BatchNorm: 5x5 convolutions of stride 2 to 32, 16 and 8 channels, ReLU,
+    a linear classifier.
 
-    BatchNorm shifts and does not scale, as in the paper. Images of 28 to 32 pixels end as 4 x 4 maps; others are pooled to that.
-    """
+    BatchNorm shifts and does not scale, as in the paper. Images of 28 to 32 pixels end as 4 x 4 maps; others
+    are pooled to that."""
     layers, c = [], channels
     for width in (32, 16, 8):
         norm = nn.BatchNorm2d(width)
@@ -78,23 +86,51 @@ def normalized(task):
 
 
 def acceptance_task(task):
-    """(task, sentence): the paper's settings on full MNIST where it is there and the preset is large, else on the embedded 5,000 digits."""
+    """(task, sentence): the paper's settings on full MNIST where it is there and the preset is large, else on
+    the embedded 5,000 digits.
+    """
     steps, large = STEPS.get(task.preset, 1000), task.preset in ("study", "full")
     if task.dataset == "synthetic":
         name, why = "synthetic", "synthetic images: a test."
     elif large and data.present("mnist"):
         name, why = "mnist", "full MNIST."
     else:
-        reason = "its files are not on this machine" if large else f"the {task.preset} preset is too short for it"
-        name, why = "mnist5k", f"5,000 embedded digits instead of full MNIST: {reason}. The bands were fixed for full MNIST."
-    paper = dict(lr=1e-3, schedule="constant", warmup=0.0, momentum=0.0, weight_decay=4e-5, augmentation="none", precision="fp32")
-    chosen = replace(task, dataset=name, network=NETWORK, widths={}, images=None, held=None, target=None, recipe=Recipe(**paper))
+        reason = (
+            "its files are not on this machine" if large else f"the {task.preset} preset is too short for it"
+        )
+        name, why = (
+            "mnist5k",
+            f"5,000 embedded digits instead of full MNIST: {reason}. The bands were fixed for full MNIST.",
+        )
+    paper = dict(
+        lr=1e-3,
+        schedule="constant",
+        warmup=0.0,
+        momentum=0.0,
+        weight_decay=4e-5,
+        augmentation="none",
+        precision="fp32",
+    )
+    chosen = replace(
+        task,
+        dataset=name,
+        network=NETWORK,
+        widths={},
+        images=None,
+        held=None,
+        target=None,
+        recipe=Recipe(**paper),
+    )
     batch = min(128, len(plain.load(chosen).train))
-    return chosen.but(batch_size=batch, epochs=steps / (len(plain.load(chosen).train) // batch)), f"{steps:,} steps on {why}"
+    return chosen.but(
+        batch_size=batch, epochs=steps / (len(plain.load(chosen).train) // batch)
+    ), f"{steps:,} steps on {why}"
 
 
 def raw_fit(task, seed, methods=()):
-    """A run on images in [0, 1], not standardised: a network without normalisation starts badly, which is the point. For `Arm.fit`."""
+    """A run on images in [0, 1], not standardised: a network without normalisation starts badly, which is the
+    point. For `Arm.fit`.
+    """
     dataset = plain.load(task)
     channels = dataset.shape[0]
     dataset = replace(dataset, mean=(0.0,) * channels, std=(1.0,) * channels)
@@ -102,7 +138,9 @@ def raw_fit(task, seed, methods=()):
 
 
 def acceptance(task):
-    """The paper's three arms, and other values of lambda: (`Comparison`, sentence on the data). One seed in the quick preset."""
+    """The paper's three arms, and other values of lambda: (`Comparison`, sentence on the data). One seed in
+    the quick preset.
+    """
     chosen, why = acceptance_task(task)
     arms = [
         Arm(name=NONE, role="baseline", fit=partial(raw_fit, methods=methods(NONE))),
@@ -111,7 +149,9 @@ def acceptance(task):
     ]
     arms += [Arm(name=_lambda(v), fit=partial(raw_fit, methods=methods(SL, v))) for v in LAMBDAS[task.preset]]
     seeds = task.seeds if task.preset in ("study", "full") else 1
-    return compare(chosen, arms, seeds=seeds, quantity="time per step", illustration=True, title="the paper's table"), why
+    return compare(
+        chosen, arms, seeds=seeds, quantity="time per step", illustration=True, title="the paper's table"
+    ), why
 
 
 def _lambda(value):
@@ -143,14 +183,17 @@ def acceptance_table(comparison):
 def say_acceptance(comparison):
     """A sentence per arm of the paper's table, for the record."""
     rows = acceptance_table(comparison).iterrows()
-    return [f"{name}: test {row['test %']} % (n={row['n']}) {row['the mean is']}".strip() for name, row in rows]
+    return [
+        f"{name}: test {row['test %']} % (n={row['n']}) {row['the mean is']}".strip() for name, row in rows
+    ]
 
 
 # Batch sizes
 
-# Highest learning rates, and lambda with them: from a sweep over four rates (lambda 0.01 and 0.1) at one seed that is not measured, the
-# lower rate where two lie within half a point. A batch size between two of them takes what lies between their rates, on log scales.
-# Above these rates the loss diverges where BatchNorm still trains: 1 - 1 / sigma^2 has no bound where a channel dies.
+# Highest learning rates, and lambda with them: from a sweep over four rates (lambda 0.01 and 0.1) at one seed
+# that is not measured, the lower rate where two lie within half a point. A batch size between two of them
+# takes what lies between their rates, on log scales. Above these rates the loss diverges where BatchNorm
+# still trains: 1 - 1 / sigma^2 has no bound where a channel dies.
 LR = {
     "quick": {
         NONE: {2: 0.005, 32: 0.05, 128: 0.05},
@@ -162,7 +205,11 @@ LR = {
         NONE: {2: 0.005, 32: 0.02, 128: 0.05},
         BN: {2: 0.005, 32: 0.05, 128: 0.05},
         GN: {2: 0.005, 32: 0.1, 128: 0.05},
-        SL: {2: 0.005, 32: 0.02, 128: 0.035},  # at 0.05 four unmeasured seeds ended 2 points higher, but two of five measured ones diverged
+        SL: {
+            2: 0.005,
+            32: 0.02,
+            128: 0.035,
+        },  # at 0.05 four unmeasured seeds ended 2 points higher, but two of five measured ones diverged
     },
 }
 LAM = {"quick": 0.01, "study": 0.1}
@@ -200,24 +247,32 @@ def arm(task, kind, batch, role="method"):
 
 def at_batch(task, batch):
     """The task at a batch size, for its number of updates; no target yet."""
-    return task.but(batch_size=batch, epochs=UPDATES[task.preset][batch] / (len(plain.load(task).train) // batch), target=None)
+    return task.but(
+        batch_size=batch,
+        epochs=UPDATES[task.preset][batch] / (len(plain.load(task).train) // batch),
+        target=None,
+    )
 
 
 def with_target(task, batch):
-    """The task with the paper's target: what the network without normalisation reaches, the lower of two pilots less a twentieth.
+    """The task with the paper's target: what the network without normalisation reaches, the lower of two
+    pilots less a twentieth.
 
-    That network's accuracy differs by several points from seed to seed. With the margin instead of a twentieth one of the study preset's
-    five baselines missed the target at the judged batch size, and nothing could be decided; so the rule was changed, after that run.
-    Where the network doesn't train, the target is three times chance, which says that it does not.
-    """
+    That network's accuracy differs by several points from seed to seed. With the margin instead of a
+    twentieth one of the study preset's five baselines missed the target at the judged batch size, and nothing
+    could be decided; so the rule was changed, after that run. Where the network doesn't train, the target is
+    three times chance, which says that it does not."""
     baseline = arm(task, NONE, batch, "baseline")
-    blocks = measure(task, [replace(baseline, name="pilot")], list(PILOT_SEEDS), title=f"pilot, batch {batch}")
+    blocks = measure(
+        task, [replace(baseline, name="pilot")], list(PILOT_SEEDS), title=f"pilot, batch {batch}"
+    )
     reached = 0.95 * min(b["arms"]["pilot"].accuracy for b in blocks)
     return replace(task, target=round(max(reached, 300 / plain.load(task).classes), 1))
 
 
 def batch_sizes(task):
-    """Every normalisation at every batch size, in time to the target: dict batch size -> `Comparison`, the judged one first.
+    """Every normalisation at every batch size, in time to the target: dict batch size -> `Comparison`, the
+    judged one first.
 
     quick: the judged batch size with three arms and all seeds; the others with one seed, an illustration.
     """
@@ -241,7 +296,9 @@ def by_kind(comparison):
 
 
 def batch_table(found):
-    """A row per batch size and normalisation: steps and seconds to the target, and the speed-up against no normalisation."""
+    """A row per batch size and normalisation: steps and seconds to the target, and the speed-up against no
+    normalisation.
+    """
     rows = {}
     for batch in sorted(found):
         c = found[batch]
@@ -279,7 +336,14 @@ def batch_figure(found):
         times = [[t for t in found[b].times(by_kind(found[b])[kind]) if t is not None] for b in here]
         for axes, values in ((left, final), (right, times)):
             some = [(b, v) for b, v in zip(here, values, strict=True) if v]
-            axes.plot([b for b, _ in some], [stats.median(v) for _, v in some], "-", color=colour[kind], lw=1.8, label=kind)
+            axes.plot(
+                [b for b, _ in some],
+                [stats.median(v) for _, v in some],
+                "-",
+                color=colour[kind],
+                lw=1.8,
+                label=kind,
+            )
             for b, v in some:
                 axes.plot([b] * len(v), v, "o", color=colour[kind], ms=4, alpha=0.6)
     for axes in (left, right):
@@ -293,7 +357,11 @@ def batch_figure(found):
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     n, judged = max(len(c.blocks) for c in found.values()), next(iter(found))
     equal = all(len(c.blocks) == n for c in found.values())
-    seeds = f"{n} seed{'s' * (n > 1)}" if equal else f"{n} seeds at batch {judged}, one elsewhere: an illustration"
+    seeds = (
+        f"{n} seed{'s' * (n > 1)}"
+        if equal
+        else f"{n} seeds at batch {judged}, one elsewhere: an illustration"
+    )
     return figure, (
         "Left: accuracy after about equal times. Right: seconds to what the network without normalisation reaches at that batch size "
         f"({seeds}; dots are seeds, lines medians; a missing dot missed the target). BatchNorm's statistics are noisier to the left; "
@@ -305,7 +373,10 @@ def say_batches(found):
     """The smallest batch size in a sentence."""
     batch = min(found)
     c = found[batch]
-    means = ", ".join(f"{kind} {stats.mean(h.accuracy for h in c.histories(name)):.1f} %" for kind, name in by_kind(c).items())
+    means = ", ".join(
+        f"{kind} {stats.mean(h.accuracy for h in c.histories(name)):.1f} %"
+        for kind, name in by_kind(c).items()
+    )
     return f"Batch {batch}, {c.histories(c.baseline)[0].steps:,} updates (n={len(c.blocks)}): {means}."
 
 
@@ -316,13 +387,18 @@ def plain_cnn(classes, channels=3):
     """Six 3x3 convolutions with BatchNorm, 32 to 128 channels: what steps are timed on."""
     layers, c = [], channels
     for width, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
-        layers += [nn.Conv2d(c, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(c, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
         c = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
 
 
 def step_times(*, batch=128, size=32, precision="fp32", repeats=21, seconds=None):
-    """Forward, backward and update of `plain_cnn` with each normalisation, interleaved: dict kind -> list of seconds.
+    """Forward, backward and update of `plain_cnn` with each normalisation, interleaved: dict kind -> list of
+    seconds.
 
     Where nothing was normalised stands a bias, as with the loss. The naive form is `var_mean` and autograd.
     """
@@ -330,7 +406,9 @@ def step_times(*, batch=128, size=32, precision="fp32", repeats=21, seconds=None
     x = torch.randn(batch, 3, size, size, generator=g).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (batch,), generator=g)
     kinds = {
-        NONE: lambda m: sl.replace_norms_(m, lambda norm: sl.Bias(nn.Parameter(torch.zeros(norm.num_features)))),
+        NONE: lambda m: sl.replace_norms_(
+            m, lambda norm: sl.Bias(nn.Parameter(torch.zeros(norm.num_features)))
+        ),
         BN: lambda m: {},
         SL: sl.standardize_,
         f"{SL}, naive": lambda m: sl.standardize_(m, measure=naive_divergence),
@@ -356,13 +434,25 @@ def step_times(*, batch=128, size=32, precision="fp32", repeats=21, seconds=None
 
 
 def cost_table(task):
-    """A step with each normalisation in every format of this machine: milliseconds, and multiples of none's and of BatchNorm's."""
-    few = dict(repeats=3, batch=8, size=8) if task.preset == "smoke" else dict(batch=64, seconds=2.5) if task.preset == "quick" else {}
+    """A step with each normalisation in every format of this machine: milliseconds, and multiples of none's
+    and of BatchNorm's.
+    """
+    few = (
+        dict(repeats=3, batch=8, size=8)
+        if task.preset == "smoke"
+        else dict(batch=64, seconds=2.5)
+        if task.preset == "quick"
+        else {}
+    )
     rows = {}
     for p in ("fp32", "bf16") if native_bf16() else ("fp32",):
         ms = {k: 1e3 * stats.median(t) for k, t in step_times(precision=p, **few).items()}
         for k, v in ms.items():
-            rows[p, k] = {"ms a step": f"{v:.1f}", "of none's": f"{v / ms[NONE]:.2f}x", "of BatchNorm's": f"{v / ms[BN]:.2f}x"}
+            rows[p, k] = {
+                "ms a step": f"{v:.1f}",
+                "of none's": f"{v / ms[NONE]:.2f}x",
+                "of BatchNorm's": f"{v / ms[BN]:.2f}x",
+            }
     return pd.DataFrame(rows).T.rename_axis(["format", "normalisation"])
 
 
@@ -370,10 +460,14 @@ def cost_table(task):
 
 
 def by_hand():
-    """D of five channels that can be checked with a pocket calculator, by the equation and from samples with these moments."""
+    """D of five channels that can be checked with a pocket calculator, by the equation and from samples with
+    these moments.
+    """
     rows = {}
     for mean, var in ((0, 1), (1, 1), (0, 4), (0, 0.25), (2, 0.5)):
-        x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * var**0.5 + mean  # two samples have exactly these moments
+        x = (
+            torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * var**0.5 + mean
+        )  # two samples have exactly these moments
         rows[f"mean {mean}, variance {var:g}"] = {
             "D": f"{divergence_of(torch.tensor([float(mean)]), torch.tensor([float(var)])):.4f}",
             "fused, of two samples": f"{divergence(x, 0.0):.4f}",
@@ -407,7 +501,9 @@ def check(task, dataset):
 
 
 def descend(steps=60, rate=0.5):
-    """Gradient descent on D alone of 256 numbers that begin at mean 3 and standard deviation 4: list of (mean, variance)."""
+    """Gradient descent on D alone of 256 numbers that begin at mean 3 and standard deviation 4: list of
+    (mean, variance).
+    """
     x = 4 * torch.randn(256, 1, generator=stream(0, "descent"), dtype=torch.float64) + 3
     found = []
     for _ in range(steps):
@@ -433,7 +529,10 @@ def descent_figure():
     axes.set_ylim(bottom=-0.15)
     axes.set_xticks(range(0, 20, 5))
     axes.legend()
-    return figure, "With no other loss 256 numbers end at mean 0 and variance 1 (dashed), from wherever they began."
+    return (
+        figure,
+        "With no other loss 256 numbers end at mean 0 and variance 1 (dashed), from wherever they began.",
+    )
 
 
 def left_over(task, dataset):

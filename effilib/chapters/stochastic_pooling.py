@@ -1,10 +1,11 @@
-"""Chapter 5.1: accuracy and the gap between training and test over the number of training images, for four kinds of pooling.
+"""Chapter 5.1: accuracy and the gap between training and test over the number of training images, for four
+kinds of pooling.
 
-Budget of the grids on 2 cores, in runs x updates x seconds (measured, 28 x 28, batch 64, bf16): a step of the plain network takes
-5-7 ms without BatchNorm and 6-9 ms with it, evaluations about 1.2 s a run.
-study: 4 kinds x 4 sizes x 2 networks x 5 seeds = 160 runs x 500 x 6.6 ms + 160 x 1.2 s = 12 min; verdict 15 runs x 10 s = 2.5 min.
-quick: 4 x 2 x 2 = 16 runs x 100 x 7 ms + 16 x 0.5 s = 20 s; verdict and pilot 17 runs x 1.9 s = 32 s.
-"""
+Budget of the grids on 2 cores, in runs x updates x seconds (measured, 28 x 28, batch 64, bf16): a step of the
+plain network takes 5-7 ms without BatchNorm and 6-9 ms with it, evaluations about 1.2 s a run. study: 4 kinds
+x 4 sizes x 2 networks x 5 seeds = 160 runs x 500 x 6.6 ms + 160 x 1.2 s = 12 min; verdict 15 runs x 10 s =
+2.5 min. quick: 4 x 2 x 2 = 16 runs x 100 x 7 ms + 16 x 0.5 s = 20 s; verdict and pilot 17 runs x 1.9 s = 32
+s."""
 
 import statistics as stats
 from functools import partial
@@ -26,9 +27,19 @@ METHODS = {
     "stochastic": (StochasticPooling(),),
     "S3Pool": (StochasticPooling(kind="s3"),),
 }
-SIZES = {"smoke": (64, 128), "quick": (500, 3500), "study": (500, 1000, 2000, 10_000), "full": (500, 1000, 2000, 50_000)}
+SIZES = {
+    "smoke": (64, 128),
+    "quick": (500, 3500),
+    "study": (500, 1000, 2000, 10_000),
+    "full": (500, 1000, 2000, 50_000),
+}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}  # of a run of the grid
-VERDICT = {"smoke": (64, 4), "quick": (500, 220), "study": (1000, 800), "full": (1000, 2000)}  # images, updates
+VERDICT = {
+    "smoke": (64, 4),
+    "quick": (500, 220),
+    "study": (1000, 800),
+    "full": (1000, 2000),
+}  # images, updates
 
 
 def arms(task, bn=False):
@@ -42,10 +53,14 @@ def arms(task, bn=False):
 
 
 def verdict_task(task, bn=False):
-    """Few images, no BatchNorm: where the paper's claim is strongest. The pilot for the target trains the same network."""
+    """Few images, no BatchNorm: where the paper's claim is strongest. The pilot for the target trains the
+    same network.
+    """
     images, updates = VERDICT[task.preset]
     images = min(images, len(plain.load(task).train))
-    return plain.at_size(task, images, updates, lr=rate(task, bn), widths=plain.settings(task, bn), target=None)
+    return plain.at_size(
+        task, images, updates, lr=rate(task, bn), widths=plain.settings(task, bn), target=None
+    )
 
 
 def rate(task, bn):
@@ -61,21 +76,38 @@ def sizes(task):
 
 def networks(task):
     """Name -> with BatchNorm or without; a user's own network comes as it is."""
-    return {"without BatchNorm": False, "with BatchNorm": True} if task.network in plain.WITH_BN else {"as it is": True}
+    return (
+        {"without BatchNorm": False, "with BatchNorm": True}
+        if task.network in plain.WITH_BN
+        else {"as it is": True}
+    )
 
 
 def grid(task):
-    """Every kind of pooling, with and without BatchNorm, at every number of images: dict network -> images -> `Comparison`."""
+    """Every kind of pooling, with and without BatchNorm, at every number of images: dict network -> images ->
+    `Comparison`.
+    """
     seeds, found = task.seeds if task.preset in ("study", "full") else 1, {}
     for name, bn in networks(task).items():
         for n in sizes(task):
             cell = plain.at_size(task, n, UPDATES[task.preset], lr=rate(task, bn), target=None, evaluations=1)
             settings = plain.settings(task, bn)
             kinds = [
-                Arm(name=k, role="method" if i else "baseline", fit=partial(plain.fit, methods=METHODS[k], network=settings))
+                Arm(
+                    name=k,
+                    role="method" if i else "baseline",
+                    fit=partial(plain.fit, methods=METHODS[k], network=settings),
+                )
                 for i, k in enumerate(ARMS)
             ]
-            run = compare(cell, kinds, seeds=seeds, quantity="time per step", illustration=True, title=f"{n} images, {name}")
+            run = compare(
+                cell,
+                kinds,
+                seeds=seeds,
+                quantity="time per step",
+                illustration=True,
+                title=f"{n} images, {name}",
+            )
             found.setdefault(name, {})[n] = run
     return found
 
@@ -86,13 +118,23 @@ def accuracies(comparisons):
 
 
 def gaps(comparisons):
-    """Training accuracy less test accuracy in points, both in eval mode: dict kind -> per number of images the list of seeds."""
-    return {k: [[plain.training_accuracy(h) - h.test_accuracy for h in c.histories(k)] for c in comparisons.values()] for k in ARMS}
+    """Training accuracy less test accuracy in points, both in eval mode: dict kind -> per number of images
+    the list of seeds.
+    """
+    return {
+        k: [
+            [plain.training_accuracy(h) - h.test_accuracy for h in c.histories(k)]
+            for c in comparisons.values()
+        ]
+        for k in ARMS
+    }
 
 
 def grid_figure(found):
     """(figure, caption): accuracy and the gap over the number of images, a column per network."""
-    figure, axes = figures.new(len(found), 2, width=4.6 * len(found), height=6.2, squeeze=False, sharex=True, sharey="row")
+    figure, axes = figures.new(
+        len(found), 2, width=4.6 * len(found), height=6.2, squeeze=False, sharex=True, sharey="row"
+    )
     colour = figures.colours(ARMS)
     seeds = len(next(iter(next(iter(found.values())).values())).blocks)
     for column, (name, comparisons) in enumerate(found.items()):
@@ -119,14 +161,24 @@ def grid_table(found):
         for n, c in comparisons.items():
             for k in ARMS:
                 h = c.histories(k)
-                train_, test = stats.mean(map(plain.training_accuracy, h)), stats.mean(x.test_accuracy for x in h)
-                row = {"n": len(h), "validation %": stats.mean(x.accuracy for x in h), "training %": train_, "test %": test}
+                train_, test = (
+                    stats.mean(map(plain.training_accuracy, h)),
+                    stats.mean(x.test_accuracy for x in h),
+                )
+                row = {
+                    "n": len(h),
+                    "validation %": stats.mean(x.accuracy for x in h),
+                    "training %": train_,
+                    "test %": test,
+                }
                 rows[name, f"{n:,}", k] = row | {"gap": train_ - test}
     return pd.DataFrame(rows).T.rename_axis(["network", "images", "pooling"])
 
 
 def needed(found):
-    """Images that each kind needs for what every seed of max pooling reaches with the last but one number (of two: for their mean)."""
+    """Images that each kind needs for what every seed of max pooling reaches with the last but one number (of
+    two: for their mean).
+    """
     tables = {}
     for name, comparisons in found.items():
         ns = list(comparisons)
@@ -142,14 +194,21 @@ def steps(found):
     """Time of a step of each kind, over all runs of the grid, and its multiple of max pooling's."""
     rows = {}
     for name, comparisons in found.items():
-        ms = {k: 1e3 * stats.median(h.step_seconds for c in comparisons.values() for h in c.histories(k)) for k in ARMS}
+        ms = {
+            k: 1e3 * stats.median(h.step_seconds for c in comparisons.values() for h in c.histories(k))
+            for k in ARMS
+        }
         for k in ARMS:
             rows[name, k] = {"ms a step": ms[k], "of max pooling's": f"{ms[k] / ms['max']:.2f}x"}
     return pd.DataFrame(rows).T.rename_axis(["network", "pooling"])
 
 
-def layer_costs(*, shape=(64, 32, 28, 28), dtype=torch.float32, repeats=21, seconds=4, layout=torch.channels_last):
-    """Milliseconds of forward and backward of one pooling layer, 2 x 2, interleaved: dict kind -> list of seconds."""
+def layer_costs(
+    *, shape=(64, 32, 28, 28), dtype=torch.float32, repeats=21, seconds=4, layout=torch.channels_last
+):
+    """Milliseconds of forward and backward of one pooling layer, 2 x 2, interleaved: dict kind -> list of
+    seconds.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.rand(*shape, generator=g).to(dtype).contiguous(memory_format=layout).requires_grad_()
     layers = {
@@ -164,7 +223,9 @@ def layer_costs(*, shape=(64, 32, 28, 28), dtype=torch.float32, repeats=21, seco
         x.grad = None
         layer(x).backward(dy)
 
-    return interleaved({k: partial(both, layer) for k, layer in layers.items()}, repeats=repeats, seconds=seconds)
+    return interleaved(
+        {k: partial(both, layer) for k, layer in layers.items()}, repeats=repeats, seconds=seconds
+    )
 
 
 def cost_table(task):
@@ -172,7 +233,9 @@ def cost_table(task):
     few = dict(repeats=3, seconds=1, shape=(8, 8, 16, 16)) if task.preset == "smoke" else {}
     times = layer_costs(**few)
     ms = {k: 1e3 * stats.median(t) for k, t in times.items()}
-    rows = {k: {"ms, forward + backward": v, "of max pooling's": f"{v / ms['max']:.1f}x"} for k, v in ms.items()}
+    rows = {
+        k: {"ms, forward + backward": v, "of max pooling's": f"{v / ms['max']:.1f}x"} for k, v in ms.items()
+    }
     return pd.DataFrame(rows).T.rename_axis("2 x 2 pooling")
 
 
@@ -181,7 +244,10 @@ def by_hand():
     a, n = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 100_000
     layer = StochasticPool2d(2, generator=torch.Generator().manual_seed(0))
     drawn = layer(a.expand(n, 1, 2, 2)).flatten()
-    rows = {f"{v:g}": {"p": f"{v / 10:.2f}", "share of the draws": f"{(drawn == v).float().mean():.4f}"} for v in a.flatten().tolist()}
+    rows = {
+        f"{v:g}": {"p": f"{v / 10:.2f}", "share of the draws": f"{(drawn == v).float().mean():.4f}"}
+        for v in a.flatten().tolist()
+    }
     rows["mean"] = {"p": "(1 + 4 + 9 + 16) / 10 = 3.00", "share of the draws": f"{drawn.mean():.4f}"}
     rows["eval mode"] = {"p": "3.00", "share of the draws": f"{layer.eval()(a[None, None]).item():.4f}"}
     return pd.DataFrame(rows).T.rename_axis("element")

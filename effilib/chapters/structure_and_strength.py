@@ -1,10 +1,10 @@
-"""Chapter 5.2: accuracy over samples per class for learned and random filters, all weights trained or only their strength.
+"""Chapter 5.2: accuracy over samples per class for learned and random filters, all weights trained or only
+their strength.
 
-Budget of the grids on 2 cores, in runs x (updates x seconds + structure + evaluations), measured at 28 x 28, batch 64, bf16:
-study: 7 arms x 5 sizes x 5 seeds = 175 runs x (500 x 5 ms + 1 s) + 50 dictionaries x 1.5 s + 50 k-means x 0.2 s = 12 min; verdict
-15 runs x 7 s = 2 min.
-quick: 7 x 2 = 14 runs x (100 x 5 ms + 0.7 s) + 4 dictionaries x 1.5 s = 25 s; verdict and pilot 17 runs x 1.8 s = 31 s.
-"""
+Budget of the grids on 2 cores, in runs x (updates x seconds + structure + evaluations), measured at 28 x 28,
+batch 64, bf16: study: 7 arms x 5 sizes x 5 seeds = 175 runs x (500 x 5 ms + 1 s) + 50 dictionaries x 1.5 s +
+50 k-means x 0.2 s = 12 min; verdict 15 runs x 7 s = 2 min. quick: 7 x 2 = 14 runs x (100 x 5 ms + 0.7 s) + 4
+dictionaries x 1.5 s = 25 s; verdict and pilot 17 runs x 1.8 s = 31 s."""
 
 import statistics as stats
 from functools import partial
@@ -21,9 +21,19 @@ from effilib.methods import structure_and_strength as ss
 from effilib.methods.structure_and_strength import StructureAndStrength, merge_, strengthen_
 from effilib.models import seeded
 
-PER_CLASS = {"smoke": (6, 12), "quick": (10, 100), "study": (10, 50, 100, 300, 1000), "full": (10, 50, 100, 300, 1000)}
+PER_CLASS = {
+    "smoke": (6, 12),
+    "quick": (10, 100),
+    "study": (10, 50, 100, 300, 1000),
+    "full": (10, 50, 100, 300, 1000),
+}
 UPDATES = {"smoke": 4, "quick": 100, "study": 500, "full": 2000}
-VERDICT = {"smoke": (12, 4), "quick": (50, 180), "study": (50, 800), "full": (50, 2000)}  # samples per class, updates
+VERDICT = {
+    "smoke": (12, 4),
+    "quick": (50, 180),
+    "study": (50, 800),
+    "full": (50, 2000),
+}  # samples per class, updates
 PATCHES = {"smoke": 500, "quick": 1500, "study": 5000, "full": 20_000}
 TRAINED = {"all": "all weights", "strength": "strength only"}
 
@@ -37,7 +47,11 @@ def method(task, structure, trained):
     """The `Method`s of an arm; none for random filters with all weights trained."""
     if (structure, trained) == ("random", "all"):
         return ()
-    return (StructureAndStrength(structure=structure, train=trained, scope=scope(task), patches=PATCHES[task.preset]),)
+    return (
+        StructureAndStrength(
+            structure=structure, train=trained, scope=scope(task), patches=PATCHES[task.preset]
+        ),
+    )
 
 
 def rate(task, structure, trained):
@@ -46,12 +60,18 @@ def rate(task, structure, trained):
 
 
 def combinations(task):
-    """Name -> (methods, settings of the network, learning rate) of every arm of the grid; the first is the baseline."""
+    """Name -> (methods, settings of the network, learning rate) of every arm of the grid; the first is the
+    baseline.
+    """
     without = plain.settings(task, False)
     found = {}
     for structure in ("random", "dictionary", "kmeans"):
         for trained, words in TRAINED.items():
-            found[f"{structure}, {words}"] = (method(task, structure, trained), without, rate(task, structure, trained))
+            found[f"{structure}, {words}"] = (
+                method(task, structure, trained),
+                without,
+                rate(task, structure, trained),
+            )
     if task.network in plain.WITH_BN:  # random filters, the scale and shift of BatchNorm, and the classifier
         only = (StructureAndStrength(structure="random", train="strength", scope="auto"),)
         found["BatchNorm only"] = (only, plain.settings(task, True), plain.lr(task, "BatchNorm only"))
@@ -59,33 +79,55 @@ def combinations(task):
 
 
 def arms(task):
-    """The verdict's arms: ordinary training, the paper's method, and training only BatchNorm (else only random filters' strength)."""
+    """The verdict's arms: ordinary training, the paper's method, and training only BatchNorm (else only
+    random filters' strength).
+    """
     every = combinations(task)
     control = "BatchNorm only" if "BatchNorm only" in every else "random, strength only"
     roles = {"random, all weights": "baseline", "dictionary, strength only": "method", control: "control"}
-    return [Arm(name=n, role=r, methods=every[n][0], network=every[n][1], changes={"lr": every[n][2]}) for n, r in roles.items()]
+    return [
+        Arm(name=n, role=r, methods=every[n][0], network=every[n][1], changes={"lr": every[n][2]})
+        for n, r in roles.items()
+    ]
 
 
 def verdict_task(task):
-    """Few samples per class: where the method should help most. The pilot for the target trains as the baseline does."""
+    """Few samples per class: where the method should help most. The pilot for the target trains as the
+    baseline does.
+    """
     per_class, updates = VERDICT[task.preset]
     dataset = plain.load(task)
     images = min(per_class * dataset.classes, len(dataset.train))
-    return plain.at_size(task, images, updates, lr=plain.lr(task), widths=plain.settings(task, False), target=None)
+    return plain.at_size(
+        task, images, updates, lr=plain.lr(task), widths=plain.settings(task, False), target=None
+    )
 
 
 def grid(task):
     """Every arm at every number of samples per class: dict samples -> `Comparison`."""
-    seeds, dataset, found = task.seeds if task.preset in ("study", "full") else 1, plain.load(task.but(images=None)), {}
+    seeds, dataset, found = (
+        task.seeds if task.preset in ("study", "full") else 1,
+        plain.load(task.but(images=None)),
+        {},
+    )
     for per_class in PER_CLASS[task.preset]:
         images = min(per_class * dataset.classes, len(dataset.train))
         cell = plain.at_size(task, images, UPDATES[task.preset], target=None, evaluations=1)
         kinds = [
-            Arm(name=n, role="method" if i else "baseline", fit=partial(plain.fit, methods=methods, network=network, lr=lr))
+            Arm(
+                name=n,
+                role="method" if i else "baseline",
+                fit=partial(plain.fit, methods=methods, network=network, lr=lr),
+            )
             for i, (n, (methods, network, lr)) in enumerate(combinations(task).items())
         ]
         found[images // dataset.classes] = compare(
-            cell, kinds, seeds=seeds, quantity="time per step", illustration=True, title=f"{per_class} samples per class"
+            cell,
+            kinds,
+            seeds=seeds,
+            quantity="time per step",
+            illustration=True,
+            title=f"{per_class} samples per class",
         )
     return found
 
@@ -95,7 +137,9 @@ def _names(found):
 
 
 def grid_figure(found):
-    """(figure, caption): accuracy over samples per class, a colour per structure, dashed where only the strength is trained."""
+    """(figure, caption): accuracy over samples per class, a colour per structure, dashed where only the
+    strength is trained.
+    """
     figure, axes = figures.new(width=8.5, height=4.2)
     names, kinds = _names(found), figures.colours(("random", "dictionary", "kmeans", "BatchNorm only"))
     colour = {n: kinds[n.split(",")[0]] for n in names}
@@ -134,15 +178,23 @@ def grid_table(found, task, dataset):
     count, rows = trained_parameters(task, dataset), {}
     for name in _names(found):
         histories = [h for c in found.values() for h in c.histories(name)]
-        row = {"trainable parameters": count[name], "ms a step": 1e3 * stats.median(h.step_seconds for h in histories)}
+        row = {
+            "trainable parameters": count[name],
+            "ms a step": 1e3 * stats.median(h.step_seconds for h in histories),
+        }
         row |= {"structure, s": stats.mean(seconds(h, "structure") for h in histories)}
-        row |= {f"{n:,} a class": f"{stats.mean(h.accuracy for h in c.histories(name)):.1f} %" for n, c in found.items()}
+        row |= {
+            f"{n:,} a class": f"{stats.mean(h.accuracy for h in c.histories(name)):.1f} %"
+            for n, c in found.items()
+        }
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("filters, what is trained")
 
 
 def time_figure(found):
-    """(figure, caption): where the seconds of a run go: structure learning before the first step, and the steps."""
+    """(figure, caption): where the seconds of a run go: structure learning before the first step, and the
+    steps.
+    """
     last, parts = list(found.values())[-1], {}
     for name in _names(found):
         h = last.histories(name)
@@ -151,7 +203,13 @@ def time_figure(found):
     figure, axes = figures.new(width=8.5, height=3.4)
     for i, part in enumerate(("structure", "steps")):
         left = [p["structure"] if i else 0.0 for p in parts.values()]
-        axes.barh(list(parts), [p[part] for p in parts.values()], left=left, color=figures.COLOURS[1 - i], label=part)
+        axes.barh(
+            list(parts),
+            [p[part] for p in parts.values()],
+            left=left,
+            color=figures.COLOURS[1 - i],
+            label=part,
+        )
     axes.invert_yaxis()
     axes.set_xlabel("seconds on the clock, one run")
     axes.grid(axis="y", alpha=0)
@@ -163,12 +221,16 @@ def time_figure(found):
 
 
 def structures(task, dataset):
-    """The first layer's filters, random and learned from training images: dict structure -> (O, kh, kw), the first input channel."""
+    """The first layer's filters, random and learned from training images: dict structure -> (O, kh, kw), the
+    first input channel.
+    """
     images, found = dataset.normalize(dataset.train.x[:1000]), {}
     for structure in ss.STRUCTURES:
         model = task.build(dataset, **plain.settings(task, False))
         if structure != "random":
-            ss.learn_structure_(model, images, structure, torch.Generator().manual_seed(0), PATCHES[task.preset])
+            ss.learn_structure_(
+                model, images, structure, torch.Generator().manual_seed(0), PATCHES[task.preset]
+            )
         conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
         found[structure] = conv.weight.detach()[:, 0].cpu()
     return found
@@ -200,7 +262,10 @@ def by_hand():
     order = filters[:, 1].argsort()
     rows = {}
     for name, patch, w, f in zip("ab", patches[:2], white[:2], filters[order], strict=True):
-        rows[name] = {k: " ".join(f"{v:.2f}" for v in t.tolist()) for k, t in (("patch", patch), ("whitened", w), ("filter", f))}
+        rows[name] = {
+            k: " ".join(f"{v:.2f}" for v in t.tolist())
+            for k, t in (("patch", patch), ("whitened", w), ("filter", f))
+        }
         rows[name]["its norm"] = f"{f.norm():.4f}"
     return pd.DataFrame(rows).T.rename_axis("patch")
 
@@ -208,7 +273,9 @@ def by_hand():
 def _net(bn):
     with seeded(0):
         norm = [nn.BatchNorm2d(8)] if bn else []
-        return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=not bn), *norm, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        return nn.Sequential(
+            nn.Conv2d(4, 8, 3, padding=1, bias=not bn), *norm, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
 
 
 def gradient_of_strength(bn):
@@ -224,7 +291,9 @@ def gradient_of_strength(bn):
 
 
 def check():
-    """The numerics: the function is kept, merging is exact, dW is left out, and what BatchNorm does to a strength per filter."""
+    """The numerics: the function is kept, merging is exact, dW is left out, and what BatchNorm does to a
+    strength per filter.
+    """
     g = torch.Generator().manual_seed(1)
     x, rows = torch.randn(4, 4, 8, 8, generator=g), {}
     for scope_ in ("filter", "input", "kernel"):
@@ -240,7 +309,11 @@ def check():
         flops = cost.step_flops(model, x.shape[1:])
         merge_(model)
         exact, ratio = (model(x) - strong).abs().max(), flops / cost.step_flops(model, x.shape[1:])
-        rows[f"per {scope_}"] = {"t = 1 against the plain net": f"{kept:.0e}", "merged": f"{exact:.0e}", "FLOPs of a step": f"{ratio:.2f}x"}
+        rows[f"per {scope_}"] = {
+            "t = 1 against the plain net": f"{kept:.0e}",
+            "merged": f"{exact:.0e}",
+            "FLOPs of a step": f"{ratio:.2f}x",
+        }
     table = pd.DataFrame(rows).T.rename_axis("strength")
     plainly, behind = gradient_of_strength(False), gradient_of_strength(True)
     dead = f"Largest |dL/dt| per filter: {plainly:.1e} without BatchNorm, {behind:.1e} in front of one."

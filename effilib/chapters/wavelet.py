@@ -1,8 +1,7 @@
 """Chapter 7.3: stems at half the resolution, the wavelet-like auto-encoder, costs and numerics.
 
-Budget on 2 cores, in runs x seconds: study: verdict 5 x (40 + 2 x 30); all arms for a fifth of the epochs, 5 x about 135: 20 min.
-quick: verdict 5 x (2.2 + 2 x 1.7); all arms for a third, 12 x 0.9: 45 s.
-"""
+Budget on 2 cores, in runs x seconds: study: verdict 5 x (40 + 2 x 30); all arms for a fifth of the epochs, 5
+x about 135: 20 min. quick: verdict 5 x (2.2 + 2 x 1.7); all arms for a third, 12 x 0.9: 45 s."""
 
 import statistics as stats
 from dataclasses import dataclass, replace
@@ -33,7 +32,13 @@ from effilib.methods.wavelet import (
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
 from effilib.training import History, stream, train
 
-FULL, BANDS, S2D, STRIDED, LOW = "full resolution", "wavelet stem", "space-to-depth stem", "strided stem", "low band only"
+FULL, BANDS, S2D, STRIDED, LOW = (
+    "full resolution",
+    "wavelet stem",
+    "space-to-depth stem",
+    "strided stem",
+    "low band only",
+)
 RAW, WIDE = "wavelet stem, bands as they are", "wavelet stem, first stage twice as wide"
 PUSHED, LONGER, READY, JOINT, STAGED = (
     "wavelet, all maps halved",
@@ -43,7 +48,12 @@ PUSHED, LONGER, READY, JOINT, STAGED = (
     "WAE, three stages",
 )
 AIM = 1.3  # of a step with the wavelet stem; so many times the epochs take the time of the full resolution
-SHARE = {"smoke": 0.5, "quick": 1 / 3, "study": 1 / 5, "full": 1.0}  # of the task's epochs, for the run of all arms
+SHARE = {
+    "smoke": 0.5,
+    "quick": 1 / 3,
+    "study": 1 / 5,
+    "full": 1.0,
+}  # of the task's epochs, for the run of all arms
 THREE_STAGES = (0.2, 0.5, 0.3)  # of the steps; the order is the paper's, the shares are ours
 
 
@@ -63,7 +73,9 @@ class Precomputed:
 
 
 def stem_for_(model, shape, seed):
-    """Give our networks a first convolution for `shape` (C, H, W): bands need no front end where the data are bands. In place."""
+    """Give our networks a first convolution for `shape` (C, H, W): bands need no front end where the data are
+    bands. In place.
+    """
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     conv = models.conv3x3(shape[0], old.out_channels, bias=old.bias is not None)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=stream(seed, "stem"))
@@ -75,17 +87,23 @@ def stem_for_(model, shape, seed):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoEncoder:
-    """Training of a `WAE` whose trunks are the task's network: (task, seed) -> `History`. stages: see `WaveletAutoEncoder`."""
+    """Training of a `WAE` whose trunks are the task's network: (task, seed) -> `History`. stages: see
+    `WaveletAutoEncoder`.
+    """
 
     stages: tuple = (0.0, 0.0, 1.0)
 
     def __call__(self, task, seed):
         dataset = task.load()
-        return train(wae(task, dataset, seed), dataset, task.recipe, [WaveletAutoEncoder(stages=self.stages)], seed)
+        return train(
+            wae(task, dataset, seed), dataset, task.recipe, [WaveletAutoEncoder(stages=self.stages)], seed
+        )
 
 
 def ours(task):
-    """Whether the task's network is one of ours: only of these the chapter can build another of a quarter of the width."""
+    """Whether the task's network is one of ours: only of these the chapter can build another of a quarter of
+    the width.
+    """
     return task.network in models.NETWORKS
 
 
@@ -103,13 +121,18 @@ def wae(task, dataset, seed=0):
 
     low, F_L = trunk(task.widths)
     widths = low.settings()["widths"]
-    high, F_H = trunk(task.widths | {"widths": [[max(4, v // 4) for v in w] if isinstance(w, list) else max(4, w // 4) for w in widths]})
+    high, F_H = trunk(
+        task.widths
+        | {"widths": [[max(4, v // 4) for v in w] if isinstance(w, list) else max(4, w // 4) for w in widths]}
+    )
     with models.seeded(init):
         return WAE(c, dataset.classes, low, high, (F_L, F_H)).to(dataset.device)
 
 
 def arms(task, dataset, kinds=(BANDS, S2D)):
-    """The full resolution and the arms of these names. Where no stride can be taken out, the stems halve all of the network's maps."""
+    """The full resolution and the arms of these names. Where no stride can be taken out, the stems halve all
+    of the network's maps.
+    """
     keep = not takes_stem(task, dataset)
     made = {
         BANDS: dict(methods=(WaveletStem(keep=keep),)),
@@ -125,11 +148,16 @@ def arms(task, dataset, kinds=(BANDS, S2D)):
         STAGED: dict(fit=AutoEncoder(stages=THREE_STAGES)),
     }
     controls = {S2D, STRIDED, LOW}
-    return [Arm(name=FULL, role="baseline"), *(Arm(name=k, role="control" if k in controls else "method", **made[k]) for k in kinds)]
+    return [
+        Arm(name=FULL, role="baseline"),
+        *(Arm(name=k, role="control" if k in controls else "method", **made[k]) for k in kinds),
+    ]
 
 
 def wider(task, dataset):
-    """Settings of our networks with twice the channels in the first stage: a quarter of the pixels times four are as many products."""
+    """Settings of our networks with twice the channels in the first stage: a quarter of the pixels times four
+    are as many products.
+    """
     if not ours(task):
         return {}
     first, *rest = task.build(dataset).settings()["widths"]
@@ -165,7 +193,9 @@ def all_arms(task, dataset):
     if ours(task) and keep:
         kinds += [WIDE, READY, JOINT, STAGED]
     else:
-        left_out.append(f"Left out: {WIDE}, {READY}, {JOINT} and {STAGED}, which are built for our networks, whose widths are lists.")
+        left_out.append(
+            f"Left out: {WIDE}, {READY}, {JOINT} and {STAGED}, which are built for our networks, whose widths are lists."
+        )
     return arms(task, dataset, kinds), left_out
 
 
@@ -180,7 +210,15 @@ def everything(task, dataset):
     if task.preset == "quick":
         short = short.but(held=250, images=2500)
     found, left_out = all_arms(short, dataset)
-    return compare(short, found, quantity="training time", claim={BANDS: AIM}, illustration=not grid, title="all arms", **seeds), left_out
+    return compare(
+        short,
+        found,
+        quantity="training time",
+        claim={BANDS: AIM},
+        illustration=not grid,
+        title="all arms",
+        **seeds,
+    ), left_out
 
 
 def everything_table(comparison):
@@ -194,13 +232,19 @@ def everything_table(comparison):
             "accuracy %": f"{stats.mean(x.accuracy for x in h):.2f}",
             "points": "" if a.name == FULL else f"{stats.mean(difference):+.2f}",
             "s in all": f"{stats.mean(x.seconds for x in h):.2f}",
-            "times faster": "" if a.name == FULL else f"{stats.mean(b.seconds for b in base) / stats.mean(x.seconds for x in h):.2f}x",
-            "by FLOPs": "" if a.name == FULL else f"{stats.mean(b.flops for b in base) / stats.mean(x.flops for x in h):.2f}x",
+            "times faster": ""
+            if a.name == FULL
+            else f"{stats.mean(b.seconds for b in base) / stats.mean(x.seconds for x in h):.2f}x",
+            "by FLOPs": ""
+            if a.name == FULL
+            else f"{stats.mean(b.flops for b in base) / stats.mean(x.flops for x in h):.2f}x",
             "ms a step": f"{1e3 * stats.median(x.step_seconds for x in h):.2f}",
             "energy share of I_H": f"{stats.mean(shares):.1%}" if shares else "",
         }
     n = len(comparison.blocks)
-    return pd.DataFrame(rows).T.rename_axis(f"{comparison.task.recipe.epochs:g} epochs, {n} seed{'s' * (n > 1)}")
+    return pd.DataFrame(rows).T.rename_axis(
+        f"{comparison.task.recipe.epochs:g} epochs, {n} seed{'s' * (n > 1)}"
+    )
 
 
 def _energies(histories):
@@ -216,7 +260,10 @@ def everything_figure(comparison):
     for i, name in enumerate(names):
         h = comparison.histories(name)
         x, y = [v.seconds for v in h], [v.accuracy for v in h]
-        colour, mark = colours[name], "os^"[max(0, i - 1) // kinds]  # a second round of the colours has another mark
+        colour, mark = (
+            colours[name],
+            "os^"[max(0, i - 1) // kinds],
+        )  # a second round of the colours has another mark
         axes.plot(x, y, mark, color=colour, ms=4, alpha=0.4)
         axes.plot(stats.mean(x), stats.mean(y), mark, color=colour, ms=9, label=name)
     axes.set_xlabel("seconds on the clock, whole run")
@@ -234,7 +281,9 @@ def say_everything(comparison):
     """The arms at equal epochs, in a sentence."""
     table = everything_table(comparison)
     parts = [f"{n}: {r['points']} points, {r['times faster']}" for n, r in table.iterrows() if n != FULL]
-    return f"At {comparison.task.recipe.epochs:g} epochs (n={len(comparison.blocks)}): " + "; ".join(parts) + "."
+    return (
+        f"At {comparison.task.recipe.epochs:g} epochs (n={len(comparison.blocks)}): " + "; ".join(parts) + "."
+    )
 
 
 # Costs
@@ -247,7 +296,9 @@ def cost_table(task, dataset):
         if a.name == JOINT or not (a.fit or a.changes):  # other epochs are no other step
             networks[a.name] = model = wae(task, dataset) if a.fit else task.build(dataset, **a.network)
             for m in a.methods:
-                wavelet.wavelet_stem_(model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep, standardize=m.standardize)
+                wavelet.wavelet_stem_(
+                    model, dataset, kind=m.kind, wavelet=m.wavelet, keep=m.keep, standardize=m.standardize
+                )
 
     def loss(model, logits, y):
         return F.cross_entropy(logits, y) + 0.1 * sum(getattr(model, "terms", None) or ())
@@ -256,17 +307,24 @@ def cost_table(task, dataset):
 
 
 def transform_table(task, dataset):
-    """Milliseconds that the transform itself takes, per batch, and what precomputing the whole set takes once."""
+    """Milliseconds that the transform itself takes, per batch, and what precomputing the whole set takes
+    once.
+    """
     few = task.preset == "smoke"
     x, _ = _batch(dataset, task.recipe.batch_size)
     part = dataset.limit(min(1000, len(dataset.train)))
     bands = precompute(part)
     images, ready = (iter(_endless(d, len(x))) for d in (part, bands))
     work = {f"{w} of a batch": lambda w=w: analysis(x, w) for w in wavelet.FILTERS}
-    work |= {"reading and augmenting a batch of images": lambda: next(images), "the same of precomputed bands": lambda: next(ready)}
+    work |= {
+        "reading and augmenting a batch of images": lambda: next(images),
+        "the same of precomputed bands": lambda: next(ready),
+    }
     work |= {f"precomputing {len(part.train):,} images": lambda: precompute(part)}
     times = interleaved(work, repeats=3 if few else 11, warm_up=1, device=dataset.device, seconds=1)
-    return pd.DataFrame({"ms": {n: f"{1e3 * stats.median(t):.2f}" for n, t in times.items()}}).rename_axis(f"batch of {len(x)}")
+    return pd.DataFrame({"ms": {n: f"{1e3 * stats.median(t):.2f}" for n, t in times.items()}}).rename_axis(
+        f"batch of {len(x)}"
+    )
 
 
 def _endless(dataset, size):
@@ -290,7 +348,9 @@ def by_hand():
         "bright column left": [[1, 0], [1, 0]],
         "checkerboard": [[1, -1], [-1, 1]],
     }
-    rows = {n: haar(torch.tensor(v, dtype=torch.float32)[None, None]).flatten().tolist() for n, v in cases.items()}
+    rows = {
+        n: haar(torch.tensor(v, dtype=torch.float32)[None, None]).flatten().tolist() for n, v in cases.items()
+    }
     return pd.DataFrame(rows, index=["A", "H", "V", "D"]).T.rename_axis("2 x 2 pixels")
 
 
@@ -301,31 +361,45 @@ def check(task, dataset):
     for w in wavelet.FILTERS:
         bands = analysis(x.double(), w)
         height, width = x.shape[-2:]
-        rows[f"{w}: reconstruction, largest error"] = f"{(synthesis(bands, w)[..., :height, :width] - x).abs().max():.1e}"
+        rows[f"{w}: reconstruction, largest error"] = (
+            f"{(synthesis(bands, w)[..., :height, :width] - x).abs().max():.1e}"
+        )
         even = wavelet.even(x.double())
-        rows[f"{w}: energy of the bands less the image's, relative"] = f"{(bands.square().sum() / even.square().sum() - 1).item():+.1e}"
+        rows[f"{w}: energy of the bands less the image's, relative"] = (
+            f"{(bands.square().sum() / even.square().sum() - 1).item():+.1e}"
+        )
     two = literal_pool(x)
     rows["two-level Haar pooling against 2 x average pooling, largest difference"] = (
         f"{(two - 2 * F.avg_pool2d(wavelet.even(x), 2)).abs().max():.1e}"
     )
     mirrored = flip_bands(haar(wavelet.even(x))) - haar(wavelet.even(x).flip(-1))
-    rows["mirrored bands against bands of the mirrored image, largest difference"] = f"{mirrored.abs().max():.1e}"
+    rows["mirrored bands against bands of the mirrored image, largest difference"] = (
+        f"{mirrored.abs().max():.1e}"
+    )
     if not any(n % 2 for n in x.shape[-2:]):
-        rows["precomputed batches against bands of the same crops and flips, largest difference"] = f"{flip_check(dataset):.1e}"
+        rows["precomputed batches against bands of the same crops and flips, largest difference"] = (
+            f"{flip_check(dataset):.1e}"
+        )
     s2d, mix = space_to_depth(x), haar_matrix(dataset.shape[0]).to(x)[..., None, None]
-    rows["Haar as a 1 x 1 convolution of space-to-depth, largest difference"] = f"{(F.conv2d(s2d, mix) - haar(x)).abs().max():.1e}"
+    rows["Haar as a 1 x 1 convolution of space-to-depth, largest difference"] = (
+        f"{(F.conv2d(s2d, mix) - haar(x)).abs().max():.1e}"
+    )
     return pd.DataFrame({"result": rows}).rename_axis("what")
 
 
 def literal_pool(x):
-    """Wavelet pooling as it is described: both levels, the first level's details dropped, rebuilt from the second level's bands."""
+    """Wavelet pooling as it is described: both levels, the first level's details dropped, rebuilt from the
+    second level's bands.
+    """
     level1 = haar(x)
     low = level1.chunk(4, 1)[0]
     return inverse_haar(haar(low))[..., : low.shape[-2], : low.shape[-1]]
 
 
 def energy(dataset):
-    """Share of the energy of the centred training images in each band, by wavelet: why the low band carries so much."""
+    """Share of the energy of the centred training images in each band, by wavelet: why the low band carries
+    so much.
+    """
     x = dataset.normalize(dataset.train.x[:1000])
     rows = {}
     for w in wavelet.FILTERS:
@@ -343,7 +417,11 @@ def bands_figure(dataset, index=1):
     figure, axes = figures.new(len(pictures), width=10.0, height=2.3)
     for ax, (name, p) in zip(axes, pictures.items(), strict=True):
         p = p[0].permute(1, 2, 0).cpu()
-        low, high = (p.min(), p.max()) if name in ("image", "band A", "from mirrored bands") else (-p.abs().max(), p.abs().max())
+        low, high = (
+            (p.min(), p.max())
+            if name in ("image", "band A", "from mirrored bands")
+            else (-p.abs().max(), p.abs().max())
+        )
         p = ((p - low) / (high - low).clamp_min(1e-6)).numpy()
         ax.imshow(p if p.shape[-1] == 3 else p[..., 0], cmap="gray", interpolation="nearest", vmin=0, vmax=1)
         ax.set_title(name, fontsize=10)
@@ -358,7 +436,9 @@ def bands_figure(dataset, index=1):
 
 
 def wae_table(comparison):
-    """What the auto-encoders came to: energy share of the high image, reconstruction, stages and their seconds."""
+    """What the auto-encoders came to: energy share of the high image, reconstruction, stages and their
+    seconds.
+    """
     rows = {}
     for name in (JOINT, STAGED):
         if not any(a.name == name for a in comparison.arms):
@@ -378,7 +458,9 @@ def wae_table(comparison):
 
 
 def flip_check(dataset):
-    """Largest difference between precomputed batches and bands of the same crops and flips made on images (even offsets)."""
+    """Largest difference between precomputed batches and bands of the same crops and flips made on images
+    (even offsets).
+    """
     few = replace(dataset.limit(min(64, len(dataset.train))), flip=True)
     bands = precompute(few)
     g = stream(0, "flips")

@@ -1,11 +1,14 @@
-"""One module per method, named as the field names it; `Info` is what notebooks' headers, the report and the README say of it."""
+"""One module per method, named as the field names it; `Info` is what notebooks' headers, the report and the
+README say of it.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is added).
+    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is
+    added).
 
     >>> from effilib.methods import prune_train
     >>> prune_train.INFO.name, prune_train.INFO.chapter

@@ -1,14 +1,15 @@
-"""Approximate tensor operations (Adelman & Silberstein 2018, arXiv:1805.08079): products of some columns and rows only.
+"""Approximate tensor operations (Adelman & Silberstein 2018, arXiv:1805.08079): products of some columns and
+rows only.
 
-A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a convolution the
-terms are the input channels. In forward sampling the backward pass runs through the same k channels, so that all three
-products shrink to k/n; the channels that were left out get a dX and dW of 0. In backward sampling the forward pass is exact,
-dX samples output channels and dW samples examples.
+A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a
+convolution the terms are the input channels. In forward sampling the backward pass runs through the same k
+channels, so that all three products shrink to k/n; the channels that were left out get a dX and dW of 0. In
+backward sampling the forward pass is exact, dX samples output channels and dW samples examples.
 
-Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics under sampled
-activations but is evaluated with exact ones: they are re-estimated by exact forward passes before every evaluation.
-The 2018 version of the paper counts operations; times are in the version of 2021 (NeurIPS).
-"""
+Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics
+under sampled activations but is evaluated with exact ones: they are re-estimated by exact forward passes
+before every evaluation. The 2018 version of the paper counts operations; times are in the version of 2021
+(NeurIPS)."""
 
 from dataclasses import dataclass
 
@@ -41,12 +42,15 @@ def norms(t, dim):
     >>> norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
     """
-    t = t.float() if t.dtype == torch.float16 else t  # squares overflow; those of bf16 are only rounded, and sums are fp32 inside
+    t = (
+        t.float() if t.dtype == torch.float16 else t
+    )  # squares overflow; those of bf16 are only rounded, and sums are fp32 inside
     return t.pow(2).sum([d for d in range(t.dim()) if d != dim]).float().sqrt()
 
 
 def inclusion(w, k):
-    """Probabilities p_i = min(1, c w_i) that add up to k: in proportion to w >= 0 as far as that goes. (n,) -> (n,).
+    """Probabilities p_i = min(1, c w_i) that add up to k: in proportion to w >= 0 as far as that goes. (n,)
+    -> (n,).
 
     >>> inclusion(torch.tensor([6.0, 1.0, 1.0]), 2).tolist()
     [1.0, 0.5, 0.5]
@@ -62,13 +66,15 @@ def inclusion(w, k):
 
 
 def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.0, generator=None):
-    """Which k of n terms to compute, and the factor of each: (index (m,), scale (m,) or None), no index twice, m <= k but for Bernoulli.
+    """Which k of n terms to compute, and the factor of each: (index (m,), scale (m,) or None), no index
+    twice, m <= k but for Bernoulli.
 
     w: (n,), the terms' norms |A^(i)||B_(i)|. scheme: "topk", the largest; "uniform"; "norm", in proportion to w (NPS);
-    "bernoulli", each on its own with probability min(1, c w), k of them on average. replacement: k independent draws, so that
-    a term can come twice ("uniform", "norm"); without, a systematic sample, in which every term's probability is exactly
-    that of `inclusion`. scaled: divide each term by its expected number of draws, which makes the sum unbiased. mix: share of
-    the uniform distribution mixed in, so that no channel is left out for ever (0.1 in the authors' code; "norm", "bernoulli").
+    "bernoulli", each on its own with probability min(1, c w), k of them on average. replacement: k
+    independent draws, so that a term can come twice ("uniform", "norm"); without, a systematic sample, in
+    which every term's probability is exactly that of `inclusion`. scaled: divide each term by its expected
+    number of draws, which makes the sum unbiased. mix: share of the uniform distribution mixed in, so that no
+    channel is left out for ever (0.1 in the authors' code; "norm", "bernoulli").
 
     Raises `BadInput` for an unknown scheme, or scaled top-k, which has no probabilities.
 
@@ -82,13 +88,17 @@ def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.
     n = len(w)
     if scheme == "topk":
         if scaled:
-            raise BadInput("column-row sampling: top-k picks the same terms every time, there is no probability to scale by")
+            raise BadInput(
+                "column-row sampling: top-k picks the same terms every time, there is no probability to scale by"
+            )
         return w.topk(k).indices, None
     w = torch.ones_like(w) if scheme == "uniform" else w
     p = (w / w.sum() if w.sum() > 0 else torch.full_like(w, 1 / n)) * (1 - mix) + mix / n
     generator = generator and conv.on_device(generator, w.device)
     if replacement and scheme != "bernoulli":
-        index, times = torch.multinomial(p, k, replacement=True, generator=generator).unique(return_counts=True)
+        index, times = torch.multinomial(p, k, replacement=True, generator=generator).unique(
+            return_counts=True
+        )
         return index, times / (k * p[index]) if scaled else None
     p = inclusion(p, k)
     if scheme == "bernoulli":
@@ -105,8 +115,8 @@ def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.
 def squared_error(terms, k, scheme, *, p=None):
     """E|AB - estimate|_F^2 of a scaled, unbiased estimate by formula (Drineas et al. 2006).
 
-    terms: (n, ...), the n terms A^(i) B_(i). scheme: "replacement" with draw probabilities p (n,); "bernoulli" with inclusion
-    probabilities p; "uniform" without replacement.
+    terms: (n, ...), the n terms A^(i) B_(i). scheme: "replacement" with draw probabilities p (n,);
+    "bernoulli" with inclusion probabilities p; "uniform" without replacement.
 
     >>> squared_error(torch.tensor([[1.0], [3.0]]), 1, "uniform").item()  # the sum is 4, the estimate 2 x 1 or 2 x 3
     4.0
@@ -130,7 +140,8 @@ def how_many(ratio, n, minimal):
 
 
 def forward_sampling(ratio, minimal, **how):
-    """The `Approximation` that computes `ratio` of the input channels, the backward pass through the same ones.
+    """The `Approximation` that computes `ratio` of the input channels, the backward pass through the same
+    ones.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
@@ -168,12 +179,16 @@ def backward_sampling(ratio, minimal, **how):
     return Approximation(dx=dx, dw=dw)
 
 
-def sample_columns_(model, ratio=0.5, *, where="forward", minimal=10, linear=True, x=None, owner="column-row sampling", **how):
-    """Sample the products of a model's convolutions and linear layers, in place; all but the stem and the classifier.
+def sample_columns_(
+    model, ratio=0.5, *, where="forward", minimal=10, linear=True, x=None, owner="column-row sampling", **how
+):
+    """Sample the products of a model's convolutions and linear layers, in place; all but the stem and the
+    classifier.
 
-    ratio: share of the terms computed. where: "forward" or "backward". x: a batch of images, see `effilib.convolution.layers`.
-    how: as for `choose_terms`. Grouped convolutions, whose terms are few already, stay exact, and so do layers with at most
-    `minimal` channels. Returns the names of the sampled layers. Raises `NoEffect` if there are none.
+    ratio: share of the terms computed. where: "forward" or "backward". x: a batch of images, see
+    `effilib.convolution.layers`. how: as for `choose_terms`. Grouped convolutions, whose terms are few
+    already, stay exact, and so do layers with at most `minimal` channels. Returns the names of the sampled
+    layers. Raises `NoEffect` if there are none.
 
     >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
     ['features.4', 'features.7']
@@ -184,15 +199,21 @@ def sample_columns_(model, ratio=0.5, *, where="forward", minimal=10, linear=Tru
     approximation = {"forward": forward_sampling, "backward": backward_sampling}[where](ratio, minimal, **how)
     chosen = conv.layers(model, x, linear=linear)
     channels = {n: m.weight.shape[where == "forward"] for n, m in chosen.items()}
-    wanted = [n for n, m in chosen.items() if getattr(m, "groups", 1) == 1 and how_many(ratio, channels[n], minimal) < channels[n]]
+    wanted = [
+        n
+        for n, m in chosen.items()
+        if getattr(m, "groups", 1) == 1 and how_many(ratio, channels[n], minimal) < channels[n]
+    ]
     return conv.convert_(chosen, dict.fromkeys(wanted, approximation), owner, "column-row sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(Method):
-    """Train with sampled products. ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see `choose_terms`.
+    """Train with sampled products. ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see
+    `choose_terms`.
 
-    images: as many training images re-estimate BatchNorm's statistics before an evaluation, with exact forward passes.
+    images: as many training images re-estimate BatchNorm's statistics before an evaluation, with exact
+    forward passes.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(16, 16))
@@ -223,10 +244,18 @@ class ColumnRowSampling(Method):
     def on_evaluation(self, run):
         if self.where == "forward":
             size = min(run.recipe.batch_size, len(run.dataset.train))
-            batches = Batches(run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation)
+            batches = Batches(
+                run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
+            )
             few = max(1, self.images // size)
             with run.autocast():
-                reestimate_(run.model, (x.contiguous(memory_format=run.layout) for (x, _), _ in zip(batches, range(few), strict=False)))
+                reestimate_(
+                    run.model,
+                    (
+                        x.contiguous(memory_format=run.layout)
+                        for (x, _), _ in zip(batches, range(few), strict=False)
+                    ),
+                )
 
     def on_fit_end(self, run):
         conv.revert_(run.model, self)

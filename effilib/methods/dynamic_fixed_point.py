@@ -1,14 +1,16 @@
-"""Dynamic fixed point (Das et al. 2018, arXiv:1802.00930): integers with one shared exponent a tensor, multiplied as integers.
+"""Dynamic fixed point (Das et al. 2018, arXiv:1802.00930): integers with one shared exponent a tensor,
+multiplied as integers.
 
-A tensor becomes x ~ I 2^-scf: b-bit integers I and one exponent scf, taken from the largest magnitude anew at every use.
-Inputs, weights and output gradients of convolutions are rounded so; products of integers are summed in int32 over chains of
-bounded length, and the chains in fp32. Stem, classifier, BatchNorm, ReLU, weight gradients, momentum and master weights
-stay fp32. No loss scaling: the exponent follows the gradients by itself.
+A tensor becomes x ~ I 2^-scf: b-bit integers I and one exponent scf, taken from the largest magnitude anew at
+every use. Inputs, weights and output gradients of convolutions are rounded so; products of integers are
+summed in int32 over chains of bounded length, and the chains in fp32. Stem, classifier, BatchNorm, ReLU,
+weight gradients, momentum and master weights stay fp32. No loss scaling: the exponent follows the gradients
+by itself.
 
-The authors' 16-bit numbers leave two bits free, so that sums fit into int32: b = 14. With b = 16 sums overflow: that is
-caught, and the chain is shortened. Nothing here is emulated in fp32, which is not exact for such products: a 16-bit product
-is computed as four products of 8-bit halves, which processors have (`torch._int_mm`).
-"""
+The authors' 16-bit numbers leave two bits free, so that sums fit into int32: b = 14. With b = 16 sums
+overflow: that is caught, and the chain is shortened. Nothing here is emulated in fp32, which is not exact for
+such products: a 16-bit product is computed as four products of 8-bit halves, which processors have
+(`torch._int_mm`)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,7 +40,8 @@ INFO = Info(
 
 
 class DFP(NamedTuple):
-    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel; nan if x was not finite.
+    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel;
+    nan if x was not finite.
 
     >>> q = DFP(torch.tensor([64, -32], dtype=torch.int8), torch.tensor(6.0))
     >>> dequantise(q).tolist()  # 64 / 2^6, -32 / 2^6
@@ -50,11 +53,13 @@ class DFP(NamedTuple):
 
 
 def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
-    """x (any shape, fp32) as b-bit integers with a shared exponent, or one for every slice along `dim`: a `DFP`.
+    """x (any shape, fp32) as b-bit integers with a shared exponent, or one for every slice along `dim`: a
+    `DFP`.
 
     max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I = round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest
-    number that would round up to 2^(b-1) gets the next exponent. Up to 16 bits; 16 end at 32,639, the largest number of two
-    signed bytes. rounding: "nearest" (half to even), or "stochastic": up with the probability of the fraction, E[I] = x 2^scf.
+    number that would round up to 2^(b-1) gets the next exponent. Up to 16 bits; 16 end at 32,639, the largest
+    number of two signed bytes. rounding: "nearest" (half to even), or "stochastic": up with the probability
+    of the fraction, E[I] = x 2^scf.
 
     >>> q = quantise(torch.tensor([1.0, 0.3]), bits=4)
     >>> q.I.tolist(), q.scf.item()
@@ -80,7 +85,9 @@ def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
         low = scaled.floor()
         u = torch.empty_like(x).uniform_(generator=generator and conv.on_device(generator, x.device))
         I = low + (u < scaled - low)  # noqa: E741
-    return DFP(I.to(torch.int8 if bits <= 8 else torch.int16), torch.where(m.isfinite(), scf.float(), torch.nan))
+    return DFP(
+        I.to(torch.int8 if bits <= 8 else torch.int16), torch.where(m.isfinite(), scf.float(), torch.nan)
+    )
 
 
 def dequantise(q):
@@ -96,7 +103,8 @@ def dequantise(q):
 
 
 def halves(I):  # noqa: E741
-    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte, both signed.
+    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte,
+    both signed.
 
     >>> [(part.item(), factor) for part, factor in halves(torch.tensor([300], dtype=torch.int16))]
     [(1, 256), (44, 1)]
@@ -124,7 +132,9 @@ def _byte_products(a, b):
     sums, on_cpu = {}, a[0][0].device.type == "cpu"
     for part, f in a:
         for other, g in b:
-            product = torch._int_mm(part, other) if on_cpu else (part.double() @ other.double()).int()  # CUDA's takes some sizes only
+            product = (
+                torch._int_mm(part, other) if on_cpu else (part.double() @ other.double()).int()
+            )  # CUDA's takes some sizes only
             sums[f * g] = sums[f * g].add_(product) if f * g in sums else product
     return sums
 
@@ -143,20 +153,28 @@ def int32_mm(a, b):
     OverflowError: dynamic fixed point: a chain of 9 products does not fit into int32
     """
     sums = _byte_products(a, b)
-    if len(sums) > 1 and sum(f * _largest(p) for f, p in sums.items()) >= 2**31:  # a bound; only beyond it look closely
+    if (
+        len(sums) > 1 and sum(f * _largest(p) for f, p in sums.items()) >= 2**31
+    ):  # a bound; only beyond it look closely
         largest = sum(float(f) * p.double() for f, p in sums.items()).abs().max()
         if largest >= 2**31:
-            raise OverflowError(f"dynamic fixed point: a chain of {a[0][0].shape[1]} products does not fit into int32")
+            raise OverflowError(
+                f"dynamic fixed point: a chain of {a[0][0].shape[1]} products does not fit into int32"
+            )
     whole = None
     for f, p in sums.items():
-        whole = p.mul_(f) if whole is None else whole.add_(p, alpha=f)  # may wrap around on the way, not at the end
+        whole = (
+            p.mul_(f) if whole is None else whole.add_(p, alpha=f)
+        )  # may wrap around on the way, not at the end
     return whole
 
 
 def chained_mm(a, b, chain):
-    """a b with int32 sums over chains of at most `chain` products, the chains added up in fp32: (M, K) x (K, N) -> (M, N), fp32.
+    """a b with int32 sums over chains of at most `chain` products, the chains added up in fp32: (M, K) x (K,
+    N) -> (M, N), fp32.
 
-    Raises `OverflowError` if the sum of a chain does not fit into int32, where hardware would wrap around unseen.
+    Raises `OverflowError` if the sum of a chain does not fit into int32, where hardware would wrap around
+    unseen.
 
     >>> a = torch.full((1, 9), 20_000, dtype=torch.int16)
     >>> chained_mm(halves(a), halves(a.T.contiguous()), chain=2).item()  # 9 x 20,000^2
@@ -171,7 +189,8 @@ def chained_mm(a, b, chain):
 
 
 def columns(x, product, kernel):
-    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k C).
+    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k
+    C).
 
     >>> columns(torch.ones(2, 3, 4, 4), conv.Convolution(), (3, 3)).shape
     torch.Size([8, 27])
@@ -205,7 +224,8 @@ def out_size(x, w, product):
 
 
 def forward(x, w, product, chain):
-    """y = x * w of two `DFP`s, x: (N, C, H, W), w: (O, C, k, k) -> (N, O, H', W'), fp32. Chains run over taps and channels.
+    """y = x * w of two `DFP`s, x: (N, C, H, W), w: (O, C, k, k) -> (N, O, H', W'), fp32. Chains run over taps
+    and channels.
 
     >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
     >>> forward(quantise(x), quantise(w), conv.Convolution(), chain=9).flatten().tolist()
@@ -218,7 +238,8 @@ def forward(x, w, product, chain):
 
 
 def backward_x(dy, x_shape, w, product, chain):
-    """dX: the convolution of dy, its pixels set apart by the stride, with the mirrored filter. Chains run over taps and outputs.
+    """dX: the convolution of dy, its pixels set apart by the stride, with the mirrored filter. Chains run
+    over taps and outputs.
 
     >>> dy, w = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)
     >>> backward_x(quantise(dy), (1, 1, 4, 4), quantise(w), conv.Convolution(), chain=9)[0, 0, 0].tolist()
@@ -235,7 +256,9 @@ def backward_x(dy, x_shape, w, product, chain):
     spread = F.pad(spread, edges)
     full = conv.Convolution(dilation=product.dilation)
     a = [(columns(p, full, w.I.shape[2:]), f) for p, f in halves(spread)]
-    b = [(p.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.I.shape[1]), f) for p, f in halves(w.I)]  # (k k O, C)
+    b = [
+        (p.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.I.shape[1]), f) for p, f in halves(w.I)
+    ]  # (k k O, C)
     dx = image(chained_mm(a, b, chain), x_shape[0], x_shape[2])
     return torch.ldexp(dx, -(dy.scf + w.scf.view(1, -1, 1, 1)))
 
@@ -257,7 +280,8 @@ def backward_w(dy, x, w_shape, product, chain):
 
 
 def with_shorter_chains(function, chains, key):
-    """function(chain) with the layer's chain; where a sum overflows the chain is halved, for good, and it is computed again.
+    """function(chain) with the layer's chain; where a sum overflows the chain is halved, for good, and it is
+    computed again.
 
     >>> def product(chain):
     ...     if chain > 3:
@@ -277,10 +301,12 @@ def with_shorter_chains(function, chains, key):
 
 
 def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generator=None):
-    """The `Approximation` that computes all three products with `DFP`s. chains: () -> dict "forward", "dX", "dW" -> length.
+    """The `Approximation` that computes all three products with `DFP`s. chains: () -> dict "forward", "dX",
+    "dW" -> length.
 
-    exponents: "tensor", one for each; or "channel": one for each slice that is not summed over, which differs from product to
-    product (w by output in the forward pass, by input in dX; x and dy by channel in dW), so that operands are rounded twice.
+    exponents: "tensor", one for each; or "channel": one for each slice that is not summed over, which differs
+    from product to product (w by output in the forward pass, by input in dX; x and dy by channel in dW), so
+    that operands are rounded twice.
 
     >>> x, w, chains = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), {"forward": 9, "dX": 9, "dW": 4}
     >>> conv.approx_conv2d(x, w, approximation=fixed_point(14, lambda: chains)).unique().tolist()
@@ -296,14 +322,20 @@ def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generat
         return whole, rounded(second) if exponents == "channel" else whole
 
     def dx(dy, x, w, product):
-        return with_shorter_chains(lambda chain: backward_x(dy[0], x[0].I.shape, w[1], product, chain), chains(), "dX")
+        return with_shorter_chains(
+            lambda chain: backward_x(dy[0], x[0].I.shape, w[1], product, chain), chains(), "dX"
+        )
 
     def dw(dy, x, w, product):
-        return with_shorter_chains(lambda chain: backward_w(dy[1], x[1], w[0].I.shape, product, chain), chains(), "dW")
+        return with_shorter_chains(
+            lambda chain: backward_w(dy[1], x[1], w[0].I.shape, product, chain), chains(), "dW"
+        )
 
     return Approximation(
         operands=lambda x, w: (twice(x, None, 1), twice(w, 0, 1)),
-        forward=lambda x, w, product: with_shorter_chains(lambda chain: forward(x[0], w[0], product, chain), chains(), "forward"),
+        forward=lambda x, w, product: with_shorter_chains(
+            lambda chain: forward(x[0], w[0], product, chain), chains(), "forward"
+        ),
         output_gradient=lambda dy: twice(dy, None, 1),
         dx=dx,
         dw=dw,
@@ -313,8 +345,8 @@ def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generat
 def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point", **how):
     """Compute all convolutions but stem and classifier in dynamic fixed point, in place.
 
-    chains: name -> dict "forward", "dX", "dW" -> length of a chain. how: see `fixed_point`. Grouped convolutions stay fp32.
-    Returns the names; raises `NoEffect` if no layer matched.
+    chains: name -> dict "forward", "dX", "dW" -> length of a chain. how: see `fixed_point`. Grouped
+    convolutions stay fp32. Returns the names; raises `NoEffect` if no layer matched.
 
     >>> net = build("convnet", 10, (3, 32, 32), widths=(8, 16))
     >>> use_fixed_point_(net, 14, lambda name: {"forward": 72, "dX": 144, "dW": 256})
@@ -327,10 +359,12 @@ def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point"
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicFixedPoint(Method):
-    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with any other.
+    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with any
+    other.
 
-    exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of a 3x3 filter, the
-    authors' longest). master: keep weights and momentum in fp32, else they are rounded after every step.
+    exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of
+    a 3x3 filter, the authors' longest). master: keep weights and momentum in fp32, else they are rounded
+    after every step.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -347,7 +381,9 @@ class DynamicFixedPoint(Method):
 
     def on_fit_start(self, run):
         if run.precision not in ("fp32", "tf32"):
-            raise BadInput(f"dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not {run.precision!r}")
+            raise BadInput(
+                f"dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not {run.precision!r}"
+            )
         whole = {"forward": self.chain, "dX": self.chain, "dW": self.chain}
         run.state[self] = {"chains": {}}
         names = use_fixed_point_(
@@ -362,11 +398,19 @@ class DynamicFixedPoint(Method):
             weights = [run.model.get_submodule(n).weight for n in run.state[self]["layers"]]
             for w in weights:
                 for t in (w.data, run.optimizer.state[w]["momentum_buffer"]):
-                    t.copy_(dequantise(quantise(t, self.bits, rounding=self.rounding, generator=run.generator(self))))
+                    t.copy_(
+                        dequantise(
+                            quantise(t, self.bits, rounding=self.rounding, generator=run.generator(self))
+                        )
+                    )
 
     def on_fit_end(self, run):
         conv.revert_(run.model, self)
         chains = run.state[self]["chains"]
         shorter = {f"{n}, {p}": k for n, c in chains.items() for p, k in c.items() if k < self.chain}
         text = ", ".join(f"{n} {k}" for n, k in shorter.items()) or "none"
-        run.log(self, f"{len(chains)} layers in {self.bits} bits; int32 chains shortened after an overflow: {text}", shortened=shorter)
+        run.log(
+            self,
+            f"{len(chains)} layers in {self.bits} bits; int32 chains shortened after an overflow: {text}",
+            shortened=shorter,
+        )

@@ -1,10 +1,13 @@
-"""Gradient approximation (Wang et al. 2019, arXiv:1908.05460): the weight gradient of some layers in some batches is replaced.
+"""Gradient approximation (Wang et al. 2019, arXiv:1908.05460): the weight gradient of some layers in some
+batches is replaced.
 
-One of a convolution's three products, dW, is replaced in a quarter of all (layer, batch) pairs; forward and dX stay exact. So
-at most a third of a quarter, 8 %, of the convolutions' time can be saved. Replacements: zero, random numbers, or a gradient
+One of a convolution's three products, dW, is replaced in a quarter of all (layer, batch) pairs; forward and
+dX stay exact. So at most a third of a quarter, 8 %, of the convolutions' time can be saved. Replacements:
+zero, random numbers, or a gradient
 from one location per sample and output channel, the one where |dy| is largest, weighed by the sum of dy over the map.
 
-The paper calls the last one unbiased. It is not: the location is no random draw. The unbiased variant beside it draws the
+The paper calls the last one unbiased. It is not: the location is no random draw. The unbiased variant beside
+it draws the
 location in proportion to |dy|. A gradient of zeros is not the same as no gradient: with zeros momentum and weight decay go
 on, without one the optimizer skips the parameter.
 """
@@ -37,7 +40,8 @@ SCHEDULES = ("S1", "S2", "S3", "always")
 
 
 def locations(dy, how="top", generator=None):
-    """One location per sample and output channel, and its factor: (index (N, O) into H' W', v (N, O) in fp32).
+    """One location per sample and output channel, and its factor: (index (N, O) into H' W', v (N, O) in
+    fp32).
 
     "top": where |dy| is largest, v the signed sum of the map. "unbiased": drawn with probability |dy| / sum |dy|,
     v = sign(dy there) sum |dy|, so that E[v at the location] = dy.
@@ -50,13 +54,16 @@ def locations(dy, how="top", generator=None):
     if how == "top":
         return maps.abs().argmax(2), maps.sum(2)
     ends = maps.abs().cumsum(2)
-    u = torch.rand(maps.shape[:2], generator=generator and conv.on_device(generator, dy.device), device=dy.device)
+    u = torch.rand(
+        maps.shape[:2], generator=generator and conv.on_device(generator, dy.device), device=dy.device
+    )
     index = torch.searchsorted(ends, (u * ends[..., -1])[..., None], right=True).clamp(max=maps.shape[2] - 1)
     return index[..., 0], maps.gather(2, index)[..., 0].sign() * ends[..., -1]
 
 
 def dw_at(index, v, x, w, product):
-    """dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o] patch(x[n], index[n, o]).
+    """dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o]
+    patch(x[n], index[n, o]).
 
     Needs one row of channels per filter tap, sample and output channel; the size of the maps does not matter.
 
@@ -83,9 +90,10 @@ def dw_at(index, v, x, w, product):
 def replacement(how, *, scale=None, generator=None):
     """The function (dy, x, w, product) -> dW that replaces the exact one.
 
-    "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new each time.
-    "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of the last two; None is the
-    published one for "top", 1 / N on top of the mean over the batch that dy carries already, and 1 for "unbiased".
+    "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new
+    each time. "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of
+    the last two; None is the published one for "top", 1 / N on top of the mean over the batch that dy carries
+    already, and 1 for "unbiased".
 
     >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
     >>> conv.approx_linear(x, w, dw=replacement("zero")).sum().backward()
@@ -110,10 +118,12 @@ def replacement(how, *, scale=None, generator=None):
 
 
 def scheduled(schedule, layer, step):
-    """Whether the dW of convolution number `layer` (0 is the stem, which never is) is replaced in batch number `step`.
+    """Whether the dW of convolution number `layer` (0 is the stem, which never is) is replaced in batch
+    number `step`.
 
-    S1: every fourth layer from the second on, in every batch. S2: every other layer, in every other batch. S3: every layer,
-    in every fourth batch. Each is a quarter of all pairs. "always": every layer, in every batch.
+    S1: every fourth layer from the second on, in every batch. S2: every other layer, in every other batch.
+    S3: every layer, in every fourth batch. Each is a quarter of all pairs. "always": every layer, in every
+    batch.
 
     >>> [scheduled("S1", layer, step=0) for layer in range(6)]
     [False, True, False, False, False, True]
@@ -122,15 +132,22 @@ def scheduled(schedule, layer, step):
     """
     if not layer:
         return False
-    return {"S1": layer % 4 == 1, "S2": layer % 2 == 1 and step % 2 == 0, "S3": step % 4 == 0, "always": True}[schedule]
+    return {
+        "S1": layer % 4 == 1,
+        "S2": layer % 2 == 1 and step % 2 == 0,
+        "S3": step % 4 == 0,
+        "always": True,
+    }[schedule]
 
 
-def approximate_gradients_(model, how, schedule, step, *, scale=None, generator=None, x=None, owner="gradient approximation"):
+def approximate_gradients_(
+    model, how, schedule, step, *, scale=None, generator=None, x=None, owner="gradient approximation"
+):
     """Replace the dW of a model's convolutions by schedule, in place.
 
-    step: () -> int, the number of the batch. Convolutions are numbered in their true order if x, a batch of images, is
-    given; 1x1 filters neither count nor are replaced, as with the authors. "top" and "unbiased" leave grouped convolutions
-    exact. Returns the names; raises `NoEffect` if no layer is ever replaced.
+    step: () -> int, the number of the batch. Convolutions are numbered in their true order if x, a batch of
+    images, is given; 1x1 filters neither count nor are replaced, as with the authors. "top" and "unbiased"
+    leave grouped convolutions exact. Returns the names; raises `NoEffect` if no layer is ever replaced.
 
     >>> net = build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32)))
     >>> approximate_gradients_(net, "zero", "S1", step=lambda: 0)
@@ -156,7 +173,8 @@ def approximate_gradients_(model, how, schedule, step, *, scale=None, generator=
 
 @dataclass(frozen=True, kw_only=True)
 class GradientApproximation(Method):
-    """Train with replaced weight gradients. how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see `replacement`.
+    """Train with replaced weight gradients. how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see
+    `replacement`.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -171,7 +189,9 @@ class GradientApproximation(Method):
 
     def on_fit_start(self, run):
         if self.how == "skip" and run.ranks.size > 1:
-            raise BadInput("gradient approximation: 'skip' needs one process, for among several every parameter gets a gradient")
+            raise BadInput(
+                "gradient approximation: 'skip' needs one process, for among several every parameter gets a gradient"
+            )
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = approximate_gradients_(
             run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, generator=run.generator(self, share=True), x=x,
@@ -183,4 +203,7 @@ class GradientApproximation(Method):
         conv.revert_(run.model, self)
         names = run.state[self]["layers"]
         convs = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in run.model.modules())
-        run.log(self, f"dW replaced ({self.how}, {self.schedule}) in {len(names)} of {convs} convolutions: {', '.join(names)}")
+        run.log(
+            self,
+            f"dW replaced ({self.how}, {self.schedule}) in {len(names)} of {convs} convolutions: {', '.join(names)}",
+        )

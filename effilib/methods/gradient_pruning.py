@@ -1,14 +1,15 @@
-"""Pruning of activation gradients (Ye et al. 2019, arXiv:1908.00173): most of dO becomes 0, at random and without bias.
+"""Pruning of activation gradients (Ye et al. 2019, arXiv:1908.00173): most of dO becomes 0, at random and
+without bias.
 
-Of three products of a convolution two read dO, the gradient of its output. An element below a threshold tau becomes 0 or
-+-tau, so that its expectation stays. tau follows from one number, the mean magnitude, if gradients are normal: a target
-rate p means that a share p lies below tau, *not* that a share p becomes 0 (of those below tau many become tau). The paper
-predicts tau from earlier batches (a FIFO), so that hardware can prune in passing.
+Of three products of a convolution two read dO, the gradient of its output. An element below a threshold tau
+becomes 0 or +-tau, so that its expectation stays. tau follows from one number, the mean magnitude, if
+gradients are normal: a target rate p means that a share p lies below tau, *not* that a share p becomes 0 (of
+those below tau many become tau). The paper predicts tau from earlier batches (a FIFO), so that hardware can
+prune in passing.
 
-Zeros save time only in hardware that skips them. What saves time on dense kernels are structured subsets: output channels,
-or samples; they stand beside it. Chmiel et al. (2021, arXiv:2006.08173) find gradients nearer to lognormal: their threshold
-aims at the share of zeros itself.
-"""
+Zeros save time only in hardware that skips them. What saves time on dense kernels are structured subsets:
+output channels, or samples; they stand beside it. Chmiel et al. (2021, arXiv:2006.08173) find gradients
+nearer to lognormal: their threshold aims at the share of zeros itself."""
 
 import math
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def threshold(g, p):
 
 
 def zero_fraction(p):
-    """The share of zeros that pruning with target rate p leaves of normal gradients: p - sqrt(2/pi) (1 - exp(-t^2/2)) / t.
+    """The share of zeros that pruning with target rate p leaves of normal gradients: p - sqrt(2/pi) (1 -
+    exp(-t^2/2)) / t.
 
     >>> round(zero_fraction(0.9), 2)  # of 90 % below tau, 36 % became tau
     0.54
@@ -117,9 +119,9 @@ def prune(g, tau, generator):
 class Pruner:
     """Prunes the gradients of one layer and keeps count; its state is plain and goes into checkpoints.
 
-    law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier tau are averaged
-    to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's own. every: density is counted
-    every so many batches.
+    law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier
+    tau are averaged to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's
+    own. every: density is counted every so many batches.
 
     >>> pruner, generator = Pruner(p=0.9), torch.Generator().manual_seed(0)
     >>> state = pruner.new_state()
@@ -132,7 +134,9 @@ class Pruner:
         self.p, self.law, self.fifo, self.every = p, law, fifo, every
 
     def new_state(self):
-        """What is kept of a layer, at first: earlier thresholds, and sums over the batches that were counted."""
+        """What is kept of a layer, at first: earlier thresholds, and sums over the batches that were
+        counted.
+        """
         return {"taus": [], "calls": 0, "counted": 0, "zeros": 0.0, "error": 0.0, "cosine": 0.0}
 
     def __call__(self, g, state, generator):
@@ -146,16 +150,20 @@ class Pruner:
             state["counted"] += 1
             state["zeros"] += (pruned == 0).float().mean().item()
             state["error"] += abs(tau / own - 1).item()
-            state["cosine"] += torch.cosine_similarity(g.flatten().float(), pruned.flatten().float(), 0).item()
+            state["cosine"] += torch.cosine_similarity(
+                g.flatten().float(), pruned.flatten().float(), 0
+            ).item()
         state["calls"] += 1
         return pruned
 
 
 def placements(model, chosen, x):
-    """Where each layer's gradient is pruned: "dO", at its output, where a BatchNorm follows (BatchNorm fills up ReLU's zeros), else "dI".
+    """Where each layer's gradient is pruned: "dO", at its output, where a BatchNorm follows (BatchNorm fills
+    up ReLU's zeros), else "dI".
 
-    chosen: dict name -> module. x: a batch of images. dI is the gradient of the layer's input, before the ReLU in front of
-    it masks it: after the mask the many zeros would spoil the estimate of tau. Dict name -> place.
+    chosen: dict name -> module. x: a batch of images. dI is the gradient of the layer's input, before the
+    ReLU in front of it masks it: after the mask the many zeros would spoil the estimate of tau. Dict name ->
+    place.
 
     >>> with_norm, without = (build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=bn) for bn in (True, False))
     >>> [list(placements(net, conv.layers(net), torch.zeros(1, 1, 8, 8)).values()) for net in (with_norm, without)]
@@ -184,9 +192,9 @@ def placements(model, chosen, x):
 def prune_gradients_(model, pruner, x, state, generator, owner="gradient pruning"):
     """Prune the activation gradients of all convolutions but stem and classifier, in place.
 
-    pruner: a `Pruner`. x: a batch of images, by which stem and placement are found. state: () -> dict, filled per layer; it
-    is asked for anew at every call, as a checkpoint may have replaced it. Returns {name: "dO" or "dI"}; raises `NoEffect` if
-    no layer matched.
+    pruner: a `Pruner`. x: a batch of images, by which stem and placement are found. state: () -> dict, filled
+    per layer; it is asked for anew at every call, as a checkpoint may have replaced it. Returns {name: "dO"
+    or "dI"}; raises `NoEffect` if no layer matched.
 
     >>> net, state = build("convnet", 4, (1, 8, 8), widths=(4, 8)), {}
     >>> prune_gradients_(net, Pruner(p=0.9), torch.zeros(1, 1, 8, 8), lambda: state, torch.Generator())
@@ -227,14 +235,18 @@ class GradientPruning(Method):
     def __post_init__(self):
         choose("law of gradients", self.law, ("normal", "lognormal"))
         if not 0 <= self.p < 1 or self.fifo < 0:
-            raise BadInput(f"gradient pruning: p is {self.p}, it must be from 0 to below 1; fifo is {self.fifo}, it must not be negative")
+            raise BadInput(
+                f"gradient pruning: p is {self.p}, it must be from 0 to below 1; fifo is {self.fifo}, it must not be negative"
+            )
 
     def on_fit_start(self, run):
         if not self.p:
             raise NoEffect("gradient pruning: p = 0 prunes nothing")
         pruner, state = Pruner(self.p, self.law, self.fifo, self.every), run.state.setdefault(self, {})
         x = run.dataset.normalize(run.dataset.train.x[:2])
-        place = prune_gradients_(run.model, pruner, x, lambda: run.state[self], run.generator(self, share=True), owner=self)
+        place = prune_gradients_(
+            run.model, pruner, x, lambda: run.state[self], run.generator(self, share=True), owner=self
+        )
         state.update({n: pruner.new_state() for n in place})
         run.log(self, "pruned: " + ", ".join(f"{n} ({at})" for n, at in place.items()), placement=place)
 
@@ -244,14 +256,21 @@ class GradientPruning(Method):
         means = {k: {n: s[k] / s["counted"] for n, s in layers.items()} for k in ("zeros", "error", "cosine")}
         density = {n: 1 - z for n, z in means["zeros"].items()}
         text = ", ".join(f"{n} {d:.2f}" for n, d in density.items()) or "nothing was pruned"
-        run.log(self, f"density of the pruned gradients: {text}", density=density, error=means["error"], cosine=means["cosine"])
+        run.log(
+            self,
+            f"density of the pruned gradients: {text}",
+            density=density,
+            error=means["error"],
+            cosine=means["cosine"],
+        )
 
 
 # Structured subsets, which dense kernels can use
 
 
 def random_subset(n, keep, generator, device="cpu"):
-    """(index, scale): round(keep n) >= 1 of n slices at random, and the factor n / k that makes their sum unbiased.
+    """(index, scale): round(keep n) >= 1 of n slices at random, and the factor n / k that makes their sum
+    unbiased.
 
     >>> index, scale = random_subset(8, 0.25, torch.Generator().manual_seed(0))
     >>> len(index), scale
@@ -261,14 +280,20 @@ def random_subset(n, keep, generator, device="cpu"):
     return torch.randperm(n, generator=generator)[:k].sort().values.to(device), n / k
 
 
-SUBSETS = {"outputs": (conv.dx_of_outputs, conv.dw_of_outputs, 1), "samples": (conv.dx_of_samples, conv.dw_of_samples, 0)}
+SUBSETS = {
+    "outputs": (conv.dx_of_outputs, conv.dw_of_outputs, 1),
+    "samples": (conv.dx_of_samples, conv.dw_of_samples, 0),
+}
 
 
-def subset_gradients_(model, keep, generator, *, dx="outputs", dw="outputs", x=None, owner="gradient subsets"):
+def subset_gradients_(
+    model, keep, generator, *, dx="outputs", dw="outputs", x=None, owner="gradient subsets"
+):
     """Compute dX and dW of all convolutions but stem and classifier from random subsets, scaled, in place.
 
-    keep: share of the slices. dx, dw: of what: "outputs" (channels), "samples", or None: exact. If both name the same, they
-    share the subset. Grouped convolutions stay exact. Returns the names; raises `NoEffect` if no layer matched.
+    keep: share of the slices. dx, dw: of what: "outputs" (channels), "samples", or None: exact. If both name
+    the same, they share the subset. Grouped convolutions stay exact. Returns the names; raises `NoEffect` if
+    no layer matched.
 
     >>> subset_gradients_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), 0.5, torch.Generator())
     ['features.4']
@@ -299,7 +324,8 @@ def subset_gradients_(model, keep, generator, *, dx="outputs", dw="outputs", x=N
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSubsets(Method):
-    """Train with structured, unbiased subsets of the activation gradients. keep, dx, dw: see `subset_gradients_`.
+    """Train with structured, unbiased subsets of the activation gradients. keep, dx, dw: see
+    `subset_gradients_`.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -314,11 +340,14 @@ class GradientSubsets(Method):
 
     def on_fit_start(self, run):
         x = run.dataset.normalize(run.dataset.train.x[:2])
-        names = subset_gradients_(run.model, self.keep, run.generator(self, share=True), dx=self.dx, dw=self.dw, x=x, owner=self)
+        names = subset_gradients_(
+            run.model, self.keep, run.generator(self, share=True), dx=self.dx, dw=self.dw, x=x, owner=self
+        )
         run.state[self] = {"layers": names}
 
     def on_fit_end(self, run):
         conv.revert_(run.model, self)
         run.log(
-            self, f"{len(run.state[self]['layers'])} layers: dX from {self.keep:.0%} of {self.dx}, dW from {self.keep:.0%} of {self.dw}"
+            self,
+            f"{len(run.state[self]['layers'])} layers: dX from {self.keep:.0%} of {self.dx}, dW from {self.keep:.0%} of {self.dw}",
         )

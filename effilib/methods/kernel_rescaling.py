@@ -1,12 +1,14 @@
-"""Kernel rescaling (Porto Buarque de Gusmao, Francini, Lepsoy & Magli 2016, arXiv:1610.03623): begin with small images and small kernels.
+"""Kernel rescaling (Porto Buarque de Gusmao, Francini, Lepsoy & Magli 2016, arXiv:1610.03623): begin with
+small images and small kernels.
 
-If an image is enlarged by s, a kernel enlarged by s responds alike: (f_s * h_s)(x) = s^2 (f * h)(x / s). So a network is trained first on
-small images with small kernels; then its kernels are enlarged, with the amplitude factor that takes s^2 back, and it is refined at
-full size. The paper's text was not to be had: kernel sizes, schedule and treatment of momentum are choices made here. Without the kernels
-it is progressive resizing, the control.
+If an image is enlarged by s, a kernel enlarged by s responds alike: (f_s * h_s)(x) = s^2 (f * h)(x / s). So a
+network is trained first on small images with small kernels; then its kernels are enlarged, with the amplitude
+factor that takes s^2 back, and it is refined at full size. The paper's text was not to be had: kernel sizes,
+schedule and treatment of momentum are choices made here. Without the kernels it is progressive resizing, the
+control.
 
-Beside it PI-resize (Beyer et al. 2023, FlexiViT, arXiv:2212.08013) for patch embeddings, whose stride is their kernel's size.
-"""
+Beside it PI-resize (Beyer et al. 2023, FlexiViT, arXiv:2212.08013) for patch embeddings, whose stride is
+their kernel's size."""
 
 import copy
 import itertools
@@ -42,19 +44,23 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 
 @lru_cache(maxsize=64)  # of a step's images: neither computed nor copied to the device anew
 def matrix(n, m, dtype=torch.double, device="cpu"):
-    """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m < n. Rows add up to 1.
+    """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m <
+    n. Rows add up to 1.
 
     >>> matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
     """
     old, new = (torch.arange(k, dtype=torch.double) + 0.5 for k in (n, m))
-    distance = (old - new[:, None] * n / m).abs() / max(n / m, 1)  # from centre to centre, in pixels of the coarser side
+    distance = (old - new[:, None] * n / m).abs() / max(
+        n / m, 1
+    )  # from centre to centre, in pixels of the coarser side
     R = (1 - distance).clamp(min=0)
     return (R / R.sum(1, keepdim=True)).to(device, dtype)
 
 
 def resize(x, size):
-    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: R_h x R_w^T. Channels last in memory.
+    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: R_h x R_w^T. Channels
+    last in memory.
 
     The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`.
 
@@ -71,10 +77,12 @@ def resize(x, size):
 
 
 def rescale_kernel(W, k, amplitude=True):
-    """Kernels W: (O, C, n, n) -> (O, C, k, k): W' = (n / k)^2 R W R^T with R the map that resizes n samples to k.
+    """Kernels W: (O, C, n, n) -> (O, C, k, k): W' = (n / k)^2 R W R^T with R the map that resizes n samples
+    to k.
 
-    Then `conv(resize(x), W')` is `resize(conv(x, W))` for band-limited x and W, if x is resized by k / n too. amplitude: the factor
-    (n / k)^2; without it the response is (k / n)^2 times as large. Linear in W, the identity for k = n.
+    Then `conv(resize(x), W')` is `resize(conv(x, W))` for band-limited x and W, if x is resized by k / n too.
+    amplitude: the factor (n / k)^2; without it the response is (k / n)^2 times as large. Linear in W, the
+    identity for k = n.
 
     >>> W = rescale_kernel(torch.ones(1, 1, 3, 3), 5)
     >>> W.shape, round(W.sum().item(), 3)  # a kernel's sum stays
@@ -86,10 +94,12 @@ def rescale_kernel(W, k, amplitude=True):
 
 
 def pi_resize(W, k):
-    """Patch embeddings W: (O, C, n, n) -> (O, C, k, k): w' = pinv(B^T) w, where B resizes patches from n x n to k x k.
+    """Patch embeddings W: (O, C, n, n) -> (O, C, k, k): w' = pinv(B^T) w, where B resizes patches from n x n
+    to k x k.
 
-    It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean square error over white
-    patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse: one small matrix a side will do.
+    It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean
+    square error over white patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse:
+    one small matrix a side will do.
 
     >>> W, patch = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
     >>> torch.allclose((pi_resize(W, 8) * resize(patch, (8, 8))).sum(), (W * patch).sum(), rtol=1e-4)
@@ -103,7 +113,8 @@ def pi_resize(W, k):
 
 
 def is_patch(conv):
-    """Whether a convolution cuts its input into patches: its stride is its kernel's size, and there is no padding.
+    """Whether a convolution cuts its input into patches: its stride is its kernel's size, and there is no
+    padding.
 
     >>> is_patch(nn.Conv2d(3, 8, 4, stride=4)), is_patch(nn.Conv2d(3, 8, 3))
     (True, False)
@@ -113,10 +124,12 @@ def is_patch(conv):
 
 
 def kernels(model, smallest=SMALLEST):
-    """The kernels that can be rescaled, name -> size: odd, square, of size >= `smallest` and stride 1; of the stem with any stride.
+    """The kernels that can be rescaled, name -> size: odd, square, of size >= `smallest` and stride 1; of the
+    stem with any stride.
 
-    The stem is the first convolution that the model holds; as a patch embedding it may have any size. Left alone are 1x1 kernels and
-    even ones (half a pixel would be lost), convolutions of a user's own class, and weights that two layers share.
+    The stem is the first convolution that the model holds; as a patch embedding it may have any size. Left
+    alone are 1x1 kernels and even ones (half a pixel would be lost), convolutions of a user's own class, and
+    weights that two layers share.
 
     >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(8, 8, 3, padding=1)))
     {'0': 7}
@@ -127,16 +140,22 @@ def kernels(model, smallest=SMALLEST):
 
     def able(m):
         k = m.kernel_size[0]
-        if type(m) not in (nn.Conv2d, ApproxConv2d) or m.kernel_size != (k, k) or sum(p is m.weight for p in holders) > 1:
+        if (
+            type(m) not in (nn.Conv2d, ApproxConv2d)
+            or m.kernel_size != (k, k)
+            or sum(p is m.weight for p in holders) > 1
+        ):
             return False
-        return (m is stem and is_patch(m)) or (k % 2 == 1 and k >= max(smallest, 3) and (m is stem or m.stride == (1, 1)))
+        return (m is stem and is_patch(m)) or (
+            k % 2 == 1 and k >= max(smallest, 3) and (m is stem or m.stride == (1, 1))
+        )
 
     return {name: m.kernel_size[0] for name, m in convs.items() if able(m)}
 
 
 def scaled(conv, k, factor):
-    """The size that a kernel of `conv` whose size was k should have on images `factor` times as large: odd and at least 3; of a patch
-    the nearest whole number, at least 2.
+    """The size that a kernel of `conv` whose size was k should have on images `factor` times as large: odd
+    and at least 3; of a patch the nearest whole number, at least 2.
 
     >>> scaled(nn.Conv2d(3, 8, 7), 7, 0.75), scaled(nn.Conv2d(3, 8, 8, stride=8), 8, 0.5)
     (5, 4)
@@ -148,13 +167,15 @@ def scaled(conv, k, factor):
 def rescale_(model, k, optimizer=None, *, smallest=SMALLEST, amplitude=True, ema=None):
     """Rescale a network's kernels, in place. Returns what was done: dict name -> (size before, size after).
 
-    k: a size for every kernel that `kernels(model, smallest)` lists (int), a factor on their sizes (float), or dict name -> size.
-    Padding follows, so that maps keep their relation to the image; a patch embedding is PI-resized and its stride follows as well.
-    amplitude: see `rescale_kernel`. ema: a running average of the model, changed alike.
+    k: a size for every kernel that `kernels(model, smallest)` lists (int), a factor on their sizes (float),
+    or dict name -> size. Padding follows, so that maps keep their relation to the image; a patch embedding is
+    PI-resized and its stride follows as well. amplitude: see `rescale_kernel`. ema: a running average of the
+    model, changed alike.
 
-    The optimizer holds the new Parameters in the place of the old ones. Their momentum begins anew at 0: a gradient follows the adjoint
-    of the map that the weights follow, g = A^T g', and to an enlarged kernel there are many g' for one g. Other layers keep theirs.
-    Raises `NoEffect` if no kernel changes, `BadInput` for a size or name that cannot be.
+    The optimizer holds the new Parameters in the place of the old ones. Their momentum begins anew at 0: a
+    gradient follows the adjoint of the map that the weights follow, g = A^T g', and to an enlarged kernel
+    there are many g' for one g. Other layers keep theirs. Raises `NoEffect` if no kernel changes, `BadInput`
+    for a size or name that cannot be.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 7, padding=3))
     >>> rescale_(net, 5), net[0].padding
@@ -164,16 +185,25 @@ def rescale_(model, k, optimizer=None, *, smallest=SMALLEST, amplitude=True, ema
     if isinstance(k, dict):
         wanted = {choose("kernel that can be rescaled", name, list(able)): size for name, size in k.items()}
     elif k > 0:
-        wanted = {name: k if isinstance(k, int) else scaled(model.get_submodule(name), n, k) for name, n in able.items()}
+        wanted = {
+            name: k if isinstance(k, int) else scaled(model.get_submodule(name), n, k)
+            for name, n in able.items()
+        }
     else:
         raise BadInput(f"kernel rescaling: a size or factor of {k}, it must be above 0")
     for name, size in wanted.items():
         patch = is_patch(model.get_submodule(name))
         if not isinstance(size, int) or size < 2 or (size % 2 == 0 and not patch):
-            raise BadInput(f"kernel rescaling: {name} cannot have size {size}: an even kernel has no centre, and 1x1 sees no neighbour")
+            raise BadInput(
+                f"kernel rescaling: {name} cannot have size {size}: an even kernel has no centre, and 1x1 sees no neighbour"
+            )
     done = {name: (able[name], size) for name, size in wanted.items() if size != able[name]}
     if not done:
-        what = f"no kernel of at least {smallest} x {smallest} with stride 1" if not able else "every kernel has its size already"
+        what = (
+            f"no kernel of at least {smallest} x {smallest} with stride 1"
+            if not able
+            else "every kernel has its size already"
+        )
         raise NoEffect(f"kernel rescaling: {type(model).__name__}: {what}")
     for name, (_, size) in done.items():
         for m in surgery.copies(model, ema):
@@ -192,14 +222,20 @@ def _rescale(conv, k, optimizer, amplitude):
     surgery.replace_(conv, "weight", change, optimizer)
     if optimizer is not None and "exp_avg" in optimizer.state.get(conv.weight, ()):
         del optimizer.state[conv.weight]  # Adam's bias correction counts steps: it begins anew too
-    padding = conv.padding if isinstance(conv.padding, str) else tuple(round(p * (k - 1) / (n - 1)) for p in conv.padding)
+    padding = (
+        conv.padding
+        if isinstance(conv.padding, str)
+        else tuple(round(p * (k - 1) / (n - 1)) for p in conv.padding)
+    )
     models.set_kernel_(conv, (k, k), (k, k) if patch else conv.stride, padding)
 
 
 def recalibrate_(model, batches):
-    """Set BatchNorm's running statistics to the means over `batches`, images (N, C, H, W), in place. Returns how many layers.
+    """Set BatchNorm's running statistics to the means over `batches`, images (N, C, H, W), in place. Returns
+    how many layers.
 
-    At another resolution, or behind a rescaled kernel, the old statistics are of other numbers. Raises `NoEffect` if the model has none.
+    At another resolution, or behind a rescaled kernel, the old statistics are of other numbers. Raises
+    `NoEffect` if the model has none.
 
     >>> recalibrate_(nn.Sequential(nn.BatchNorm2d(1)), [torch.ones(2, 1, 2, 2)])
     1
@@ -215,16 +251,19 @@ def recalibrate_(model, batches):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRescaling(Method):
-    """Train through a schedule of image and kernel sizes, and end at full size. Raises `NoEffect` if nothing was ever smaller.
+    """Train through a schedule of image and kernel sizes, and end at full size. Raises `NoEffect` if nothing
+    was ever smaller.
 
-    schedule: rows (share of the steps, factor on the images' sides[, factor on the kernels]); shares add up to 1, the last row is full
-    size. Without a third number kernels follow the images. multiple: images' sides are rounded to multiples of it. kernels: False is
-    progressive resizing, the images only. amplitude, smallest: see `rescale_` and `kernels`.
-    recalibrate: batches for BatchNorm's statistics after a switch, on the clock; 0: they adapt by themselves. rewarm: share of the steps
-    over which the learning rate rises anew from 0 after a switch; 0: it goes on.
+    schedule: rows (share of the steps, factor on the images' sides[, factor on the kernels]); shares add up
+    to 1, the last row is full size. Without a third number kernels follow the images. multiple: images' sides
+    are rounded to multiples of it. kernels: False is progressive resizing, the images only. amplitude,
+    smallest: see `rescale_` and `kernels`. recalibrate: batches for BatchNorm's statistics after a switch, on
+    the clock; 0: they adapt by themselves. rewarm: share of the steps over which the learning rate rises anew
+    from 0 after a switch; 0: it goes on.
 
-    The images that evaluations for the record see are always of full size, and the model is as it stands: what it reaches on small images
-    counts for nothing. A step on small images is timed as a kind of its own, "step at 16 x 16".
+    The images that evaluations for the record see are always of full size, and the model is as it stands:
+    what it reaches on small images counts for nothing. A step on small images is timed as a kind of its own,
+    "step at 16 x 16".
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 8), blocks=(1, 1), kernels=(5, 5, 5))
@@ -244,18 +283,31 @@ class KernelRescaling(Method):
     def __post_init__(self):
         rows = tuple(tuple(row) if isinstance(row, list | tuple) else (row,) for row in self.schedule)
         object.__setattr__(self, "schedule", rows)  # lists come from JSON; settings must be hashable
-        if not rows or not all(len(r) in (2, 3) and all(isinstance(v, int | float) and v > 0 for v in r) for r in rows):
-            raise BadInput("kernel rescaling: the schedule has rows (share of the steps, image factor[, kernel factor]), all above 0")
+        if not rows or not all(
+            len(r) in (2, 3) and all(isinstance(v, int | float) and v > 0 for v in r) for r in rows
+        ):
+            raise BadInput(
+                "kernel rescaling: the schedule has rows (share of the steps, image factor[, kernel factor]), all above 0"
+            )
         if abs(sum(r[0] for r in rows) - 1) > 1e-6 or set(rows[-1][1:]) != {1}:
-            raise BadInput("kernel rescaling: the shares of the schedule must add up to 1, and its last row must be full size, factor 1")
+            raise BadInput(
+                "kernel rescaling: the shares of the schedule must add up to 1, and its last row must be full size, factor 1"
+            )
         if self.multiple < 1 or self.recalibrate < 0 or not 0 <= self.rewarm < 1:
-            raise BadInput("kernel rescaling: multiple is at least 1, recalibrate at least 0, rewarm lies in [0, 1)")
+            raise BadInput(
+                "kernel rescaling: multiple is at least 1, recalibrate at least 0, rewarm lies in [0, 1)"
+            )
 
     def phases(self, shape, steps):
-        """[(first step, (h, w), factor on the kernels), ...] for images (C, H, W) = `shape` in a run of so many steps."""
+        """[(first step, (h, w), factor on the kernels), ...] for images (C, H, W) = `shape` in a run of so
+        many steps.
+        """
         found, share = [], 0.0
         for row in self.schedule:
-            size = tuple(n if row[1] == 1 else max(1, round(row[1] * n / self.multiple)) * self.multiple for n in shape[1:])
+            size = tuple(
+                n if row[1] == 1 else max(1, round(row[1] * n / self.multiple)) * self.multiple
+                for n in shape[1:]
+            )
             factor = row[2] if len(row) == 3 else math.sqrt(math.prod(size) / math.prod(shape[1:]))
             found.append((round(share * steps), size, factor if self.kernels else 1.0))
             share += row[0]
@@ -263,10 +315,19 @@ class KernelRescaling(Method):
 
     def sizes(self, model, full, factor):
         """The kernels' sizes in a phase: dict name -> size. full: their sizes on full-size images."""
-        return {name: k if factor == 1 else scaled(model.get_submodule(name), k, factor) for name, k in full.items()}
+        return {
+            name: k if factor == 1 else scaled(model.get_submodule(name), k, factor)
+            for name, k in full.items()
+        }
 
     def on_fit_start(self, run):  # nothing changes yet: a run that is resumed gets its state only after this
-        run.state[self] = {"phase": -1, "size": tuple(run.dataset.shape[1:]), "full": {}, "since": 0, "lr": 1.0}
+        run.state[self] = {
+            "phase": -1,
+            "size": tuple(run.dataset.shape[1:]),
+            "full": {},
+            "since": 0,
+            "lr": 1.0,
+        }
 
     def on_epoch_start(self, run):
         if run.state[self]["phase"] < 0:
@@ -288,18 +349,27 @@ class KernelRescaling(Method):
         self.follow(run, run.planned)  # where a run ends early, by divergence
 
     def check(self, run):
-        """The sizes of all kernels that are to be rescaled. Raises `BadInput` or `NoEffect` where the schedule cannot be followed."""
+        """The sizes of all kernels that are to be rescaled. Raises `BadInput` or `NoEffect` where the
+        schedule cannot be followed.
+        """
         model, (C, *side) = run.model, run.dataset.shape
-        full, phases = kernels(model, self.smallest) if self.kernels else {}, self.phases(run.dataset.shape, run.planned)
+        full, phases = (
+            kernels(model, self.smallest) if self.kernels else {},
+            self.phases(run.dataset.shape, run.planned),
+        )
         starts = [start for start, *_ in phases] + [run.planned]
         if any(a >= b for a, b in itertools.pairwise(starts)):
-            raise BadInput(f"kernel rescaling: of {run.planned} steps a phase of the schedule gets none; train longer or with fewer phases")
+            raise BadInput(
+                f"kernel rescaling: of {run.planned} steps a phase of the schedule gets none; train longer or with fewer phases"
+            )
         smaller = [self.sizes(model, full, factor) for *_, factor in phases]
         if self.kernels and all(sizes == full for sizes in smaller):
             raise NoEffect(f"kernel rescaling: {type(model).__name__} has no kernel of at least {self.smallest} x {self.smallest} with "
                            "stride 1 that the schedule changes; kernels=False resizes the images only")  # fmt: skip
         if not self.kernels and all(size == tuple(side) for _, size, _ in phases):
-            raise NoEffect(f"kernel rescaling: every phase of the schedule has images of full size, {side[0]} x {side[1]}")
+            raise NoEffect(
+                f"kernel rescaling: every phase of the schedule has images of full size, {side[0]} x {side[1]}"
+            )
         for (_, size, _), sizes in zip(phases, smaller, strict=True):
             twin = copy.deepcopy(model).cpu()
             sizes = {name: k for name, k in sizes.items() if k != full[name]}
@@ -331,7 +401,11 @@ class KernelRescaling(Method):
         run.step_kind = self.label(run)
 
         def change(model, optimizer):
-            todo = {n: k for n, k in self.sizes(model, state["full"], factor).items() if k != model.get_submodule(n).kernel_size[0]}
+            todo = {
+                n: k
+                for n, k in self.sizes(model, state["full"], factor).items()
+                if k != model.get_submodule(n).kernel_size[0]
+            }
             if todo:
                 done.update(rescale_(model, todo, optimizer, amplitude=self.amplitude))
             if begun and self.recalibrate:
@@ -341,12 +415,17 @@ class KernelRescaling(Method):
         run.restructure(change)  # also for the images alone: compiled graphs and FLOPs change
         text = "; ".join(f"{n} {a} -> {b}" for n, (a, b) in done.items()) or "kernels as they were"
         sizes = {n: b for n, (_, b) in done.items()}
-        run.log(self, f"images {size[0]} x {size[1]}; {text}", size=list(size), kernels=sizes, norms=sum(norms))
+        run.log(
+            self, f"images {size[0]} x {size[1]}; {text}", size=list(size), kernels=sizes, norms=sum(norms)
+        )
 
     def restate(self, run, model, size):
         """BatchNorm's statistics from a few training batches of the new size."""
         batches = copy.copy(run.batches)
         batches.generator = run.generator(self)  # the order of the training is not touched
-        xs = (resize(x, size).contiguous(memory_format=run.layout) for x, _ in itertools.islice(batches, self.recalibrate))
+        xs = (
+            resize(x, size).contiguous(memory_format=run.layout)
+            for x, _ in itertools.islice(batches, self.recalibrate)
+        )
         with run.autocast():
             return models.reestimate_(model, xs, training=True)

@@ -1,13 +1,14 @@
 """Resource-aware layer placement (Park et al. 2019, arXiv:1901.05803): put each layer where it costs least.
 
-A parameter server sends all weights to every worker, and receives all gradients from every worker, in every synchronous step: its
-network link is the bottleneck. Convolutions compute much and weigh little, fully connected layers the other way round. So the
-layers up to a *cut* stay with the workers, and those behind it run on the server itself: their weights never travel; what
-travels instead are the activations at the cut and their gradients. It is still the same synchronous SGD.
+A parameter server sends all weights to every worker, and receives all gradients from every worker, in every
+synchronous step: its network link is the bottleneck. Convolutions compute much and weigh little, fully
+connected layers the other way round. So the layers up to a *cut* stay with the workers, and those behind it
+run on the server itself: their weights never travel; what travels instead are the activations at the cut and
+their gradients. It is still the same synchronous SGD.
 
-Only the paper's abstract was at hand. The traffic and time model below is our own reading of it: it follows from what has to be
-sent. The cut is chosen from a profile of the layers; for a pipeline of several machines, dynamic programming chooses the cuts.
-"""
+Only the paper's abstract was at hand. The traffic and time model below is our own reading of it: it follows
+from what has to be sent. The cut is chosen from a profile of the layers; for a pipeline of several machines,
+dynamic programming chooses the cuts."""
 
 import copy
 import itertools
@@ -45,8 +46,8 @@ BYTES = 4  # of a number on the wire, fp32
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A link of the chain. parameters: trainable numbers. outputs: numbers per image that the next one reads (A). flops, seconds:
-    of forward and backward, per image, on a worker.
+    """A link of the chain. parameters: trainable numbers. outputs: numbers per image that the next one reads
+    (A). flops, seconds: of forward and backward, per image, on a worker.
 
     >>> Layer(name="fc", parameters=1000, outputs=10).seconds  # not measured yet
     0.0
@@ -63,7 +64,8 @@ class Layer:
 class Cluster:
     """W workers, `batch` (b) images on each a step, and a server with a link of `bandwidth` bytes/s.
 
-    server_speed: times a worker's. memory: bytes of the server (None: enough). overlap: computing and sending at the same time.
+    server_speed: times a worker's. memory: bytes of the server (None: enough). overlap: computing and sending
+    at the same time.
 
     >>> Cluster(workers=4, batch=32, bandwidth=1e9 / 8).overlap
     False
@@ -78,9 +80,11 @@ class Cluster:
 
 
 def traffic(layers, k, workers, batch):
-    """Bytes through the server's link in a step when the first k of N layers are on the workers: 4 [2 W P(1..k) + 2 W b A_k].
+    """Bytes through the server's link in a step when the first k of N layers are on the workers: 4 [2 W
+    P(1..k) + 2 W b A_k].
 
-    Weights down and gradients up, activations up and their gradients down; k = N is the plain parameter server, where nothing is cut.
+    Weights down and gradients up, activations up and their gradients down; k = N is the plain parameter
+    server, where nothing is cut.
 
     >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
     >>> traffic(layers, 1, workers=2, batch=1), traffic(layers, 2, workers=2, batch=1)
@@ -92,7 +96,8 @@ def traffic(layers, k, workers, batch):
 
 
 def step_seconds(layers, k, cluster):
-    """T(k): the workers' part, the link and the server's part, one after the other; with overlap the longest of them.
+    """T(k): the workers' part, the link and the server's part, one after the other; with overlap the longest
+    of them.
 
     >>> layers = [Layer(name="conv", parameters=10, outputs=100, seconds=2.0), Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
     >>> step_seconds(layers, 1, Cluster(workers=2, batch=1))  # 2 on the workers, 2 x 0.5 on the server
@@ -108,19 +113,25 @@ def step_seconds(layers, k, cluster):
 
 
 def server_bytes(layers, k, cluster):
-    """Memory of the layers behind the cut: weights, gradients and momentum, and the activations of W b images with their gradients.
+    """Memory of the layers behind the cut: weights, gradients and momentum, and the activations of W b images
+    with their gradients.
 
     >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
     >>> server_bytes(layers, 1, Cluster(workers=2, batch=1))
     13760
     """
     held = 3 * sum(layer.parameters for layer in layers[k:])
-    passing = 2 * cluster.workers * cluster.batch * sum(layer.outputs for layer in layers[k - 1 :]) if k < len(layers) else 0
+    passing = (
+        2 * cluster.workers * cluster.batch * sum(layer.outputs for layer in layers[k - 1 :])
+        if k < len(layers)
+        else 0
+    )
     return BYTES * (held + passing)
 
 
 def best_cut(layers, cluster):
-    """(k, seconds): the cut with the shortest step that fits the server's memory; of equals the one with the least on the server.
+    """(k, seconds): the cut with the shortest step that fits the server's memory; of equals the one with the
+    least on the server.
 
     The first layer always stays with the workers, for the images are there.
 
@@ -128,7 +139,11 @@ def best_cut(layers, cluster):
     >>> best_cut(layers, Cluster(workers=2, batch=1, bandwidth=1000))[0]
     1
     """
-    fits = [k for k in range(len(layers), 0, -1) if cluster.memory is None or server_bytes(layers, k, cluster) <= cluster.memory]
+    fits = [
+        k
+        for k in range(len(layers), 0, -1)
+        if cluster.memory is None or server_bytes(layers, k, cluster) <= cluster.memory
+    ]
     if not fits:
         raise BadInput(f"no cut fits the server's memory of {cluster.memory:g} bytes")
     seconds = {k: step_seconds(layers, k, cluster) for k in fits}
@@ -137,10 +152,12 @@ def best_cut(layers, cluster):
 
 
 def pipeline(layers, stages, batch, bandwidth=math.inf):
-    """(seconds, cuts): the chain in `stages` pieces, one a machine, so that the slowest piece or link takes the least time.
+    """(seconds, cuts): the chain in `stages` pieces, one a machine, so that the slowest piece or link takes
+    the least time.
 
-    B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m stages (PipeDream's straight
-    pipeline); seconds are those of a batch of `batch` images. cuts: how many layers lie before each border. O(N^2 S).
+    B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m
+    stages (PipeDream's straight pipeline); seconds are those of a batch of `batch` images. cuts: how many
+    layers lie before each border. O(N^2 S).
 
     >>> layers = [Layer(name="conv", parameters=1, outputs=1, seconds=seconds) for seconds in (1.0, 1.0, 2.0)]
     >>> pipeline(layers, stages=2, batch=1)
@@ -179,10 +196,12 @@ def bubble(stages, microbatches):
 
 
 class Chain:
-    """A network as a chain of layers: it can be cut wherever a single tensor flows on, so a residual block is one link.
+    """A network as a chain of layers: it can be cut wherever a single tensor flows on, so a residual block is
+    one link.
 
-    A link begins at a layer with weights and takes along what follows without (BatchNorm, ReLU, pooling). `part(i, j)` is the network
-    of links i..j-1 with the same parameters under the same names. Raises `BadInput` if the forward pass cannot be followed.
+    A link begins at a layer with weights and takes along what follows without (BatchNorm, ReLU, pooling).
+    `part(i, j)` is the network of links i..j-1 with the same parameters under the same names. Raises
+    `BadInput` if the forward pass cannot be followed.
 
     >>> chain = Chain(build("resnet", 4, (1, 8, 8), widths=(4, 8), blocks=(1, 1)))
     >>> chain.names, chain.part(0, 2)(torch.rand(2, 1, 8, 8)).shape
@@ -192,14 +211,21 @@ class Chain:
     def __init__(self, model):
         try:
             self.traced = fx.symbolic_trace(model)
-        except Exception as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
+        except (
+            Exception
+        ) as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(f"the forward pass of {type(model).__name__} cannot be followed, so it cannot be cut: {reason}") from error
+            raise BadInput(
+                f"the forward pass of {type(model).__name__} cannot be followed, so it cannot be cut: {reason}"
+            ) from error
         self.nodes = [n for n in self.traced.graph.nodes if n.op != "output"]
         if [n.op for n in self.nodes].count("placeholder") != 1:
             raise BadInput(f"{type(model).__name__} does not take one tensor of images, so it is no chain")
         place = {n: i for i, n in enumerate(self.traced.graph.nodes)}
-        cuts, alive = [(1, self.nodes[0])], set()  # (how many nodes lie before it, the one tensor that flows over it)
+        cuts, alive = (
+            [(1, self.nodes[0])],
+            set(),
+        )  # (how many nodes lie before it, the one tensor that flows over it)
         for i, n in enumerate(self.nodes):
             alive = {v for v in (*alive, n) if any(place[u] > i for u in v.users)}
             if i and len(alive) == 1:
@@ -228,7 +254,12 @@ class Chain:
     @staticmethod
     def _say(names):
         """What a link is called: its layer, or what holds all of its layers."""
-        common = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*(n.split(".") for n in names), strict=False))]
+        common = [
+            parts[0]
+            for parts in itertools.takewhile(
+                lambda p: len(set(p)) == 1, zip(*(n.split(".") for n in names), strict=False)
+            )
+        ]
         return ".".join(common) or f"{names[0]} ... {names[-1]}" if names else "no weights"
 
     def part(self, first, last):
@@ -248,16 +279,28 @@ class Chain:
         return [self.part(i, j) for i, j in itertools.pairwise((0, *cuts, len(self)))]
 
     def doubts(self, k):
-        """Why training with the links behind k on the server would not give the same weights, in sentences; none if it does."""
+        """Why training with the links behind k on the server would not give the same weights, in sentences;
+        none if it does.
+        """
         found = []
         if k < len(self):
             near, far = self.part(0, k), self.part(k, len(self))
             shared = {id(p) for p in near.parameters()}
-            found = [f"the parameter {n} is used on both sides of the cut" for n, p in far.named_parameters() if id(p) in shared]
+            found = [
+                f"the parameter {n} is used on both sides of the cut"
+                for n, p in far.named_parameters()
+                if id(p) in shared
+            ]
             for name, m in far.named_modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    found.append(f"BatchNorm {name} behind the cut takes its statistics over the images of all workers")
-        drawn = [n for n, m in self.traced.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+                    found.append(
+                        f"BatchNorm {name} behind the cut takes its statistics over the images of all workers"
+                    )
+        drawn = [
+            n
+            for n, m in self.traced.named_modules()
+            if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
+        ]
         return found + [f"dropout {n} draws other numbers in every process" for n in drawn]
 
 
@@ -272,7 +315,8 @@ def trainable(module):
 
 
 def profile(chain, shape, *, images=2):
-    """The chain's layers, counted: parameters, numbers at each cut, FLOPs of forward and backward per image. Works on the meta device.
+    """The chain's layers, counted: parameters, numbers at each cut, FLOPs of forward and backward per image.
+    Works on the meta device.
 
     shape: (C, H, W) of the images.
 
@@ -311,7 +355,8 @@ def estimate(layers, rate):
 
 
 def measure(chain, layers, x, *, repeats=9, seconds=None):
-    """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H, W), interleaved medians.
+    """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H,
+    W), interleaved medians.
 
     >>> chain = Chain(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
     >>> layers = measure(chain, profile(chain, (1, 8, 8)), torch.rand(4, 1, 8, 8), repeats=3)
@@ -326,7 +371,9 @@ def measure(chain, layers, x, *, repeats=9, seconds=None):
             def step(part=part, x=x, first=i == 0):
                 x = x.detach().requires_grad_(not first)
                 y = part(x)
-                torch.autograd.grad(y, [*trainable(part), *([] if first else [x])], torch.ones_like(y), allow_unused=True)
+                torch.autograd.grad(
+                    y, [*trainable(part), *([] if first else [x])], torch.ones_like(y), allow_unused=True
+                )
 
             functions[i] = step
             with torch.no_grad():
@@ -340,11 +387,12 @@ def measure(chain, layers, x, *, repeats=9, seconds=None):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Training over several processes. make: () -> the network, with the same initial weights wherever it is called.
+    """Training over several processes. make: () -> the network, with the same initial weights wherever it is
+    called.
 
-    cut: links of the chain on the workers (None: all, the plain parameter server). batches: (x, y) of each step, the images of all
-    workers, each of which takes its share in order; the server knows the labels from there. bandwidth: bytes/s that the server's
-    link is slowed down to, by waiting (None: as fast as it is).
+    cut: links of the chain on the workers (None: all, the plain parameter server). batches: (x, y) of each
+    step, the images of all workers, each of which takes its share in order; the server knows the labels from
+    there. bandwidth: bytes/s that the server's link is slowed down to, by waiting (None: as fast as it is).
 
     >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),))
     >>> job.cut is None  # the plain parameter server
@@ -390,7 +438,8 @@ class Wire:
 
 
 def take_part(rank, job):
-    """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server), "sent", "received", "seconds"}.
+    """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server),
+    "sent", "received", "seconds"}.
 
     Buffers, such as BatchNorm's running statistics, stay with their worker.
 
@@ -407,7 +456,9 @@ def take_part(rank, job):
     near, far = chain.part(0, k), chain.part(k, len(chain)) if k < len(chain) else None
     wire, workers = Wire(next((p.dtype for p in near.parameters()), torch.float32)), dist.get_world_size() - 1
     if len(job.batches[0][1]) % workers:
-        raise BadInput(f"a batch of {len(job.batches[0][1])} images cannot be shared out among {workers} workers")
+        raise BadInput(
+            f"a batch of {len(job.batches[0][1])} images cannot be shared out among {workers} workers"
+        )
     seconds, shape = [], near_shape(near, job.batches[0][0][:1]) if far else None
     optimizer = job.optimizer([*trainable(near), *(trainable(far) if far else [])]) if rank == 0 else None
     for x, y in job.batches:
@@ -420,18 +471,29 @@ def take_part(rank, job):
             else:
                 work(wire, near, far is None, x.chunk(workers)[rank - 1], y.chunk(workers)[rank - 1])
             seconds.append(t())
-    parameters = {n: p.detach() for part in (near, far) if part and rank == 0 for n, p in part.named_parameters()}
-    return {"parameters": parameters, "sent": wire.sent, "received": wire.received, "seconds": stats.median(seconds)}
+    parameters = {
+        n: p.detach() for part in (near, far) if part and rank == 0 for n, p in part.named_parameters()
+    }
+    return {
+        "parameters": parameters,
+        "sent": wire.sent,
+        "received": wire.received,
+        "seconds": stats.median(seconds),
+    }
 
 
 def serve(wire, near, far, optimizer, y, workers, shape):
-    """The server's step. `far`, the layers behind the cut, sees the activations of all workers at once; its loss is their mean."""
+    """The server's step. `far`, the layers behind the cut, sees the activations of all workers at once; its
+    loss is their mean.
+    """
     ranks = range(1, workers + 1)
     weights = parameters_to_vector(trainable(near))
     for r in ranks:
         wire.send(weights, r)
     if far:
-        A = torch.cat([wire.receive((len(y) // workers, *shape), r) for r in ranks]).requires_grad_()  # (W b, ...)
+        A = torch.cat(
+            [wire.receive((len(y) // workers, *shape), r) for r in ranks]
+        ).requires_grad_()  # (W b, ...)
         F.cross_entropy(far(A), y).backward()
         for r, dA in zip(ranks, A.grad.chunk(workers), strict=True):
             wire.send(dA, r)
@@ -445,7 +507,9 @@ def serve(wire, near, far, optimizer, y, workers, shape):
 
 
 def work(wire, near, whole, x, y):
-    """A worker's step: pull the weights, forward, get the gradient at the cut (or from the loss), backward, push the gradients."""
+    """A worker's step: pull the weights, forward, get the gradient at the cut (or from the loss), backward,
+    push the gradients.
+    """
     parameters = trainable(near)
     with torch.no_grad():
         vector_to_parameters(wire.receive((sum(p.numel() for p in parameters),), 0), parameters)
@@ -456,7 +520,15 @@ def work(wire, near, whole, x, y):
     else:
         wire.send(out, 0)
         gradients = torch.autograd.grad(out, parameters, wire.receive(out.shape, 0), allow_unused=True)
-    wire.send(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]), 0)
+    wire.send(
+        torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
+        ),
+        0,
+    )
 
 
 @torch.no_grad()
@@ -520,11 +592,11 @@ class Stage(nn.Module):
 
 
 def pipelined(rank, make, cuts, x, y, microbatches):
-    """Gradients of this rank's stage, by name, through `torch.distributed.pipelining`: a step of GPipe over the parts between the cuts.
+    """Gradients of this rank's stage, by name, through `torch.distributed.pipelining`: a step of GPipe over
+    the parts between the cuts.
 
-    x is cut into `microbatches` equal pieces, and the loss is their mean; so a BatchNorm sees other statistics than in one process.
-    Ranks without a stage return {}.
-    """
+    x is cut into `microbatches` equal pieces, and the loss is their mean; so a BatchNorm sees other
+    statistics than in one process. Ranks without a stage return {}."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     stages = Chain(make().train()).stages(cuts)
@@ -540,7 +612,8 @@ def pipelined(rank, make, cuts, x, y, microbatches):
 
 
 def several(rank, calls):
-    """Several (function, arguments) one after the other in the same processes, for starting them takes longer than what they do.
+    """Several (function, arguments) one after the other in the same processes, for starting them takes longer
+    than what they do.
 
     >>> several(2, [(pow, (3,)), (max, (5, 1))])  # pow(2, 3), max(2, 5, 1)
     [8, 5]

@@ -1,10 +1,12 @@
-"""Layer replacement under a time budget: the thesis' word taken literally, and the second half of chapter 6.4.
+"""Layer replacement under a time budget: the thesis' word taken literally, and the second half of chapter
+6.4.
 
-Each 3x3 convolution may be replaced by a cheaper structure. What that saves is *measured*, per layer, as a training step in the
-real number format and layout, for FLOPs promise more than they keep. What it may cost is scored: before training by the Fisher
-potential (Turner et al. 2020, BlockSwap, arXiv:1906.04113), for a trained network by the part of its weights that the cheaper
-structure cannot hold. A multiple-choice knapsack finds the least damage that fits the budget. A guard then rebuilds the network,
-measures its whole training step, and takes back what did not pay.
+Each 3x3 convolution may be replaced by a cheaper structure. What that saves is *measured*, per layer, as a
+training step in the real number format and layout, for FLOPs promise more than they keep. What it may cost is
+scored: before training by the Fisher potential (Turner et al. 2020, BlockSwap, arXiv:1906.04113), for a
+trained network by the part of its weights that the cheaper structure cannot hold. A multiple-choice knapsack
+finds the least damage that fits the budget. A guard then rebuilds the network, measures its whole training
+step, and takes back what did not pay.
 
 The outcome is a plan, plain values that go into JSON: the same seed and the same plan give the same weights.
 """
@@ -26,7 +28,16 @@ from effilib.clock import elapsed, interleaved
 from effilib.data import Batches
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import EVALUATIONS, LAYOUTS, History, autocast, resolve_layout, resolve_precision, stream, train
+from effilib.training import (
+    EVALUATIONS,
+    LAYOUTS,
+    History,
+    autocast,
+    resolve_layout,
+    resolve_precision,
+    stream,
+    train,
+)
 
 INFO = Info(
     name="Resource-aware layer replacement",
@@ -40,9 +51,23 @@ INFO = Info(
 )
 
 # From the least saving to the most at equal widths; where two do equal damage, the earlier one is taken.
-CANDIDATES = ("lowrank/2", "group/4", "bneck/2", "spatial/2", "lowrank/4", "group/8", "spatial/4", "dwsep", "bneck/4")
+CANDIDATES = (
+    "lowrank/2",
+    "group/4",
+    "bneck/2",
+    "spatial/2",
+    "lowrank/4",
+    "group/8",
+    "spatial/4",
+    "dwsep",
+    "bneck/4",
+)
 ORIGINAL = "conv"
-ACTIVATED = ("dwsep", "group", "bneck")  # BatchNorm and ReLU between their parts, as in BlockSwap; the others factorise W
+ACTIVATED = (
+    "dwsep",
+    "group",
+    "bneck",
+)  # BatchNorm and ReLU between their parts, as in BlockSwap; the others factorise W
 
 
 # The candidates
@@ -50,7 +75,8 @@ ACTIVATED = ("dwsep", "group", "bneck")  # BatchNorm and ReLU between their part
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A convolution where it stands: C -> O channels, its geometry, and the images that it reads, (N, C, H, W) of `dtype`.
+    """A convolution where it stands: C -> O channels, its geometry, and the images that it reads, (N, C, H,
+    W) of `dtype`.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
     >>> site.flops(), site.flops("dwsep")
@@ -78,7 +104,8 @@ class Site:
 
 
 def parts(candidate, site):
-    """A candidate's convolutions: (C, O, kernel, stride, padding, groups) each. Raises `BadInput` for an unknown or unfitting one.
+    """A candidate's convolutions: (C, O, kernel, stride, padding, groups) each. Raises `BadInput` for an
+    unknown or unfitting one.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> [(C, O, kernel, groups) for C, O, kernel, _, _, groups in parts("dwsep", site)]
@@ -136,8 +163,9 @@ class Replacement(nn.Sequential):
 def replacement(candidate, site, generator=None, *, norm=True, conv=None):
     """A candidate for a site, as a module of the same input and output shapes.
 
-    Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm: BatchNorm between the parts of
-    a candidate that has ReLUs there. conv: a trained convolution; then the parts are its best linear factorisation, with neither.
+    Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm:
+    BatchNorm between the parts of a candidate that has ReLUs there. conv: a trained convolution; then the
+    parts are its best linear factorisation, with neither.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> replacement("bneck/2", site)(torch.zeros(1, 16, 8, 8)).shape
@@ -148,12 +176,16 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
     activated = candidate.split("/")[0] in ACTIVATED and given is None
     for i, (C, O, k, s, p, g) in enumerate(geometry):  # noqa: E741
         last = i == len(geometry) - 1
-        layer = nn.utils.skip_init(nn.Conv2d, C, O, k, s, p, groups=g, bias=site.bias and last)  # draws nothing from global state
+        layer = nn.utils.skip_init(
+            nn.Conv2d, C, O, k, s, p, groups=g, bias=site.bias and last
+        )  # draws nothing from global state
         with torch.no_grad():
             if given:
                 layer.weight.copy_(given[i])
             else:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if last or activated else "linear", generator=generator)
+                nn.init.kaiming_normal_(
+                    layer.weight, nonlinearity="relu" if last or activated else "linear", generator=generator
+                )
             if layer.bias is not None:
                 layer.bias.copy_(conv.bias) if given else layer.bias.zero_()
         layers.append(layer)
@@ -166,7 +198,8 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
 
 
 def halves(M, d):
-    """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out evenly.
+    """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out
+    evenly.
 
     >>> L, R = halves(torch.diag(torch.tensor([9.0, 4.0, 1.0])), 2)
     >>> [[round(abs(v), 3) for v in row] for row in (L @ R).tolist()]
@@ -180,7 +213,8 @@ def halves(M, d):
 
 
 def matrix(W, candidate):
-    """(M, d): the matrix, or a stack of them, that a candidate holds at rank d of the filters W (O, C, kh, kw).
+    """(M, d): the matrix, or a stack of them, that a candidate holds at rank d of the filters W (O, C, kh,
+    kw).
 
     >>> M, d = matrix(torch.ones(8, 4, 3, 3), "lowrank/2")
     >>> M.shape, d
@@ -197,9 +231,11 @@ def matrix(W, candidate):
 
 
 def factors(W, candidate):
-    """Weights of a candidate's parts whose product comes nearest to the filters W (O, C, kh, kw): linear, without BatchNorm and ReLU.
+    """Weights of a candidate's parts whose product comes nearest to the filters W (O, C, kh, kw): linear,
+    without BatchNorm and ReLU.
 
-    Truncated singular value decompositions of `matrix`; a bottleneck takes the leading directions of either side (HOSVD, near the best).
+    Truncated singular value decompositions of `matrix`; a bottleneck takes the leading directions of either
+    side (HOSVD, near the best).
 
     >>> [w.shape for w in factors(torch.rand(8, 4, 3, 3), "lowrank/2")]
     [torch.Size([4, 4, 3, 3]), torch.Size([8, 4, 1, 1])]
@@ -214,7 +250,10 @@ def factors(W, candidate):
     if kind == "lowrank":
         return [R.reshape(-1, C, kh, kw), L.reshape(O, -1, 1, 1)]
     if kind == "spatial":
-        return [L.reshape(C, kh, -1).permute(2, 0, 1)[..., None], R.reshape(-1, O, kw).transpose(0, 1)[:, :, None]]
+        return [
+            L.reshape(C, kh, -1).permute(2, 0, 1)[..., None],
+            R.reshape(-1, O, kw).transpose(0, 1)[:, :, None],
+        ]
     return [R.reshape(C, -1, kh, kw), L.transpose(0, 1).reshape(O, C, 1, 1)]  # dwsep, group
 
 
@@ -233,7 +272,9 @@ def spectral(W, candidate):
     if candidate == ORIGINAL:
         return 0.0
     if candidate.startswith("bneck"):
-        lost = 1 - factors(W, candidate)[1].square().sum() / W.square().sum()  # the core keeps the rest: its bases are orthonormal
+        lost = (
+            1 - factors(W, candidate)[1].square().sum() / W.square().sum()
+        )  # the core keeps the rest: its bases are orthonormal
     else:
         M, d = matrix(W, candidate)
         lost = torch.linalg.svdvals(M)[..., d:].square().sum() / W.square().sum()
@@ -241,7 +282,8 @@ def spectral(W, candidate):
 
 
 def fisher_potential(A, dA):
-    """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2; never negative.
+    """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2;
+    never negative.
 
     >>> fisher_potential(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))  # 4^2 / 2
     8.0
@@ -250,7 +292,8 @@ def fisher_potential(A, dA):
 
 
 def potentials(model, names, x, y, context=contextlib.nullcontext):
-    """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is differentiated.
+    """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is
+    differentiated.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> found = potentials(net, ["features.4"], torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
@@ -259,7 +302,11 @@ def potentials(model, names, x, y, context=contextlib.nullcontext):
     """
     outputs, hooks = {}, []
     for name in names:
-        hooks.append(model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out})))
+        hooks.append(
+            model.get_submodule(name).register_forward_hook(
+                lambda m, i, out, name=name: outputs.update({name: out})
+            )
+        )
     try:
         with context():
             loss = F.cross_entropy(model(x).float(), y)
@@ -267,17 +314,22 @@ def potentials(model, names, x, y, context=contextlib.nullcontext):
         for h in hooks:
             h.remove()
     gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
-    return {n: 0.0 if g is None else fisher_potential(outputs[n].detach(), g) for n, g in zip(names, gradients, strict=True)}
+    return {
+        n: 0.0 if g is None else fisher_potential(outputs[n].detach(), g)
+        for n, g in zip(names, gradients, strict=True)
+    }
 
 
 # The budget
 
 
 def knapsack(seconds, damages, limit, resolution=0.005):
-    """Multiple-choice knapsack: one choice per layer with the least sum of damages whose seconds sum up to at most `limit`.
+    """Multiple-choice knapsack: one choice per layer with the least sum of damages whose seconds sum up to at
+    most `limit`.
 
-    seconds, damages: a list per layer. Integer dynamic program over 1 / resolution bins; costs are rounded up, so the limit holds
-    whatever the rounding. Returns the choice of each layer; of equals the first. Raises `BadInput` if nothing fits. O(L n C).
+    seconds, damages: a list per layer. Integer dynamic program over 1 / resolution bins; costs are rounded
+    up, so the limit holds whatever the rounding. Returns the choice of each layer; of equals the first.
+    Raises `BadInput` if nothing fits. O(L n C).
 
     >>> knapsack(seconds=[[4.0, 1.0], [4.0, 2.0]], damages=[[0.0, 5.0], [0.0, 1.0]], limit=6.1)
     [0, 1]
@@ -294,7 +346,9 @@ def knapsack(seconds, damages, limit, resolution=0.005):
         best = now
         chosen.append(choice)
     if math.isinf(best[n]):
-        raise BadInput(f"no choice of layers fits into {1e3 * limit:.3g} ms; the fastest takes {1e3 * sum(map(min, seconds)):.3g} ms")
+        raise BadInput(
+            f"no choice of layers fits into {1e3 * limit:.3g} ms; the fastest takes {1e3 * sum(map(min, seconds)):.3g} ms"
+        )
     b, picks = n, []
     for choice, w in zip(chosen[::-1], costs[::-1], strict=True):
         picks.append(choice[b])
@@ -320,7 +374,8 @@ def swap_(model, name, module):
 
 
 def sites(model, x, context=contextlib.nullcontext):
-    """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict name -> why not).
+    """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict
+    name -> why not).
 
     >>> found, left = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     >>> list(found), left
@@ -330,7 +385,11 @@ def sites(model, x, context=contextlib.nullcontext):
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.conv._ConvNd):
             left[name] = "it is not called in the forward pass"
-            hooks.append(m.register_forward_pre_hook(lambda m, i, name=name: calls.setdefault(name, []).append((i[0].shape, i[0].dtype))))
+            hooks.append(
+                m.register_forward_pre_hook(
+                    lambda m, i, name=name: calls.setdefault(name, []).append((i[0].shape, i[0].dtype))
+                )
+            )
     try:
         with torch.no_grad(), context():
             model(x)
@@ -374,8 +433,8 @@ def sites(model, x, context=contextlib.nullcontext):
 def replace_(model, plan, seed=0, *, trained=False):
     """Replace the layers that a plan names, in place, with weights drawn from `seed`. Returns their names.
 
-    trained: take the best linear factorisation of the weights that are there instead. Raises `NoEffect` for a plan without layers and
-    `BadInput` for one of another network.
+    trained: take the best linear factorisation of the weights that are there instead. Raises `NoEffect` for a
+    plan without layers and `BadInput` for one of another network.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> replace_(net, {"layers": {"features.4": "dwsep"}, "norm": True}), type(net.features[4]).__name__
@@ -386,9 +445,15 @@ def replace_(model, plan, seed=0, *, trained=False):
     for name, candidate in plan["layers"].items():
         conv = dict(model.named_modules()).get(name)
         if type(conv) is not nn.Conv2d:
-            raise BadInput(f"the plan replaces {name}, which is no plain convolution of this {type(model).__name__}")
+            raise BadInput(
+                f"the plan replaces {name}, which is no plain convolution of this {type(model).__name__}"
+            )
         new = replacement(
-            candidate, _site(conv), stream(seed, f"{name}/{candidate}"), norm=plan["norm"], conv=conv if trained else None
+            candidate,
+            _site(conv),
+            stream(seed, f"{name}/{candidate}"),
+            norm=plan["norm"],
+            conv=conv if trained else None,
         ).to(conv.weight.device, conv.weight.dtype)
         swap_(model, name, new.train(model.training))
     return list(plan["layers"])
@@ -405,7 +470,8 @@ def _site(conv):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """In what a step is measured: number format, layout, device; how many rounds, and the seconds after which they end early.
+    """In what a step is measured: number format, layout, device; how many rounds, and the seconds after which
+    they end early.
 
     >>> Setting.of(Recipe(precision="fp32", memory_format="contiguous"), "cpu", repeats=3)
     Setting(precision='fp32', layout='contiguous', device='cpu', repeats=3, seconds=20.0)
@@ -421,7 +487,10 @@ class Setting:
     def of(cls, recipe, device, **settings):
         """The one in which a recipe trains on a device."""
         return cls(
-            precision=resolve_precision(recipe.precision, device), layout=resolve_layout(recipe, device), device=str(device), **settings
+            precision=resolve_precision(recipe.precision, device),
+            layout=resolve_layout(recipe, device),
+            device=str(device),
+            **settings,
         )
 
     def context(self):
@@ -430,14 +499,18 @@ class Setting:
 
     def interleaved(self, functions):
         """`clock.interleaved` on its device, as often as it says."""
-        return interleaved(functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds)
+        return interleaved(
+            functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds
+        )
 
 
 def latencies(found, candidates, setting, *, norm=True):
-    """Seconds of each candidate's training step (forward, backward, update) at each site: (name -> candidate -> s, seconds cached).
+    """Seconds of each candidate's training step (forward, backward, update) at each site: (name -> candidate
+    -> s, seconds cached).
 
-    Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk by sizes, number format,
-    layout, device and version; `cached` is what measuring those took that come from there.
+    Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk
+    by sizes, number format, layout, device and version; `cached` is what measuring those took that come from
+    there.
 
     >>> found, _ = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     >>> seconds, cached = latencies(found, ["dwsep"], Setting(repeats=3))
@@ -445,7 +518,12 @@ def latencies(found, candidates, setting, *, norm=True):
     ['conv', 'dwsep']
     """
     m = clock.machine(setting.device)
-    where = {"precision": setting.precision, "layout": setting.layout, "norm": norm, **{k: m[k] for k in ("device", "threads", "torch")}}
+    where = {
+        "precision": setting.precision,
+        "layout": setting.layout,
+        "norm": norm,
+        **{k: m[k] for k in ("device", "threads", "torch")},
+    }
     folder = paths.make(paths.cache() / "latency")
     files, tables, functions = {}, {}, {}
     for site in set(found.values()):
@@ -461,8 +539,15 @@ def latencies(found, candidates, setting, *, norm=True):
     missing = {site for site, _ in functions}
     for site in missing:
         seconds = {c: stats.median(samples) for (s, c), samples in times.items() if s == site}
-        tables[site] = {"site": asdict(site), "where": where, "spent": spent / len(missing), "seconds": seconds}
-        if not os.environ.get("EFFILIB_SHARED"):  # other notebooks run at the same time: such times are not kept
+        tables[site] = {
+            "site": asdict(site),
+            "where": where,
+            "spent": spent / len(missing),
+            "seconds": seconds,
+        }
+        if not os.environ.get(
+            "EFFILIB_SHARED"
+        ):  # other notebooks run at the same time: such times are not kept
             paths.write(files[site], tables[site])
     return {name: tables[site]["seconds"] for name, site in found.items()}, cached
 
@@ -470,8 +555,12 @@ def latencies(found, candidates, setting, *, norm=True):
 def _layer_step(candidate, site, setting, norm):
     """Forward, backward and update of one candidate on images like those that it meets, as a function."""
     g = stream(0, "latency")
-    module = replacement(candidate, site, g, norm=norm).to(setting.device, memory_format=LAYOUTS[setting.layout])
-    x = torch.randn(site.N, site.C, site.H, site.W, generator=g).to(setting.device, getattr(torch, site.dtype))
+    module = replacement(candidate, site, g, norm=norm).to(
+        setting.device, memory_format=LAYOUTS[setting.layout]
+    )
+    x = torch.randn(site.N, site.C, site.H, site.W, generator=g).to(
+        setting.device, getattr(torch, site.dtype)
+    )
     x = x.contiguous(memory_format=LAYOUTS[setting.layout]).requires_grad_()
     optimizer = _optimizer(list(module.parameters()))
     with torch.no_grad(), setting.context():
@@ -489,12 +578,13 @@ def _layer_step(candidate, site, setting, norm):
 
 
 def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=0):
-    """What each candidate takes and damages at each layer, and what the whole step takes; the model is left as it was.
+    """What each candidate takes and damages at each layer, and what the whole step takes; the model is left
+    as it was.
 
-    x, y: one batch of training images, in the layout of training. score: "fisher" or "spectral" (of a trained network).
-    Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left": {name: why}, "step": seconds,
-    "norm", "score", "cached"}; a Fisher damage is the loss of potential as a share of the network's. Raises `NoEffect` where no layer
-    can be replaced.
+    x, y: one batch of training images, in the layout of training. score: "fisher" or "spectral" (of a trained
+    network). Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left":
+    {name: why}, "step": seconds, "norm", "score", "cached"}; a Fisher damage is the loss of potential as a
+    share of the network's. Raises `NoEffect` where no layer can be replaced.
 
     >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
     >>> found = survey(net, x, y, Setting(repeats=3), candidates=("dwsep",))
@@ -506,11 +596,20 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
     found, left = sites(net, x, setting.context)
     if not found:
         reasons = "; ".join(f"{n}: {why}" for n, why in left.items()) or "it has no convolution"
-        raise NoEffect(f"layer replacement: {type(model).__name__} has no layer that can be replaced ({reasons})")
+        raise NoEffect(
+            f"layer replacement: {type(model).__name__} has no layer that can be replaced ({reasons})"
+        )
     norm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     seconds, cached = latencies(found, candidates, setting, norm=norm)
-    layers = {name: {c: {"seconds": t, "damage": 0.0, "flops": found[name].flops(c)} for c, t in seconds[name].items()} for name in found}
-    with models.seeded(stream(seed, "survey").initial_seed(), setting.device):  # dropout draws from the global generator
+    layers = {
+        name: {
+            c: {"seconds": t, "damage": 0.0, "flops": found[name].flops(c)} for c, t in seconds[name].items()
+        }
+        for name in found
+    }
+    with models.seeded(
+        stream(seed, "survey").initial_seed(), setting.device
+    ):  # dropout draws from the global generator
         before = potentials(net, list(found), x, y, setting.context) if score == "fisher" else {}
         whole = sum(before.values()) or 1.0
         for name, choices in layers.items():
@@ -520,17 +619,20 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
                     continue
                 new = replacement(c, found[name], stream(seed, f"{name}/{c}"), norm=norm)
                 old = swap_(net, name, new.to(x.device, memory_format=LAYOUTS[setting.layout]))
-                choices[c]["damage"] = max(0.0, before[name] - potentials(net, [name], x, y, setting.context)[name]) / whole
+                choices[c]["damage"] = (
+                    max(0.0, before[name] - potentials(net, [name], x, y, setting.context)[name]) / whole
+                )
                 swap_(net, name, old)
         step = stats.median(setting.interleaved({"step": _train_step(net, x, y, setting)})["step"])
     return {"layers": layers, "left": left, "step": step, "norm": norm, "score": score, "cached": cached}
 
 
 def pick(found, budget):
-    """A plan from a survey: the least damage with which the whole step is foreseen to take `budget` of its time.
+    """A plan from a survey: the least damage with which the whole step is foreseen to take `budget` of its
+    time.
 
-    What is not replaceable (the step less its replaceable layers) is taken to stay. Where the budget cannot be reached, every layer
-    takes its fastest candidate, and the plan's note says so.
+    What is not replaceable (the step less its replaceable layers) is taken to stay. Where the budget cannot
+    be reached, every layer takes its fastest candidate, and the plan's note says so.
 
     >>> layer = {"conv": {"seconds": 4.0, "damage": 0.0}, "dwsep": {"seconds": 1.0, "damage": 0.1}}
     >>> plan = pick({"layers": {"features.4": layer}, "step": 10.0, "norm": True, "score": "fisher"}, budget=0.8)
@@ -545,7 +647,11 @@ def pick(found, budget):
     rest = max(0.0, found["step"] - sum(s[0] for s in seconds))
     note = ""
     try:
-        picks = knapsack(seconds, [[c["damage"] for c in layer.values()] for layer in choices], budget * found["step"] - rest)
+        picks = knapsack(
+            seconds,
+            [[c["damage"] for c in layer.values()] for layer in choices],
+            budget * found["step"] - rest,
+        )
     except BadInput:
         picks = [s.index(min(s)) for s in seconds]
         least = (rest + sum(map(min, seconds))) / found["step"]
@@ -568,10 +674,12 @@ def _worthwhile(choices):
 
 
 def guard(model, plan, x, y, setting, *, seed=0, least=0.05):
-    """The plan less what did not pay when the whole training step of the rebuilt network is measured; the model is left as it was.
+    """The plan less what did not pay when the whole training step of the rebuilt network is measured; the
+    model is left as it was.
 
-    A replacement pays if the step is slower with that layer alone put back, by the median of interleaved rounds. If the whole step
-    falls by less than `least`, everything is taken back. Adds "reverted" and "measured" (share of the original's step) to the plan.
+    A replacement pays if the step is slower with that layer alone put back, by the median of interleaved
+    rounds. If the whole step falls by less than `least`, everything is taken back. Adds "reverted" and
+    "measured" (share of the original's step) to the plan.
 
     >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
     >>> plan = guard(net, {"layers": {"features.4": "dwsep"}, "norm": True}, x, y, Setting(repeats=3))
@@ -596,8 +704,12 @@ def guard(model, plan, x, y, setting, *, seed=0, least=0.05):
         return run
 
     def measured(names):
-        times = setting.interleaved({"original": rebuilt(()), "rebuilt": rebuilt(names), **{n: rebuilt(names - {n}) for n in names}})
-        return {k: [a - b for a, b in zip(t, times["rebuilt"], strict=True)] for k, t in times.items()}, _share(times)
+        times = setting.interleaved(
+            {"original": rebuilt(()), "rebuilt": rebuilt(names), **{n: rebuilt(names - {n}) for n in names}}
+        )
+        return {
+            k: [a - b for a, b in zip(t, times["rebuilt"], strict=True)] for k, t in times.items()
+        }, _share(times)
 
     kept = set(old)
     with models.seeded(stream(seed, "guard").initial_seed(), setting.device):
@@ -618,7 +730,9 @@ def _share(times):
 
 
 def _train_step(net, x, y, setting, parameters=None):
-    """Forward, loss, backward and update of `net`, as a function; of the parameters those are updated that took part."""
+    """Forward, loss, backward and update of `net`, as a function; of the parameters those are updated that
+    took part.
+    """
     optimizer = _optimizer(list(parameters or net.parameters()))
 
     def step():
@@ -633,7 +747,9 @@ def _train_step(net, x, y, setting, parameters=None):
 
 def _optimizer(parameters):
     """The update as in training; the fused one fails where only some parameters have a momentum."""
-    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        parameters, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+    )
     for p in parameters:
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
@@ -641,10 +757,12 @@ def _optimizer(parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReplacement:
-    """An arm's `fit`: survey, choice and guard, on the clock, then training of the rebuilt network from scratch.
+    """An arm's `fit`: survey, choice and guard, on the clock, then training of the rebuilt network from
+    scratch.
 
-    budget: of the step's time. plan: JSON of a plan to replay instead; nothing is measured then. The latency table is charged to every
-    seed with what it took, also where it comes from the cache. The plan stands in the history's events and structure.
+    budget: of the step's time. plan: JSON of a plan to replay instead; nothing is measured then. The latency
+    table is charged to every seed with what it took, also where it comes from the cache. The plan stands in
+    the history's events and structure.
 
     >>> fit = LayerReplacement(plan='{"layers": {"stages.0.0.conv1": "dwsep"}, "norm": true}', evaluations=1)
     >>> fit(task("smoke", "synthetic"), seed=0).events[0]["text"]
@@ -663,20 +781,37 @@ class LayerReplacement:
         model, before = task.build(dataset, seed), History()
         structure = models.describe(model)
         with elapsed() as t:
-            plan, cached = (json.loads(self.plan), 0.0) if self.plan else self.search(model, dataset, task.recipe, seed)
+            plan, cached = (
+                (json.loads(self.plan), 0.0) if self.plan else self.search(model, dataset, task.recipe, seed)
+            )
             if plan["layers"]:
                 replace_(model, plan, seed)
             seconds = t() + cached
         if not self.plan:
-            before = History(seconds=seconds, raw_seconds=seconds, kinds={"search": {"count": 1, "seconds": seconds, "median": seconds}})
-        before.events = [{"step": 0, "epoch": 0, "method": type(self).__name__, "text": say(plan), "plan": plan}]
+            before = History(
+                seconds=seconds,
+                raw_seconds=seconds,
+                kinds={"search": {"count": 1, "seconds": seconds, "median": seconds}},
+            )
+        before.events = [
+            {"step": 0, "epoch": 0, "method": type(self).__name__, "text": say(plan), "plan": plan}
+        ]
         after = train(model, dataset, task.recipe, (), seed, evaluations=self.evaluations)
         return replace(before + after, structure={**structure, "replaced": plan["layers"]})
 
     def search(self, model, dataset, recipe, seed):
         """(plan, seconds charged for what came from the cache)."""
         setting = Setting.of(recipe, dataset.device, repeats=self.repeats)
-        x, y = next(iter(Batches(dataset, recipe.batch_size, stream(seed, "layer replacement"), augmentation=recipe.augmentation)))
+        x, y = next(
+            iter(
+                Batches(
+                    dataset,
+                    recipe.batch_size,
+                    stream(seed, "layer replacement"),
+                    augmentation=recipe.augmentation,
+                )
+            )
+        )
         net = copy.deepcopy(model).to(memory_format=LAYOUTS[setting.layout])
         x = x.contiguous(memory_format=LAYOUTS[setting.layout])
         found = survey(net, x, y, setting, score=self.score, candidates=self.candidates, seed=seed)
@@ -691,5 +826,14 @@ def say(plan):
     """
     layers = ", ".join(f"{n} -> {c}" for n, c in plan["layers"].items()) or "nothing replaced"
     back = ", ".join(f"{n} ({c})" for n, c in plan.get("reverted", {}).items())
-    foreseen = f"; foreseen {plan['foreseen']:.2f}, measured {plan['measured']:.2f} of the step" if "measured" in plan else ""
-    return layers + foreseen + (f"; taken back: {back}" if back else "") + (f"; {plan['note']}" if plan.get("note") else "")
+    foreseen = (
+        f"; foreseen {plan['foreseen']:.2f}, measured {plan['measured']:.2f} of the step"
+        if "measured" in plan
+        else ""
+    )
+    return (
+        layers
+        + foreseen
+        + (f"; taken back: {back}" if back else "")
+        + (f"; {plan['note']}" if plan.get("note") else "")
+    )

@@ -1,14 +1,15 @@
-"""Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): fp16 products, fp32 master weights, a scaled loss.
+"""Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): fp16 products, fp32 master weights, a scaled
+loss.
 
-Half the bits halve the traffic, and processors with native 16-bit products do twice as many of them or more. fp16 has 10
-bits of mantissa and a least positive number of 2^-24, so two things get lost without care: an update smaller than
-2^-11 of its weight (hence master weights in fp32), and gradients below 2^-25 (hence the loss is multiplied by S, which
-multiplies every gradient by exactly S). bf16 has fp32's range and needs no scaling; it still needs the master weights.
+Half the bits halve the traffic, and processors with native 16-bit products do twice as many of them or more.
+fp16 has 10 bits of mantissa and a least positive number of 2^-24, so two things get lost without care: an
+update smaller than 2^-11 of its weight (hence master weights in fp32), and gradients below 2^-25 (hence the
+loss is multiplied by S, which multiplies every gradient by exactly S). bf16 has fp32's range and needs no
+scaling; it still needs the master weights.
 
-Real speed comes from `Recipe.precision` (autocast). This module shows the numerics: it *emulates* fp16 by rounding, so that
-it runs anywhere; emulation costs time, so nothing is timed with it. The paper used constant scales; growing and backing
-off is the later scheme of NVIDIA and PyTorch.
-"""
+Real speed comes from `Recipe.precision` (autocast). This module shows the numerics: it *emulates* fp16 by
+rounding, so that it runs anywhere; emulation costs time, so nothing is timed with it. The paper used constant
+scales; growing and backing off is the later scheme of NVIDIA and PyTorch."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ INFO = Info(
 
 
 def round_to(x, dtype=torch.float16):
-    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow 0.
+    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow
+    0.
 
     >>> round_to(torch.tensor([1e6, 1e-9, 1.0005])).tolist()
     [inf, 0.0, 1.0009765625]
@@ -118,10 +120,11 @@ def emulate_fp16_(model, on=True):
 
 
 class LossScaler:
-    """The loss scale S: skip the step and shrink S where a gradient overflowed, grow S after `interval` clean steps.
+    """The loss scale S: skip the step and shrink S where a gradient overflowed, grow S after `interval` clean
+    steps.
 
-    scale: S at the beginning; a power of two costs no mantissa bits. growth = backoff = 1 keeps it constant, as the paper does.
-    skip: whether a step with a non-finite gradient is left out.
+    scale: S at the beginning; a power of two costs no mantissa bits. growth = backoff = 1 keeps it constant,
+    as the paper does. skip: whether a step with a non-finite gradient is left out.
 
     >>> scaler, w = LossScaler(scale=8.0, interval=1), torch.ones(1, requires_grad=True)
     >>> optimizer = torch.optim.SGD([w], lr=0.5)
@@ -134,7 +137,13 @@ class LossScaler:
     """
 
     def __init__(self, scale=2.0**16, growth=2.0, backoff=0.5, interval=2000, skip=True):
-        self.S, self.growth, self.backoff, self.interval, self.skip = float(scale), growth, backoff, interval, skip
+        self.S, self.growth, self.backoff, self.interval, self.skip = (
+            float(scale),
+            growth,
+            backoff,
+            interval,
+            skip,
+        )
         self.clean = self.skipped = 0
         self.finite = True
 
@@ -146,7 +155,9 @@ class LossScaler:
         """g <- g / S, before anything looks at gradients (clipping, weight decay, a method)."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
-        self.finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(grads, math.inf))  # squares could overflow
+        self.finite = all(
+            torch.isfinite(norm) for norm in torch._foreach_norm(grads, math.inf)
+        )  # squares could overflow
 
     def step(self, optimizer):
         """The optimizer's step; none where a gradient overflowed and such steps are skipped."""
@@ -175,8 +186,9 @@ class LossScaler:
 class MixedPrecision(Method):
     """Train in emulated fp16. Goes with `Recipe(precision="fp32")`; raises `BadInput` with any other.
 
-    master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the beginning
-    (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every step is taken as it comes.
+    master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the
+    beginning (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every
+    step is taken as it comes.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -192,7 +204,9 @@ class MixedPrecision(Method):
 
     def on_fit_start(self, run):
         if run.precision not in ("fp32", "tf32"):
-            raise BadInput(f"mixed precision: fp16 is emulated in fp32, so it needs precision 'fp32', not {run.precision!r}")
+            raise BadInput(
+                f"mixed precision: fp16 is emulated in fp32, so it needs precision 'fp32', not {run.precision!r}"
+            )
         run.state[self] = {"layers": emulate_fp16_(run.model)}
         factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}
         run.scaler = LossScaler(self.scale, **factors, interval=self.interval, skip=self.dynamic)
@@ -208,6 +222,9 @@ class MixedPrecision(Method):
 
     def on_fit_end(self, run):
         run.log(
-            self, f"S ended at {run.scaler.S:g}, {run.scaler.skipped} steps were skipped", scale=run.scaler.S, skipped=run.scaler.skipped
+            self,
+            f"S ended at {run.scaler.S:g}, {run.scaler.skipped} steps were skipped",
+            scale=run.scaler.S,
+            skipped=run.scaler.skipped,
         )
         emulate_fp16_(run.model, on=False)

@@ -1,12 +1,13 @@
-"""Net2Net (Chen, Goodfellow & Shlens 2016, arXiv:1511.05641): a larger network starts from what a smaller one has learnt.
+"""Net2Net (Chen, Goodfellow & Shlens 2016, arXiv:1511.05641): a larger network starts from what a smaller one
+has learnt.
 
-Net2WiderNet: new channels are copies of old ones, and what reads them divides its weights among the copies. Net2DeeperNet: new layers
-begin as the identity. Either way the student computes at first exactly what the teacher does, so training goes on from
-there. Exact copies receive exact copies of each other's gradients: something has to break the symmetry.
+Net2WiderNet: new channels are copies of old ones, and what reads them divides its weights among the copies.
+Net2DeeperNet: new layers begin as the identity. Either way the student computes at first exactly what the
+teacher does, so training goes on from there. Exact copies receive exact copies of each other's gradients:
+something has to break the symmetry.
 
-Beside it GradMax (Evci et al. 2022, arXiv:2201.05125): new channels read with zero weights, and write into the direction in which
-the gradient of those weights is largest.
-"""
+Beside it GradMax (Evci et al. 2022, arXiv:2201.05125): new channels read with zero weights, and write into
+the direction in which the gradient of those weights is largest."""
 
 from dataclasses import dataclass
 
@@ -32,12 +33,15 @@ INFO = Info(
 )
 
 BREAKERS = ("noise", "uneven", "pair", "none", "random")
-SHARE_OF_NORM = 0.5  # GradMax: norm of a new channel's outgoing weights over the mean of the old ones (authors' code)
+SHARE_OF_NORM = (
+    0.5  # GradMax: norm of a new channel's outgoing weights over the mean of the old ones (authors' code)
+)
 SPARK = 1e-2  # GradMax: shift of new channels, because the derivative of ReLU at 0 is 0
 
 
 def replication(n, q, generator=None):
-    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the rest drawn. (q,)
+    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the
+    rest drawn. (q,)
 
     >>> g = replication(2, 4, torch.Generator().manual_seed(0))
     >>> g[:2].tolist(), set(g[2:].tolist()) <= {0, 1}
@@ -47,7 +51,8 @@ def replication(n, q, generator=None):
 
 
 def uneven_shares(index, generator=None):
-    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to 1. (q,)
+    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to
+    1. (q,)
 
     >>> shares = uneven_shares(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
     >>> shares[0].item(), round(shares[1:].sum().item(), 6), (shares[1] == shares[2]).item()
@@ -62,11 +67,12 @@ def uneven_shares(index, generator=None):
 def widen_(node, q, optimizer=None, *, breaker="noise", noise=0.05, generator=None, ema=None):
     """Net2Wider: give a node q channels, in place. The function is kept, but for the noise.
 
-    breaker: how copies become different. "noise": a share `noise` of each producer's standard deviation is added to the weights of the new
-    copies (the paper: "a small amount"). "uneven": the copies share the outgoing weights unevenly. "pair": new channels are no copies
-    but come in pairs that read alike, with random weights, and write with opposite signs (variance transfer, Yuan et al. 2023). "none".
-    "random": the paper's baseline "random pad", random weights in and out, which does not keep the function.
-    Returns g, (q,): whose copy each channel is (-1: nobody's). Raises `BadInput` if q is below the width.
+    breaker: how copies become different. "noise": a share `noise` of each producer's standard deviation is
+    added to the weights of the new copies (the paper: "a small amount"). "uneven": the copies share the
+    outgoing weights unevenly. "pair": new channels are no copies but come in pairs that read alike, with
+    random weights, and write with opposite signs (variance transfer, Yuan et al. 2023). "none". "random": the
+    paper's baseline "random pad", random weights in and out, which does not keep the function. Returns g,
+    (q,): whose copy each channel is (-1: nobody's). Raises `BadInput` if q is below the width.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -86,7 +92,13 @@ def widen_(node, q, optimizer=None, *, breaker="noise", noise=0.05, generator=No
         _follow_(node, n, ema)
         return torch.cat([torch.arange(n), torch.full((q - n,), -1)])
     index = replication(n, q, generator)
-    surgery.select_(node, index, optimizer, share=uneven_shares(index, generator) if breaker == "uneven" else None, ema=ema)
+    surgery.select_(
+        node,
+        index,
+        optimizer,
+        share=uneven_shares(index, generator) if breaker == "uneven" else None,
+        ema=ema,
+    )
     if breaker == "noise" and noise:
         for name in node.producers:
             W = getattr(node.layer(name), "weight", None)
@@ -101,7 +113,9 @@ def _randn(shape, generator, like):
 
 
 def _append_(node, k, optimizer, ema=None):
-    """k channels that read and write with zero weights; BatchNorm's values are the first ones of a new layer, momentum is 0."""
+    """k channels that read and write with zero weights; BatchNorm's values are the first ones of a new layer,
+    momentum is 0.
+    """
     n = node.width
     surgery.select_(node, [*range(n), *[0] * k], optimizer, share=[1.0] * n + [0.0] * k, ema=ema)
     for name in node.producers:
@@ -122,12 +136,16 @@ def _append_(node, k, optimizer, ema=None):
 
 
 def _draw_(node, n, breaker, generator):
-    """Random weights for the channels from n on: "random" in and out; "pair": equal in, opposite out, an odd one out writes nothing."""
+    """Random weights for the channels from n on: "random" in and out; "pair": equal in, opposite out, an odd
+    one out writes nothing.
+    """
     half = (node.width - n) // 2
     for name in node.producers:
         W = getattr(node.layer(name), "weight", None)
         if W is not None:
-            nn.init.kaiming_normal_(new := torch.empty_like(W[n:], device="cpu"), nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(
+                new := torch.empty_like(W[n:], device="cpu"), nonlinearity="relu", generator=generator
+            )
             W[n:] = new
             if breaker == "pair":
                 W[n + half : n + 2 * half] = W[n : n + half]
@@ -147,7 +165,9 @@ def _follow_(node, n, ema):
     ema = surgery.copies(node.model, ema)[1]
     for name in [*node.producers, *node.bns]:
         per = node.bns.get(name, 1)
-        for mine, theirs in zip(node.layer(name).state_dict().values(), node.layer(name, ema).state_dict().values(), strict=True):
+        for mine, theirs in zip(
+            node.layer(name).state_dict().values(), node.layer(name, ema).state_dict().values(), strict=True
+        ):
             if mine.dim():
                 theirs[n * per :] = mine[n * per :]
     for name, per in node.consumers.items():
@@ -156,11 +176,13 @@ def _follow_(node, n, ema):
 
 @torch.no_grad()
 def deepen_(model, where, optimizer=None, *, x=None, generator=None, ema=None):
-    """Net2Deeper, in place: a new layer or block behind `where`, which changes nothing. Returns the new one's name.
+    """Net2Deeper, in place: a new layer or block behind `where`, which changes nothing. Returns the new one's
+    name.
 
-    where: a residual block (a block with zero in its last BatchNorm's scale follows: exact in eval and in training), or a ReLU in a
-    Sequential (an identity convolution, BatchNorm and ReLU follow: exact in eval; in training on the batch x: (N, C, H, W), whose
-    moments BatchNorm is set to undo, and nearly so on others).
+    where: a residual block (a block with zero in its last BatchNorm's scale follows: exact in eval and in
+    training), or a ReLU in a Sequential (an identity convolution, BatchNorm and ReLU follow: exact in eval;
+    in training on the batch x: (N, C, H, W), whose moments BatchNorm is set to undo, and nearly so on
+    others).
 
     >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -175,9 +197,13 @@ def deepen_(model, where, optimizer=None, *, x=None, generator=None, ema=None):
 
 
 def _moments(model, where, x):
-    """Mean and variance per channel, (C,), of what comes out of a layer in training mode; no statistic moves."""
+    """Mean and variance per channel, (C,), of what comes out of a layer in training mode; no statistic
+    moves.
+    """
     seen = []
-    hook = model.get_submodule(where).register_forward_hook(lambda m, inputs, output: seen.append(output.detach().clone()))
+    hook = model.get_submodule(where).register_forward_hook(
+        lambda m, inputs, output: seen.append(output.detach().clone())
+    )
     norms = [m for m in model.modules() if isinstance(m, surgery.NORMS)]
     buffers, was = [{k: b.clone() for k, b in m.named_buffers()} for m in norms], model.training
     model.train()(x)
@@ -191,11 +217,13 @@ def _moments(model, where, x):
 
 
 def gradmax_directions(M, k, k1, k2, stride=1):
-    """GradMax's outgoing weights for k new channels: those that make the gradient of zero incoming weights largest.
+    """GradMax's outgoing weights for k new channels: those that make the gradient of zero incoming weights
+    largest.
 
-    M: (c_out, c_in, K, K), the gradient of the loss with respect to the kernel of one convolution that would go from the new channels'
-    input straight to their readers' output; K = k1 + stride (k2 - 1). As dL/dV = A Omega with A[(i, a), (o, b)] = M[o, i, a + stride b],
-    they are the right singular vectors of A with the largest singular values. Returns (k, c_out, k2, k2), of norm 1, orthogonal.
+    M: (c_out, c_in, K, K), the gradient of the loss with respect to the kernel of one convolution that would
+    go from the new channels' input straight to their readers' output; K = k1 + stride (k2 - 1). As dL/dV = A
+    Omega with A[(i, a), (o, b)] = M[o, i, a + stride b], they are the right singular vectors of A with the
+    largest singular values. Returns (k, c_out, k2, k2), of norm 1, orthogonal.
 
     >>> directions = gradmax_directions(torch.rand(4, 2, 5, 5), k=3, k1=3, k2=3)
     >>> directions.shape, directions.flatten(1).norm(dim=1).round().tolist()
@@ -211,14 +239,16 @@ def gradmax_directions(M, k, k1, k2, stride=1):
 
 
 def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
-    """Give a node q channels in GradMax's way, in place. x: (N, C, H, W), y: (N,): the batch whose gradient counts.
+    """Give a node q channels in GradMax's way, in place. x: (N, C, H, W), y: (N,): the batch whose gradient
+    counts.
 
-    New channels read with zero weights and write in the directions of `gradmax_directions`, scaled to half of the old ones' mean norm.
-    PyTorch's ReLU has derivative 0 at 0, so that such a channel would be dead: it gets a shift `spark`. To keep the function all
-    the same, channels come in pairs that write with opposite signs; an odd one out writes nothing. A BatchNorm on an
-    all-zero channel multiplies gradients by scale / sqrt(eps), so its scale is sqrt(eps).
-    Returns the singular directions used, (pairs, c_out, k2, k2). Raises `BadInput` unless the node has one producer and one consumer, both
-    convolutions, with nothing between that changes the size, and a bias or BatchNorm for the shift.
+    New channels read with zero weights and write in the directions of `gradmax_directions`, scaled to half of
+    the old ones' mean norm. PyTorch's ReLU has derivative 0 at 0, so that such a channel would be dead: it
+    gets a shift `spark`. To keep the function all the same, channels come in pairs that write with opposite
+    signs; an odd one out writes nothing. A BatchNorm on an all-zero channel multiplies gradients by scale /
+    sqrt(eps), so its scale is sqrt(eps). Returns the singular directions used, (pairs, c_out, k2, k2). Raises
+    `BadInput` unless the node has one producer and one consumer, both convolutions, with nothing between that
+    changes the size, and a bias or BatchNorm for the shift.
 
     >>> net = build("vgg", 4, (1, 8, 8), widths=((4,), (8, 8)))
     >>> directions = gradmax_(surgery.trace(net)["features.4"], 12, torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
@@ -229,10 +259,14 @@ def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
     names = [*node.producers, *node.consumers]
     layers = [node.layer(name) for name in names]
     if len(layers) != 2 or not all(isinstance(m, nn.Conv2d) and m.stride[0] == m.stride[1] for m in layers):
-        raise BadInput(f"GradMax: {node.name} is no node between two convolutions, one that writes it and one that reads it")
+        raise BadInput(
+            f"GradMax: {node.name} is no node between two convolutions, one that writes it and one that reads it"
+        )
     first, second = layers
     if first.bias is None and not node.bns:
-        raise BadInput(f"GradMax: {node.name} has neither bias nor BatchNorm, so that new channels would stay dead behind ReLU")
+        raise BadInput(
+            f"GradMax: {node.name} has neither bias nor BatchNorm, so that new channels would stay dead behind ReLU"
+        )
     if q < n:
         raise BadInput(f"{node.name} has {n} channels, it cannot be widened to {q}")
     inside, outside = _around(model, first, second, x, y)
@@ -240,9 +274,16 @@ def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
         raise BadInput(f"GradMax: between {names[0]} and {names[1]} the size changes")
     k1, k2, s = first.kernel_size[0], second.kernel_size[0], first.stride[0]
     size = k1 + s * (k2 - 1)
-    pad = [m.padding[0] if isinstance(m.padding, tuple) else m.kernel_size[0] // 2 * (m.padding == "same") for m in layers]
+    pad = [
+        m.padding[0] if isinstance(m.padding, tuple) else m.kernel_size[0] // 2 * (m.padding == "same")
+        for m in layers
+    ]
     M = nn.grad.conv2d_weight(
-        inside["x"], (second.out_channels, first.in_channels, size, size), outside["dy"], s * second.stride[0], pad[0] + s * pad[1]
+        inside["x"],
+        (second.out_channels, first.in_channels, size, size),
+        outside["dy"],
+        s * second.stride[0],
+        pad[0] + s * pad[1],
     )
     pairs = (q - n) // 2
     directions = gradmax_directions(M, pairs, k1, k2, s)
@@ -260,7 +301,9 @@ def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
 
 
 def _around(model, first, second, x, y):
-    """Input and output of `first`, input of `second` and the gradient of its output, on a batch; nothing else is left behind."""
+    """Input and output of `first`, input of `second` and the gradient of its output, on a batch; nothing else
+    is left behind.
+    """
     seen = {first: {}, second: {}}
 
     def keep(m, inputs, output):
@@ -282,10 +325,11 @@ def _around(model, first, second, x, y):
 class Net2Net(Method):
     """Grow the network in the run. Raises `NoEffect` if nothing was to grow.
 
-    at: at which share of the steps, at the next epoch's start; 0 is before the first step, for a model that was trained before (a teacher).
-    wider: factor on the width of every node, or ((node, width), ...). deeper: blocks, or ReLUs, behind which a new one comes.
-    breaker, noise: see `widen_`; or breaker "gradmax" where a node allows it, else "pair". lr_factor: on the learning rate from then on
-    (the paper advises 1/10 of the teacher's first one for a student).
+    at: at which share of the steps, at the next epoch's start; 0 is before the first step, for a model that
+    was trained before (a teacher). wider: factor on the width of every node, or ((node, width), ...). deeper:
+    blocks, or ReLUs, behind which a new one comes. breaker, noise: see `widen_`; or breaker "gradmax" where a
+    node allows it, else "pair". lr_factor: on the learning rate from then on (the paper advises 1/10 of the
+    teacher's first one for a student).
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))  # a trained one, in earnest
@@ -369,7 +413,8 @@ def grow_(model, optimizer, x, y, *, wider=1.0, deeper=(), breaker="noise", nois
 
 @torch.no_grad()
 def thin_(model, factor=0.5, multiple=1):
-    """Make a smaller network of the same kind, in place, before it is trained: a teacher. Keeps the first channels of every node.
+    """Make a smaller network of the same kind, in place, before it is trained: a teacher. Keeps the first
+    channels of every node.
 
     Returns ((node, width before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
 

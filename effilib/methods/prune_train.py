@@ -1,13 +1,14 @@
-"""PruneTrain (Lym et al. 2019, arXiv:1901.09290): prune channels while training, from the first step, and really take them out.
+"""PruneTrain (Lym et al. 2019, arXiv:1901.09290): prune channels while training, from the first step, and
+really take them out.
 
-A group-lasso penalty on whole channels drives the weights of some of them to zero; every few epochs the network is cut
-to the channels that live ("reconfigured"), so that the rest of the training is cheaper. The penalty's coefficient comes from
-one number, the share r of the loss that it makes up on the first batch.
+A group-lasso penalty on whole channels drives the weights of some of them to zero; every few epochs the
+network is cut to the channels that live ("reconfigured"), so that the rest of the training is cheaper. The
+penalty's coefficient comes from one number, the share r of the loss that it makes up on the first batch.
 
-The published form adds the penalty to the loss and lets SGD follow its sub-gradient; weights then only come near zero, and a
-threshold decides. A proximal step (the default here) reaches exact zeros, and cuts are then exact. Physical cuts are at
-multiples that pay on the device: a CPU's convolutions work in blocks of 16 channels, and a width of 31 is slower than 32.
-"""
+The published form adds the penalty to the loss and lets SGD follow its sub-gradient; weights then only come
+near zero, and a threshold decides. A proximal step (the default here) reaches exact zeros, and cuts are then
+exact. Physical cuts are at multiples that pay on the device: a CPU's convolutions work in blocks of 16
+channels, and a width of 31 is slower than 32."""
 
 import math
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ INFO = Info(
 )
 
 THRESHOLD = 1e-4  # of the published form: a group is dead where all of its weights are smaller
-PUBLISHED_LR_STEPS = 390 * (91 * 0.1 + 45 * 0.01 + 46 * 0.001)  # sum of the learning rate over CIFAR's 182 epochs of 390 steps
+PUBLISHED_LR_STEPS = 390 * (
+    91 * 0.1 + 45 * 0.01 + 46 * 0.001
+)  # sum of the learning rate over CIFAR's 182 epochs of 390 steps
 
 
 def group_norms(W, axis, per=1):
-    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring columns of a linear layer.
+    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring
+    columns of a linear layer.
 
     >>> group_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
@@ -46,10 +50,11 @@ def group_norms(W, axis, per=1):
 
 
 def group_weight(W, axis, per=1, weigh="equal"):
-    """What the norms of a layer's groups count: 1; by "size" the root of a group's size (Yuan & Lin 2006); by "norm" their mean.
+    """What the norms of a layer's groups count: 1; by "size" the root of a group's size (Yuan & Lin 2006); by
+    "norm" their mean.
 
-    Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm" every layer shrinks by
-    the same share.
+    Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm"
+    every layer shrinks by the same share.
 
     >>> group_weight(torch.ones(2, 9), 0), group_weight(torch.ones(2, 9), 0, weigh="size")
     (1.0, 3.0)
@@ -70,7 +75,8 @@ def group_lasso(groups, eps=1e-8, weigh="equal"):
 
 
 def coefficient(ratio, loss, penalty):
-    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the first batch.
+    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the
+    first batch.
 
     >>> coefficient(0.2, loss=2.0, penalty=10.0)  # 0.05 x 10 is a fifth of 2 + 0.5
     0.05
@@ -82,7 +88,8 @@ def coefficient(ratio, loss, penalty):
 def shrink_(groups, kappa, weigh="equal", keep_scale=False):
     """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns.
 
-    keep_scale: each layer is scaled back to the norm that it had, so that only the groups' shares of it change.
+    keep_scale: each layer is scaled back to the norm that it had, so that only the groups' shares of it
+    change.
 
     >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     >>> shrink_([(W, 0, 1)], kappa=2.5)
@@ -91,7 +98,11 @@ def shrink_(groups, kappa, weigh="equal", keep_scale=False):
     """
     for W, axis, per in groups:
         norm = group_norms(W, axis, per)
-        factor = (1 - kappa * group_weight(W, axis, per, weigh) / norm.clamp_min(1e-12)).clamp_min_(0).repeat_interleave(per)
+        factor = (
+            (1 - kappa * group_weight(W, axis, per, weigh) / norm.clamp_min(1e-12))
+            .clamp_min_(0)
+            .repeat_interleave(per)
+        )
         if keep_scale:
             factor *= norm.norm() / (factor.view(-1, per)[:, 0] * norm).norm().clamp_min(1e-12)
         W.mul_(factor.view([-1 if a == axis else 1 for a in range(W.dim())]))
@@ -111,15 +122,21 @@ def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
 
 
 def places(nodes, rule="union"):
-    """Where the groups of these nodes lie: (layer, axis, columns per channel), all producers' rows, then all consumers' columns.
+    """Where the groups of these nodes lie: (layer, axis, columns per channel), all producers' rows, then all
+    consumers' columns.
 
-    A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases and BatchNorms.
-    rule: "readers" leaves the producers' rows out.
+    A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases
+    and BatchNorms. rule: "readers" leaves the producers' rows out.
 
     >>> places(surgery.nodes(build("convnet", 4, (1, 8, 8), widths=(4, 8))))
     [('features.0', 0, 1), ('features.4', 0, 1), ('features.4', 1, 1), ('head', 1, 1)]
     """
-    rows = [(name, 0, 1) for node in nodes for name in node.producers if hasattr(node.layer(name), "weight") and rule == "union"]
+    rows = [
+        (name, 0, 1)
+        for node in nodes
+        for name in node.producers
+        if hasattr(node.layer(name), "weight") and rule == "union"
+    ]
     return rows + [(name, 1, per) for node in nodes for name, per in node.consumers.items()]
 
 
@@ -135,9 +152,11 @@ def weights(model, places):
 
 @torch.no_grad()
 def live(node, threshold=0.0, rule="union"):
-    """(width,) bool: a channel lives if any producer writes it or any consumer reads it with a weight above the threshold (union rule).
+    """(width,) bool: a channel lives if any producer writes it or any consumer reads it with a weight above
+    the threshold (union rule).
 
-    rule: by "readers" it lives if any consumer reads it. What nobody reads changes nothing, whatever is still written.
+    rule: by "readers" it lives if any consumer reads it. What nobody reads changes nothing, whatever is still
+    written.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> with torch.no_grad():
@@ -153,7 +172,8 @@ def live(node, threshold=0.0, rule="union"):
 
 
 def kept(alive, multiple):
-    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one multiple.
+    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one
+    multiple.
 
     >>> kept(torch.tensor([False, True, False, True]), multiple=3).tolist()  # filled up with the first dead one
     [0, 1, 3]
@@ -163,7 +183,8 @@ def kept(alive, multiple):
 
 
 def stays(node, threshold=0.0, rule="union", spare=None):
-    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name -> (width,) bool.
+    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name ->
+    (width,) bool.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 8))
     >>> with torch.no_grad():
@@ -206,8 +227,9 @@ def anything_dead(model, threshold=0.0, multiple=1, rule="union", spare=None):
 def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", spare=None, cuts=None):
     """Cut the dead channels of `model`, and remove the residual paths that are dead as a whole. In place.
 
-    spare: channels that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut.
-    Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead enough.
+    spare: channels that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that
+    is cut. Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead
+    enough.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> with torch.no_grad():
@@ -239,7 +261,8 @@ def widths(model, rule="union"):
 
 
 def lr_steps(run, until=1.0):
-    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of lambda / (1 - mu).
+    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of
+    lambda / (1 - mu).
 
     >>> from types import SimpleNamespace
     >>> lr_steps(SimpleNamespace(planned=3, lr_at=Recipe(lr=0.5, warmup=0, schedule="constant").lr_at))
@@ -250,18 +273,21 @@ def lr_steps(run, until=1.0):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTrain(Method):
-    """Penalise, and reconfigure every `every` epochs. Raises `NoEffect` if the network has no channels that could be cut.
+    """Penalise, and reconfigure every `every` epochs. Raises `NoEffect` if the network has no channels that
+    could be cut.
 
-    Published are the first four and `every` (10 epochs on CIFAR, 5 on ImageNet); what follows is for runs far shorter than theirs.
-    ratio: r, the penalty's share of the loss on the first batch. mode: "published" (sub-gradient through the loss, and a threshold) or
-    "proximal". rule: "union", or "readers", see `live`; by readers only their columns are penalised. weigh: see `group_weight` ("equal",
-    or "size", an option of the authors' code). multiple: cuts leave multiples of it; "auto" is 16 on a CPU, 8 on CUDA.
-    grow_batch: enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
+    Published are the first four and `every` (10 epochs on CIFAR, 5 on ImageNet); what follows is for runs far
+    shorter than theirs. ratio: r, the penalty's share of the loss on the first batch. mode: "published"
+    (sub-gradient through the loss, and a threshold) or "proximal". rule: "union", or "readers", see `live`;
+    by readers only their columns are penalised. weigh: see `group_weight` ("equal", or "size", an option of
+    the authors' code). multiple: cuts leave multiples of it; "auto" is 16 on a CPU, 8 on CUDA. grow_batch:
+    enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
 
-    scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the learning rate, so a short run prunes nothing with
-    the published lambda; "schedule" multiplies it by the published sum over that of this run's steps under the penalty. until: share of
-    the steps after which the penalty ends, so that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also
-    shrinks what lives, and under BatchNorm smaller weights mean a larger effective learning rate.
+    scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the learning rate, so a
+    short run prunes nothing with the published lambda; "schedule" multiplies it by the published sum over
+    that of this run's steps under the penalty. until: share of the steps after which the penalty ends, so
+    that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also shrinks what
+    lives, and under BatchNorm smaller weights mean a larger effective learning rate.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
@@ -289,19 +315,32 @@ class PruneTrain(Method):
             raise BadInput(f"PruneTrain: the ratio is {self.ratio}, it must lie in [0, 1)")
         if isinstance(self.scale, str):
             choose("scale", self.scale, ("schedule",))
-        if not (self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0)) or self.every < 1:
-            raise BadInput("PruneTrain: multiple is a whole number above 0 or 'auto', every a whole number of epochs above 0")
+        if (
+            not (self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0))
+            or self.every < 1
+        ):
+            raise BadInput(
+                "PruneTrain: multiple is a whole number above 0 or 'auto', every a whole number of epochs above 0"
+            )
 
     def on_fit_start(self, run):
         if not surgery.trace(run.model).nodes:
             raise NoEffect(f"PruneTrain: {type(run.model).__name__} has no channels that could be cut")
-        run.state[self] = {"lambda": None, "history": [], "activations": activations(run.model, run.dataset.shape), "structure": -1}
+        run.state[self] = {
+            "lambda": None,
+            "history": [],
+            "activations": activations(run.model, run.dataset.shape),
+            "structure": -1,
+        }
 
     def groups(self, run):
         """The groups as they are now, found anew after every change of structure."""
         state = run.state[self]
         if state["structure"] != run.structures:
-            state["structure"], state["places"] = run.structures, places(surgery.trace(run.model).nodes, self.rule)
+            state["structure"], state["places"] = (
+                run.structures,
+                places(surgery.trace(run.model).nodes, self.rule),
+            )
         return weights(run.model, state["places"])
 
     def loss_terms(self, run):
@@ -309,7 +348,9 @@ class PruneTrain(Method):
         if state["lambda"] is None:
             state["lambda"], scale = self.price(run, groups)
             run.log(
-                self, f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})", lam=state["lambda"]
+                self,
+                f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})",
+                lam=state["lambda"],
             )
         if self.mode == "published" and state["lambda"] and self.active(run):
             return state["lambda"] * group_lasso(groups, weigh=self.weigh)
@@ -318,7 +359,9 @@ class PruneTrain(Method):
     def price(self, run, groups):
         """(lambda, the factor in it), from the first batch."""
         scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until) if self.scale == "schedule" else self.scale
-        return run.ranks.agree(scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))), scale
+        return run.ranks.agree(
+            scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
+        ), scale
 
     def blocks(self, run):
         """The multiple that cuts leave on this device."""
@@ -347,7 +390,9 @@ class PruneTrain(Method):
             state["history"].append(widths(run.model, self.rule))
 
     def enlarge(self, run, state):
-        """The published rule's aim: what the smaller network saves in memory, a larger batch takes up; lr grows with it."""
+        """The published rule's aim: what the smaller network saves in memory, a larger batch takes up; lr
+        grows with it.
+        """
         if self.grow_batch:
             now = activations(run.model, run.dataset.shape)
             factor = state["activations"] / now
@@ -357,14 +402,17 @@ class PruneTrain(Method):
                 before = run.batches.batch_size
                 run.grow_batch(size / before, size / before)
                 state["activations"] = now * size / before
-                run.log(self, f"batch {before} -> {size}, learning rate times {size / before:.3g}", batch=size)
+                run.log(
+                    self, f"batch {before} -> {size}, learning rate times {size / before:.3g}", batch=size
+                )
 
     def on_fit_end(self, run):
         run.log(self, "widths by epoch", widths=run.state[self]["history"], lam=run.state[self]["lambda"])
 
 
 def activations(model, shape):
-    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step keeps for backward, roughly.
+    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step
+    keeps for backward, roughly.
 
     >>> activations(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))  # 4 x 64 + 8 x 16 + 4
     388

@@ -1,12 +1,14 @@
-"""Standardization loss (Collins, Ballé & Shlens 2019, arXiv:1903.00925): BatchNorm's statistics as a loss instead of a layer.
+"""Standardization loss (Collins, Ballé & Shlens 2019, arXiv:1903.00925): BatchNorm's statistics as a loss
+instead of a layer.
 
-For each channel of a layer's pre-activations x, over the batch and all pixels, a term pulls mean and variance to 0 and 1:
-the Kullback-Leibler divergence of N(mu, sigma^2) from N(0, 1). Nothing is normalised, so nothing is left at test time.
+For each channel of a layer's pre-activations x, over the batch and all pixels, a term pulls mean and variance
+to 0 and 1: the Kullback-Leibler divergence of N(mu, sigma^2) from N(0, 1). Nothing is normalised, so nothing
+is left at test time.
 
-Written with `var_mean` and autograd the loss makes a step slower than the BatchNorm that it replaces. `Divergence` takes the
-moments from BatchNorm's own kernel and writes its gradient in one pass, a x + b with one a and b per channel, which is what
-BatchNorm's kernel of eval mode computes: 32-bit sums whatever the input's format, either memory format, CPU or CUDA.
-"""
+Written with `var_mean` and autograd the loss makes a step slower than the BatchNorm that it replaces.
+`Divergence` takes the moments from BatchNorm's own kernel and writes its gradient in one pass, a x + b with
+one a and b per channel, which is what BatchNorm's kernel of eval mode computes: 32-bit sums whatever the
+input's format, either memory format, CPU or CUDA."""
 
 import functools
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def divergence_of(mean, var, eps=0.0):
-    """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased variances.
+    """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased
+    variances.
 
     >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # the second channel's mean is off by 1
     0.5
@@ -45,7 +48,8 @@ def divergence_of(mean, var, eps=0.0):
 
 
 def naive_divergence(x, eps=EPS, *, bias=None):
-    """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would be. In 32 bits or more.
+    """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would
+    be. In 32 bits or more.
 
     >>> naive_divergence(torch.tensor([[1.0], [-1.0]]), eps=0.0).item()  # mean 0, variance 1
     0.0
@@ -57,8 +61,14 @@ def naive_divergence(x, eps=EPS, *, bias=None):
 
 @functools.lru_cache
 def _held(channels, device, narrow):
-    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32. They are never read."""
-    return (torch.zeros(channels, device=device), torch.ones(channels, device=device)) if narrow else (None, None)
+    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32. They
+    are never read.
+    """
+    return (
+        (torch.zeros(channels, device=device), torch.ones(channels, device=device))
+        if narrow
+        else (None, None)
+    )
 
 
 class Divergence(torch.autograd.Function):
@@ -66,7 +76,8 @@ class Divergence(torch.autograd.Function):
 
     dD/dx = (mu + (x - mean(x)) (1 - 1 / (sigma^2 + eps))) / n,  dD/dbias = mu = mean(x) + bias
 
-    The bias comes by itself, and x is kept for backward as it was before: what is added up may be changed in place by a ReLU.
+    The bias comes by itself, and x is kept for backward as it was before: what is added up may be changed in
+    place by a ReLU.
 
     >>> x = torch.tensor([[3.0], [1.0]], requires_grad=True)  # mean 2, variance 1
     >>> D = Divergence.apply(x, None, 0.0)
@@ -89,22 +100,27 @@ class Divergence(torch.autograd.Function):
         x, mean, var, mu = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         a, b = (1 - 1 / (var + ctx.eps)) * (g / n), mu * (g / n)
-        dx = torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)[0]  # a (x - mean(x)) + b
+        dx = torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)[
+            0
+        ]  # a (x - mean(x)) + b
         return dx, mu * g if ctx.needs_input_grad[1] else None, None
 
 
 def divergence(x, eps=EPS, *, bias=None):
-    """D of the pre-activations x + bias: a scalar of 32 bits or more, summed over the channels. x: (N, C) or (N, C, H, W); bias: (C,).
+    """D of the pre-activations x + bias: a scalar of 32 bits or more, summed over the channels. x: (N, C) or
+    (N, C, H, W); bias: (C,).
 
-    Source: the paper, section 3; it is the sum over channels that lambda multiplies. eps: in the logarithm only.
-    Raises `BadInput` where a channel has fewer than two values, for these have no variance.
+    Source: the paper, section 3; it is the sum over channels that lambda multiplies. eps: in the logarithm
+    only. Raises `BadInput` where a channel has fewer than two values, for these have no variance.
 
     >>> x = 2 * torch.randn(8, 3, 4, 4) + 1
     >>> torch.allclose(divergence(x), naive_divergence(x))
     True
     """
     if x.dim() < 2 or x.numel() < 2 * x.shape[1]:
-        raise BadInput(f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a channel are needed")
+        raise BadInput(
+            f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a channel are needed"
+        )
     return Divergence.apply(x, bias, eps)
 
 
@@ -124,9 +140,11 @@ class Bias(nn.Module):
 
 
 class Standardized(Bias):
-    """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets through.
+    """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets
+    through.
 
-    The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure: `divergence`, or the naive one.
+    The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure:
+    `divergence`, or the naive one.
 
     >>> layer, x = Standardized(3), torch.randn(8, 3, 4, 4)
     >>> torch.equal(layer(x), x), len(layer.terms)
@@ -168,7 +186,8 @@ class Watch:
 
 
 def collect_(sources):
-    """Sum of the divergences that `Standardized` and `Watch` noted since the last call, and forget them. None if there are none.
+    """Sum of the divergences that `Standardized` and `Watch` noted since the last call, and forget them. None
+    if there are none.
 
     >>> layer = Standardized(3)
     >>> y = layer(torch.randn(8, 3, 4, 4))
@@ -182,10 +201,12 @@ def collect_(sources):
 
 
 def replace_norms_(model, make, optimizer=None):
-    """Replace each BatchNorm of `model` by `make(norm)`, in place; a shared one stays shared. Returns dict name -> new module.
+    """Replace each BatchNorm of `model` by `make(norm)`, in place; a shared one stays shared. Returns dict
+    name -> new module.
 
-    The function changes. A parameter `bias` or `weight` of the new module takes the value of the old one, where both have it; the
-    optimizer follows, the new ones without momentum. Raises `NoEffect` where there is no BatchNorm.
+    The function changes. A parameter `bias` or `weight` of the new module takes the value of the old one,
+    where both have it; the optimizer follows, the new ones without momentum. Raises `NoEffect` where there is
+    no BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(replace_norms_(net, lambda norm: nn.GroupNorm(1, norm.num_features)))
@@ -215,13 +236,17 @@ def replace_norms_(model, make, optimizer=None):
 
 
 def _device(norm, model):
-    return next((t.device for t in [*norm.parameters(), *norm.buffers(), *model.parameters()]), torch.device("cpu"))
+    return next(
+        (t.device for t in [*norm.parameters(), *norm.buffers(), *model.parameters()]), torch.device("cpu")
+    )
 
 
 def standardize_(model, optimizer=None, *, eps=EPS, measure=divergence):
-    """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics. Returns dict name -> layer.
+    """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics. Returns dict name ->
+    layer.
 
-    Scale and running statistics are dropped, so this is for networks before their training. Raises `NoEffect` without BatchNorm.
+    Scale and running statistics are dropped, so this is for networks before their training. Raises `NoEffect`
+    without BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(standardize_(net)), type(net.features[1]).__name__
@@ -231,7 +256,8 @@ def standardize_(model, optimizer=None, *, eps=EPS, measure=divergence):
 
 
 def plain_(model):
-    """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit for bit. Returns how many.
+    """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit
+    for bit. Returns how many.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> layers = standardize_(net)
@@ -250,7 +276,8 @@ def plain_(model):
 
 
 def pre_activations(model):
-    """The layers of a network without BatchNorm that the loss watches: convolutions and linear layers, but not the last, the classifier.
+    """The layers of a network without BatchNorm that the loss watches: convolutions and linear layers, but
+    not the last, the classifier.
 
     dict name -> layer. Raises `NoEffect` if none is left.
 
@@ -259,17 +286,21 @@ def pre_activations(model):
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if len(layers) < 2:
-        raise NoEffect(f"standardization loss: {type(model).__name__} has no convolution or linear layer before its last one")
+        raise NoEffect(
+            f"standardization loss: {type(model).__name__} has no convolution or linear layer before its last one"
+        )
     return dict(list(layers.items())[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StandardizationLoss(Method):
-    """Add lambda times the divergence of every layer's pre-activations to the loss; BatchNorm, if there is any, is removed.
+    """Add lambda times the divergence of every layer's pre-activations to the loss; BatchNorm, if there is
+    any, is removed.
 
-    A network without BatchNorm is watched at its convolutions and linear layers, but for the last. At the end the layers are
-    plain: a bias where a BatchNorm stood. lam: lambda; what counts is lambda times the number of channels in all (the paper: 56 for
-    three small layers, about 0.03 for ResNet-50). Raises `NoEffect` if nothing can be watched.
+    A network without BatchNorm is watched at its convolutions and linear layers, but for the last. At the end
+    the layers are plain: a bias where a BatchNorm stood. lam: lambda; what counts is lambda times the number
+    of channels in all (the paper: 56 for three small layers, about 0.03 for ResNet-50). Raises `NoEffect` if
+    nothing can be watched.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -286,22 +317,30 @@ class StandardizationLoss(Method):
             raise BadInput(f"standardization loss: lambda is {self.lam}, it must be above 0")
         layers = {}
         if any(isinstance(m, NORMS) for m in run.model.modules()):
-            run.restructure(lambda model, optimizer: layers.update(standardize_(model, optimizer, eps=self.eps)))
+            run.restructure(
+                lambda model, optimizer: layers.update(standardize_(model, optimizer, eps=self.eps))
+            )
         run.state[self] = {}
         self.sources(run).extend({id(s): s for s in layers.values()}.values())
         if not layers:
             self.sources(run).extend(Watch(layer, self.eps) for layer in pre_activations(run.model).values())
         what = f"{len(layers)} BatchNorms are gone" if layers else "there was no BatchNorm"
-        run.log(self, f"{len(self.sources(run))} layers are standardized; {what}", layers=len(self.sources(run)))
+        run.log(
+            self, f"{len(self.sources(run))} layers are standardized; {what}", layers=len(self.sources(run))
+        )
 
     def sources(self, run):
-        """Where the divergences are noted, kept on the model: modules and hooks do not belong into a checkpoint."""
+        """Where the divergences are noted, kept on the model: modules and hooks do not belong into a
+        checkpoint.
+        """
         return run.model.__dict__.setdefault("_standardization", [])
 
     def loss_terms(self, run):
         total = collect_(self.sources(run))
         if total is None:
-            raise NoEffect("standardization loss: no layer that is watched took part in this step's forward pass")
+            raise NoEffect(
+                "standardization loss: no layer that is watched took part in this step's forward pass"
+            )
         run.state[self]["divergence"] = total.detach()
         return self.lam * total
 
@@ -318,7 +357,8 @@ class StandardizationLoss(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNorm(Method):
-    """The controls: every BatchNorm becomes a bias ("none") or a GroupNorm ("group"). groups: at most so many, of equal size.
+    """The controls: every BatchNorm becomes a bias ("none") or a GroupNorm ("group"). groups: at most so
+    many, of equal size.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

@@ -1,13 +1,13 @@
 """Stochastic pooling (Zeiler & Fergus 2013, arXiv:1301.3557) and S3Pool (Zhai et al. 2017, arXiv:1611.05138).
 
-Both regularise where layers pool: from each window one activation is drawn instead of the largest one (stochastic
-pooling), or rows and columns are dropped at random instead of every second one (S3Pool). In eval mode both are
-deterministic. Neither makes a step cheaper; what they can save is images, or steps to the same accuracy.
+Both regularise where layers pool: from each window one activation is drawn instead of the largest one
+(stochastic pooling), or rows and columns are dropped at random instead of every second one (S3Pool). In eval
+mode both are deterministic. Neither makes a step cheaper; what they can save is images, or steps to the same
+accuracy.
 
-Drawn by the inverse of the distribution function, one random number a window and no `unfold`: with the window's elements
-a_0 ... a_(K-1) >= 0 and their running sums c_r, the place r is taken where c_(r-1) <= u c_(K-1) < c_r. An element of 0 is
-therefore never drawn, and padding, which is 0, can't be either.
-"""
+Drawn by the inverse of the distribution function, one random number a window and no `unfold`: with the
+window's elements a_0 ... a_(K-1) >= 0 and their running sums c_r, the place r is taken where c_(r-1) <= u
+c_(K-1) < c_r. An element of 0 is therefore never drawn, and padding, which is 0, can't be either."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -38,7 +38,8 @@ CHUNK = 2**17  # windows at a time: what is computed in between stays in the pro
 
 @dataclass(frozen=True)
 class Geometry:
-    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as `max_pool2d` has them.
+    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as
+    `max_pool2d` has them.
 
     >>> [Geometry((5, 5), (2, 2), (2, 2), (0, 0), (1, 1), ceil).out for ceil in (False, True)]
     [(2, 2), (3, 3)]
@@ -64,7 +65,9 @@ class Geometry:
             out = (n + 2 * p - span + (s - 1 if self.ceil else 0)) // s + 1
             sizes.append(out - (self.ceil and (out - 1) * s >= n + p))
         if min(sizes) < 1:
-            raise BadInput(f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by {self.padding}")
+            raise BadInput(
+                f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by {self.padding}"
+            )
         return tuple(sizes)
 
     @property
@@ -99,8 +102,9 @@ class Geometry:
 def draw(a, u):
     """Draw an element of each window with the probabilities p_r = a_r / sum a.
 
-    a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a float; r = K
-    for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan or infinite.
+    a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a
+    float; r = K for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan
+    or infinite.
 
     >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 lies above 1 / 4
     >>> element.item(), number.item()
@@ -110,14 +114,17 @@ def draw(a, u):
     t = u * c[-1]
     s, r = a[0], 0
     for k, c_k in enumerate(c):
-        passed = torch.ge(t, c_k, out=torch.empty_like(t))  # 1 or 0 as floats: booleans, and `where`, are several times slower
+        passed = torch.ge(
+            t, c_k, out=torch.empty_like(t)
+        )  # 1 or 0 as floats: booleans, and `where`, are several times slower
         s = torch.lerp(s, a[k + 1], passed) if k + 1 < len(a) else s  # exact at both ends
         r = passed.add_(r)
     return s, r
 
 
 def expected(a):
-    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of zeros.
+    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of
+    zeros.
 
     >>> expected([torch.tensor(1.0), torch.tensor(3.0)]).item()  # 1/4 x 1 + 3/4 x 3
     2.5
@@ -130,7 +137,8 @@ def expected(a):
 
 
 def uniform(shape, device, generator=None):
-    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in (0, 1).
+    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in
+    (0, 1).
 
     >>> u = (uniform((4, 1000), "cpu", torch.Generator().manual_seed(0)) + 32768.5) / 65536
     >>> round(u.mean().item(), 1)
@@ -138,12 +146,16 @@ def uniform(shape, device, generator=None):
     """
     n = torch.Size(shape).numel()
     source = generator.device if generator is not None else device
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=source).random_(-(2**63), None, generator=generator)
+    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=source).random_(
+        -(2**63), None, generator=generator
+    )
     return bits.view(torch.int16)[:n].view(shape).to(device)
 
 
 def _flat(x):
-    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side in memory comes last."""
+    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side in memory comes
+    last.
+    """
     n, c = x.shape[:2]
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return x.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)
@@ -155,7 +167,8 @@ def _precise(dtype):
 
 
 class Draw(torch.autograd.Function):
-    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count as constants.
+    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count
+    as constants.
 
     >>> geometry = Geometry((2, 2), (2, 2), (2, 2), (0, 0), (1, 1), ceil=False)
     >>> Draw.apply(torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1), geometry, None).item()  # zeros are never drawn
@@ -214,22 +227,28 @@ def chunks(shape):
 
 
 class StochasticPool2d(nn.MaxPool2d):
-    """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode, dilation).
+    """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode,
+    dilation).
 
-    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel and window, fresh
-    at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout.
-    layer: its name in the network, for messages. Raises `BadInput` for a negative input.
+    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel
+    and window, fresh at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's
+    global one, as for dropout. layer: its name in the network, for messages. Raises `BadInput` for a negative
+    input.
 
     >>> pool, x = StochasticPool2d(2), torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
     >>> pool.eval()(x).item(), pool.train()(x).item() in (1.0, 3.0)
     (2.5, True)
     """
 
-    def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, generator=None, layer=""):
+    def __init__(
+        self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, generator=None, layer=""
+    ):
         super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
         self.generator, self.layer = generator, layer
         if any(2 * p > k for p, k in zip(_pair(padding), _pair(kernel_size), strict=True)):
-            raise BadInput(f"stochastic pooling: padding {padding} is more than half of the kernel size {kernel_size}")
+            raise BadInput(
+                f"stochastic pooling: padding {padding} is more than half of the kernel size {kernel_size}"
+            )
 
     def forward(self, x):
         if x.dim() == 3:
@@ -249,7 +268,8 @@ class StochasticPool2d(nn.MaxPool2d):
 
 
 class Maximum(torch.autograd.Function):
-    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several times as long backward.
+    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several
+    times as long backward.
 
     >>> Maximum.apply(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])).tolist()
     [2.0, 5.0]
@@ -268,7 +288,8 @@ class Maximum(torch.autograd.Function):
 
 
 def pick(n, grid, keep, generator=None):
-    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a smaller last grid).
+    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a
+    smaller last grid).
 
     >>> (pick(6, 2, 1) // 2).tolist()  # one of each two
     [0, 1, 2]
@@ -283,16 +304,19 @@ def pick(n, grid, keep, generator=None):
 class S3Pool2d(nn.MaxPool2d):
     """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (Zhai et al. 2017).
 
-    Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are kept, drawn without
-    replacement and sorted, the same for all images and channels. Eval: the mean of each stride x stride cell of that map.
-    Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a multiple of the stride; None is the stride itself, the weakest
-    distortion. generator: on the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
+    Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are
+    kept, drawn without replacement and sorted, the same for all images and channels. Eval: the mean of each
+    stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a
+    multiple of the stride; None is the stride itself, the weakest distortion. generator: on the CPU. Raises
+    `BadInput` for a grid that is no multiple of the stride, and for dilation.
 
     >>> S3Pool2d(2, grid=4)(torch.rand(1, 3, 8, 8)).shape
     torch.Size([1, 3, 4, 4])
     """
 
-    def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, grid=None, generator=None):
+    def __init__(
+        self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, grid=None, generator=None
+    ):
         super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
         self.grid, self.generator = grid, generator
         if _pair(dilation) != (1, 1):
@@ -315,10 +339,16 @@ class S3Pool2d(nn.MaxPool2d):
     def starts(self, out, stride):
         """Where windows begin along an axis: a random choice of `out` places, in eval mode all of them."""
         grid = self.grid or stride
-        return pick(out * stride, grid, grid // stride, self.generator) if self.training else torch.arange(out * stride)
+        return (
+            pick(out * stride, grid, grid // stride, self.generator)
+            if self.training
+            else torch.arange(out * stride)
+        )
 
     def reduce(self, y, geometry, starts):
-        """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is separable."""
+        """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is
+        separable.
+        """
         for dim in (1, 2):
             kernel, padding, last = geometry.kernel[dim - 1], geometry.padding[dim - 1], y.shape[dim] - 1
             # windows that reach beyond the image see its border again, which changes no maximum
@@ -327,7 +357,9 @@ class S3Pool2d(nn.MaxPool2d):
         if self.training:
             return y
         (h, w), (sh, sw) = geometry.out, geometry.stride
-        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean((2, 4))  # only after both: a mean and a maximum do not commute
+        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean(
+            (2, 4)
+        )  # only after both: a mean and a maximum do not commute
 
     def extra_repr(self):
         return f"{super().extra_repr()}, grid={self.grid}"
@@ -348,7 +380,8 @@ KINDS = ("stochastic", "s3", "average")
 
 
 def replace_pools_(model, make):
-    """Replace each `nn.MaxPool2d` of `model` by `make(pool, name)`, in place; a shared one stays shared. Returns how many.
+    """Replace each `nn.MaxPool2d` of `model` by `make(pool, name)`, in place; a shared one stays shared.
+    Returns how many.
 
     Raises `NoEffect` where there is none, and `BadInput` naming a layer that returns indices.
 
@@ -362,21 +395,27 @@ def replace_pools_(model, make):
             name = f"{prefix}.{child}".lstrip(".")
             if isinstance(pool, nn.MaxPool2d):
                 if pool.return_indices:
-                    raise BadInput(f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to give")
+                    raise BadInput(
+                        f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to give"
+                    )
                 made.setdefault(pool, None)
                 made[pool] = made[pool] or make(pool, name).train(pool.training)
                 setattr(parent, child, made[pool])
     if not made:
-        raise NoEffect(f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)")
+        raise NoEffect(
+            f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)"
+        )
     return len(made)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticPooling(Method):
-    """Train with every `nn.MaxPool2d` replaced. The layers stay in the model: in eval mode they weigh by probability.
+    """Train with every `nn.MaxPool2d` replaced. The layers stay in the model: in eval mode they weigh by
+    probability.
 
-    kind: "stochastic", "s3", or "average", the control. grid: of S3Pool, in pixels per stride step: 2 keeps half of each grid
-    of twice the stride; 1 is the weakest distortion. Raises `NoEffect` for a model without such a layer.
+    kind: "stochastic", "s3", or "average", the control. grid: of S3Pool, in pixels per stride step: 2 keeps
+    half of each grid of twice the stride; 1 is the weakest distortion. Raises `NoEffect` for a model without
+    such a layer.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -395,10 +434,14 @@ class StochasticPooling(Method):
         def make(pool, name):
             parts = (pool.kernel_size, pool.stride, pool.padding)
             if self.kind == "stochastic":
-                return StochasticPool2d(*parts, pool.dilation, ceil_mode=pool.ceil_mode, generator=generator, layer=name)
+                return StochasticPool2d(
+                    *parts, pool.dilation, ceil_mode=pool.ceil_mode, generator=generator, layer=name
+                )
             if self.kind == "s3":
                 grid = self.grid * max(_pair(pool.stride))
-                return S3Pool2d(*parts, pool.dilation, ceil_mode=pool.ceil_mode, grid=grid, generator=generator)
+                return S3Pool2d(
+                    *parts, pool.dilation, ceil_mode=pool.ceil_mode, grid=grid, generator=generator
+                )
             if _pair(pool.dilation) != (1, 1):
                 raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)

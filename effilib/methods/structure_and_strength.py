@@ -1,14 +1,15 @@
 """Structure and strength of filters, SSF-CNN (Keshari, Vatsa, Singh & Noore, CVPR 2018, arXiv:1803.11405).
 
-Structure: the filters' shapes are learned without labels, layer by layer, as a dictionary of the patches that each layer
-sees, or as the centres of k-means, which takes a fraction of the time. Strength: the shapes are frozen and only their
-size t is trained, with biases, normalisation and classifier: few parameters for few images.
+Structure: the filters' shapes are learned without labels, layer by layer, as a dictionary of the patches that
+each layer sees, or as the centres of k-means, which takes a fraction of the time. Strength: the shapes are
+frozen and only their size t is trained, with biases, normalisation and classifier: few parameters for few
+images.
 
-Per filter, t is applied behind the convolution, per input channel in front of it: frozen filters then need no gradient dW, a
-third of the products. Per kernel, t sits inside the weight, and dW is computed. Directly in front of a normalisation a
-strength per filter has no gradient: what it multiplies is divided out again. There the normalisation's own weight is it.
-The paper's body was not at hand: scopes, whitening and rescaling are made precise here.
-"""
+Per filter, t is applied behind the convolution, per input channel in front of it: frozen filters then need no
+gradient dW, a third of the products. Per kernel, t sits inside the weight, and dW is computed. Directly in
+front of a normalisation a strength per filter has no gradient: what it multiplies is divided out again. There
+the normalisation's own weight is it. The paper's body was not at hand: scopes, whitening and rescaling are
+made precise here."""
 
 import warnings
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ DEAD = 1e-6  # norm below which an atom is none
 def cut_patches(x, conv, count, generator):
     """At most `count` patches that `conv` sees in x (N, C, H, W), drawn at random: (M, C / groups * kh * kw).
 
-    They lie where the convolution puts its filters, padding included; the channels of each group are patches of their own.
+    They lie where the convolution puts its filters, padding included; the channels of each group are patches
+    of their own.
 
     >>> cut_patches(torch.rand(2, 3, 8, 8), nn.Conv2d(3, 4, 3), 10, torch.Generator()).shape
     torch.Size([10, 27])
@@ -54,16 +56,23 @@ def cut_patches(x, conv, count, generator):
     places = n * rows * columns
     m = min(places, -(-count // conv.groups))
     # few of many: drawing with replacement spares a permutation of all places
-    place = torch.randperm(places, generator=generator)[:m] if places < 8 * m else torch.randint(places, (m,), generator=generator)
+    place = (
+        torch.randperm(places, generator=generator)[:m]
+        if places < 8 * m
+        else torch.randint(places, (m,), generator=generator)
+    )
     place = place.to(x.device).view(-1, 1, 1, 1)
     i, row, column = place // (rows * columns), place // columns % rows * sh, place % columns * sw
     channel = torch.arange(c, device=x.device).view(-1, 1, 1)
     down, along = torch.arange(kh, device=x.device).view(-1, 1) * dh, torch.arange(kw, device=x.device) * dw
-    return x[i, channel, row + down, column + along].reshape(m * conv.groups, -1)[:count]  # (M, C, kh, kw) -> (M * groups, ...)
+    return x[i, channel, row + down, column + along].reshape(m * conv.groups, -1)[
+        :count
+    ]  # (M, C, kh, kw) -> (M * groups, ...)
 
 
 def whiten(patches):
-    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the mean grey.
+    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the
+    mean grey.
 
     >>> [round(v, 2) for v in whiten(torch.tensor([[1.0, 3.0]]))[0].tolist()]
     [-0.91, 0.91]
@@ -82,20 +91,34 @@ def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
     first = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
     first = (first / first.norm(dim=1, keepdim=True)).numpy()
     learner = MiniBatchDictionaryLearning(
-        n_components=atoms, alpha=alpha, max_iter=passes, batch_size=256, fit_algorithm="cd", dict_init=first, random_state=_seed(generator)
+        n_components=atoms,
+        alpha=alpha,
+        max_iter=passes,
+        batch_size=256,
+        fit_algorithm="cd",
+        dict_init=first,
+        random_state=_seed(generator),
     )
     return _fit(learner, patches).components_
 
 
 def kmeans(patches, atoms, generator):
-    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses one atom.
+    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses
+    one atom.
 
     >>> kmeans(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
     (4, 9)
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    learner = MiniBatchKMeans(n_clusters=atoms, init="k-means++", n_init=1, max_iter=10, batch_size=1024, random_state=_seed(generator))
+    learner = MiniBatchKMeans(
+        n_clusters=atoms,
+        init="k-means++",
+        n_init=1,
+        max_iter=10,
+        batch_size=1024,
+        random_state=_seed(generator),
+    )
     return _fit(learner, patches).cluster_centers_
 
 
@@ -104,7 +127,9 @@ def _seed(generator):
 
 
 def _fit(learner, patches):
-    """Fit with as many threads as PyTorch uses, and without its warnings: a mini-batch that has not converged is the rule."""
+    """Fit with as many threads as PyTorch uses, and without its warnings: a mini-batch that has not converged
+    is the rule.
+    """
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
@@ -113,7 +138,8 @@ def _fit(learner, patches):
 
 
 def learn_filters(patches, filters, structure, generator):
-    """`filters` rows of norm sqrt(2), the norm that He's initialisation has in the mean, from whitened patches (M, d).
+    """`filters` rows of norm sqrt(2), the norm that He's initialisation has in the mean, from whitened
+    patches (M, d).
 
     What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
 
@@ -134,10 +160,12 @@ def learn_filters(patches, filters, structure, generator):
 
 
 def he_gain(w, patches):
-    """The factor that gives filters w (O, d) the mean square response to patches (M, d) that He's random filters would have.
+    """The factor that gives filters w (O, d) the mean square response to patches (M, d) that He's random
+    filters would have.
 
-    Those answer with 2 mean(x^2). Learned ones point where the patches lie and answer several times as strongly: layer upon
-    layer activations would grow, and training diverge, although every filter has He's norm.
+    Those answer with 2 mean(x^2). Learned ones point where the patches lie and answer several times as
+    strongly: layer upon layer activations would grow, and training diverge, although every filter has He's
+    norm.
 
     >>> round(he_gain(2 * torch.eye(2), torch.eye(2)), 3)  # filters along the patches answer too strongly
     0.707
@@ -160,11 +188,13 @@ def plain_convolutions(model):
 
 @torch.no_grad()
 def learn_structure_(model, images, structure, generator, patches=10_000):
-    """Set the filters of all convolutions to what is learned from the layer's own input, in the order in which images pass them.
+    """Set the filters of all convolutions to what is learned from the layer's own input, in the order in
+    which images pass them.
 
-    images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned when its input
-    arrives, so all layers before it have theirs. They get He's norm, and per layer one factor that keeps the variance as He's
-    would (`he_gain`). Biases and everything else stay. Returns {layer: number of patches}.
+    images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned
+    when its input arrives, so all layers before it have theirs. They get He's norm, and per layer one factor
+    that keeps the variance as He's would (`he_gain`). Biases and everything else stay. Returns {layer: number
+    of patches}.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> learn_structure_(net, torch.rand(8, 1, 8, 8), "kmeans", torch.Generator(), patches=100)
@@ -188,7 +218,9 @@ def learn_structure_(model, images, structure, generator, patches=10_000):
     try:
         model.eval()
         for m in model.modules():
-            m.training = isinstance(m, _NormBase)  # statistics of these images; what is running means nothing yet
+            m.training = isinstance(
+                m, _NormBase
+            )  # statistics of these images; what is running means nothing yet
         hooks += [conv.register_forward_pre_hook(learn(name)) for name, conv in convs.items()]
         model(images)
     finally:
@@ -207,8 +239,9 @@ def learn_structure_(model, images, structure, generator, patches=10_000):
 class StrengthConv2d(nn.Conv2d):
     """A convolution with frozen filters W (the buffer `weight`) and a trainable strength t, 1 at first.
 
-    scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc W) * x + b, t: (O, C /
-    groups). "norm": no t, the weight of the normalisation behind it is the strength. Made by `strengthen_`, undone by `merge_`.
+    scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc
+    W) * x + b, t: (O, C / groups). "norm": no t, the weight of the normalisation behind it is the strength.
+    Made by `strengthen_`, undone by `merge_`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     >>> scopes = strengthen_(net, torch.zeros(1, 1, 8, 8))
@@ -243,7 +276,8 @@ class StrengthConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def followers(model, images):
-    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives. images: a few.
+    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives.
+    images: a few.
 
     >>> followers(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     {'features.0': 'features.1', 'features.4': 'features.5'}
@@ -276,7 +310,8 @@ def followers(model, images):
 
 
 def place(conv, norm, scope, name="", norm_name=""):
-    """The scope that a layer gets: the one asked for, unless it would have no gradient in front of a normalisation.
+    """The scope that a layer gets: the one asked for, unless it would have no gradient in front of a
+    normalisation.
 
     Raises `BadInput` naming the layer where a strength per filter was asked for there, or can't be moved.
 
@@ -290,21 +325,27 @@ def place(conv, norm, scope, name="", norm_name=""):
             f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; choose scope 'kernel' or "
             "'input', or 'auto', which takes the normalisation's own weight as the strength"
         )
-    if scope == "auto" or conv.in_channels == conv.groups:  # with one input channel a kernel is the whole filter
+    if (
+        scope == "auto" or conv.in_channels == conv.groups
+    ):  # with one input channel a kernel is the whole filter
         if norm.weight is not None:
             return "norm"
         if conv.in_channels == conv.groups:
-            raise BadInput(f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it has no weight")
+            raise BadInput(
+                f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it has no weight"
+            )
         return "input"
     return scope
 
 
 def strengthen_(model, images, scope="filter"):
-    """Freeze the filters of all `nn.Conv2d` and give them a strength, in place; the function stays. Returns {layer: its scope}.
+    """Freeze the filters of all `nn.Conv2d` and give them a strength, in place; the function stays. Returns
+    {layer: its scope}.
 
-    images: a few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per filter and input
-    channel), "input" (per input channel), or "auto": per filter, which in front of a normalisation is that one's weight.
-    Raises `NoEffect` without convolutions, `BadInput` where a strength would have no gradient.
+    images: a few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per
+    filter and input channel), "input" (per input channel), or "auto": per filter, which in front of a
+    normalisation is that one's weight. Raises `NoEffect` without convolutions, `BadInput` where a strength
+    would have no gradient.
 
     >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
     {'features.0': 'norm', 'features.4': 'norm'}
@@ -324,7 +365,8 @@ def strengthen_(model, images, scope="filter"):
 
 
 def merge_(model):
-    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many; `NoEffect` if none.
+    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many;
+    `NoEffect` if none.
 
     >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 8, 8)
     >>> before, scopes = net(x), strengthen_(net, x)
@@ -346,9 +388,10 @@ def merge_(model):
 class StructureAndStrength(Method):
     """Learn the filters' structure from training images, then train everything, or only the strength.
 
-    structure: "random" (as initialised), "dictionary" or "kmeans". train: "all" or "strength". scope: of the strength.
-    images: of the training set, at most, that patches are cut from. patches: per layer. lr_factor: of the strength's learning
-    rate; weight decay is off for it, since it would pull the filters to 0. Afterwards the model is plain again.
+    structure: "random" (as initialised), "dictionary" or "kmeans". train: "all" or "strength". scope: of the
+    strength. images: of the training set, at most, that patches are cut from. patches: per layer. lr_factor:
+    of the strength's learning rate; weight decay is off for it, since it would pull the filters to 0.
+    Afterwards the model is plain again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -368,7 +411,9 @@ class StructureAndStrength(Method):
         choose("structure of filters", self.structure, STRUCTURES)
         choose("what is trained", self.train, ("all", "strength"))
         if self.structure == "random" and self.train == "all":
-            raise NoEffect("structure and strength: random filters with all weights trained are ordinary training")
+            raise NoEffect(
+                "structure and strength: random filters with all weights trained are ordinary training"
+            )
         images = run.dataset.normalize(run.dataset.train.x[: self.images])  # no other split ever comes in
         if self.structure != "random":
             run.kind = "structure"
@@ -379,17 +424,28 @@ class StructureAndStrength(Method):
             run.restructure(lambda model, optimizer: self.freeze(run, model, optimizer, images[:2]))
 
     def freeze(self, run, model, optimizer, images):
-        """Freeze the filters, and give the optimizer what is left to train, the strengths in a group of their own."""
+        """Freeze the filters, and give the optimizer what is left to train, the strengths in a group of their
+        own.
+        """
         scopes = strengthen_(model, images, self.scope)
         strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
         others = [p for p in model.parameters() if all(p is not t for t in strengths)]
         optimizer.state.clear()
-        first, trainable = optimizer.param_groups[0], sum(p.numel() for p in model.parameters() if p.requires_grad)
+        first, trainable = (
+            optimizer.param_groups[0],
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+        )
         optimizer.param_groups[:] = [{**first, "params": others}]
         if strengths:
-            optimizer.param_groups.append({**first, "params": strengths, "weight_decay": 0.0, "lr_factor": self.lr_factor})
+            optimizer.param_groups.append(
+                {**first, "params": strengths, "weight_decay": 0.0, "lr_factor": self.lr_factor}
+            )
         run.state[self] = {"scopes": scopes}
-        run.log(self, f"strength per {', '.join(sorted(set(scopes.values())))}; {trainable} parameters are trained", trainable=trainable)
+        run.log(
+            self,
+            f"strength per {', '.join(sorted(set(scopes.values())))}; {trainable} parameters are trained",
+            trainable=trainable,
+        )
 
     def on_fit_end(self, run):
         if self.train == "strength":

@@ -1,14 +1,13 @@
 """Tree-CNN (Roy, Panda, Roy 2020, arXiv:1802.05800): a tree of small networks that grows as classes arrive.
 
-The root decides between children; a child with one class is a leaf, one with several is a branch with a small network
-of its own. Where new classes go is read from the root: it is shown images of them, and what it takes them for decides
-(`likelihood`, `grow`). Then only what changed is trained again: the root, on all classes so far, and the branches whose
-classes changed, on theirs.
+The root decides between children; a child with one class is a leaf, one with several is a branch with a small
+network of its own. Where new classes go is read from the root: it is shown images of them, and what it takes
+them for decides (`likelihood`, `grow`). Then only what changed is trained again: the root, on all classes so
+far, and the branches whose classes changed, on theirs.
 
-The rules are those of the second generation of the authors' code, with its alpha = beta = 0.1. Theirs read the likelihood
-of CIFAR-10 from training *and test* images; here it is read from training images of the new classes, which the root has
-never seen. Old images are kept and trained on: this saves work, not memory.
-"""
+The rules are those of the second generation of the authors' code, with its alpha = beta = 0.1. Theirs read
+the likelihood of CIFAR-10 from training *and test* images; here it is read from training images of the new
+classes, which the root has never seen. Old images are kept and trained on: this saves work, not memory."""
 
 from dataclasses import dataclass, replace
 
@@ -36,10 +35,12 @@ EPS = 1e-9  # 0.4 - 0.3 is not above 0.1
 
 
 def likelihood(logits, labels, full=()):
-    """(L, classes): L (K, M) says how much the root takes the m-th new class for each of its K children; each column sums to 1.
+    """(L, classes): L (K, M) says how much the root takes the m-th new class for each of its K children; each
+    column sums to 1.
 
-    logits: (N, K), the root's in eval mode for images of the new classes; labels: (N,) their classes. full: children that
-    hold as many classes as they may; they are left out of the sum and get 0. The mean is that of the logits, before the softmax.
+    logits: (N, K), the root's in eval mode for images of the new classes; labels: (N,) their classes. full:
+    children that hold as many classes as they may; they are left out of the sum and get 0. The mean is that
+    of the logits, before the softmax.
 
     >>> L, classes = likelihood(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([5, 5]))
     >>> classes, L[:, 0].argmax().item()  # class 5 is taken for child 1
@@ -54,10 +55,11 @@ def likelihood(logits, labels, full=()):
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Where new classes went. T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which one it was, None if it is new.
+    """Where new classes went. T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which
+    one it was, None if it is new.
 
-    log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge refused", "new leaf"),
-    child (as in T), values (the likelihoods compared), why.
+    log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge
+    refused", "new leaf"), child (as in T), values (the likelihoods compared), why.
 
     >>> Growth(T={0: 0, 1: 1, 2: 2}, origin=[0, 1, None], log=[]).origin[2] is None  # child 2 is new
     True
@@ -69,17 +71,21 @@ class Growth:
 
 
 def grow(L, T, classes=None, *, cap=5, alpha=0.1, beta=0.1):
-    """Place new classes by the likelihoods L (K, M) among the K children of T (class -> child 0 ... K - 1): a `Growth`.
+    """Place new classes by the likelihoods L (K, M) among the K children of T (class -> child 0 ... K - 1): a
+    `Growth`.
 
-    classes: of L's columns (default: the numbers after T's). cap: classes that a child may hold. One class after the other,
-    the surest first; a, b: its two likeliest children from the first with room on, with values v1, v2 and v3 that of the next:
+    classes: of L's columns (default: the numbers after T's). cap: classes that a child may hold. One class
+    after the other, the surest first; a, b: its two likeliest children from the first with room on, with
+    values v1, v2 and v3 that of the next:
 
     - add to a, if v1 - v2 > alpha;
-    - else, if v2 - v3 > beta, two rivals that the root confuses: *merge* b into a and add to a. Not if b was a branch before, or
+    - else, if v2 - v3 > beta, two rivals that the root confuses: *merge* b into a and add to a. Not if b was
+    a branch before, or
       a would be over the cap: then the class goes to the one of a, b with fewer classes;
     - else the class is like none of them: a *new leaf* of the root. So it is where no child has room.
 
-    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap already.
+    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap
+    already.
 
     >>> growth = grow(torch.tensor([[0.9, 0.4], [0.1, 0.3], [0.0, 0.3]]), {0: 0, 1: 1, 2: 2}, classes=[3, 4])
     >>> growth.T, [entry["rule"] for entry in growth.log]  # class 3 looks like child 0, class 4 like none
@@ -115,28 +121,43 @@ def grow(L, T, classes=None, *, cap=5, alpha=0.1, beta=0.1):
         elif a == b:
             child, rule, why = a, "add", "both rivals were merged before"
         elif v2 - v3 > beta + EPS:
-            rivals, after = f"{v1:.2f} and {v2:.2f} are close, the next is {v3:.2f}", held(a, T) + held(b, T) + 1
+            rivals, after = (
+                f"{v1:.2f} and {v2:.2f} are close, the next is {v3:.2f}",
+                held(a, T) + held(b, T) + 1,
+            )
             if held(b, old) > 1 or after > cap:
                 child, rule = min(a, b, key=lambda k: held(k, T)), "merge refused"
-                why = rivals + ("; the rival was a branch before" if held(b, old) > 1 else f"; together {after} classes, over {cap}")
+                why = rivals + (
+                    "; the rival was a branch before"
+                    if held(b, old) > 1
+                    else f"; together {after} classes, over {cap}"
+                )
             else:
                 child, rule, why = a, "merge", rivals
                 entry["merged"] = [c for c, k in T.items() if k == b]
                 T = {c: a if k == b else k for c, k in T.items()}
                 n[n == b] = a  # later columns mean the merged child
         else:
-            child, rule, why = max(K - 1, *T.values()) + 1, "new leaf", f"{v1:.2f}, {v2:.2f}, {v3:.2f}: like none"
+            child, rule, why = (
+                max(K - 1, *T.values()) + 1,
+                "new leaf",
+                f"{v1:.2f}, {v2:.2f}, {v3:.2f}: like none",
+            )
         T[classes[m]] = child
         log.append(entry | {"rule": rule, "why": why})
     kept = sorted(set(T.values()))  # a merged child leaves a gap
     T = {c: kept.index(k) for c, k in T.items()}
-    return Growth(T=T, origin=[k if k < K else None for k in kept], log=[e | {"child": T[e["class"]]} for e in log])
+    return Growth(
+        T=T, origin=[k if k < K else None for k in kept], log=[e | {"child": T[e["class"]]} for e in log]
+    )
 
 
 def _check(L, T, cap, alpha, beta):
     children = sorted(set(T.values()))
     if L.dim() != 2 or children != list(range(len(L))) or not torch.isfinite(L).all():
-        raise BadInput(f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: one row per child 0, 1, ..., finite")
+        raise BadInput(
+            f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: one row per child 0, 1, ..., finite"
+        )
     largest = max(sum(k == child for k in T.values()) for child in children)
     if largest > cap:
         raise BadInput(f"tree: a child holds {largest} classes, but the cap is {cap}")
@@ -146,7 +167,8 @@ def _check(L, T, cap, alpha, beta):
 
 
 class Tree(nn.Module):
-    """root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its network, None for a leaf.
+    """root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its
+    network, None for a leaf.
 
     A branch's logits are in the order of its group. Depth 2, as in the paper.
 
@@ -166,10 +188,16 @@ class Tree(nn.Module):
 
     def decide(self, x):
         """The root's decision: (N, C, H, W) -> (N,) children. With a single child there is none to take."""
-        return self.root(x).argmax(1) if len(self.groups) > 1 else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return (
+            self.root(x).argmax(1)
+            if len(self.groups) > 1
+            else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        )
 
     def forward(self, x):
-        """The class of each image: (N, C, H, W) -> (N,) int64. The batch is sorted by decision; each branch sees its own part once."""
+        """The class of each image: (N, C, H, W) -> (N,) int64. The batch is sorted by decision; each branch
+        sees its own part once.
+        """
         decision = self.decide(x)
         order = decision.argsort(stable=True)
         counts = torch.bincount(decision, minlength=len(self.groups)).tolist()  # the only wait for the device
@@ -182,11 +210,13 @@ class Tree(nn.Module):
 
 
 def rebuild_(tree, growth, make_root, make_branch):
-    """Give the tree the children of `growth`; the networks that changed are new ones with transferred weights. Untrained.
+    """Give the tree the children of `growth`; the networks that changed are new ones with transferred
+    weights. Untrained.
 
-    make_root, make_branch: number of outputs -> network. Returns {child or "root": how}: "kept" (all weights), "new last layer"
-    (all others transferred), "fresh", "untouched" (the same module, not to be trained) or "leaf". A root whose children are
-    not the same as before gets a new last layer, even if as many went as came.
+    make_root, make_branch: number of outputs -> network. Returns {child or "root": how}: "kept" (all
+    weights), "new last layer" (all others transferred), "fresh", "untouched" (the same module, not to be
+    trained) or "leaf". A root whose children are not the same as before gets a new last layer, even if as
+    many went as came.
 
     >>> def make(outputs):
     ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
@@ -218,7 +248,8 @@ def rebuild_(tree, growth, make_root, make_branch):
 
 
 def head(make):
-    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make: outputs -> network.
+    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make:
+    outputs -> network.
 
     >>> head(lambda outputs: nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs)))
     ['1.weight', '1.bias']
@@ -241,7 +272,11 @@ def transferred(make, outputs, old):
     """
     net, last = make(outputs), set(head(make))
     state = {name: t for name, t in old.state_dict().items() if name not in last}
-    missing = [k for k, t in net.state_dict().items() if k not in last and (k not in state or state[k].shape != t.shape)]
+    missing = [
+        k
+        for k, t in net.state_dict().items()
+        if k not in last and (k not in state or state[k].shape != t.shape)
+    ]
     if missing or not last or not state:
         every = f"{'no' if not last else 'every'} layer depends on the number of outputs"
         why = f"{missing[0]} differs from one network to the next" if missing else every
@@ -251,7 +286,8 @@ def transferred(make, outputs, old):
 
 
 def weights(model):
-    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without normalisation's.
+    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without
+    normalisation's.
 
     >>> weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))  # 18 and 2 biases
     20
@@ -262,7 +298,8 @@ def weights(model):
 
 
 def effort(trained, full):
-    """Training effort relative to another training: sum of weights x samples. trained, full: lists of (weights, samples).
+    """Training effort relative to another training: sum of weights x samples. trained, full: lists of
+    (weights, samples).
 
     >>> effort(trained=[(1000, 50), (200, 10)], full=[(1000, 104)])
     0.5
@@ -271,7 +308,8 @@ def effort(trained, full):
 
 
 def relabel(dataset, labels):
-    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four splits.
+    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four
+    splits.
 
     >>> part = relabel(load("synthetic"), {2: 0, 3: 1})
     >>> part.names, part.train.y.unique().tolist()
@@ -285,7 +323,10 @@ def relabel(dataset, labels):
         keep = table[split.y] >= 0
         return Split(x=split.x[keep], y=table[split.y[keep]])
 
-    names = ["+".join(dataset.names[c] for c in labels if labels[c] == label) for label in range(max(labels.values()) + 1)]
+    names = [
+        "+".join(dataset.names[c] for c in labels if labels[c] == label)
+        for label in range(max(labels.values()) + 1)
+    ]
     splits = {k: part(getattr(dataset, k)) for k in ("train", "decide", "validation", "test")}
     return replace(dataset, names=tuple(names), **splits)
 
@@ -301,7 +342,8 @@ def fitting(recipe, dataset):
 
 @torch.no_grad()
 def accuracy(tree, dataset, split, precision="fp32"):
-    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises `BadInput` if there are none.
+    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises
+    `BadInput` if there are none.
 
     >>> data = load("synthetic")
     >>> tree = Tree(build("convnet", 4, data.shape, widths=(4,)), [[0], [1], [2], [3]], [None] * 4)
@@ -321,10 +363,11 @@ def accuracy(tree, dataset, split, precision="fp32"):
 
 @dataclass(frozen=True, kw_only=True)
 class TreeCNN:
-    """How a tree grows. cap: classes a child may hold. alpha, beta: see `grow`. images: of each new class, for the likelihood.
+    """How a tree grows. cap: classes a child may hold. alpha, beta: see `grow`. images: of each new class,
+    for the likelihood.
 
-    evaluations: of the root's training and half as many of a branch's; each is one of the whole tree. Not a `Method`: a stage is several
-    trainings, and an `Arm(fit=...)` calls `start` and `learn_`.
+    evaluations: of the root's training and half as many of a branch's; each is one of the whole tree. Not a
+    `Method`: a stage is several trainings, and an `Arm(fit=...)` calls `start` and `learn_`.
 
     >>> data, recipe, method = load("synthetic"), Recipe(epochs=1), TreeCNN(evaluations=1)
     >>> def make(outputs):
@@ -342,7 +385,9 @@ class TreeCNN:
     evaluations: int = 4
 
     def likelihood(self, tree, dataset, new, precision="fp32"):
-        """`likelihood` (L, classes) of the classes `new` from their first training images: the root has never been trained on them."""
+        """`likelihood` (L, classes) of the classes `new` from their first training images: the root has never
+        been trained on them.
+        """
         y = dataset.train.y
         few = torch.cat([(y == c).nonzero()[: self.images, 0] for c in new])
         missing = set(new) - set(y[few].tolist())
@@ -362,7 +407,9 @@ class TreeCNN:
         return tree, self.fit_(tree, dataset, how, recipe, seed)
 
     def learn_(self, tree, dataset, new, make_root, make_branch, recipe, seed=0):
-        """One more stage: place the classes `new` in the tree and train what changed, in place. Returns the `History`, all on its clock."""
+        """One more stage: place the classes `new` in the tree and train what changed, in place. Returns the
+        `History`, all on its clock.
+        """
         precision, before = resolve_precision(recipe.precision, dataset.device), tree.groups
         clock.synchronize(dataset.device)
         with clock.elapsed() as seconds:
@@ -370,14 +417,25 @@ class TreeCNN:
             growth = grow(L.cpu(), tree.T, classes, cap=self.cap, alpha=self.alpha, beta=self.beta)
             how = rebuild_(tree, growth, make_root, make_branch)
             took = seconds()
-        event = {"step": 0, "epoch": 0, "method": "TreeCNN", "text": f"{len(new)} classes placed", "L": L.tolist(), "new": classes}
+        event = {
+            "step": 0,
+            "epoch": 0,
+            "method": "TreeCNN",
+            "text": f"{len(new)} classes placed",
+            "L": L.tolist(),
+            "new": classes,
+        }
         event |= {"log": growth.log, "before": before, "groups": tree.groups}
         event |= {"root": how["root"], "how": [how[k] for k in range(len(tree.groups))]}
         kinds = {"grow": {"count": 1, "seconds": took, "median": took}}
-        return History(seconds=took, raw_seconds=took, kinds=kinds, events=[event]) + self.fit_(tree, dataset, how, recipe, seed)
+        return History(seconds=took, raw_seconds=took, kinds=kinds, events=[event]) + self.fit_(
+            tree, dataset, how, recipe, seed
+        )
 
     def fit_(self, tree, dataset, how, recipe, seed=0):
-        """Train the parts that `how` does not leave alone. Every row has the accuracy of the whole tree; its loss is that part's own."""
+        """Train the parts that `how` does not leave alone. Every row has the accuracy of the whole tree; its
+        loss is that part's own.
+        """
         precision, history = resolve_precision(recipe.precision, dataset.device), History()
         for part, state in how.items():
             if state in ("leaf", "untouched") or (part == "root" and len(tree.groups) == 1):
@@ -385,7 +443,9 @@ class TreeCNN:
             labels = tree.T if part == "root" else {c: i for i, c in enumerate(tree.groups[part])}
             net = tree.root if part == "root" else tree.branches[part]
             own, seen = relabel(dataset, labels), []
-            own = replace(own, validation=own.validation if len(own.validation) else own.train[:1], test=own.train[:1])  # test: not read
+            own = replace(
+                own, validation=own.validation if len(own.validation) else own.train[:1], test=own.train[:1]
+            )  # test: not read
 
             def look(row, net=net, seen=seen):
                 seen.append(accuracy(tree, dataset, "validation", precision))
@@ -394,7 +454,12 @@ class TreeCNN:
             times = self.evaluations if part == "root" else max(1, self.evaluations // 2)
             h = train(net, own, fitting(recipe, own), (), seed, evaluations=times, progress=look)
             rows = [{**row, "accuracy": a} for row, a in zip(h.rows, seen, strict=True)]
-            event = {"step": h.steps, "epoch": rows[-1]["epoch"], "method": "TreeCNN", "text": f"{part} trained ({state})"}
+            event = {
+                "step": h.steps,
+                "epoch": rows[-1]["epoch"],
+                "method": "TreeCNN",
+                "text": f"{part} trained ({state})",
+            }
             event |= {
                 "part": str(part),
                 "classes": list(labels),
@@ -406,4 +471,9 @@ class TreeCNN:
             history = history + replace(h, rows=rows, events=[*h.events, event])
         tree.eval()
         held = cost.size_bytes(tree.parameters())  # all of the tree stays in memory, whatever is trained
-        return replace(history, memory={**history.memory, "parameters": held}, test_accuracy=None, structure={"groups": tree.groups})
+        return replace(
+            history,
+            memory={**history.memory, "parameters": held},
+            test_accuracy=None,
+            structure={"groups": tree.groups},
+        )

@@ -1,13 +1,14 @@
 """Wavelets in front of a network: the four sub-bands of an image become channels at half the resolution.
 
-The thesis names this chapter by one word. It is taken to mean the use of wavelets that saves training time: the first layers
-work on a quarter of the pixels (as in Fujieda et al. 2018, arXiv:1805.08620, and Williams & Li 2018, who feed sub-bands to a
-network). Wavelet pooling (Williams & Li, ICLR 2018) is here too; the wavelet-like auto-encoder has a module of its own.
+The thesis names this chapter by one word. It is taken to mean the use of wavelets that saves training time:
+the first layers work on a quarter of the pixels (as in Fujieda et al. 2018, arXiv:1805.08620, and Williams &
+Li 2018, who feed sub-bands to a network). Wavelet pooling (Williams & Li, ICLR 2018) is here too; the
+wavelet-like auto-encoder has a module of its own.
 
-A one-level transform is a pair of matrices: bands = T_h x T_w^T, where T has a low and a high half of rows, and x = S_h bands S_w^T
-with S the inverse of T. For Haar it comes to sums and differences of 2 x 2 pixels, ten lines. Bands are ordered A, H, V, D as
-PyWavelets has them: A low both ways; H high along the height (horizontal edges); V high along the width; D high both ways.
-"""
+A one-level transform is a pair of matrices: bands = T_h x T_w^T, where T has a low and a high half of rows,
+and x = S_h bands S_w^T with S the inverse of T. For Haar it comes to sums and differences of 2 x 2 pixels,
+ten lines. Bands are ordered A, H, V, D as PyWavelets has them: A low both ways; H high along the height
+(horizontal edges); V high along the width; D high both ways."""
 
 import functools
 import math
@@ -36,11 +37,18 @@ INFO = Info(
     "additions a pixel.",
 )
 
-# Low-pass filters (analysis, synthesis), in PyWavelets' order; high-pass ones follow from them by alternating signs.
+# Low-pass filters (analysis, synthesis), in PyWavelets' order; high-pass ones follow from them by alternating
+# signs.
 _R3, _N = math.sqrt(3), 4 * math.sqrt(2)
 _DB2 = [(1 - _R3) / _N, (3 - _R3) / _N, (3 + _R3) / _N, (1 + _R3) / _N]
 _Q = math.sqrt(2) / 8
-_CDF97 = [0.03782845550726404, -0.023849465019556843, -0.11062440441843718, 0.37740285561283066, 0.8526986790088938]
+_CDF97 = [
+    0.03782845550726404,
+    -0.023849465019556843,
+    -0.11062440441843718,
+    0.37740285561283066,
+    0.8526986790088938,
+]
 _CDF97_DUAL = [-0.06453888262869706, -0.04068941760916406, 0.41809227322161724, 0.7884856164055829]
 FILTERS = {
     "haar": ([math.sqrt(0.5)] * 2, [math.sqrt(0.5)] * 2),
@@ -65,7 +73,8 @@ def even(x):
 
 
 def butterfly(x):
-    """Twice the Haar bands, exact for integers: (N, C, H, W), H and W even -> (N, 4C, H/2, W/2), the C channels of A, then H, V, D.
+    """Twice the Haar bands, exact for integers: (N, C, H, W), H and W even -> (N, 4C, H/2, W/2), the C
+    channels of A, then H, V, D.
 
     >>> butterfly(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [10, -4, -2, 0]
@@ -91,13 +100,16 @@ def inverse_haar(bands):
     [1.0, 2.0, 3.0, 4.0]
     """
     A, H, V, D = bands.chunk(4, 1)
-    rows = [torch.stack([A + s * H + V + s * D, A + s * H - V - s * D], -1).flatten(-2) for s in (1, -1)]  # even and odd rows
+    rows = [
+        torch.stack([A + s * H + V + s * D, A + s * H - V - s * D], -1).flatten(-2) for s in (1, -1)
+    ]  # even and odd rows
     return torch.stack(rows, -2).flatten(-3, -2) / 2
 
 
 @functools.lru_cache
 def matrices(wavelet, n):
-    """(T, S): analysis and synthesis of n (even) values in float64, (n, n), periodic. Rows of T: n/2 low-pass ones, then high-pass ones.
+    """(T, S): analysis and synthesis of n (even) values in float64, (n, n), periodic. Rows of T: n/2 low-pass
+    ones, then high-pass ones.
 
     y[k] = sum_j h[j] x[2k + L/2 - j mod n] with the filter h of length L: PyWavelets' mode "periodization".
 
@@ -116,9 +128,11 @@ def matrices(wavelet, n):
 
 
 def analysis(x, wavelet="haar"):
-    """One level of a wavelet transform, every channel by itself: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), bands A, H, V, D.
+    """One level of a wavelet transform, every channel by itself: (N, C, H, W) -> (N, 4C, ceil(H/2),
+    ceil(W/2)), bands A, H, V, D.
 
-    wavelet: one of `FILTERS`. Odd sizes are padded by one. Borders are periodic, except that Haar never reaches over one.
+    wavelet: one of `FILTERS`. Odd sizes are padded by one. Borders are periodic, except that Haar never
+    reaches over one.
 
     >>> analysis(torch.ones(1, 3, 8, 8), "db2").shape
     torch.Size([1, 12, 4, 4])
@@ -151,24 +165,30 @@ def synthesis(bands, wavelet="haar"):
 
 
 def flip_bands(bands, wavelet="haar"):
-    """The bands of the mirrored image, from those of the image: every band mirrored, V and D, high along the width, negated.
+    """The bands of the mirrored image, from those of the image: every band mirrored, V and D, high along the
+    width, negated.
 
-    Exact for Haar and an even width; raises `BadInput` for longer filters, whose bands do not lie symmetrically: mirror the image.
+    Exact for Haar and an even width; raises `BadInput` for longer filters, whose bands do not lie
+    symmetrically: mirror the image.
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.equal(flip_bands(haar(x)), haar(x.flip(-1)))
     True
     """
     if choose("wavelet", wavelet, FILTERS) != "haar":
-        raise BadInput(f"the bands of {wavelet} cannot be mirrored: mirror the images and transform them then")
+        raise BadInput(
+            f"the bands of {wavelet} cannot be mirrored: mirror the images and transform them then"
+        )
     A, H, V, D = bands.flip(-1).chunk(4, 1)
     return torch.cat([A, H, -V, -D], 1)
 
 
 def wavelet_pool(x, wavelet="haar"):
-    """Wavelet pooling (Williams & Li 2018): two levels, the finest details dropped, the rest rebuilt. (N, C, H, W) -> (N, C, H/2, W/2).
+    """Wavelet pooling (Williams & Li 2018): two levels, the finest details dropped, the rest rebuilt. (N, C,
+    H, W) -> (N, C, H/2, W/2).
 
-    By perfect reconstruction that is the first level's A, so the second level is not computed. For Haar it is twice average pooling.
+    By perfect reconstruction that is the first level's A, so the second level is not computed. For Haar it is
+    twice average pooling.
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.allclose(wavelet_pool(x), 2 * F.avg_pool2d(x, 2))
@@ -201,7 +221,8 @@ KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
 def space_to_depth(x):
-    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row, column, C), channels last.
+    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row,
+    column, C), channels last.
 
     >>> space_to_depth(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [1, 2, 3, 4]
@@ -223,7 +244,8 @@ def haar_matrix(channels):
 
 
 def split(x, kind, wavelet="haar"):
-    """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided" reads x itself.
+    """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided"
+    reads x itself.
 
     >>> [split(torch.rand(1, 3, 8, 8), kind).shape[1:] for kind in ("bands", "low")]
     [torch.Size([12, 4, 4]), torch.Size([3, 4, 4])]
@@ -236,7 +258,8 @@ def split(x, kind, wavelet="haar"):
 
 
 def moments(dataset, kind, wavelet="haar", images=2000):
-    """(mean, std) per channel of what `split` makes of the first training images, (C',): the first ones are stratified.
+    """(mean, std) per channel of what `split` makes of the first training images, (C',): the first ones are
+    stratified.
 
     >>> mean, std = moments(load("synthetic"), "bands")
     >>> mean.shape, (std > 0).all().item()
@@ -247,10 +270,12 @@ def moments(dataset, kind, wavelet="haar", images=2000):
 
 
 class FrontEnd(nn.Module):
-    """Stands where the network's first convolution stood: images -> bands of mean 0 and variance 1 -> that convolution, half as large.
+    """Stands where the network's first convolution stood: images -> bands of mean 0 and variance 1 -> that
+    convolution, half as large.
 
-    x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set. Haar and the
-    standardisation are one small product behind space-to-depth: strided sums of 3 channels are not vectorised.
+    x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set.
+    Haar and the standardisation are one small product behind space-to-depth: strided sums of 3 channels are
+    not vectorised.
 
     >>> front = FrontEnd(nn.Conv2d(4, 8, 3, padding=1), "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
     >>> x = torch.rand(2, 1, 8, 8)
@@ -282,7 +307,9 @@ class FrontEnd(nn.Module):
             return x
         x = space_to_depth(x) if self.direct else split(x, self.kind, self.wavelet)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.permute(0, 2, 3, 1), self.matrix.to(x.dtype), self.shift.to(x.dtype)).permute(0, 3, 1, 2)
+            return F.linear(x.permute(0, 2, 3, 1), self.matrix.to(x.dtype), self.shift.to(x.dtype)).permute(
+                0, 3, 1, 2
+            )
 
     def forward(self, x):
         return self.conv(self.bands(x))
@@ -292,7 +319,8 @@ class FrontEnd(nn.Module):
 
 
 def first_convolution(model, shape):
-    """(name, layer) of the convolution that reads the image, found by a forward pass on zeros of `shape` (C, H, W).
+    """(name, layer) of the convolution that reads the image, found by a forward pass on zeros of `shape` (C,
+    H, W).
 
     >>> first_convolution(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))[0]
     'features.0'
@@ -303,12 +331,15 @@ def first_convolution(model, shape):
         raise NoEffect(f"wavelet: {type(model).__name__} has no convolution")
     first = model.get_submodule(convs[0])
     if first.in_channels != shape[0] or first.groups != 1:
-        raise BadInput(f"wavelet: the first convolution, {convs[0]}, does not read the image of {shape[0]} channels: {first}")
+        raise BadInput(
+            f"wavelet: the first convolution, {convs[0]}, does not read the image of {shape[0]} channels: {first}"
+        )
     return convs[0], first
 
 
 def sizes(model, shape):
-    """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass on zeros of `shape`.
+    """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass
+    on zeros of `shape`.
 
     >>> sizes(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     [('features.0', (8, 8)), ('features.3', (8, 8)), ('features.4', (4, 4))]
@@ -317,21 +348,31 @@ def sizes(model, shape):
     like = next(model.parameters())
     for name, m in model.named_modules():
         if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-            hooks.append(m.register_forward_pre_hook(lambda m, inputs, name=name: order.append((name, tuple(inputs[0].shape[2:])))))
+            hooks.append(
+                m.register_forward_pre_hook(
+                    lambda m, inputs, name=name: order.append((name, tuple(inputs[0].shape[2:])))
+                )
+            )
     probe(model, torch.zeros(2, *shape, device=like.device, dtype=like.dtype), hooks)
     return order
 
 
 def keep_sizes_(model, shape, after=None):
-    """Take out the network's first halving, wherever the map that it reads is read with stride 2: later layers keep their sizes.
+    """Take out the network's first halving, wherever the map that it reads is read with stride 2: later
+    layers keep their sizes.
 
-    A convolution (a shortcut's too) or an overlapping pooling gets stride 1, a 2 x 2 pooling goes. after: the name of a layer whose own
-    stride does not count. Returns the names. Raises `NoEffect` where no layer halves.
+    A convolution (a shortcut's too) or an overlapping pooling gets stride 1, a 2 x 2 pooling goes. after: the
+    name of a layer whose own stride does not count. Returns the names. Raises `NoEffect` where no layer
+    halves.
 
     >>> keep_sizes_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     ['features.3']
     """
-    halving = [(n, s) for n, s in sizes(model, shape) if n != after and _pair(model.get_submodule(n).stride) == (2, 2)]
+    halving = [
+        (n, s)
+        for n, s in sizes(model, shape)
+        if n != after and _pair(model.get_submodule(n).stride) == (2, 2)
+    ]
     if not halving:
         raise NoEffect(
             f"wavelet: no layer of {type(model).__name__} has a stride of 2 to be taken out; push the network down a scale instead"
@@ -348,7 +389,8 @@ def keep_sizes_(model, shape, after=None):
 
 
 class Passed(nn.MaxPool2d):
-    """Where a pooling was taken out: nothing is done. A `MaxPool2d` of one pixel, so that stages can still be told apart.
+    """Where a pooling was taken out: nothing is done. A `MaxPool2d` of one pixel, so that stages can still be
+    told apart.
 
     >>> Passed(1)(torch.tensor([1.0, 2.0])).tolist()
     [1.0, 2.0]
@@ -358,15 +400,27 @@ class Passed(nn.MaxPool2d):
         return x
 
 
-def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar", keep=True, standardize=True, generator=None):
-    """Put a `FrontEnd` in place of the first convolution, in place. Returns a dict: the stem's name, what it reads, strides taken out.
+def wavelet_stem_(
+    model,
+    dataset,
+    optimizer=None,
+    *,
+    kind="bands",
+    wavelet="haar",
+    keep=True,
+    standardize=True,
+    generator=None,
+):
+    """Put a `FrontEnd` in place of the first convolution, in place. Returns a dict: the stem's name, what it
+    reads, strides taken out.
 
-    kind: "bands"; or, the controls, "low" (A alone), "space-to-depth" or "strided" (the image, at stride 2). The new convolution has
-    the old one's output channels and He initialisation from `generator`. keep: later maps keep their sizes. If the old convolution
-    had an even stride, the bands take the place of a factor 2 of it, and a kernel above 3 is halved (7 x 7 pixels lie in about
-    3 x 3 bands); else the network's next halving goes. Without `keep` the whole network works at half its sizes. standardize: give
-    every channel mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is no
-    stride to take out, `BadInput` if the network cannot take the smaller maps.
+    kind: "bands"; or, the controls, "low" (A alone), "space-to-depth" or "strided" (the image, at stride 2).
+    The new convolution has the old one's output channels and He initialisation from `generator`. keep: later
+    maps keep their sizes. If the old convolution had an even stride, the bands take the place of a factor 2
+    of it, and a kernel above 3 is halved (7 x 7 pixels lie in about 3 x 3 bands); else the network's next
+    halving goes. Without `keep` the whole network works at half its sizes. standardize: give every channel
+    mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is
+    no stride to take out, `BadInput` if the network cannot take the smaller maps.
 
     >>> data = load("synthetic")
     >>> wavelet_stem_(build("convnet", data.classes, data.shape, widths=(4, 8)), data)
@@ -393,10 +447,14 @@ def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar
     padding = min(range(k), key=lambda p: abs((rows + 2 * p - k) // stride + 1 - target))
     conv = nn.Conv2d(len(mean), old.out_channels, k, stride, padding, bias=old.bias is not None)
     with torch.no_grad():
-        conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * math.sqrt(2 / conv.weight[0].numel()))
+        conv.weight.copy_(
+            torch.randn(conv.weight.shape, generator=generator) * math.sqrt(2 / conv.weight[0].numel())
+        )
         if old.bias is not None:
             conv.bias.copy_(old.bias)
-    front = FrontEnd(conv.to(old.weight), kind, wavelet, mean.to(old.weight), std.to(old.weight)).train(old.training)
+    front = FrontEnd(conv.to(old.weight), kind, wavelet, mean.to(old.weight), std.to(old.weight)).train(
+        old.training
+    )
     adopt_(optimizer, list(conv.parameters()), old.weight)
     forget_(optimizer, list(old.parameters()))
     parent, _, child = name.rpartition(".")
@@ -404,13 +462,16 @@ def wavelet_stem_(model, dataset, optimizer=None, *, kind="bands", wavelet="haar
     try:
         sizes(model, dataset.shape)
     except Exception as error:  # whatever a user's own code raises
-        raise BadInput(f"wavelet: {type(model).__name__} cannot take maps of half the size ({error}); the network is spoilt now") from error
+        raise BadInput(
+            f"wavelet: {type(model).__name__} cannot take maps of half the size ({error}); the network is spoilt now"
+        ) from error
     return {"stem": name, "kernel": k, "channels": len(mean), "strides taken out": removed}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletStem(Method):
-    """Train with a front end of wavelet bands, or one of its controls: `wavelet_stem_` before the first step. It stays in the model.
+    """Train with a front end of wavelet bands, or one of its controls: `wavelet_stem_` before the first step.
+    It stays in the model.
 
     The transform follows augmentation, so crops and flips are the images' own.
 
@@ -426,12 +487,20 @@ class WaveletStem(Method):
     standardize: bool = True
 
     def on_fit_start(self, run):
-        done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep, standardize=self.standardize)
+        done, how = (
+            {},
+            dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep, standardize=self.standardize),
+        )
         how["generator"] = run.generator(self)
-        run.restructure(lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how)))
+        run.restructure(
+            lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how))
+        )
         run.state[self] = {}
         taken = ", ".join(done["strides taken out"]) or "none"
-        run.log(self, f"{done['stem']} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}")
+        run.log(
+            self,
+            f"{done['stem']} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}",
+        )
 
 
 # Precomputed
@@ -439,10 +508,11 @@ class WaveletStem(Method):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bands(Dataset):
-    """A data set whose images are Haar bands: x is (N, H/2, W/2, 4C) int16, twice the bands and exact; mean and std are per band.
+    """A data set whose images are Haar bands: x is (N, H/2, W/2, 4C) int16, twice the bands and exact; mean
+    and std are per band.
 
-    padded: bands of the training images padded for crops, (N, (H + 2p)/2, (W + 2p)/2, 4C). pad: largest shift in band pixels, each two
-    image pixels: crops by odd numbers of pixels do not exist here.
+    padded: bands of the training images padded for crops, (N, (H + 2p)/2, (W + 2p)/2, 4C). pad: largest shift
+    in band pixels, each two image pixels: crops by odd numbers of pixels do not exist here.
 
     >>> bands = precompute(load("synthetic"))
     >>> type(bands).__name__, bands.shape, bands.train.x.dtype
@@ -470,12 +540,16 @@ class BandBatches(Batches):
     """
 
     def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
-        super().__init__(replace(dataset, pad=0), batch_size, generator, augmentation="none")  # nothing is padded here
+        super().__init__(
+            replace(dataset, pad=0), batch_size, generator, augmentation="none"
+        )  # nothing is padded here
         self.dataset = dataset
         self.pad = dataset.pad if augmentation != "none" else 0
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if augmentation.startswith("crop") and not dataset.pad:
-            raise BadInput(f"{dataset.name}: these bands were made without padding and cannot be cropped; choose augmentation auto or none")
+            raise BadInput(
+                f"{dataset.name}: these bands were made without padding and cannot be cropped; choose augmentation auto or none"
+            )
         self.padded = dataset.padded if self.pad else dataset.train.x
         self.pixels = self.padded.reshape(-1, self.padded.shape[-1])
 
@@ -484,17 +558,21 @@ class BandBatches(Batches):
         if not self.flip:
             return x
         # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s
-        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std))
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std)
+        )
         V = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) >= x.shape[1] // 2  # V and D
         change = mirrored.view(-1, 1, 1, 1) & V
         return torch.where(change, -x - 2 * mean / std, x)
 
 
 def precompute(dataset):
-    """`Bands` of a data set: the transform is linear and commutes with crops by even numbers of pixels, so it is done once.
+    """`Bands` of a data set: the transform is linear and commutes with crops by even numbers of pixels, so it
+    is done once.
 
-    Haar only, whose bands can be mirrored. Images of odd size get a last row or column more, as `haar` does. Evaluation sees
-    what `haar` makes of the images; the bands are standardised with moments of the training images.
+    Haar only, whose bands can be mirrored. Images of odd size get a last row or column more, as `haar` does.
+    Evaluation sees what `haar` makes of the images; the bands are standardised with moments of the training
+    images.
 
     >>> data = load("synthetic")
     >>> bands = precompute(data)
@@ -512,7 +590,11 @@ def precompute(dataset):
             parts.append(butterfly(image.to(torch.int16)).permute(0, 2, 3, 1).contiguous())
         return torch.cat(parts)
 
-    splits = {n: Split(x=bands(s.x), y=s.y) for n in ("train", "decide", "validation", "test") for s in [getattr(dataset, n)]}
+    splits = {
+        n: Split(x=bands(s.x), y=s.y)
+        for n in ("train", "decide", "validation", "test")
+        for s in [getattr(dataset, n)]
+    }
     values = splits["train"].x[:2000].double() / 255
     mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2)).clamp_min(1e-3)
     kept = {k: getattr(dataset, k) for k in ("name", "names", "flip", "note")}

@@ -1,11 +1,12 @@
-"""Wavelet-like auto-encoder (WAE; Chen et al. 2018, arXiv:1712.07493): the two half-resolution images of a picture are learned.
+"""Wavelet-like auto-encoder (WAE; Chen et al. 2018, arXiv:1712.07493): the two half-resolution images of a
+picture are learned.
 
-An encoder makes a low and a high image of a quarter of the pixels each; a large network reads the low one, one with a quarter of
-the channels the high one. A decoder, for training alone, keeps the picture's content; an energy term pushes it into the low image.
-Layers and loss follow the paper's figures and the authors' prototxt, made small for pictures of 32 pixels. BatchNorm inside of encoder
-and decoder is ours: without it their loss diverged at the learning rate that suits the classifier. The paper's lambda, gamma and lengths
-of its three stages could not be read; those here are our own.
-"""
+An encoder makes a low and a high image of a quarter of the pixels each; a large network reads the low one,
+one with a quarter of the channels the high one. A decoder, for training alone, keeps the picture's content;
+an energy term pushes it into the low image. Layers and loss follow the paper's figures and the authors'
+prototxt, made small for pictures of 32 pixels. BatchNorm inside of encoder and decoder is ours: without it
+their loss diverged at the learning rate that suits the classifier. The paper's lambda, gamma and lengths of
+its three stages could not be read; those here are our own."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ class Decoder(nn.Module):
 
     def __init__(self, channels, width):
         super().__init__()
-        self.up, self.norm = nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.up, self.norm = (
+            nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.out = conv3x3(width, channels, bias=True)
 
     def forward(self, x):
@@ -38,10 +42,12 @@ class Decoder(nn.Module):
 
 
 class WAE(nn.Module):
-    """Encoder, two trunks, two classifiers whose logits add up, and a decoder per image that only training uses.
+    """Encoder, two trunks, two classifiers whose logits add up, and a decoder per image that only training
+    uses.
 
-    x: (N, C, H, W) -> logits (N, classes). low, high: trunks from (N, C, ceil(H/2), ceil(W/2)) to features (N, F). features: their two
-    F. width: channels of encoder and decoder. stage: one of `STAGES`. In training `terms` holds the two parts of the
+    x: (N, C, H, W) -> logits (N, classes). low, high: trunks from (N, C, ceil(H/2), ceil(W/2)) to features
+    (N, F). features: their two F. width: channels of encoder and decoder. stage: one of `STAGES`. In training
+    `terms` holds the two parts of the
     auto-encoder's loss, means over elements: reconstruction ||I - I'||^2 and energy ||I_H||^2.
 
     >>> def trunk():
@@ -58,7 +64,9 @@ class WAE(nn.Module):
             conv3x3(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
             conv3x3(width, 2 * channels, stride=2, bias=True),
         )  # fmt: skip
-        self.norm = nn.BatchNorm2d(2 * channels)  # behind the energy term: in front of it, it would make that a constant
+        self.norm = nn.BatchNorm2d(
+            2 * channels
+        )  # behind the energy term: in front of it, it would make that a constant
         self.low, self.high = low, high
         self.head_low, self.head_both = nn.Linear(features[0], classes), nn.Linear(sum(features), classes)
         self.decode_low, self.decode_high = Decoder(channels, width), Decoder(channels, width)
@@ -86,13 +94,17 @@ class WAE(nn.Module):
         self.terms = None
         if self.stage != "classifier":
             I_L, I_H = I.chunk(2, 1)
-            self.terms = F.mse_loss(self.reconstruct(I_L, I_H, x.shape[2:]).float(), x.float()), I_H.float().square().mean()
+            self.terms = (
+                F.mse_loss(self.reconstruct(I_L, I_H, x.shape[2:]).float(), x.float()),
+                I_H.float().square().mean(),
+            )
         return self.classify(I) if self.stage != "encoder" else x.new_zeros(len(x), self.classes)
 
 
 @torch.no_grad()
 def energy_share(model, x):
-    """(share of the high image in the energy of both, reconstruction's signal-to-noise ratio in dB) on pictures x: (N, C, H, W).
+    """(share of the high image in the energy of both, reconstruction's signal-to-noise ratio in dB) on
+    pictures x: (N, C, H, W).
 
     >>> model = WAE(1, 4, nn.Flatten(), nn.Flatten(), features=(16, 16))
     >>> share, ratio = energy_share(model, torch.rand(2, 1, 8, 8))
@@ -110,10 +122,12 @@ def energy_share(model, x):
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletAutoEncoder(Method):
-    """Train a `WAE`: cross-entropy + gamma (reconstruction + lambda energy), at once or in the paper's three stages.
+    """Train a `WAE`: cross-entropy + gamma (reconstruction + lambda energy), at once or in the paper's three
+    stages.
 
-    stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both; (0, 0, 1) is joint from the
-    start. All of it is on the clock. Raises `BadInput` for another network, or shares that are not >= 0 with a sum of 1.
+    stages: shares of the steps for the auto-encoder alone, for the classifier on frozen images, and for both;
+    (0, 0, 1) is joint from the start. All of it is on the clock. Raises `BadInput` for another network, or
+    shares that are not >= 0 with a sum of 1.
 
     >>> data = load("synthetic")
     >>> model = WAE(1, data.classes, nn.Flatten(), nn.Flatten(), features=(16, 16))
@@ -128,11 +142,17 @@ class WaveletAutoEncoder(Method):
 
     def on_fit_start(self, run):
         if not isinstance(run.model, WAE):
-            raise BadInput(f"wavelet-like auto-encoder: {type(run.model).__name__} is not a WAE; build one from two trunks")
+            raise BadInput(
+                f"wavelet-like auto-encoder: {type(run.model).__name__} is not a WAE; build one from two trunks"
+            )
         if len(self.stages) != 3 or min(self.stages) < 0 or abs(sum(self.stages) - 1) > 1e-6:
-            raise BadInput(f"wavelet-like auto-encoder: stages are {self.stages}, expected three shares >= 0 with a sum of 1")
+            raise BadInput(
+                f"wavelet-like auto-encoder: stages are {self.stages}, expected three shares >= 0 with a sum of 1"
+            )
         if run.ranks.size > 1 and self.stages[2] != 1:
-            raise BadInput("wavelet-like auto-encoder: over several processes all parameters train in all steps; choose stages (0, 0, 1)")
+            raise BadInput(
+                "wavelet-like auto-encoder: over several processes all parameters train in all steps; choose stages (0, 0, 1)"
+            )
         run.state[self] = {}
         run.model.stage = self.stage(run, 0)
 
@@ -162,4 +182,9 @@ class WaveletAutoEncoder(Method):
         with run.clock.paused(), autocast(run.precision, run.device):
             x = run.dataset.normalize(run.decide.x[:500])
             share, ratio = energy_share(run.model, x)
-        run.log(self, f"{share:.1%} of the energy is in the high image; reconstruction {ratio:.1f} dB", energy_share=share, snr=ratio)
+        run.log(
+            self,
+            f"{share:.1%} of the energy is in the high image; reconstruction {ratio:.1f} dB",
+            energy_share=share,
+            snr=ratio,
+        )

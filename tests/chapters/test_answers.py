@@ -22,7 +22,11 @@ def made_up(n=5, **arms):
     """A comparison: name -> (role, accuracy, seconds)."""
     spread = [0.1 * (s % 3) for s in range(n)]
     blocks = [
-        {"seed": s, "machine": {"summary": "2-core CPU"}, "arms": {k: history(a + spread[s], t) for k, (_, a, t) in arms.items()}}
+        {
+            "seed": s,
+            "machine": {"summary": "2-core CPU"},
+            "arms": {k: history(a + spread[s], t) for k, (_, a, t) in arms.items()},
+        }
         for s in range(n)
     ]
     found = tuple(Arm(name=k, role=role) for k, (role, _, _) in arms.items())
@@ -66,9 +70,16 @@ def test_at_equal_time_a_method_has_to_beat_every_control():
     table = answers.equal_time(several())
     assert SHORT not in table.index
     assert table.loc[RUN, "above every control"] == "yes"
-    assert table.loc[chapter.PRUNED, "above every control"] == table.loc[chapter.DENSE, "above every control"] == ""
+    assert (
+        table.loc[chapter.PRUNED, "above every control"]
+        == table.loc[chapter.DENSE, "above every control"]
+        == ""
+    )
     assert answers.equal_time(several(run=(82.05, 10.0))).loc[RUN, "above every control"] == "no"
-    assert answers.equal_time(several(run=(85.0, 12.0))).loc[RUN, "above every control"] == "yes, but in 1.20 of the time"
+    assert (
+        answers.equal_time(several(run=(85.0, 12.0))).loc[RUN, "above every control"]
+        == "yes, but in 1.20 of the time"
+    )
     assert answers.equal_time(several(2)).loc[RUN, "above every control"] == ""
     assert answers.best_control(several())[0] == chapter.PRUNED
 
@@ -92,7 +103,10 @@ def test_the_cost_table_counts_every_growth_and_every_size():
     table = answers.cost_table(TASK, TASK.load())
     faster, start = table["predicted"].str.rstrip("x").astype(float), "the procedure's start"
     assert faster[start] > faster[chapter.DENSE] == 1
-    grown, smaller = [n for n in table.index if n.startswith("start, ")], [n for n in table.index if ", images" in n]
+    grown, smaller = (
+        [n for n in table.index if n.startswith("start, ")],
+        [n for n in table.index if ", images" in n],
+    )
     assert (faster[grown] < faster[start]).all()
     assert (faster[[n for n in smaller if n.startswith(start)]] > faster[start]).all()
     assert len(grown) == 6
@@ -107,5 +121,7 @@ def test_where_the_seconds_went(grown):
     assert chapter.DENSE not in table.index
     parts = table.loc[RUN, ["steps", "looking", "deciding", "surgery", "rest"]].astype(float)
     assert (parts >= 0).all()
-    assert parts.sum() == pytest.approx(sum(k["seconds"] for k in grown.histories(RUN)[0].kinds.values()), abs=0.03)
+    assert parts.sum() == pytest.approx(
+        sum(k["seconds"] for k in grown.histories(RUN)[0].kinds.values()), abs=0.03
+    )
     assert parts["looking"] > 0

@@ -35,7 +35,9 @@ def test_errors_fall_to_nothing_with_all_terms_and_topk_is_best_without_a_mean()
 def test_estimates_agree_with_the_formulas():
     table = chapter.check_estimates(400)
     for name in table.index[:3]:
-        assert float(table.loc[name, "mean squared error"]) == pytest.approx(float(table.loc[name, "by formula"]), rel=0.2)
+        assert float(table.loc[name, "mean squared error"]) == pytest.approx(
+            float(table.loc[name, "by formula"]), rel=0.2
+        )
     assert table.loc["top-k", "of an unbiased one, root mean square"] == "biased"
 
 
@@ -62,7 +64,9 @@ def test_the_arms_have_the_ratios_and_a_control_with_about_half_of_the_products(
     assert [m.ratio for a in study for m in a.methods] == [0.75, 0.5, 0.3]
     assert study[-1].role == "control"
     assert chapter.narrower(wide(task("study", "mnist5k")))["widths"] == ((16,), (96, 96), (192, 192))
-    assert chapter.arms(TASK.but(network="convnet", widths={}))[-1].changes  # of a user's network: fewer epochs
+    assert chapter.arms(TASK.but(network="convnet", widths={}))[
+        -1
+    ].changes  # of a user's network: fewer epochs
     runs = compare(TASK, chapter.arms(TASK), quantity="time per step", seeds=1)
     table = chapter.statistics_table(runs)
     assert list(table.index) == ["top-k, 50% of the channels"]

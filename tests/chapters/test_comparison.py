@@ -1,4 +1,6 @@
-"""Chapter 10: the front, the selection, who goes with whom, what does not apply, the plan of seeds, the tables and the advice."""
+"""Chapter 10: the front, the selection, who goes with whom, what does not apply, the plan of seeds, the
+tables and the advice.
+"""
 
 import itertools
 import json
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effilib import clock, notebook, paths, provenance, series
+from effilib import clock, notebook, paths, provenance
 from effilib.chapters import advice, selection, tree_cnn
 from effilib.chapters import comparison as chapter
 from effilib.chapters import contenders as who
@@ -28,6 +30,7 @@ from effilib.methods.wavelet import WaveletStem
 from effilib.statistics import FASTER, INCONCLUSIVE, SLOWER, Verdict
 from effilib.tasks import task
 from effilib.training import History
+from effilib.workbook import series
 
 TASK = task("smoke", "synthetic")
 DATA = TASK.load()
@@ -42,7 +45,15 @@ def history(seconds=10.0, accuracy=90.0, reached=True):
     """A run that was not made: its accuracy rises to `accuracy` in four evaluations."""
     shares = (0.1, 0.6, 0.9, 1.0, 1.0) if reached else (0.1, 0.2, 0.3, 0.3, 0.3)
     rows = [
-        {"step": i, "epoch": i, "seconds": seconds * i / 4, "lr": 0.1, "train_loss": 1.0, "loss": 1.0, "accuracy": accuracy * share}
+        {
+            "step": i,
+            "epoch": i,
+            "seconds": seconds * i / 4,
+            "lr": 0.1,
+            "train_loss": 1.0,
+            "loss": 1.0,
+            "accuracy": accuracy * share,
+        }
         for i, share in enumerate(shares)
     ]
     kinds = {"step": {"count": 20, "seconds": seconds, "median": seconds / 20}}
@@ -95,13 +106,20 @@ def test_where_effects_add_up_the_greedy_choice_is_the_best_one(effects, rounds)
         return {c: sum(effects[n] for n in c) for c in combinations}
 
     chosen, tried = selection.forward(list(effects), measured, rounds=rounds)
-    best = min(sum(effects[n] for n in c) for k in range(rounds + 1) for c in itertools.combinations(effects, min(k, len(effects))))
+    best = min(
+        sum(effects[n] for n in c)
+        for k in range(rounds + 1)
+        for c in itertools.combinations(effects, min(k, len(effects)))
+    )
     assert tried[chosen] == best
     assert all(effects[n] < 0 for n in chosen)
     assert tried[()] == 0
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.integers(-5, 5), min_size=2), st.sets(st.sampled_from(["ab", "bc", "cd", "ad"])))
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.integers(-5, 5), min_size=2),
+    st.sets(st.sampled_from(["ab", "bc", "cd", "ad"])),
+)
 def test_what_clashes_is_never_tried_and_each_round_improves(effects, pairs):
     def clash(a, b):
         return "no" if {a, b} in map(set, pairs) else ""
@@ -139,7 +157,12 @@ def made_trial(preset="study", **changes):
     """A trial that was not run: four methods, one of them slow, one refused."""
     found = [Contender(name=n, arm=Arm(name=n), holds=(n,)) for n in ("fast", "slow", "useless", "refused")]
     found.append(Contender(name="staged", arm=Arm(name="staged", fit=len)))
-    runs = {"fast": history(6), "slow": history(40), "useless": history(10, 50, reached=False), "staged": history(8)}
+    runs = {
+        "fast": history(6),
+        "slow": history(40),
+        "useless": history(10, 50, reached=False),
+        "staged": history(8),
+    }
     values = dict(
         task=replace(TASK, preset=preset, target=80.0, seeds=5), contenders=tuple(found), baseline=history(), histories=runs,
         slow={"slow": "4.0x"}, factors={n: h.seconds / 10 for n, h in runs.items()}, refused={"refused": "no pooling"}, seconds=100.0,
@@ -154,7 +177,9 @@ def made_selection(chosen=("fast",), prescribed=("fast", "useless")):
         ("fast", "useless"): selection.Score(1, True, 0.9),
     }
     histories = {c: history(6) for c in known if c}
-    return selection.Selection(chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused={}, seconds=50.0)
+    return selection.Selection(
+        chosen=chosen, prescribed=prescribed, tried=known, histories=histories, refused={}, seconds=50.0
+    )
 
 
 RUNS = []
@@ -162,7 +187,9 @@ RUNS = []
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """A training that is not made: it takes 10 s at the task's length on 100 % of the work, and its accuracy grows with the epochs."""
+    """A training that is not made: it takes 10 s at the task's length on 100 % of the work, and its accuracy
+    grows with the epochs.
+    """
 
     work: float
     limit: float = math.inf
@@ -177,14 +204,22 @@ def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
     study = replace(TASK, target=75.0, margin=0.5, preset="study")
     arms = {
         n: Arm(name=n, fit=f)
-        for n, f in (("quick", Learner(work=0.5)), ("vain", Learner(work=0.5, limit=84)), ("dear", Learner(work=0.89)))
+        for n, f in (
+            ("quick", Learner(work=0.5)),
+            ("vain", Learner(work=0.5, limit=84)),
+            ("dear", Learner(work=0.89)),
+        )
     }
     base = [history(10, 90)]
     RUNS.clear()
     spent, own = [], {n: [a.fit(study, 0)] for n, a in arms.items()}
     found = selection.fill(study, list(arms.values()), [PILOT_SEEDS[0]], base, own, spent)
-    arm, runs = found["quick"]  # 89.5 % takes 1.49 times the epochs, 0.74 of the time: the share of 0.8 has them
-    assert sum(spent) == pytest.approx(selection.OVERHEAD * (9 + 8 + 7 + 9))  # what gains nothing in 0.9 of the time is not tried in less
+    arm, runs = found[
+        "quick"
+    ]  # 89.5 % takes 1.49 times the epochs, 0.74 of the time: the share of 0.8 has them
+    assert sum(spent) == pytest.approx(
+        selection.OVERHEAD * (9 + 8 + 7 + 9)
+    )  # what gains nothing in 0.9 of the time is not tried in less
     assert list(found) == ["quick"]
     assert who.length(study, arm) == pytest.approx(1.6)
     assert runs[0].seconds == pytest.approx(8)
@@ -196,7 +231,9 @@ def test_what_saves_time_but_loses_accuracy_gets_more_epochs():
 
 def test_more_epochs_are_for_one_training_whose_length_is_not_what_it_changes():
     able = {n for n, c in BY_NAME.items() if c.stretches}
-    assert {"resizing", "wavelet stem", "PruneTrain", "smaller network"} - {c.name for c in FOUND if c.arm and c.arm.fit} <= able
+    assert {"resizing", "wavelet stem", "PruneTrain", "smaller network"} - {
+        c.name for c in FOUND if c.arm and c.arm.fit
+    } <= able
     assert not able & {"shorter schedule", "prune, then grow", "Tree-CNN", GIVEN}
     assert not Contender(name="gone").stretches
 
@@ -208,7 +245,9 @@ def test_more_epochs_stay_with_the_arm():
     found = chapter.plan(BOOK, trial, picked)
     assert next(a for a in found.judged if a.name == "fast") == longer
     assert found.notes["fast"] == "1.25x the epochs"
-    trial = replace(trial, contenders=tuple(replace(c, arm=longer) if c.name == "fast" else c for c in trial.contenders))
+    trial = replace(
+        trial, contenders=tuple(replace(c, arm=longer) if c.name == "fast" else c for c in trial.contenders)
+    )
     both = made_selection().arm(trial, ("fast", "useless"))
     assert who.length(trial.task, both) == pytest.approx(1.25)
     assert selection.screen_table(trial).loc["fast", "epochs"] == "1.25x"
@@ -227,11 +266,18 @@ def test_the_plan_gives_slow_arms_one_seed_and_the_rest_what_fits():
     trial, picked = made_trial(), made_selection()
     found = chapter.plan(BOOK, trial, picked)
     assert [a.name for a in found.once] == ["slow"]
-    assert [a.name for a in found.judged] == ["useless", "staged", "fast", "fast + useless"]  # the chosen one is a single method
+    assert [a.name for a in found.judged] == [
+        "useless",
+        "staged",
+        "fast",
+        "fast + useless",
+    ]  # the chosen one is a single method
     assert found.notes == {"slow": "one seed: 4.0x"}
     assert found.seeds == 5
     assert found.claims == {"fast": chapter.AIM, "fast + useless": chapter.AIM}
-    slow_machine = made_trial(baseline=history(100), histories={n: history(100) for n in trial.histories}, factors=trial.factors)
+    slow_machine = made_trial(
+        baseline=history(100), histories={n: history(100) for n in trial.histories}, factors=trial.factors
+    )
     fewer = chapter.plan(BOOK, slow_machine, picked)
     assert fewer.seeds < 5
     missed = {**slow_machine.histories, "useless": history(100, 60, reached=False)}
@@ -239,8 +285,12 @@ def test_the_plan_gives_slow_arms_one_seed_and_the_rest_what_fits():
     assert [a.name for a in alone.once] == ["slow", "useless"]  # what missed the target comes first
     assert alone.notes["useless"] == "one seed: missed the target in its pilot, -72.0 points"
     assert float(fewer.table.loc["together", "seconds"]) < chapter.BUDGET["study"] * 1.05
-    assert chapter.plan(ASKED, replace(slow_machine, task=replace(trial.task, seeds=4)), picked).seeds == 4  # who asks for seeds gets them
-    assert chapter.plan(BOOK, replace(slow_machine, task=replace(trial.task, preset="full")), picked).seeds == 5
+    assert (
+        chapter.plan(ASKED, replace(slow_machine, task=replace(trial.task, seeds=4)), picked).seeds == 4
+    )  # who asks for seeds gets them
+    assert (
+        chapter.plan(BOOK, replace(slow_machine, task=replace(trial.task, preset="full")), picked).seeds == 5
+    )
 
 
 def test_in_the_quick_preset_single_methods_have_one_seed():
@@ -254,7 +304,9 @@ def test_in_the_quick_preset_single_methods_have_one_seed():
 
 
 def test_every_method_of_the_workbook_takes_part():
-    chapters = {c.stem for c in series.CHAPTERS if c.module} - {"03_2_mixed_precision"}  # that one is in every arm, and fp32 its control
+    chapters = {c.stem for c in series.CHAPTERS if c.module} - {
+        "03_2_mixed_precision"
+    }  # that one is in every arm, and fp32 its control
     assert {c.stem for c in FOUND if c.stem} == chapters
     assert len(BY_NAME) == len(FOUND)
     for preset in ("quick", "study", "full"):
@@ -284,7 +336,11 @@ def test_arms_that_conflict_are_refused_with_the_reason(a, b, why):
 
 def test_what_does_not_apply_clashes_with_all():
     gone = Contender(name="gone", why="no such layer")
-    assert clash(gone, BY_NAME["resizing"]) == clash(BY_NAME["resizing"], gone) == "gone does not apply here: no such layer"
+    assert (
+        clash(gone, BY_NAME["resizing"])
+        == clash(BY_NAME["resizing"], gone)
+        == "gone does not apply here: no such layer"
+    )
 
 
 def test_a_combination_has_all_methods_in_their_order_and_all_changes():
@@ -306,7 +362,11 @@ def test_a_combination_has_all_methods_in_their_order_and_all_changes():
         combined(TASK, lr)
 
 
-PAIRS = [p for p in itertools.combinations(ABLE, 2) if not clash(*p) and "dynamic fixed point" not in (p[0].name, p[1].name)]
+PAIRS = [
+    p
+    for p in itertools.combinations(ABLE, 2)
+    if not clash(*p) and "dynamic fixed point" not in (p[0].name, p[1].name)
+]
 
 
 def test_whatever_is_not_refused_really_goes_together():
@@ -342,7 +402,9 @@ def test_an_arm_that_does_not_apply_says_why_and_raises_nothing():
     (block,) = compare(TASK, [who.baseline(), pooling], seeds=1, quantity="training time").blocks
     assert "has no nn.MaxPool2d layer" in refused(block["arms"]["stochastic pooling"])
     assert refused(block["arms"][DENSE]) == ""
-    again = compare(TASK, [who.baseline(), pooling], seeds=1, quantity="training time").blocks[0]  # from the cache
+    again = compare(TASK, [who.baseline(), pooling], seeds=1, quantity="training time").blocks[
+        0
+    ]  # from the cache
     assert refused(again["arms"]["stochastic pooling"]) == refused(block["arms"]["stochastic pooling"])
 
 
@@ -374,13 +436,20 @@ def test_a_users_network_that_most_methods_cannot_take(tmp_path):
     file.write_text(MINE)
     mine = pilot(task("smoke", "synthetic", f"{file}:net"))
     trial = selection.screen(mine, who.contenders(mine, mine.load()), {})
-    assert {"stochastic pooling", "resizing", "kernel rescaling", "wavelet stem", "wavelet auto-encoder", "gradient pruning"} <= set(
-        trial.refused
-    )
+    assert {
+        "stochastic pooling",
+        "resizing",
+        "kernel rescaling",
+        "wavelet stem",
+        "wavelet auto-encoder",
+        "gradient pruning",
+    } <= set(trial.refused)
     assert all(len(why) > 20 for why in trial.refused.values())
     assert "PruneTrain" in trial.histories
     table = selection.screen_table(trial)
-    assert table.loc["resizing", "note"].startswith("does not apply: kernel rescaling: network Sequential cannot take images")
+    assert table.loc["resizing", "note"].startswith(
+        "does not apply: kernel rescaling: network Sequential cannot take images"
+    )
     picked = selection.select(trial)
     assert set(picked.prescribed) == {"PruneTrain"}  # what is left of it
     result = chapter.measured(chapter.plan(BOOK, trial, picked), trial)
@@ -414,7 +483,9 @@ def record(**changes):
     head = verdict("m", 0.2, 0.19, 0.21, SLOWER).record()
     machine = {k: clock.machine()[k] for k in ("device", "threads", "torch")}
     values = dict(status="complete", headline=head, verdicts=[head], machine=machine, commit="abc")
-    values |= dict(preset="study", dataset="cifar10", network="resnet", task={"device": "cpu", "images": 1000})
+    values |= dict(
+        preset="study", dataset="cifar10", network="resnet", task={"device": "cpu", "images": 1000}
+    )
     return values | changes
 
 
@@ -429,11 +500,17 @@ def test_a_record_of_another_machine_or_of_changed_code_is_not_current(tmp_path,
     other = record(machine={**record()["machine"], "torch": "1.0"})
     assert recorded.stale(other, "") == "another machine (torch 1.0)"
     assert recorded.stale(record(shared_machine=True), "") == "measured while other notebooks ran"
-    assert recorded.stale(record(commit="abc+"), "") == recorded.stale(record(commit=None), "") == "made from files that were not committed"
+    assert (
+        recorded.stale(record(commit="abc+"), "")
+        == recorded.stale(record(commit=None), "")
+        == "made from files that were not committed"
+    )
 
     def git(*words):
         names = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", "-C", tmp_path, *names, *words], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", tmp_path, *names, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     (tmp_path / "effilib" / "methods").mkdir(parents=True)
     for name in ("training.py", "methods/net2net.py"):
@@ -463,19 +540,32 @@ def test_a_record_of_another_machine_or_of_changed_code_is_not_current(tmp_path,
 def test_a_slow_method_is_known_from_its_chapters_record_on_this_machine():
     assert recorded.slowdown(record(), 1.5) == pytest.approx(5)
     fast = record(headline=verdict("m", 0.8, 0.7, 0.9, SLOWER).record())
-    assert recorded.slowdown(fast, 1.5) == recorded.slowdown(None, 1.5) == recorded.slowdown(record(headline=None), 1.5) == 1
+    assert (
+        recorded.slowdown(fast, 1.5)
+        == recorded.slowdown(None, 1.5)
+        == recorded.slowdown(record(headline=None), 1.5)
+        == 1
+    )
     assert recorded.slowdown(record(machine={}), 1.5) == 1
 
 
 def test_records_of_this_series_come_before_committed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
-    for folder, words in ((tmp_path / "recorded" / "study-cifar10", "committed"), (paths.results() / "smoke-synthetic", "mine")):
-        for stem in ("06_2_net2net", "10_comparison") if words == "mine" else ("06_2_net2net", "06_1_prune_train"):
+    for folder, words in (
+        (tmp_path / "recorded" / "study-cifar10", "committed"),
+        (paths.results() / "smoke-synthetic", "mine"),
+    ):
+        for stem in (
+            ("06_2_net2net", "10_comparison") if words == "mine" else ("06_2_net2net", "06_1_prune_train")
+        ):
             (folder / stem).mkdir(parents=True)
             (folder / stem / "record.json").write_text(json.dumps(record(preset=words)))
     book = notebook.start("10_comparison", preset="smoke", dataset="synthetic")
     found = recorded.records(book)
-    assert {s: r["preset"] for s, (r, _) in found.items()} == {"06_2_net2net": "mine", "06_1_prune_train": "committed"}
+    assert {s: r["preset"] for s, (r, _) in found.items()} == {
+        "06_2_net2net": "mine",
+        "06_1_prune_train": "committed",
+    }
     table = recorded.own_ground(found)
     assert table.loc["6.2", "measured"] == "0.20x"
     assert table.loc["7.1", "current"] == "not run"
@@ -493,16 +583,34 @@ def made_result(device="cpu", seeds=5, **arms):
         blocks.append({"seed": s, "machine": clock.machine(), "attempts": 1, "arms": runs})
     found = tuple(Arm(name=n, role="method" if n != DENSE else "baseline") for n in arms)
     made = replace(TASK, preset="quick", target=80.0, device=device)
-    return chapter.Measured(judged=Comparison(task=made, arms=found, blocks=blocks), once=None, notes={}, refused={"gone": "no pooling"})
+    return chapter.Measured(
+        judged=Comparison(task=made, arms=found, blocks=blocks),
+        once=None,
+        notes={},
+        refused={"gone": "no pooling"},
+    )
 
 
 def test_advice_follows_from_verdicts():
-    fast, faster, wide = verdict("a", 1.5, 1.4, 1.6, FASTER), verdict("b", 1.6, 1.2, 2.2, FASTER), verdict("c", 3.0, 0.9, 9.0, INCONCLUSIVE)
-    assert advice.recommended([faster, wide, fast]) == ("a", "1.50x, +0.10 points")  # the best lower bound, not the best mean
+    fast, faster, wide = (
+        verdict("a", 1.5, 1.4, 1.6, FASTER),
+        verdict("b", 1.6, 1.2, 2.2, FASTER),
+        verdict("c", 3.0, 0.9, 9.0, INCONCLUSIVE),
+    )
+    assert advice.recommended([faster, wide, fast]) == (
+        "a",
+        "1.50x, +0.10 points",
+    )  # the best lower bound, not the best mean
     assert advice.recommended([]) == ("not measured here", "")
     use, what = advice.recommended([wide, verdict("d", 0.5, 0.4, 0.6, SLOWER)])
-    assert (use, what) == ("plain training", "of 2 none was faster at equal accuracy; the fastest: c, 3.00x, +0.10 points (inconclusive)")
-    assert advice.recommended([verdict("e", 9.0, math.nan, math.nan, "", n=1)])[0] == "no verdict here: fewer than 5 seeds"
+    assert (use, what) == (
+        "plain training",
+        "of 2 none was faster at equal accuracy; the fastest: c, 3.00x, +0.10 points (inconclusive)",
+    )
+    assert (
+        advice.recommended([verdict("e", 9.0, math.nan, math.nan, "", n=1)])[0]
+        == "no verdict here: fewer than 5 seeds"
+    )
     assert advice.recommended([replace(wide, ratio=None)])[1].endswith("none reached the target")
 
 
@@ -515,11 +623,17 @@ def test_the_practitioners_table_is_computed_from_runs_and_records():
     assert set(table["use"].iloc[1:]) == {"not measured here"}
     assert table.loc["on a GPU", "where"] == "none of 0 records comes from such a device"
 
-    few = [verdict("pooling", 1.4, 1.2, 1.6, FASTER).record(), verdict("p", 9.0, 8.0, 10.0, FASTER, quantity="time per step").record()]
+    few = [
+        verdict("pooling", 1.4, 1.2, 1.6, FASTER).record(),
+        verdict("p", 9.0, 8.0, 10.0, FASTER, quantity="time per step").record(),
+    ]
     found = {
         "05_1_stochastic_pooling": (record(verdicts=few), ""),
         "06_2_net2net": (record(headline=verdict("student", 2.0, 1.9, 2.1, FASTER).record()), ""),
-        "06_1_prune_train": (record(task={"device": "cuda:0"}, verdicts=[verdict("pruned", 1.3, 1.2, 1.4, FASTER).record()]), ""),
+        "06_1_prune_train": (
+            record(task={"device": "cuda:0"}, verdicts=[verdict("pruned", 1.3, 1.2, 1.4, FASTER).record()]),
+            "",
+        ),
     }
     table = advice.table(result, found)
     assert table.loc["with little data", "use"] == "pooling"
@@ -542,7 +656,9 @@ def test_mixed_precision_is_judged_against_fp32():
 
 
 def test_the_scoreboard_is_sorted_and_says_who_is_on_the_front_and_who_does_not_apply():
-    result = made_result(quick=(5.0, 90.0), slow=(20.0, 90.0), better=(12.0, 95.0), missed=(4.0, 60.0), fp32=(15.0, 90.0))
+    result = made_result(
+        quick=(5.0, 90.0), slow=(20.0, 90.0), better=(12.0, 95.0), missed=(4.0, 60.0), fp32=(15.0, 90.0)
+    )
     result = replace(result, notes={"slow": "one seed: 2.0x"})
     board = chapter.scoreboard(result, FOUND)
     assert list(board.index) == [DENSE, "quick", "better", FP32, "slow", "missed", MIXED, "gone"]
@@ -593,7 +709,9 @@ def finished(tmp_path_factory):
         patch.setenv("EFFILIB_RESULTS", str(tmp_path_factory.mktemp("results")))
         book = notebook.start("10_comparison", preset="smoke", dataset="synthetic")
         made = pilot(chapter.task(book), margins=chapter.MARGINS)
-        trial = selection.screen(made, who.contenders(made, book.dataset), {"03_3_dynamic_fixed_point": (record(), "")})
+        trial = selection.screen(
+            made, who.contenders(made, book.dataset), {"03_3_dynamic_fixed_point": (record(), "")}
+        )
         picked = selection.select(trial)
         plan = chapter.plan(book, trial, picked)
         return book, made, trial, picked, plan, chapter.measured(plan, trial)
@@ -638,14 +756,27 @@ def test_everything_is_shown(finished):
     board = chapter.scoreboard(result, trial.contenders)
     assert set(board.index) >= {DENSE, *BY_NAME}
     assert (board.loc[list(trial.refused), "note"].str.startswith("does not apply")).all()
-    assert set(board.loc[[n for n in plan.notes if n in result.names], "verdict"]) <= {"smoke: not a measurement"}
-    assert (board.loc[[n for n in trial.slow if n not in result.names], "note"] == "slow: left out of a test").all()
+    assert set(board.loc[[n for n in plan.notes if n in result.names], "verdict"]) <= {
+        "smoke: not a measurement"
+    }
+    assert (
+        board.loc[[n for n in trial.slow if n not in result.names], "note"] == "slow: left out of a test"
+    ).all()
     figure, caption = chapter.picture(result)
-    how = dict(figure=figure, caption=caption, headline=chapter.headline(picked), notes=[chapter.say_front(result)])
+    how = dict(
+        figure=figure, caption=caption, headline=chapter.headline(picked), notes=[chapter.say_front(result)]
+    )
     assert book.record(result.comparisons, **how)["headline"]["arm"] == chapter.headline(picked)
-    assert list(advice.table(result, {})["use"])[:3] == ["no verdict here: fewer than 5 seeds", *["not measured here"] * 2]
+    assert list(advice.table(result, {})["use"])[:3] == [
+        "no verdict here: fewer than 5 seeds",
+        *["not measured here"] * 2,
+    ]
 
 
 def test_runs_do_not_depend_on_tables_and_pictures():
     modules = provenance.imports({"effilib.chapters.attempts"})
-    assert not modules & {"effilib.chapters.comparison", "effilib.chapters.contenders", "effilib.chapters.records"}
+    assert not modules & {
+        "effilib.chapters.comparison",
+        "effilib.chapters.contenders",
+        "effilib.chapters.records",
+    }

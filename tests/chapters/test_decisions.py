@@ -1,4 +1,6 @@
-"""What chapter II.9 shows of its decisions: by hand, as a log, as a table, as pictures, and a run again from its plan."""
+"""What chapter II.9 shows of its decisions: by hand, as a log, as a table, as pictures, and a run again from
+its plan.
+"""
 
 import json
 from dataclasses import replace
@@ -7,8 +9,8 @@ import pytest
 
 from effilib.chapters import decisions
 from effilib.chapters import prune_then_grow as chapter
-from effilib.decision import GROWTH
 from effilib.experiment import compare
+from effilib.methods.decision import GROWTH
 from effilib.methods.prune_then_grow import plan
 from effilib.tasks import task
 
@@ -59,7 +61,19 @@ def test_the_log_is_plain_and_says_all(grown):
         "8 + 4 / 4 + 8 / 4 + 8",
         "1 / 1 / 1",
     )  # in the order of the forward pass
-    assert {"decision", "reason", "done", "live", "lost", "going", "loss", "accuracy %", "images", "budget", "seconds"} <= set(first)
+    assert {
+        "decision",
+        "reason",
+        "done",
+        "live",
+        "lost",
+        "going",
+        "loss",
+        "accuracy %",
+        "images",
+        "budget",
+        "seconds",
+    } <= set(first)
     assert first["lost"].count("/") == 2
 
 
@@ -100,7 +114,9 @@ def test_seconds_at_a_step(grown):
     assert decisions.seconds(history, 0) == history.rows[0]["seconds"]
     assert decisions.seconds(history, history.steps) == history.rows[-1]["seconds"]
     a, b = history.rows[1], history.rows[2]
-    assert decisions.seconds(history, (a["step"] + b["step"]) / 2) == pytest.approx((a["seconds"] + b["seconds"]) / 2)
+    assert decisions.seconds(history, (a["step"] + b["step"]) / 2) == pytest.approx(
+        (a["seconds"] + b["seconds"]) / 2
+    )
 
 
 def test_pictures(grown):
@@ -114,7 +130,9 @@ def test_pictures(grown):
     assert len(marked) == len([s for s in plan(run) if s[1] in GROWTH]) > 0
     lines = {line.get_label(): line for line in left.lines if line.get_label().startswith("stage")}
     assert list(lines) == ["stage 1", "stage 2", "stage 3"]
-    assert [line.get_ydata()[-1] for line in lines.values()] == [sum(s["widths"]) for s in decisions.account(run)["stages"]]
+    assert [line.get_ydata()[-1] for line in lines.values()] == [
+        sum(s["widths"]) for s in decisions.account(run)["stages"]
+    ]
     assert RUN in caption
     figure, _ = decisions.rates_figure(run)
     assert len(figure.axes[0].lines) == 6

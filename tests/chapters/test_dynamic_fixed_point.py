@@ -28,7 +28,8 @@ def test_the_overflow_is_caught_and_shown():
     assert [int(v) for v in table["longest safe chain"]] == [2, 8, 32]
     for row in table.index:
         true, wrapped, chains = (
-            int(table.loc[row, c].replace(",", "")) for c in ("true sum of 512", "in int32", "in safe chains, fp32 between")
+            int(table.loc[row, c].replace(",", ""))
+            for c in ("true sum of 512", "in int32", "in safe chains, fp32 between")
         )
         assert wrapped != true
         assert chains == pytest.approx(true, rel=1e-6)
@@ -43,7 +44,9 @@ def test_errors_grow_as_bits_get_fewer():
 
 def test_gemms_and_layers_are_timed_in_every_arithmetic():
     table = chapter.gemm_table("smoke")
-    integers = {f"{name}, {part}" for name in ("int8, 1 product", "int16, 4 products") for part in ("core", "whole")}
+    integers = {
+        f"{name}, {part}" for name in ("int8, 1 product", "int16, 4 products") for part in ("core", "whole")
+    }
     assert {"fp32", *integers, *formats()} == set(table)
     table, times = chapter.layer_table("smoke")
     assert len(table) == len(formats()) + 2

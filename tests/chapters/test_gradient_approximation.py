@@ -58,7 +58,9 @@ def test_the_control_is_the_published_one_in_the_study():
     quick = task("quick", "mnist5k")
     assert chapter.base_task(quick) is quick
     assert chapter.control(quick).network == {"blocks": (1, 1, 1)}
-    assert chapter.base_task(task("study", "mnist5k"), "convnet").network == "resnet"  # nothing is put in its place
+    assert (
+        chapter.base_task(task("study", "mnist5k"), "convnet").network == "resnet"
+    )  # nothing is put in its place
     assert chapter.control(quick.but(network="convnet", widths={})).changes
 
 

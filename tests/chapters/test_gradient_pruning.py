@@ -57,7 +57,12 @@ def test_the_control_is_smaller():
     assert chapter.fewer(task("quick", "mnist5k")) == {"blocks": (1, 1, 1)}
     assert chapter.fewer(TASK) == {"widths": (6, 6, 6)}
     assert chapter.control(TASK.but(network="convnet", widths={})).changes
-    assert [a.role for a in chapter.arms(task("study", "mnist5k"))] == ["baseline", "method", "method", "control"]
+    assert [a.role for a in chapter.arms(task("study", "mnist5k"))] == [
+        "baseline",
+        "method",
+        "method",
+        "control",
+    ]
 
 
 def test_the_grid_says_what_density_was_reached(tmp_path, monkeypatch):
@@ -67,7 +72,12 @@ def test_the_grid_says_what_density_was_reached(tmp_path, monkeypatch):
     losses = [found.histories(a.name)[0].rows[-1]["loss"] for a in found.arms]
     assert len(set(losses)) == len(losses)  # no two arms alike
     table = final_table(found, chapter.notes)
-    assert 0.3 < float(table.loc["lognormal-aware, as many zeros", "zeros"]) < float(table.loc["p = 99%", "zeros"]) < 0.95
+    assert (
+        0.3
+        < float(table.loc["lognormal-aware, as many zeros", "zeros"])
+        < float(table.loc["p = 99%", "zeros"])
+        < 0.95
+    )
     assert table.loc["exact", "zeros"] == ""
     figure, _ = chapter.achieved_figure(found)
     assert figure.axes[0].get_xlabel()

@@ -22,7 +22,12 @@ def test_the_kernel_arms_train_one_network_with_5x5_kernels_where_pixels_are_man
     assert kernels(t.build(DATA)) == {"stem": 5, "stages.0.0.conv1": 5, "stages.0.0.conv2": 5}
     assert t.target is None  # nobody tuned it
     arms = chapter.arms(t, DATA)
-    assert [(a.name, a.role) for a in arms] == [(FULL, "baseline"), (IMAGES, "control"), (BOTH, "method"), (BARE, "control")]
+    assert [(a.name, a.role) for a in arms] == [
+        (FULL, "baseline"),
+        (IMAGES, "control"),
+        (BOTH, "method"),
+        (BARE, "control"),
+    ]
     assert not arms[1].methods[0].kernels
     assert arms[2].methods[0].amplitude
     assert not arms[3].methods[0].amplitude
@@ -31,7 +36,9 @@ def test_the_kernel_arms_train_one_network_with_5x5_kernels_where_pixels_are_man
     assert len(chapter.arms(quick, quick.load())) == 3
     assert quick.recipe.epochs == chapter.SETTINGS["quick"]["epochs"]
     study = chapter.task(task("study", "synthetic"))
-    assert {a.changes["epochs"] / study.recipe.epochs for a in chapter.arms(study, DATA)[1:]} == {chapter.SETTINGS["study"]["longer"]}
+    assert {a.changes["epochs"] / study.recipe.epochs for a in chapter.arms(study, DATA)[1:]} == {
+        chapter.SETTINGS["study"]["longer"]
+    }
 
 
 def test_the_pilots_target_lies_a_margin_further_down_and_a_tuned_one_stays():
@@ -43,7 +50,10 @@ def test_the_pilots_target_lies_a_margin_further_down_and_a_tuned_one_stays():
 def test_the_tuned_network_may_have_a_schedule_of_its_own():
     full, images = chapter.tuned_arms(task("study", "synthetic"), DATA)
     assert not images.changes  # as long as the baseline
-    assert images.methods[0].schedule != chapter.arms(chapter.task(task("study", "synthetic")), DATA)[1].methods[0].schedule
+    assert (
+        images.methods[0].schedule
+        != chapter.arms(chapter.task(task("study", "synthetic")), DATA)[1].methods[0].schedule
+    )
     assert not full.methods
 
 
@@ -61,7 +71,12 @@ def test_every_arm_runs_and_its_phases_are_told_apart():
     flops = {a.name: found.histories(a.name)[0].flops for a in found.arms}
     assert flops[FULL] > flops[IMAGES] > flops[BOTH] == flops[BARE]
     table = chapter.phases(found)
-    assert list(table.loc[BOTH].index) == ["step at 4 x 4", "step at 6 x 6", "step at full size", "switch, with new statistics"]
+    assert list(table.loc[BOTH].index) == [
+        "step at 4 x 4",
+        "step at 6 x 6",
+        "step at full size",
+        "switch, with new statistics",
+    ]
     assert list(table.loc[FULL].index) == ["step at full size"]
     assert (table["ms each"] > 0).all()
     assert chapter.relative(found).count(";") == 2
@@ -111,8 +126,13 @@ def test_at_the_switch_the_factor_matters_without_batchnorm_only():
     table = chapter.switch_table(t, DATA, epochs=12)
     small = table.loc["small kernels, small images"]
     assert (small > 60).all()
-    assert table.loc["rescaled, factor", "without BatchNorm"] >= table.loc["rescaled, no factor", "without BatchNorm"]
-    new = table.loc[["rescaled, no factor, new statistics", "rescaled, factor, new statistics"], "with BatchNorm"]
+    assert (
+        table.loc["rescaled, factor", "without BatchNorm"]
+        >= table.loc["rescaled, no factor", "without BatchNorm"]
+    )
+    new = table.loc[
+        ["rescaled, no factor, new statistics", "rescaled, factor, new statistics"], "with BatchNorm"
+    ]
     assert abs(new.iloc[0] - new.iloc[1]) < 3  # BatchNorm undoes a factor once its statistics are new
 
 
@@ -137,7 +157,9 @@ def test_pictures_and_the_cost_table():
     table = chapter.cost_table(t, DATA)
     assert table[IMAGES].iloc[2] == table[BOTH].iloc[2] == 1
     assert 0.08 < table[BOTH].iloc[0] < 0.15 < 0.2 < table[IMAGES].iloc[0] < 0.3
-    assert table.loc["whole schedule", BOTH] == pytest.approx((table[BOTH] * table["share of the steps"]).iloc[:3].sum())
+    assert table.loc["whole schedule", BOTH] == pytest.approx(
+        (table[BOTH] * table["share of the steps"]).iloc[:3].sum()
+    )
     assert table["kernels"].iloc[0] == "5 to 3"
 
 

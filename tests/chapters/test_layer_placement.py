@@ -1,4 +1,6 @@
-"""What chapter 6.4 shows of layer placement: the published ratios, the simulator, and the run over processes."""
+"""What chapter 6.4 shows of layer placement: the published ratios, the simulator, and the run over
+processes.
+"""
 
 import torch
 
@@ -14,12 +16,20 @@ def test_the_published_networks_give_the_published_ratios():
     lines = chapter.published().splitlines()
     assert [line.split()[0] for line in lines] == ["VGG-16", "AlexNet", "ResNet-50"]
     assert [line.split()[-2] for line in lines] == ["8.92x", "16.74x", "1.08x"]
-    assert [line.split(":")[1].split(" parameters")[0].strip() for line in lines] == ["138.4 M", "61.1 M", "25.6 M"]
+    assert [line.split(":")[1].split(" parameters")[0].strip() for line in lines] == [
+        "138.4 M",
+        "61.1 M",
+        "25.6 M",
+    ]
 
 
 def test_the_toy_case_is_the_formula_by_hand():
     table = chapter.toy()
-    assert table["bytes"].tolist() == [4 * (2 * 2 * 2 + 2 * 2 * 8), 4 * (2 * 2 * 12 + 2 * 2 * 4), 4 * (2 * 2 * 112)]
+    assert table["bytes"].tolist() == [
+        4 * (2 * 2 * 2 + 2 * 2 * 8),
+        4 * (2 * 2 * 12 + 2 * 2 * 4),
+        4 * (2 * 2 * 112),
+    ]
 
 
 def test_nothing_beats_the_cut_and_the_pipeline():
@@ -45,7 +55,9 @@ def test_the_tasks_own_network_is_cut_or_the_reason_named():
 
 def test_the_real_run_is_equal_in_everything():
     layers = chapter.own_layers(TASK, DATA)
-    assert chapter.layer_table(layers, TASK)["parameters"].sum() == sum(p.numel() for p in chapter.maker(TASK, DATA)().parameters())
+    assert chapter.layer_table(layers, TASK)["parameters"].sum() == sum(
+        p.numel() for p in chapter.maker(TASK, DATA)().parameters()
+    )
     found = chapter.real(TASK, DATA, layers)
     table = chapter.checks(found)
     assert [v for v in table.iloc[:, 1] if v] == ["equal"] * 6

@@ -32,7 +32,11 @@ def test_the_task_is_the_wide_one_within_two_points():
 
 def test_arms_and_grid():
     arms = chapter.arms(TASK)
-    assert [(a.name, a.role) for a in arms] == [(chapter.DENSE, "baseline"), (chapter.REPLACED, "method"), (chapter.NARROWED, "control")]
+    assert [(a.name, a.role) for a in arms] == [
+        (chapter.DENSE, "baseline"),
+        (chapter.REPLACED, "method"),
+        (chapter.NARROWED, "control"),
+    ]
     assert arms[1].fit.budget == 0.6
     assert [a.fit.budget for a in chapter.grid(TASK)[1:]] == [0.75, 0.5, 0.35]
     assert "only planned" in chapter.trained_budgets(TASK).iloc[0, 0]

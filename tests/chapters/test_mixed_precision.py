@@ -81,7 +81,10 @@ def test_the_ladder_and_the_ablation_are_as_long_as_their_preset_allows():
     assert chapter.ladder_task(study).recipe.epochs == 8
     assert chapter.ladder_task(study.but(epochs=3)).recipe.epochs == 3
     assert chapter.ladder_task(TASK) is TASK
-    assert (chapter.ablation_task(study).recipe.epochs, chapter.ablation_task(study).recipe.precision) == (4, "fp32")
+    assert (chapter.ablation_task(study).recipe.epochs, chapter.ablation_task(study).recipe.precision) == (
+        4,
+        "fp32",
+    )
     assert chapter.ablation_task(study).target is None
     assert chapter.ablation_task(TASK.but(epochs=4)).recipe.epochs == 2
 

@@ -52,7 +52,12 @@ def test_every_arm_runs_and_is_counted():
     assert table.loc[0, "student's last %"] == found.histories(GIVEN)[0].accuracy
     assert chapter.mean_times(found).count(";") == 5
     assert found.histories(COUNTED)[0].flops > found.histories(GIVEN)[0].flops
-    assert [a.name for a in chapter.arms("quick")] == ["from scratch", GIVEN, COUNTED, "from scratch, the student's epochs"]
+    assert [a.name for a in chapter.arms("quick")] == [
+        "from scratch",
+        GIVEN,
+        COUNTED,
+        "from scratch, the student's epochs",
+    ]
 
 
 def test_the_grid_has_every_way_to_grow():
@@ -91,7 +96,13 @@ def test_places_in_users_networks():
 
 def test_preservation_says_which_ways_keep_the_function():
     table = chapter.preservation(TASK, DATA, steps=4).astype(float)
-    for way in ("wider: none", "wider: uneven", "wider: pair", "GradMax, where it applies", "deeper, behind stages.2.0"):
+    for way in (
+        "wider: none",
+        "wider: uneven",
+        "wider: pair",
+        "GradMax, where it applies",
+        "deeper, behind stages.2.0",
+    ):
         assert table.loc[way].max() < 1e-4, way
     assert table.loc["wider: random", "eval"] > 1e-2
     assert 1e-4 < table.loc["wider: noise", "eval"] < table.loc["wider: random", "eval"]
@@ -99,7 +110,11 @@ def test_preservation_says_which_ways_keep_the_function():
 
 def test_the_toy_case_is_the_one_in_the_text():
     table = chapter.toy()
-    assert table.loc["teacher", "output for (1, 1)"] == table.loc["student, g = (1, 2, 1)", "output for (1, 1)"] == "53"
+    assert (
+        table.loc["teacher", "output for (1, 1)"]
+        == table.loc["student, g = (1, 2, 1)", "output for (1, 1)"]
+        == "53"
+    )
     assert table.loc["student, g = (1, 2, 1)", "outgoing"] == "[[3.0, 5.0, 3.0]]"
 
 

@@ -1,4 +1,6 @@
-"""The plain network of part 5: equal updates, learning curves, the accuracy on the training images, and its tuning."""
+"""The plain network of part 5: equal updates, learning curves, the accuracy on the training images, and its
+tuning.
+"""
 
 import math
 
@@ -47,7 +49,10 @@ def test_images_needed_are_interpolated_in_the_logarithm():
 def test_a_table_says_how_many_images_each_arm_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
     arms = [Arm(name="a", role="baseline"), Arm(name="b", changes={"lr": 0.01})]
-    found = {n: compare(plain.at_size(TASK, n, 4), arms, seeds=2, quantity="time per step", illustration=True) for n in (32, 64)}
+    found = {
+        n: compare(plain.at_size(TASK, n, 4), arms, seeds=2, quantity="time per step", illustration=True)
+        for n in (32, 64)
+    }
     curves = {"a": (80.0, 90.0), "b": (85.0, 95.0)}
     for i, c in enumerate(found.values()):
         for name, values in curves.items():
@@ -65,7 +70,10 @@ def test_the_sweep_goes_through_every_rate_and_never_reads_the_test_split(tmp_pa
     arms = {"x": Arm(name="x", role="baseline", network={"bn": False})}
     options = dict(lrs=(0.01, 0.1), seeds=(7,), report=lambda row: None)
     rows = plain_tuning.sweep("smoke", "synthetic", 3, 64, arms, **options)
-    assert [(r["lr"], r["seed"], r["images"], r["updates"]) for r in rows] == [(0.01, 7, 64, 3), (0.1, 7, 64, 3)]
+    assert [(r["lr"], r["seed"], r["images"], r["updates"]) for r in rows] == [
+        (0.01, 7, 64, 3),
+        (0.1, 7, 64, 3),
+    ]
     file = tmp_path / "smoke-synthetic-convnet.csv"
     assert file.read_text().splitlines()[0].startswith("preset,dataset,arm,images,updates,lr,seed,accuracy")
     written = file.read_text().replace(f",{rows[0]['accuracy']},", ",12.5,", 1)

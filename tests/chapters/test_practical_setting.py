@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from effilib import data, stages, surgery, tuning
+from effilib import data, surgery, tuning
 from effilib.chapters import practical_setting as chapter
 from effilib.experiment import PILOT_SEEDS, compare
+from effilib.surgery import stages
 from effilib.tasks import task
 
 TASK = task("smoke", "synthetic")
@@ -21,7 +22,12 @@ pytestmark = pytest.mark.usefixtures("results")
 
 def test_the_splits_are_counted_and_each_has_its_reader():
     table = chapter.splits(DATA)
-    assert table["images"].tolist() == [len(DATA.train), len(DATA.decide), len(DATA.validation), len(DATA.test)]
+    assert table["images"].tolist() == [
+        len(DATA.train),
+        len(DATA.decide),
+        len(DATA.validation),
+        len(DATA.test),
+    ]
     low, _, high = table.loc["train", "of a class"].partition(" to ")
     counts = DATA.train.y.bincount()
     assert (int(low), int(high or low)) == (int(counts.min()), int(counts.max()))
@@ -71,7 +77,9 @@ def test_the_step_table_counts_the_whole_training():
     assert table["steps"].startswith(f"{history.steps} (")
 
 
-@pytest.mark.parametrize(("preset", "dataset"), [("quick", "mnist5k"), ("study", "cifar10"), ("study", "fashion_mnist")])
+@pytest.mark.parametrize(
+    ("preset", "dataset"), [("quick", "mnist5k"), ("study", "cifar10"), ("study", "fashion_mnist")]
+)
 def test_the_sweep_is_a_heat_map_with_the_chosen_setting_framed(preset, dataset):
     t = task(preset, dataset)
     figure, caption = chapter.sweep_figure(t)
@@ -82,9 +90,13 @@ def test_the_sweep_is_a_heat_map_with_the_chosen_setting_framed(preset, dataset)
     settings = {(r["epochs"], r["lr"], r["weight_decay"]) for r in rows}
     assert sum(len(ax.texts) for ax in panels) == len(settings)
     chosen = [
-        r["accuracy"] for r in rows if (r["epochs"], r["lr"], r["weight_decay"]) == (t.recipe.epochs, t.recipe.lr, t.recipe.weight_decay)
+        r["accuracy"]
+        for r in rows
+        if (r["epochs"], r["lr"], r["weight_decay"]) == (t.recipe.epochs, t.recipe.lr, t.recipe.weight_decay)
     ]
-    assert f"{stats.mean(chosen):.1f}\n{min(chosen):.1f}–{max(chosen):.1f}" in [text.get_text() for ax in panels for text in ax.texts]
+    assert f"{stats.mean(chosen):.1f}\n{min(chosen):.1f}–{max(chosen):.1f}" in [
+        text.get_text() for ax in panels for text in ax.texts
+    ]
 
 
 def test_a_task_without_a_sweep_shows_another_ones_and_says_so():
@@ -112,10 +124,14 @@ def test_another_target_comes_from_a_pilot():
 
 
 def test_the_baseline_against_itself_differs_by_nothing_but_time():
-    found = compare(chapter.sized(TASK), chapter.again(TASK), seeds=2, quantity="training time", illustration=True)
+    found = compare(
+        chapter.sized(TASK), chapter.again(TASK), seeds=2, quantity="training time", illustration=True
+    )
     table = chapter.noise(found)[""]
     assert table["the same seed twice, accuracy"] == "0.00 points apart at most"
-    ratio, low, high = (float(v) for v in re.findall(r"[0-9.]+(?=x|,|\])", table["the same seed twice, time"]))
+    ratio, low, high = (
+        float(v) for v in re.findall(r"[0-9.]+(?=x|,|\])", table["the same seed twice, time"])
+    )
     assert low <= ratio <= high
     assert float(table["milliseconds of a step"]) > 0
     assert "2 pairs" in chapter.say_noise(found)

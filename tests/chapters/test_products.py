@@ -27,9 +27,16 @@ def test_the_wide_networks_sampled_convolutions_have_128_to_256_channels(preset)
 
 def test_judged_tasks_have_a_target_of_their_own():
     study = products.judged(task("study", "cifar10"))
-    assert (study.recipe.epochs, study.recipe.lr, study.recipe.weight_decay) == (10, 0.4, 5e-4)  # as the recorded sweep has it
+    assert (study.recipe.epochs, study.recipe.lr, study.recipe.weight_decay) == (
+        10,
+        0.4,
+        5e-4,
+    )  # as the recorded sweep has it
     own = products.judged(task("study", "cifar10", "torchvision.models:resnet18"))
-    assert (own.recipe.epochs, own.recipe.lr) == (10, task("study", "cifar10", "torchvision.models:resnet18").recipe.lr)
+    assert (own.recipe.epochs, own.recipe.lr) == (
+        10,
+        task("study", "cifar10", "torchvision.models:resnet18").recipe.lr,
+    )
     assert {study.target, own.target, products.judged(task("quick")).target} == {None}
     assert products.judged(TASK) == TASK
 
@@ -55,7 +62,9 @@ def test_layers_are_timed_with_their_approximations():
         seen.append(1)
 
     convs = {"a": Conv(N=2, C=4, O=4, H=6, W=6, stride=2), "b": Conv(N=2, C=4, O=4, H=6, W=6, groups=2)}
-    times = layer_times(convs, {"skip": Approximation(dx=lambda dy, x, w, product: torch.zeros_like(x))}, repeats=2, seconds=1)
+    times = layer_times(
+        convs, {"skip": Approximation(dx=lambda dy, x, w, product: torch.zeros_like(x))}, repeats=2, seconds=1
+    )
     assert set(times) == {(n, how) for n in convs for how in ("exact", "skip")}
     assert all(t > 0 for parts in times.values() for t in parts.values())
     assert not seen

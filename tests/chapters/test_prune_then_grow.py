@@ -1,4 +1,6 @@
-"""What chapter II.9 trains: the procedure's settings, its arms and controls, and that all of them may spend the same."""
+"""What chapter II.9 trains: the procedure's settings, its arms and controls, and that all of them may spend
+the same.
+"""
 
 from dataclasses import replace
 
@@ -7,8 +9,8 @@ import pytest
 from effilib import models, notebook
 from effilib.chapters import decisions, kernel_rescaling
 from effilib.chapters import prune_then_grow as chapter
-from effilib.decision import GROWTH, MODES
 from effilib.experiment import Arm
+from effilib.methods.decision import GROWTH, MODES
 from effilib.methods.prune_then_grow import GENTLE, plan, step_flops
 from effilib.tasks import task
 
@@ -29,8 +31,13 @@ def test_every_preset_has_its_task_and_its_settings():
         method = chapter.procedure(TASK.but(preset=preset), DATA)
         assert method.spend
         assert method.baseline == chapter.baseline_flops(TASK, DATA)
-        kinds = [chapter.budget(TASK.but(preset=preset), small=s, resized=r) for s, r in ((0, 0), (1, 0), (0, 1), (1, 1))]
-        assert kinds[0] == 1 >= kinds[1] == method.budget  # what is smaller makes less of the processor: fewer FLOPs in the same time
+        kinds = [
+            chapter.budget(TASK.but(preset=preset), small=s, resized=r)
+            for s, r in ((0, 0), (1, 0), (0, 1), (1, 1))
+        ]
+        assert (
+            kinds[0] == 1 >= kinds[1] == method.budget
+        )  # what is smaller makes less of the processor: fewer FLOPs in the same time
         assert kinds[3] <= kinds[2] < 1
 
 
@@ -52,7 +59,9 @@ def test_the_budget_is_what_the_baselines_training_costs():
     sides = [size[0] for _, size, _ in resizer.phases(DATA.shape, 1000)]
     per_step = [step_flops(small, (DATA.shape[0], s, s), TASK.recipe.batch_size) for s in sides]
     assert sides == [height // 2, 3 * height // 4, height]
-    mean = sum(f * row[0] for f, row in zip(per_step, kernel_rescaling.SETTINGS["smoke"]["schedule"], strict=True))
+    mean = sum(
+        f * row[0] for f, row in zip(per_step, kernel_rescaling.SETTINGS["smoke"]["schedule"], strict=True)
+    )
     assert chapter.epochs_for(TASK, DATA, small, 1.0, resizer) == pytest.approx(6 * per_step[-1] / mean)
 
 
@@ -76,7 +85,10 @@ def test_quick_has_three_arms_and_the_others_a_headline_of_their_own():
     quick, study = TASK.but(preset="quick"), TASK.but(preset="study")
     assert [a.name for a in chapter.arms(quick, DATA)] == [chapter.DENSE, RUN, chapter.PRUNED]
     assert chapter.headline(quick) == RUN
-    assert {a.name for a in chapter.arms(TASK, DATA)} >= {*[chapter.DENSE, RUN, chapter.PRUNED], chapter.headline(TASK)}
+    assert {a.name for a in chapter.arms(TASK, DATA)} >= {
+        *[chapter.DENSE, RUN, chapter.PRUNED],
+        chapter.headline(TASK),
+    }
     arms = {a.name: a for a in chapter.arms(study, DATA)}
     assert chapter.headline(study) in arms
     assert {chapter.mode_name(m, r) for m in MODES for r in (False, True)} <= set(arms)
@@ -106,19 +118,28 @@ def test_arms_on_resized_images_have_their_share_of_the_flops(name, part):
 
 
 def test_controls_rest_on_the_run_of_the_same_seed(grown):
-    (run,), (on,), (scratch,) = (grown.histories(n) for n in (chapter.mode_name("windowed", True), chapter.ON, chapter.SCRATCH))
+    (run,), (on,), (scratch,) = (
+        grown.histories(n) for n in (chapter.mode_name("windowed", True), chapter.ON, chapter.SCRATCH)
+    )
     first = next(e for e, kind, _ in plan(run) if kind in GROWTH)
     assert plan(on) == tuple(s for s in plan(run) if s[1] not in GROWTH)
-    same = [(a["seen"]["loss"], b["seen"]["loss"]) for a, b in zip(decisions.seen(run), decisions.seen(on), strict=False)]
+    same = [
+        (a["seen"]["loss"], b["seen"]["loss"])
+        for a, b in zip(decisions.seen(run), decisions.seen(on), strict=False)
+    ]
     assert all(a == b for a, b in same[: first + 1])
     assert scratch.structure == run.structure
 
 
 def test_trained_on_leaves_out_growth_and_no_more():
     fit = chapter.on_small_images(TASK, DATA)
-    changes = dict(prune=replace(GENTLE, ratio=0.0), pressure=False, plan=((1, "deepen", "stage 3"), (3, "stop", "")))
+    changes = dict(
+        prune=replace(GENTLE, ratio=0.0), pressure=False, plan=((1, "deepen", "stage 3"), (3, "stop", ""))
+    )
     method = replace(fit.method, **changes)
-    run, on, scratch = (replace(fit, method=method, what=w)(TASK, 0) for w in ("run", "trained on", "from scratch"))
+    run, on, scratch = (
+        replace(fit, method=method, what=w)(TASK, 0) for w in ("run", "trained on", "from scratch")
+    )
     assert plan(run) == method.plan
     assert plan(on) == method.plan[1:]
     assert [len(h.structure["blocks"][2]) for h in (run, scratch, on)] == [2, 2, 1]
@@ -127,4 +148,6 @@ def test_trained_on_leaves_out_growth_and_no_more():
 def test_renewed_weights_are_those_of_a_fresh_network():
     model = models.build("resnet", 4, (1, 8, 8), seed=3, blocks=([4, 0], 1, 1))
     again = chapter.renewed(models.build("resnet", 4, (1, 8, 8), seed=0, blocks=([4, 0], 1, 1)), 3)
-    assert all((a == b).all() for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        (a == b).all() for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )

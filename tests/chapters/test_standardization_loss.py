@@ -27,7 +27,14 @@ def test_the_papers_network():
 def test_the_papers_table_runs_with_the_papers_settings():
     t, why = chapter.acceptance_task(TASK)
     r = t.recipe
-    assert (r.lr, r.momentum, r.weight_decay, r.schedule, r.warmup, r.augmentation) == (1e-3, 0.0, 4e-5, "constant", 0.0, "none")
+    assert (r.lr, r.momentum, r.weight_decay, r.schedule, r.warmup, r.augmentation) == (
+        1e-3,
+        0.0,
+        4e-5,
+        "constant",
+        0.0,
+        "none",
+    )
     assert "synthetic" in why
     found, _ = chapter.acceptance(TASK)
     assert [a.name for a in found.arms] == [NONE, BN, SL]
@@ -78,7 +85,9 @@ def test_rates_between_the_tuned_ones_lie_between_them():
     own = task("study", "cifar10", chapter.NETWORK)
     rates = [chapter.rate(own, GN, b) for b in (2, 4, 8, 32)]
     assert rates == sorted(rates)
-    assert rates[1] == pytest.approx(0.005 * (0.1 / 0.005) ** 0.25)  # 4 is a quarter of the way from 2 to 32, on log scales
+    assert rates[1] == pytest.approx(
+        0.005 * (0.1 / 0.005) ** 0.25
+    )  # 4 is a quarter of the way from 2 to 32, on log scales
 
 
 def test_costs_are_of_the_same_network():

@@ -23,7 +23,9 @@ def test_the_grid_has_every_structure_and_both_trainings_and_the_control(found):
     for c in found.values():
         losses = {a.name: c.histories(a.name)[0].rows[-1]["loss"] for a in c.arms}
         assert list(losses) == [*NAMES, "BatchNorm only"]
-        assert len(set(losses.values())) > 4  # arms that differ; a few steps at this rate may leave one without logits
+        assert (
+            len(set(losses.values())) > 4
+        )  # arms that differ; a few steps at this rate may leave one without logits
         assert {c.histories(n)[0].structure["bn"] for n in NAMES} == {False}
         assert c.histories("BatchNorm only")[0].structure["bn"]
 
@@ -33,9 +35,15 @@ def test_figures_and_tables_say_what_was_measured(found):
     assert figure.axes[0].get_xlabel()
     assert "one seed" in caption
     table = chapter.grid_table(found, TASK, DATA)
-    assert (table["structure, s"] > 0).tolist() == ["random" not in n and "BatchNorm" not in n for n in table.index]
+    assert (table["structure, s"] > 0).tolist() == [
+        "random" not in n and "BatchNorm" not in n for n in table.index
+    ]
     counts = table["trainable parameters"]
-    assert counts["random, all weights"] == counts["dictionary, all weights"] > 10 * counts["random, strength only"]
+    assert (
+        counts["random, all weights"]
+        == counts["dictionary, all weights"]
+        > 10 * counts["random, strength only"]
+    )
     figure, caption = chapter.time_figure(found)
     assert len(figure.axes[0].get_yticklabels()) == 7
     assert chapter.say(found).startswith("6 samples per class (n=1): random, all weights:")
@@ -54,7 +62,11 @@ def test_the_verdict_has_three_arms_on_few_samples(tmp_path, monkeypatch):
 def test_a_network_with_batchnorm_of_its_own_gets_the_scope_that_works():
     resnet = task("smoke", "synthetic", "resnet", precision="fp32")
     assert chapter.scope(resnet) == "auto"
-    assert [a.name for a in chapter.arms(resnet)] == ["random, all weights", "dictionary, strength only", "random, strength only"]
+    assert [a.name for a in chapter.arms(resnet)] == [
+        "random, all weights",
+        "dictionary, strength only",
+        "random, strength only",
+    ]
     assert list(chapter.trained_parameters(resnet, DATA)) == NAMES
 
 

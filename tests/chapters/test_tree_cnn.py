@@ -30,7 +30,16 @@ def of(classes, name="own", images=6):
 
 
 @pytest.mark.parametrize(
-    ("classes", "sizes"), [(4, [2, 2]), (5, [3, 2]), (7, [4, 3]), (10, [6, 4]), (20, [12, 8]), (25, [3] * 5 + [2] * 5), (100, [10] * 10)]
+    ("classes", "sizes"),
+    [
+        (4, [2, 2]),
+        (5, [3, 2]),
+        (7, [4, 3]),
+        (10, [6, 4]),
+        (20, [12, 8]),
+        (25, [3] * 5 + [2] * 5),
+        (100, [10] * 10),
+    ],
 )
 def test_stages_of_any_number_of_classes(classes, sizes):
     found = chapter.stages(of(classes))
@@ -70,10 +79,16 @@ def test_frozen_layers_stay_bit_identical_and_the_rest_is_trained():
     assert names[:3] == ["stem", "bn", "stages.0.0.conv1"]
     assert names[-1] == "head"
     before = {k: t.clone() for k, t in model.state_dict().items()}
-    history = train(model, DATA, TASK.recipe, [FineTune(depth=3)], 0)  # conv2 and shortcut of the last block, and the head
+    history = train(
+        model, DATA, TASK.recipe, [FineTune(depth=3)], 0
+    )  # conv2 and shortcut of the last block, and the head
     for name in ("head", "stages.2.0.conv2", "stages.2.0.shortcut.0"):
         assert not torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"]), name
-    frozen = [k for k in before if not k.startswith(("head", "stages.2.0.conv2", "stages.2.0.bn2", "stages.2.0.shortcut"))]
+    frozen = [
+        k
+        for k in before
+        if not k.startswith(("head", "stages.2.0.conv2", "stages.2.0.bn2", "stages.2.0.shortcut"))
+    ]
     assert all(torch.equal(model.state_dict()[k], before[k]) for k in frozen)
     assert len(frozen) > 10
     assert all(p.requires_grad for p in model.parameters())
@@ -105,7 +120,11 @@ def test_an_attention_layer_is_frozen_with_what_it_does_not_call():
         def __init__(self):
             super().__init__()
             self.token = nn.Parameter(torch.zeros(1, 1, 8))
-            self.stem, self.attention, self.head = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, 0.5, batch_first=True), nn.Linear(8, 4)
+            self.stem, self.attention, self.head = (
+                nn.Linear(8, 8),
+                nn.MultiheadAttention(8, 2, 0.5, batch_first=True),
+                nn.Linear(8, 4),
+            )
 
         def forward(self, x):
             x = self.stem(x.flatten(1, 2)) + self.token  # (N, 1, 8, 8) -> (N, 8, 8)
@@ -115,7 +134,10 @@ def test_an_attention_layer_is_frozen_with_what_it_does_not_call():
     assert set(chapter.before(model, DATA, 1)) == {"", "stem", "attention", "attention.out_proj"}
     before = {k: t.clone() for k, t in model.state_dict().items()}
     train(model, DATA, TASK.recipe, [FineTune(depth=1)], 0)
-    assert [k for k, t in model.state_dict().items() if not torch.equal(t, before[k])] == ["head.weight", "head.bias"]
+    assert [k for k, t in model.state_dict().items() if not torch.equal(t, before[k])] == [
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def test_every_arm_runs_and_the_tables_add_up():
@@ -135,10 +157,17 @@ def test_every_arm_runs_and_the_tables_add_up():
     accounts = chapter.accounts_table(found, DATA)
     assert accounts["points of accuracy"].sum() == pytest.approx(history.accuracy, abs=1e-3)
     assert chapter.say_costs(found).startswith("Tree-CNN against flat")
-    for figure, caption in (chapter.trade_figure(found), chapter.tree_figure(found, DATA), chapter.likelihood_figure(found, DATA)):
+    for figure, caption in (
+        chapter.trade_figure(found),
+        chapter.tree_figure(found, DATA),
+        chapter.likelihood_figure(found, DATA),
+    ):
         figure.canvas.draw()
         assert caption.endswith(".")
-    assert [a.get_title(loc="left") for a in chapter.tree_figure(found, DATA)[0].axes] == ["stage 1", "stage 2: 2 new"]
+    assert [a.get_title(loc="left") for a in chapter.tree_figure(found, DATA)[0].axes] == [
+        "stage 1",
+        "stage 2: 2 new",
+    ]
 
 
 def test_the_grid_has_the_other_depths_and_caps():

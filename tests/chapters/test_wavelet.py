@@ -3,7 +3,20 @@
 import pytest
 
 from effilib.chapters import wavelet as chapter
-from effilib.chapters.wavelet import BANDS, FULL, JOINT, LONGER, LOW, PUSHED, RAW, READY, S2D, STAGED, STRIDED, WIDE
+from effilib.chapters.wavelet import (
+    BANDS,
+    FULL,
+    JOINT,
+    LONGER,
+    LOW,
+    PUSHED,
+    RAW,
+    READY,
+    S2D,
+    STAGED,
+    STRIDED,
+    WIDE,
+)
 from effilib.data import synthetic
 from effilib.experiment import compare
 from effilib.tasks import task

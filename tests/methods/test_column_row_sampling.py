@@ -1,4 +1,6 @@
-"""Column-row sampling: estimates against the formulas, gradients against masks, layers, and BatchNorm's statistics."""
+"""Column-row sampling: estimates against the formulas, gradients against masks, layers, and BatchNorm's
+statistics.
+"""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -33,7 +35,10 @@ DRAWS = 4000
 
 
 def matrices(n=20, mean=0.5):
-    a, b = torch.randn(8, n, generator=g(), dtype=torch.float64) + mean, torch.randn(n, 6, generator=g(1), dtype=torch.float64) + mean
+    a, b = (
+        torch.randn(8, n, generator=g(), dtype=torch.float64) + mean,
+        torch.randn(n, 6, generator=g(1), dtype=torch.float64) + mean,
+    )
     a *= torch.rand(n, generator=g(2), dtype=torch.float64) * 3  # terms of very different size
     return a, b, a.T[:, :, None] * b[:, None, :]  # the terms: (n, 8, 6)
 
@@ -119,13 +124,20 @@ def test_unscaled_choices_have_no_factor_and_as_many_terms_as_asked_for():
         assert counts == {12}
         assert choose_terms(w, 12, how, generator=g())[1] is None
         assert len(choose_terms(w, 12, how, replacement=True, generator=g())[0]) < 12  # some come twice
-    counts = torch.tensor([float(len(choose_terms(w, 12, "bernoulli", generator=g(i))[0])) for i in range(1000)])
+    counts = torch.tensor(
+        [float(len(choose_terms(w, 12, "bernoulli", generator=g(i))[0])) for i in range(1000)]
+    )
     assert abs(counts.mean() - 12) < 4 * counts.std() / 1000**0.5
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_inclusion_probabilities_add_up_to_k_and_stop_at_one(k):
-    for w in (torch.tensor([100.0, 1, 1, 1, 1]), torch.rand(5, generator=g()), torch.zeros(5), torch.tensor([3.0, 2, 1, 0, 0])):
+    for w in (
+        torch.tensor([100.0, 1, 1, 1, 1]),
+        torch.rand(5, generator=g()),
+        torch.zeros(5),
+        torch.tensor([3.0, 2, 1, 0, 0]),
+    ):
         p = inclusion(w, k)
         assert (p <= 1).all()
         assert p.sum().item() == pytest.approx(min(k, (w > 0).sum().item() or 5), rel=1e-5)
@@ -148,7 +160,9 @@ def test_all_zero_terms_are_safe_and_scores_do_not_depend_on_the_inputs_scale():
         assert scale.isfinite().all()
     w = torch.rand(10, generator=g())
     for scheme in crs.SCHEMES:
-        assert torch.equal(choose_terms(w, 4, scheme, generator=g())[0], choose_terms(64 * w, 4, scheme, generator=g())[0])
+        assert torch.equal(
+            choose_terms(w, 4, scheme, generator=g())[0], choose_terms(64 * w, 4, scheme, generator=g())[0]
+        )
 
 
 def test_norms_are_those_of_slices_in_any_format():
@@ -170,7 +184,11 @@ def test_how_many_terms():
 
 def conv_case(dtype=torch.float64, layout=torch.contiguous_format):
     x = torch.randn(4, 12, 6, 6, generator=g(), dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-    w = torch.randn(8, 12, 3, 3, generator=g(1), dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    w = (
+        torch.randn(8, 12, 3, 3, generator=g(1), dtype=dtype)
+        .contiguous(memory_format=layout)
+        .requires_grad_()
+    )
     return x, w
 
 
@@ -211,7 +229,11 @@ def test_gradients_through_a_fixed_choice_pass_gradcheck():
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
-@pytest.mark.parametrize("how", [UNBIASED["norm, replacement"], UNBIASED["bernoulli"], UNBIASED["uniform"]], ids=lambda h: h["scheme"])
+@pytest.mark.parametrize(
+    "how",
+    [UNBIASED["norm, replacement"], UNBIASED["bernoulli"], UNBIASED["uniform"]],
+    ids=lambda h: h["scheme"],
+)
 def test_scaled_sampling_is_unbiased_in_the_forward_pass_and_in_backward_samplings_gradients(how, linear):
     x, w = (t.detach() for t in conv_case())
     x, w = (x[:, :, 0, 0], w[:, :, 0, 0]) if linear else (x[..., :3, :3], w)
@@ -267,7 +289,10 @@ def test_stem_classifier_grouped_and_narrow_layers_stay_exact():
     assert sample_columns_(model.train(), 0.5, x=x) == ["1", "3", "7"]
     assert not torch.equal(model(x), trained)
     assert torch.equal(model.eval()(x), evaluated)
-    assert sample_columns_(copy.deepcopy(model), 0.5, linear=False, owner="another", where="backward") == ["1", "4"]  # by outputs
+    assert sample_columns_(copy.deepcopy(model), 0.5, linear=False, owner="another", where="backward") == [
+        "1",
+        "4",
+    ]  # by outputs
 
 
 def test_settings_that_change_nothing_have_no_effect_and_bad_ones_are_named():
@@ -299,7 +324,9 @@ def test_reestimated_statistics_are_the_average_over_exact_batches():
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     seen, plain = [], network().train()
     plain.load_state_dict(model.state_dict())
-    plain.stages[1][0].bn1.register_forward_pre_hook(lambda m, i: seen.append(i[0].transpose(0, 1).flatten(1)))  # (C, N H W)
+    plain.stages[1][0].bn1.register_forward_pre_hook(
+        lambda m, i: seen.append(i[0].transpose(0, 1).flatten(1))
+    )  # (C, N H W)
     for part in x:
         plain(part)
     bn = model.stages[1][0].bn1

@@ -1,4 +1,6 @@
-"""Dynamic fixed point: the numbers, exact integer products against int64, overflow that is caught, and training with them."""
+"""Dynamic fixed point: the numbers, exact integer products against int64, overflow that is caught, and
+training with them.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -105,7 +107,9 @@ def test_powers_of_two_are_exact():
 def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin(bits):
     x, draws, generator = torch.randn(200, generator=g()), 4000, g(1)
     scf = quantise(x, bits, rounding="stochastic", generator=generator).scf
-    I = torch.stack([quantise(x, bits, rounding="stochastic", generator=generator).I for _ in range(draws)]).double()  # noqa: E741
+    I = torch.stack(
+        [quantise(x, bits, rounding="stochastic", generator=generator).I for _ in range(draws)]
+    ).double()
     exact = x.double() * 2.0 ** scf.double()
     f = exact - exact.floor()
     inner = (f > 0.01) & (f < 0.99)
@@ -141,7 +145,10 @@ def integers(shape, bits, seed):
 @pytest.mark.parametrize("shape", [(5, 7, 3), (64, 300, 16), (1, 1, 1)], ids=str)
 def test_products_are_exact_against_int64_where_fp32_is_not(bits, shape):
     M, K, N = shape
-    a, b = integers((M, max(K, 2)), bits, 0), integers((max(K, 2), N), bits, 1) if K * N > 1 else integers((2, 1), bits, 1)
+    a, b = (
+        integers((M, max(K, 2)), bits, 0),
+        integers((max(K, 2), N), bits, 1) if K * N > 1 else integers((2, 1), bits, 1),
+    )
     expected = a.long() @ b.long()
     assert torch.equal(integer_mm(halves(a), halves(b)).long(), expected)
     assert torch.equal((a.double() @ b.double()).long(), expected)
@@ -213,15 +220,21 @@ def test_all_three_products_are_those_of_the_rounded_operands_in_float64(k, prod
 
 @pytest.mark.parametrize("exponents", ["tensor", "channel"])
 def test_the_approximation_computes_with_both_kinds_of_exponents(exponents):
-    x = (torch.randn(3, 5, 6, 6, generator=g()) * torch.tensor([1.0, 0.1, 0.01, 1, 1])[:, None, None]).requires_grad_()
-    w = (torch.randn(6, 5, 3, 3, generator=g(1)) * torch.logspace(-2, 0, 6)[:, None, None, None]).requires_grad_()
+    x = (
+        torch.randn(3, 5, 6, 6, generator=g()) * torch.tensor([1.0, 0.1, 0.01, 1, 1])[:, None, None]
+    ).requires_grad_()
+    w = (
+        torch.randn(6, 5, 3, 3, generator=g(1)) * torch.logspace(-2, 0, 6)[:, None, None, None]
+    ).requires_grad_()
     dy = torch.randn(3, 6, 6, 6, generator=g(2)) * torch.logspace(-3, 0, 6)[:, None, None]
     exact = F.conv2d(x, w, padding=1)
     theirs = [exact.detach(), *torch.autograd.grad(exact, (x, w), dy)]
     errors = {}
     for bits in (14, 8):
         chains = dict(LONG)
-        y = approx_conv2d(x, w, padding=1, approximation=fixed_point(bits, lambda c=chains: c, exponents=exponents))
+        y = approx_conv2d(
+            x, w, padding=1, approximation=fixed_point(bits, lambda c=chains: c, exponents=exponents)
+        )
         mine = [y.detach(), *torch.autograd.grad(y, (x, w), dy)]
         assert chains == LONG or bits == 14
         errors[bits] = [((a - e).norm() / e.norm()).item() for a, e in zip(mine, theirs, strict=True)]
@@ -259,7 +272,10 @@ def test_relative_errors_of_products_by_format():
 
 
 def test_a_layers_chain_is_halved_where_it_overflows_and_stays_short():
-    x, w = torch.ones(2, 64, 4, 4), torch.ones(8, 64, 3, 3)  # 576 products of 32,639 / 2 or so, all of one sign
+    x, w = (
+        torch.ones(2, 64, 4, 4),
+        torch.ones(8, 64, 3, 3),
+    )  # 576 products of 32,639 / 2 or so, all of one sign
     chains = {"forward": 576, "dX": 576, "dW": 576}
     y = approx_conv2d(x.requires_grad_(), w.requires_grad_(), approximation=fixed_point(16, lambda: chains))
     assert torch.allclose(y, torch.full_like(y, 576.0))
@@ -289,7 +305,12 @@ def test_operands_are_kept_as_integers():
 
 def test_stem_classifier_and_grouped_layers_stay_fp32_and_eval_mode_is_exact():
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 4)
+        nn.Conv2d(1, 4, 3),
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
     )
     x = torch.randn(2, 1, 8, 8, generator=g())
     trained, evaluated = model(x), model.eval()(x)

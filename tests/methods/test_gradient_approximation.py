@@ -1,4 +1,6 @@
-"""Gradient approximation: the replaced dW against a sparse dy, the three schedules, and zeros against skipping."""
+"""Gradient approximation: the replaced dW against a sparse dy, the three schedules, and zeros against
+skipping.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -79,10 +81,14 @@ def test_at_scale_1_it_is_exact_for_maps_of_one_pixel_and_for_a_constant_input()
     exact = Convolution()
     x, w, dy = case(product=exact, size=3)
     assert dy.shape[2:] == (1, 1)
-    assert torch.allclose(replacement("top", scale=1.0)(dy, x, w, exact), exact.backward(dy, x, w)[1], rtol=1e-5)
+    assert torch.allclose(
+        replacement("top", scale=1.0)(dy, x, w, exact), exact.backward(dy, x, w)[1], rtol=1e-5
+    )
     x, w, dy = case(product=exact, size=6)
     x = x[:, :, :1, :1].expand_as(x).contiguous()
-    assert torch.allclose(replacement("top", scale=1.0)(dy, x, w, exact), exact.backward(dy, x, w)[1], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        replacement("top", scale=1.0)(dy, x, w, exact), exact.backward(dy, x, w)[1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_top_is_biased_and_the_unbiased_variant_is_not():
@@ -108,8 +114,12 @@ def test_maps_that_are_all_zero_are_safe():
 def test_the_published_scale_is_one_over_the_batch_on_top_of_the_mean_loss():
     x, w, dy = case()
     product = GEOMETRIES[1][1]
-    assert torch.allclose(replacement("top")(dy, x, w, product) * 3, replacement("top", scale=1.0)(dy, x, w, product), rtol=1e-5)
-    assert torch.equal(2 * replacement("top")(dy, x, w, product), replacement("top")(dy, 2 * x, w, product))  # linear in x
+    assert torch.allclose(
+        replacement("top")(dy, x, w, product) * 3, replacement("top", scale=1.0)(dy, x, w, product), rtol=1e-5
+    )
+    assert torch.equal(
+        2 * replacement("top")(dy, x, w, product), replacement("top")(dy, 2 * x, w, product)
+    )  # linear in x
 
 
 def test_random_gradients_have_the_published_deviation_and_are_fresh_each_time():
@@ -156,7 +166,9 @@ def test_a_replaced_product_is_not_computed():
 
 def test_each_schedule_is_a_quarter_of_all_pairs_and_never_the_stem():
     for schedule in ("S1", "S2", "S3"):
-        pairs = [(layer, step) for layer in range(17) for step in range(8) if scheduled(schedule, layer, step)]
+        pairs = [
+            (layer, step) for layer in range(17) for step in range(8) if scheduled(schedule, layer, step)
+        ]
         assert len(pairs) == 16 * 8 / 4
         assert all(layer for layer, _ in pairs)
     assert [i for i in range(19) if scheduled("S1", i, 5)] == [1, 5, 9, 13, 17]  # ResNet-20: five layers
@@ -169,13 +181,23 @@ def test_each_schedule_is_a_quarter_of_all_pairs_and_never_the_stem():
 def test_convolutions_are_counted_as_in_resnet_20():
     model = models.build("resnet", 4, (1, 8, 8), widths=(4, 4, 4), blocks=(3, 3, 3))
     names = approximate_gradients_(model, "zero", "S1", lambda: 0, x=torch.zeros(2, 1, 8, 8))
-    assert names == ["stages.0.0.conv1", "stages.0.2.conv1", "stages.1.1.conv1", "stages.2.0.conv1", "stages.2.2.conv1"]
+    assert names == [
+        "stages.0.0.conv1",
+        "stages.0.2.conv1",
+        "stages.1.1.conv1",
+        "stages.2.0.conv1",
+        "stages.2.2.conv1",
+    ]
     other = models.build("resnet", 4, (1, 8, 8), widths=(4, 8, 8), blocks=(3, 3, 3))
-    assert approximate_gradients_(other, "zero", "S1", lambda: 0, x=torch.zeros(2, 1, 8, 8)) == names  # 1x1 shortcuts do not count
+    assert (
+        approximate_gradients_(other, "zero", "S1", lambda: 0, x=torch.zeros(2, 1, 8, 8)) == names
+    )  # 1x1 shortcuts do not count
 
 
 def test_what_matches_nothing_has_no_effect():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 4))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 4)
+    )
     x = torch.zeros(2, 1, 8, 8)
     with pytest.raises(NoEffect, match="gradient approximation"):
         approximate_gradients_(model, "top", "always", lambda: 0, x=x)
@@ -204,7 +226,9 @@ def test_no_arm_is_bit_equal_to_the_exact_one_or_to_another():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("how", REPLACEMENTS)
 def test_training_learns_and_leaves_a_plain_model_behind(how, precision):
-    model, history = trained([GradientApproximation(how=how, schedule="S2")], replace(RECIPE, epochs=6, precision=precision))
+    model, history = trained(
+        [GradientApproximation(how=how, schedule="S2")], replace(RECIPE, epochs=6, precision=precision)
+    )
     assert history.accuracy > 60
     assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
     assert history.events[-1]["text"].startswith(f"dW replaced ({how}, S2) in ")
@@ -227,7 +251,9 @@ def test_zeros_let_momentum_and_weight_decay_go_on_and_skipping_stops_them():
     start = network().stages[0][0].conv1.weight
     trained([GradientApproximation(how="zero", schedule="S1"), zero], recipe)
     trained([GradientApproximation(how="skip", schedule="S1"), skip], recipe)
-    assert all(torch.equal(w, start) and (m == 0).all() for w, m in skip.seen)  # S1 and no gradient: a frozen layer
+    assert all(
+        torch.equal(w, start) and (m == 0).all() for w, m in skip.seen
+    )  # S1 and no gradient: a frozen layer
     last = zero.seen[-1][0]
     assert not torch.equal(last, start)
     assert torch.allclose(last / start, (last / start).mean(), rtol=1e-4)  # it only shrank

@@ -1,4 +1,6 @@
-"""Gradient pruning: unbiased, with the closed form's share of zeros, in the right place; and the structured subsets beside it."""
+"""Gradient pruning: unbiased, with the closed form's share of zeros, in the right place; and the structured
+subsets beside it.
+"""
 
 import math
 from dataclasses import replace
@@ -89,13 +91,17 @@ def test_the_threshold_grows_with_the_gradients_scale():
     for c in (2.0**-10, 2.0**12):
         assert torch.equal(threshold(c * x, 0.9), c * threshold(x, 0.9))
         assert torch.equal(prune(c * x, threshold(c * x, 0.9), g(1)), c * prune(x, threshold(x, 0.9), g(1)))
-        assert lognormal_threshold(c * x, 0.6).item() == pytest.approx(c * lognormal_threshold(x, 0.6).item(), rel=1e-3)
+        assert lognormal_threshold(c * x, 0.6).item() == pytest.approx(
+            c * lognormal_threshold(x, 0.6).item(), rel=1e-3
+        )
 
 
 def test_overflowed_and_zero_gradients_are_left_as_they_are():
     x = torch.tensor([1.0, math.inf, -2.0])
     assert torch.equal(prune(x, threshold(x, 0.9), g()), x)
-    assert torch.isnan(prune(torch.tensor([1.0, math.nan]), threshold(torch.tensor([1.0, math.nan]), 0.9), g())).any()
+    assert torch.isnan(
+        prune(torch.tensor([1.0, math.nan]), threshold(torch.tensor([1.0, math.nan]), 0.9), g())
+    ).any()
     zero = torch.zeros(5)
     assert torch.equal(prune(zero, threshold(zero, 0.9), g()), zero)
     assert lognormal_threshold(zero, 0.9) == 0
@@ -139,7 +145,11 @@ def test_the_fifo_prunes_nothing_until_it_is_full_and_then_with_the_mean_of_earl
 class Mixed(nn.Module):
     def __init__(self, bn):
         super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.stem, self.a, self.b = (
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1),
+        )
         self.bn, self.head = nn.BatchNorm2d(6) if bn else nn.Identity(), nn.Linear(6, 4)
 
     def forward(self, x):
@@ -194,10 +204,15 @@ def test_input_gradients_are_pruned_before_the_relu_in_front_masks_them():
 # Structured subsets
 
 
-@pytest.mark.parametrize(("dx", "dw"), [("outputs", "outputs"), ("outputs", "samples"), (None, "samples"), ("samples", "samples")])
+@pytest.mark.parametrize(
+    ("dx", "dw"), [("outputs", "outputs"), ("outputs", "samples"), (None, "samples"), ("samples", "samples")]
+)
 def test_subsets_are_unbiased_share_their_draw_and_save_their_share(dx, dw):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 4)).double()
-    x, images = torch.randn(6, 4, 4, 4, generator=g(), dtype=torch.float64).requires_grad_(), torch.randn(2, 1, 6, 6).double()
+    x, images = (
+        torch.randn(6, 4, 4, 4, generator=g(), dtype=torch.float64).requires_grad_(),
+        torch.randn(2, 1, 6, 6).double(),
+    )
     layer = model[1]
     assert subset_gradients_(model, 0.5, g(1), dx=dx, dw=dw, x=images) == ["1"]
 
@@ -217,7 +232,9 @@ def test_subsets_are_unbiased_share_their_draw_and_save_their_share(dx, dw):
         assert values.std(0).min() > 0
     if dx == dw == "outputs":  # the rows of dW that are 0 are those that dX did without
         kept = found[0][1].flatten(1).abs().sum(1) > 0
-        by_hand = torch.autograd.grad(layer.eval()(x)[:, kept], x, 2 * torch.randn(6, 8, 2, 2, generator=g(2), dtype=x.dtype)[:, kept])[0]
+        by_hand = torch.autograd.grad(
+            layer.eval()(x)[:, kept], x, 2 * torch.randn(6, 8, 2, 2, generator=g(2), dtype=x.dtype)[:, kept]
+        )[0]
         assert kept.sum() == 4
         assert torch.allclose(found[0][0], by_hand)
 
@@ -244,7 +261,9 @@ def test_what_changes_nothing_has_no_effect_and_what_is_wrong_is_named():
     with pytest.raises(NoEffect):
         subset_gradients_(network(), 0.5, g(), dx=None, dw=None, x=x)
     with pytest.raises(NoEffect):
-        prune_gradients_(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4)), Pruner(0.9), x, dict, g())
+        prune_gradients_(
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4)), Pruner(0.9), x, dict, g()
+        )
     with pytest.raises(BadInput, match="unknown subset 'rows'"):
         subset_gradients_(network(), 0.5, g(), dx="rows", x=x)
     for p in (-0.1, 1.0):

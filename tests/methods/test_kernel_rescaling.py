@@ -1,4 +1,6 @@
-"""Kernel rescaling: the amplitude law, PI-resize, surgery with its optimizer, BatchNorm's statistics, the schedule, resuming, refusals."""
+"""Kernel rescaling: the amplitude law, PI-resize, surgery with its optimizer, BatchNorm's statistics, the
+schedule, resuming, refusals.
+"""
 
 import copy
 import itertools
@@ -37,11 +39,19 @@ def gen(seed=0):
 
 
 def network(seed=0, **settings):
-    return models.build("resnet", 4, (1, 8, 8), seed=seed, **{"widths": (4, 6), "blocks": (1, 1), "kernels": (5, 5, 3), **settings})
+    return models.build(
+        "resnet",
+        4,
+        (1, 8, 8),
+        seed=seed,
+        **{"widths": (4, 6), "blocks": (1, 1), "kernels": (5, 5, 3), **settings},
+    )
 
 
 class Own(nn.Module):
-    """A user's network: a 7x7 stem of stride 2 as torchvision's have, a depthwise 5x5 convolution, and nothing that describes it."""
+    """A user's network: a 7x7 stem of stride 2 as torchvision's have, a depthwise 5x5 convolution, and
+    nothing that describes it.
+    """
 
     def __init__(self, classes=4):
         super().__init__()
@@ -81,7 +91,13 @@ def test_the_matrix_is_bilinear_interpolation_and_its_rows_are_weighted_means(n,
 def test_images_are_resized_as_by_interpolation(size, channels):
     x = torch.rand(3, channels, 28, 20, generator=gen()).contiguous(memory_format=torch.channels_last)
     y = resize(x, size)
-    slow = F.interpolate(x.repeat(1, 3 // channels, 1, 1).contiguous(), size, mode="bilinear", align_corners=False, antialias=True)
+    slow = F.interpolate(
+        x.repeat(1, 3 // channels, 1, 1).contiguous(),
+        size,
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )
     assert_close(y, slow[:, :channels])
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert y.dtype == x.dtype
@@ -116,7 +132,10 @@ def test_a_constant_kernels_response_is_kept_only_with_the_factor(k):
     W = torch.full((2, 3, 5, 5), 0.7, dtype=torch.double)
     total = 25 * 0.7
     assert_close(rescale_kernel(W, k).sum((2, 3)), torch.full((2, 3), total, dtype=torch.double))
-    assert_close(rescale_kernel(W, k, amplitude=False).sum((2, 3)), torch.full((2, 3), total * k * k / 25, dtype=torch.double))
+    assert_close(
+        rescale_kernel(W, k, amplitude=False).sum((2, 3)),
+        torch.full((2, 3), total * k * k / 25, dtype=torch.double),
+    )
 
 
 def test_shrinking_does_not_alias():
@@ -126,7 +145,9 @@ def test_shrinking_does_not_alias():
     assert rescale_kernel(stripes, 3, amplitude=False).abs().max() < 0.3 * every_third.abs().max()
 
 
-@pytest.mark.parametrize("f", [lambda t: rescale_kernel(t, 7), lambda t: pi_resize(t, 3), lambda t: resize(t, (3, 8))])
+@pytest.mark.parametrize(
+    "f", [lambda t: rescale_kernel(t, 7), lambda t: pi_resize(t, 3), lambda t: resize(t, (3, 8))]
+)
 def test_gradients_are_those_of_finite_differences(f):
     t = torch.randn(2, 2, 5, 5, generator=gen(), dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(f, t)
@@ -151,7 +172,13 @@ def slow_pi(W, k):
     """Basis patch by basis patch, with the whole matrix B and its pseudo-inverse."""
     n = W.shape[-1]
     basis = torch.eye(n * n, dtype=torch.double).view(n * n, 1, n, n)
-    B = F.interpolate(basis.repeat(1, 2, 1, 1), (k, k), mode="bilinear", align_corners=False, antialias=True)[:, 0].reshape(n * n, k * k).T
+    B = (
+        F.interpolate(basis.repeat(1, 2, 1, 1), (k, k), mode="bilinear", align_corners=False, antialias=True)[
+            :, 0
+        ]
+        .reshape(n * n, k * k)
+        .T
+    )
     return (torch.linalg.pinv(B.T) @ W.reshape(-1, n * n).T).T.view(*W.shape[:2], k, k), B
 
 
@@ -160,8 +187,13 @@ def test_pi_resize_is_the_pseudo_inverse_of_resizing(n, k):
     W = torch.randn(3, 2, n, n, generator=gen(), dtype=torch.double)
     slow, B = slow_pi(W, k)
     assert_close(pi_resize(W, k), slow)
-    best = torch.linalg.lstsq(B.T, W.reshape(-1, n * n).T).solution  # of ||B^T w' - w||, what is lost in the mean over white patches
-    assert_close((B.T @ slow.reshape(-1, k * k).T - W.reshape(-1, n * n).T).norm(), (B.T @ best - W.reshape(-1, n * n).T).norm())
+    best = torch.linalg.lstsq(
+        B.T, W.reshape(-1, n * n).T
+    ).solution  # of ||B^T w' - w||, what is lost in the mean over white patches
+    assert_close(
+        (B.T @ slow.reshape(-1, k * k).T - W.reshape(-1, n * n).T).norm(),
+        (B.T @ best - W.reshape(-1, n * n).T).norm(),
+    )
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 7), (3, 5), (4, 8), (16, 20)])
@@ -195,7 +227,14 @@ def test_what_is_left_alone():
     tied = nn.Conv2d(2, 2, 5, padding=2)
     again = nn.Conv2d(2, 2, 5, padding=2)
     again.weight = tied.weight
-    layers = [nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, (1, 7)), nn.Conv2d(2, 2, 6), Mine(2, 2, 5), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 4, 4)]
+    layers = [
+        nn.Conv2d(1, 2, 3),
+        nn.Conv2d(2, 2, (1, 7)),
+        nn.Conv2d(2, 2, 6),
+        Mine(2, 2, 5),
+        nn.Conv2d(2, 2, 1),
+        nn.Conv2d(2, 2, 4, 4),
+    ]
     model = nn.Sequential(*layers, tied, again, nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 5)))
     assert kernels(model) == {}
     assert kernels(nn.Sequential(*layers, nn.Conv2d(2, 2, 9))) == {"6": 9}
@@ -231,7 +270,17 @@ def test_padding_follows_the_kernel(conv, size, padding):
     assert model[0].padding == padding
     if conv.padding != (0, 0):
         assert model(x).shape == before.shape
-    fresh = nn.Conv2d(2, conv.out_channels, size, conv.stride, model[0].padding, conv.dilation, conv.groups, True, conv.padding_mode)
+    fresh = nn.Conv2d(
+        2,
+        conv.out_channels,
+        size,
+        conv.stride,
+        model[0].padding,
+        conv.dilation,
+        conv.groups,
+        True,
+        conv.padding_mode,
+    )
     fresh.load_state_dict(model[0].state_dict())
     assert torch.equal(model(x), fresh(x))
 
@@ -272,7 +321,9 @@ def test_the_optimizer_holds_the_new_kernels_with_momentum_begun_anew_and_the_ot
     order = [n for p in optimizer.param_groups[0]["params"] for n, q in model.named_parameters() if p is q]
     done = rescale_(model, 3, optimizer)
     assert set(done) == set(kernels(network()))
-    assert [n for p in optimizer.param_groups[0]["params"] for n, q in model.named_parameters() if p is q] == order
+    assert [
+        n for p in optimizer.param_groups[0]["params"] for n, q in model.named_parameters() if p is q
+    ] == order
     assert set(optimizer.state) == set(model.parameters())
     for name, p in model.named_parameters():
         momentum = optimizer.state[p]["momentum_buffer"]
@@ -339,7 +390,10 @@ def test_torchvisions_stem_is_rescaled_and_reads_smaller_images():
 
 def test_statistics_are_the_means_over_the_batches():
     model = nn.Sequential(
-        nn.BatchNorm2d(2, momentum=0.3), nn.ReLU(), nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(2, track_running_stats=False)
+        nn.BatchNorm2d(2, momentum=0.3),
+        nn.ReLU(),
+        nn.BatchNorm2d(2, affine=False),
+        nn.BatchNorm2d(2, track_running_stats=False),
     )
     xs = [torch.randn(4, 2, 3, 3, generator=gen(s)) * 2 + s for s in range(3)]
     model[0](torch.randn(4, 2, 3, 3) + 9)
@@ -369,11 +423,21 @@ def test_the_schedule_in_steps_pixels_and_kernels():
     assert m.phases((3, 32, 32), 100) == [(0, (16, 16), 0.5), (40, (24, 24), 0.75), (70, (32, 32), 1.0)]
     assert [p[:2] for p in m.phases((1, 28, 28), 10)] == [(0, (16, 16)), (4, (24, 24)), (7, (28, 28))]
     assert [p[1] for p in m.phases((3, 48, 20), 10)] == [(24, 8), (32, 16), (48, 20)]
-    assert [p[1] for p in KernelRescaling(schedule=SCHEDULE).phases((3, 3, 2), 10)] == [(2, 1), (2, 2), (3, 2)]
+    assert [p[1] for p in KernelRescaling(schedule=SCHEDULE).phases((3, 3, 2), 10)] == [
+        (2, 1),
+        (2, 2),
+        (3, 2),
+    ]
     own_kernels = KernelRescaling(schedule=((0.5, 1.0, 0.5), (0.25, 1.5, 1.2), (0.25, 1, 1)))
     assert own_kernels.phases((3, 32, 32), 8) == [(0, (32, 32), 0.5), (4, (48, 48), 1.2), (6, (32, 32), 1)]
-    assert [p[2] for p in KernelRescaling(schedule=SCHEDULE, kernels=False).phases((3, 32, 32), 100)] == [1, 1, 1]
-    assert KernelRescaling(schedule=[[0.5, 0.5], [0.5, 1]]) == KernelRescaling(schedule=((0.5, 0.5), (0.5, 1)))  # as it comes from JSON
+    assert [p[2] for p in KernelRescaling(schedule=SCHEDULE, kernels=False).phases((3, 32, 32), 100)] == [
+        1,
+        1,
+        1,
+    ]
+    assert KernelRescaling(schedule=[[0.5, 0.5], [0.5, 1]]) == KernelRescaling(
+        schedule=((0.5, 0.5), (0.5, 1))
+    )  # as it comes from JSON
     assert hash(KernelRescaling(schedule=[[0.5, 0.5], [0.5, 1]]))
 
 
@@ -405,15 +469,24 @@ def test_training_follows_the_schedule_and_ends_at_full_size(precision):
     steps, history, model = seen(KernelRescaling(schedule=SCHEDULE), recipe=recipe)
     assert [s["size"] for s in steps] == [(4, 4)] * 8 + [(6, 6)] * 6 + [(8, 8)] * 6
     assert [s["kernel"] for s in steps] == [3] * 14 + [5] * 6
-    assert [i for i, s in enumerate(steps) if s["momentum"] == 0] == [0, 14]  # the rescaled stem's begins anew
+    assert [i for i, s in enumerate(steps) if s["momentum"] == 0] == [
+        0,
+        14,
+    ]  # the rescaled stem's begins anew
     assert all(s["layout"] and s["dtype"] == torch.float32 for s in steps)
     assert kernels(model) == kernels(network())
     assert models.describe(model) == models.describe(network())
     assert {k for k in history.kinds if k.startswith("step")} == {"step", "step at 4 x 4", "step at 6 x 6"}
     assert history.kinds["reconfigure"]["seconds"] > 0  # on the clock
-    assert all(history.kinds[k]["count"] >= n for k, n in (("step at 4 x 4", 8), ("step at 6 x 6", 6), ("step", 6)))
+    assert all(
+        history.kinds[k]["count"] >= n for k, n in (("step at 4 x 4", 8), ("step at 6 x 6", 6), ("step", 6))
+    )
     assert [e["size"] for e in history.events] == [[4, 4], [6, 6], [8, 8]]
-    assert [e["kernels"] for e in history.events] == [dict.fromkeys(kernels(network()), 3), {}, kernels(network())]
+    assert [e["kernels"] for e in history.events] == [
+        dict.fromkeys(kernels(network()), 3),
+        {},
+        kernels(network()),
+    ]
     assert [e["norms"] for e in history.events] == [0, 6, 6]
 
 
@@ -435,7 +508,10 @@ def test_flops_are_those_of_the_phases():
 
 
 def test_with_and_without_the_factor_are_different_trainings_and_full_size_throughout_is_the_third():
-    trained = [seen(m)[2] for m in (KernelRescaling(schedule=SCHEDULE), KernelRescaling(schedule=SCHEDULE, amplitude=False))]
+    trained = [
+        seen(m)[2]
+        for m in (KernelRescaling(schedule=SCHEDULE), KernelRescaling(schedule=SCHEDULE, amplitude=False))
+    ]
     plain = network()
     train(plain, DATA, RECIPE)
     for a, b in itertools.combinations([*trained, plain], 2):
@@ -447,7 +523,9 @@ def test_evaluation_sees_full_size_images_and_the_model_as_it_stands():
 
     class Evaluate(Method):
         def on_evaluation(self, run):
-            found.append((run.step, run.model.stem.kernel_size[0], evaluate(run.model, DATA, "validation", "fp32")))
+            found.append(
+                (run.step, run.model.stem.kernel_size[0], evaluate(run.model, DATA, "validation", "fp32"))
+            )
 
     look = Evaluate()
     history = train(network(), DATA, RECIPE, [KernelRescaling(schedule=SCHEDULE), look])
@@ -496,8 +574,12 @@ def test_a_users_network_and_images_that_are_not_square():
 
 
 def test_a_patch_stem_keeps_its_number_of_patches():
-    steps, _, model = seen(KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0))), model=network(patch=4, kernels=None))
-    assert [(s["size"], s["kernel"], s["stride"]) for s in steps] == [((4, 4), 2, 2)] * 10 + [((8, 8), 4, 4)] * 10
+    steps, _, model = seen(
+        KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0))), model=network(patch=4, kernels=None)
+    )
+    assert [(s["size"], s["kernel"], s["stride"]) for s in steps] == [((4, 4), 2, 2)] * 10 + [
+        ((8, 8), 4, 4)
+    ] * 10
     assert model.stem.stride == (4, 4)
 
 
@@ -531,7 +613,12 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(make, at, tmp_path):
 
 def test_a_run_that_diverges_is_left_at_full_size():
     model = network()
-    history = train(model, DATA, Recipe(epochs=5, batch_size=32, precision="fp32", lr=1e30), [KernelRescaling(schedule=SCHEDULE)])
+    history = train(
+        model,
+        DATA,
+        Recipe(epochs=5, batch_size=32, precision="fp32", lr=1e30),
+        [KernelRescaling(schedule=SCHEDULE)],
+    )
     assert history.diverged
     assert kernels(model) == kernels(network())
     assert history.step_seconds > 0
@@ -542,7 +629,15 @@ def test_a_run_that_diverges_is_left_at_full_size():
 
 def test_schedules_that_cannot_be_are_refused():
     half = (0.5, 0.5)
-    for schedule in ((), (half,), (half, (0.4, 1.0)), (half, (0.5, 0.9)), ((0.5,), (0.5, 1.0)), ((1.5, 0.5), (-0.5, 1.0)), (1, 2)):
+    for schedule in (
+        (),
+        (half,),
+        (half, (0.4, 1.0)),
+        (half, (0.5, 0.9)),
+        ((0.5,), (0.5, 1.0)),
+        ((1.5, 0.5), (-0.5, 1.0)),
+        (1, 2),
+    ):
         with pytest.raises(BadInput, match="kernel rescaling: the s"):
             KernelRescaling(schedule=schedule)
     for settings in (dict(multiple=0), dict(recalibrate=-1), dict(rewarm=1.0)):
@@ -563,14 +658,21 @@ def test_a_head_on_a_flattened_map_is_refused_before_a_step_is_trained():
 
 def test_images_that_would_shrink_to_nothing_are_refused():
     deep = nn.Sequential(
-        nn.Conv2d(1, 4, 5, padding=2), nn.MaxPool2d(4), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+        nn.Conv2d(1, 4, 5, padding=2),
+        nn.MaxPool2d(4),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 4),
     )
     with pytest.raises(BadInput, match=r"cannot take images of C, H, W = \(1, 4, 4\)"):
         train(deep, DATA, RECIPE, [KernelRescaling(schedule=SCHEDULE)])
 
 
 def test_nothing_to_rescale_is_no_effect():
-    with pytest.raises(NoEffect, match=r"ResNet has no kernel of at least 5 x 5 .* kernels=False resizes the images only"):
+    with pytest.raises(
+        NoEffect, match=r"ResNet has no kernel of at least 5 x 5 .* kernels=False resizes the images only"
+    ):
         train(network(kernels=None), DATA, RECIPE, [KernelRescaling(schedule=SCHEDULE)])
     with pytest.raises(NoEffect, match="every phase of the schedule has images of full size, 8 x 8"):
         train(network(), DATA, RECIPE, [KernelRescaling(schedule=SCHEDULE, kernels=False, multiple=8)])

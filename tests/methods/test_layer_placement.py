@@ -1,4 +1,6 @@
-"""Layer placement: the model against hand and brute force, chains that compute what the network does, and training over processes."""
+"""Layer placement: the model against hand and brute force, chains that compute what the network does, and
+training over processes.
+"""
 
 import functools
 import itertools
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effilib import cost, models, processes
+from effilib import cost, models
+from effilib.distributed import processes
 from effilib.errors import BadInput
 from effilib.methods.layer_placement import (
     Chain,
@@ -49,7 +52,10 @@ def some_batches(n, size=8):
     source = g(3)
     # laid out as data sets are, channels last: what is sent has to be made contiguous
     return tuple(
-        (torch.randn(size, *SHAPE, generator=source).to(memory_format=torch.channels_last), torch.randint(4, (size,), generator=source))
+        (
+            torch.randn(size, *SHAPE, generator=source).to(memory_format=torch.channels_last),
+            torch.randint(4, (size,), generator=source),
+        )
         for _ in range(n)
     )
 
@@ -92,7 +98,9 @@ def test_memory_limits_what_the_server_can_take():
         assert best_cut(layers, Cluster(workers=4, batch=2, bandwidth=100.0, memory=memory))[0] == k
 
 
-layer_lists = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=7)
+layer_lists = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=7
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,7 +109,11 @@ def test_the_cut_is_the_best_of_all(rows, workers, batch, bandwidth, overlap):
     layers = chain_of(*rows)
     cluster = Cluster(workers=workers, batch=batch, bandwidth=bandwidth, overlap=overlap)
     k, seconds = best_cut(layers, cluster)
-    assert seconds == step_seconds(layers, k, cluster) == min(step_seconds(layers, c, cluster) for c in range(1, len(layers) + 1))
+    assert (
+        seconds
+        == step_seconds(layers, k, cluster)
+        == min(step_seconds(layers, c, cluster) for c in range(1, len(layers) + 1))
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -111,12 +123,19 @@ def test_the_pipeline_is_the_best_of_all_partitions(rows, data):
     stages = data.draw(st.integers(1, len(layers)))
 
     def slowest(cuts):
-        pieces = [sum(batch * x.seconds for x in layers[i:j]) for i, j in itertools.pairwise((0, *cuts, len(layers)))]
+        pieces = [
+            sum(batch * x.seconds for x in layers[i:j])
+            for i, j in itertools.pairwise((0, *cuts, len(layers)))
+        ]
         return max(pieces + [2 * 4 * batch * layers[i - 1].outputs / bandwidth for i in cuts])
 
     seconds, cuts = pipeline(layers, stages, batch, bandwidth)
     assert len(cuts) == stages - 1
-    assert seconds == slowest(cuts) == min(map(slowest, itertools.combinations(range(1, len(layers)), stages - 1)))
+    assert (
+        seconds
+        == slowest(cuts)
+        == min(map(slowest, itertools.combinations(range(1, len(layers)), stages - 1)))
+    )
 
 
 def test_a_pipeline_needs_a_layer_for_each_stage():
@@ -231,7 +250,9 @@ def dying():
 
 @pytest.fixture(scope="module")
 def trained():
-    """Plain, placed and throttled training of 20 steps, and two pipelines, in three processes that start once."""
+    """Plain, placed and throttled training of 20 steps, and two pipelines, in three processes that start
+    once.
+    """
     everything = some_batches(20)
     x, y = everything[0]
     calls = [(take_part, (Job(make=make, batches=everything, cut=k),)) for k in (None, 3, 1)]
@@ -282,12 +303,16 @@ def test_the_pipelines_gradients_are_those_of_one_process(trained, run):
 
 def test_a_worker_that_dies_ends_the_run_with_one_sentence_soon():
     begin = time.monotonic()
-    with pytest.raises(processes.WorkerFailed, match=r"^rank 2 of 3 was killed by SIGKILL; the others were ended$"):
+    with pytest.raises(
+        processes.WorkerFailed, match=r"^rank 2 of 3 was killed by SIGKILL; the others were ended$"
+    ):
         processes.run(take_part, 3, Job(make=dying, batches=some_batches(4)))
     assert time.monotonic() - begin < 30
 
 
 def test_batches_must_be_shareable():
     assert math.isinf(Cluster(workers=1, batch=1).bandwidth)
-    with pytest.raises(processes.WorkerFailed, match="BadInput: a batch of 7 images cannot be shared out among 2 workers"):
+    with pytest.raises(
+        processes.WorkerFailed, match="BadInput: a batch of 7 images cannot be shared out among 2 workers"
+    ):
         processes.run(take_part, 3, Job(make=make, batches=some_batches(1, 7)))

@@ -1,4 +1,6 @@
-"""Layer replacement: candidates' shapes and products, damage against oracles, the knapsack, the guard, and plans that replay."""
+"""Layer replacement: candidates' shapes and products, damage against oracles, the knapsack, the guard, and
+plans that replay.
+"""
 
 import copy
 import itertools
@@ -64,7 +66,9 @@ def results(tmp_path, monkeypatch):
 
 SITES = {
     "square": Site(C=16, O=16, kernel=(3, 3), stride=(1, 1), padding=(1, 1), N=2, H=9, W=7),
-    "strided, wider, bias": Site(C=16, O=32, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True, N=2, H=9, W=9),
+    "strided, wider, bias": Site(
+        C=16, O=32, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True, N=2, H=9, W=9
+    ),
     "5 x 3, narrower": Site(C=24, O=16, kernel=(5, 3), stride=(2, 1), padding=(2, 1), N=2, H=8, W=8),
 }
 
@@ -111,7 +115,11 @@ def test_batchnorm_and_relu_stand_between_the_parts_that_are_not_a_factorisation
     assert kinds["dwsep"] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
     assert kinds["bneck/2"] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"]
     assert kinds["lowrank/2"] == kinds["spatial/2"] == ["Conv2d", "Conv2d"]
-    assert [type(m).__name__ for m in replacement("dwsep", site, g(), norm=False)] == ["Conv2d", "ReLU", "Conv2d"]
+    assert [type(m).__name__ for m in replacement("dwsep", site, g(), norm=False)] == [
+        "Conv2d",
+        "ReLU",
+        "Conv2d",
+    ]
 
 
 def test_candidates_that_do_not_fit_or_are_unknown():
@@ -144,9 +152,13 @@ def test_outputs_have_about_the_spread_of_the_originals():
 
 
 @pytest.mark.parametrize("site", SITES.values(), ids=SITES)
-@pytest.mark.parametrize("candidate", ["lowrank/2", "lowrank/4", "spatial/2", "group/4", "group/8", "dwsep", "bneck/2"])
+@pytest.mark.parametrize(
+    "candidate", ["lowrank/2", "lowrank/4", "spatial/2", "group/4", "group/8", "dwsep", "bneck/2"]
+)
 def test_a_factorisation_errs_by_its_spectral_tail_on_white_noise(candidate, site):
-    """Without borders the relative error on white noise is that of the filters, ||W - W'|| / ||W||: read them off by an impulse."""
+    """Without borders the relative error on white noise is that of the filters, ||W - W'|| / ||W||: read them
+    off by an impulse.
+    """
     conv = conv_of(site)
     module = replacement(candidate, site, conv=conv)
     kh, kw = site.kernel
@@ -165,16 +177,24 @@ def test_a_factorisation_errs_by_its_spectral_tail_on_white_noise(candidate, sit
 @pytest.mark.parametrize("candidate", ["lowrank/1", "spatial/1", "group/1", "bneck/1"])
 def test_at_full_rank_a_factorisation_is_the_convolution(candidate):
     site = Site(C=8, O=6, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
-    site = site if candidate != "spatial/1" else Site(C=2, O=6, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
+    site = (
+        site
+        if candidate != "spatial/1"
+        else Site(C=2, O=6, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
+    )
     conv, x = conv_of(site), torch.randn(3, site.C, 9, 9, generator=g())
     torch.testing.assert_close(replacement(candidate, site, conv=conv)(x), conv(x), rtol=1e-4, atol=1e-5)
     assert spectral(conv.weight, candidate) < 1e-3
 
 
 def test_a_filter_bank_of_low_rank_loses_nothing():
-    W = torch.einsum("or,rcij->ocij", torch.randn(16, 4, generator=g()), torch.randn(4, 8, 3, 3, generator=g(1)))
+    W = torch.einsum(
+        "or,rcij->ocij", torch.randn(16, 4, generator=g()), torch.randn(4, 8, 3, 3, generator=g(1))
+    )
     assert spectral(W, "lowrank/4") < 1e-3 < spectral(W, "lowrank/8")
-    separable = torch.einsum("oc,cij->ocij", torch.randn(16, 8, generator=g()), torch.randn(8, 3, 3, generator=g(1)))
+    separable = torch.einsum(
+        "oc,cij->ocij", torch.randn(16, 8, generator=g()), torch.randn(8, 3, 3, generator=g(1))
+    )
     assert spectral(separable, "dwsep") < 1e-3 < spectral(separable, "spatial/2")
     assert spectral(W, ORIGINAL) == 0
     assert len(factors(W, "bneck/2")) == 3
@@ -194,7 +214,13 @@ def test_potentials_are_taken_at_the_layers_of_the_network():
     F.cross_entropy(model(x), y).backward(inputs=list(model.parameters()), retain_graph=True)
     loss = F.cross_entropy(model(x), y)
     expected = fisher_potential(outputs["a"], torch.autograd.grad(loss, outputs["a"])[0])
-    found = potentials(copy.deepcopy(network()).train(), ["stages.0.0.conv2", "stem"], x, y, lambda: torch.autocast("cpu", enabled=False))
+    found = potentials(
+        copy.deepcopy(network()).train(),
+        ["stages.0.0.conv2", "stem"],
+        x,
+        y,
+        lambda: torch.autocast("cpu", enabled=False),
+    )
     assert found["stages.0.0.conv2"] == pytest.approx(expected, rel=1e-4)
     assert found["stem"] > 0
 
@@ -206,7 +232,9 @@ def total(values, picks):
     return sum(v[c] for v, c in zip(values, picks, strict=True))
 
 
-layers = st.lists(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=4), min_size=1, max_size=4)
+layers = st.lists(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=4), min_size=1, max_size=4
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -224,7 +252,9 @@ def test_the_knapsack_is_the_best_of_all(rows, limit):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.floats(0.01, 1), min_size=1, max_size=4), min_size=1, max_size=4), st.floats(0.5, 3))
+@given(
+    st.lists(st.lists(st.floats(0.01, 1), min_size=1, max_size=4), min_size=1, max_size=4), st.floats(0.5, 3)
+)
 def test_costs_are_rounded_up_so_that_the_limit_holds(seconds, limit):
     damages = [list(range(len(s))) for s in seconds]
     try:
@@ -246,7 +276,9 @@ def test_the_stem_and_what_cannot_be_replaced_are_named():
     model, (x, _) = network(), batch()
     found, left = sites(model, x)
     assert list(found) == ["stages.0.0.conv1", "stages.0.0.conv2", "stages.1.0.conv1", "stages.1.0.conv2"]
-    assert found["stages.1.0.conv1"] == Site(C=16, O=16, kernel=(3, 3), stride=(2, 2), padding=(1, 1), N=8, H=8, W=8)
+    assert found["stages.1.0.conv1"] == Site(
+        C=16, O=16, kernel=(3, 3), stride=(2, 2), padding=(1, 1), N=8, H=8, W=8
+    )
     assert left == {"stem": "the stem", "stages.1.0.shortcut.0": "1 x 1"}
 
 
@@ -256,9 +288,19 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.twice, self.never = (nn.Conv2d(c, 8, 3, padding=1) for c in (1, 8, 8))
-        self.dilated, self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.up, self.wrapped = nn.ConvTranspose2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
-        self.path, self.other, self.tiny = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 3)
+        self.dilated, self.grouped = (
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        )
+        self.up, self.wrapped = (
+            nn.ConvTranspose2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        )
+        self.path, self.other, self.tiny = (
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 1, 3),
+        )
 
     def forward(self, x):
         x = self.twice(self.twice(self.stem(x)))
@@ -297,7 +339,9 @@ def test_a_strided_convolution_on_a_shortcut_is_left_alone():
     assert left["strided"] == "on a shortcut"
 
 
-@pytest.mark.parametrize(("name", "n"), [("torchvision.models:resnet18", 16), ("torchvision.models:vgg11_bn", 7)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("torchvision.models:resnet18", 16), ("torchvision.models:vgg11_bn", 7)]
+)
 def test_torchvisions_networks_are_replaced_and_still_train(name, n):
     model = models.build(name, 4, (3, 32, 32)).train()
     x, y = batch(2, 32, 3)
@@ -320,7 +364,9 @@ def test_a_plan_replays_to_the_same_weights():
     replace_(c, plan, 4)
     assert isinstance(a.stages[0][0].conv1, Replacement)
     assert a.state_dict().keys() == b.state_dict().keys()
-    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
     assert not torch.equal(a.stages[0][0].conv1[0].weight, c.stages[0][0].conv1[0].weight)
     assert models.describe(a)["blocks"] == [[16], [16]]
 
@@ -391,7 +437,10 @@ def test_a_network_without_such_layers_is_refused_with_the_reasons():
 
 
 def made_up(times=(4.0, 2.0, 1.0), damages=(0.0, 1.0, 3.0), layers=2, rest=2.0):
-    choices = {c: {"seconds": t, "damage": d, "flops": 1} for c, t, d in zip((ORIGINAL, "group/4", "dwsep"), times, damages, strict=True)}
+    choices = {
+        c: {"seconds": t, "damage": d, "flops": 1}
+        for c, t, d in zip((ORIGINAL, "group/4", "dwsep"), times, damages, strict=True)
+    }
     table = {str(i): choices for i in range(layers)}
     return {"layers": table, "step": layers * times[0] + rest, "norm": True, "score": "fisher", "cached": 0}
 
@@ -407,7 +456,10 @@ def test_the_budget_is_one_of_the_whole_step():
 def test_a_budget_out_of_reach_takes_the_fastest_and_says_so():
     plan = pick(made_up(), 0.2)
     assert plan["layers"] == {"0": "dwsep", "1": "dwsep"}
-    assert plan["note"] == "a budget of 0.2 cannot be reached: with the fastest layers 0.40 of the step is left; they were taken"
+    assert (
+        plan["note"]
+        == "a budget of 0.2 cannot be reached: with the fastest layers 0.40 of the step is left; they were taken"
+    )
     for budget in (0, 1, 1.5, -1):
         with pytest.raises(BadInput, match="a share of the step's time"):
             pick(made_up(), budget)
@@ -423,7 +475,12 @@ def test_the_guard_takes_back_what_does_not_pay():
     names = list(sites(model, x)[0])
     setting = Setting(repeats=5)
     before = copy.deepcopy(model.state_dict())
-    plan = {"layers": {names[0]: "bneck/4", names[1]: "group/1"}, "norm": True, "foreseen": 0.5, "note": ""}  # group/1 costs more
+    plan = {
+        "layers": {names[0]: "bneck/4", names[1]: "group/1"},
+        "norm": True,
+        "foreseen": 0.5,
+        "note": "",
+    }  # group/1 costs more
     found = guard(model, plan, x, y, setting)
     assert found["layers"] == {names[0]: "bneck/4"}
     assert found["reverted"] == {names[1]: "group/1"}
@@ -448,8 +505,17 @@ def test_swapping_gives_back_what_stood_there():
 
 
 def test_the_arm_searches_on_the_clock_and_its_plan_replays(monkeypatch):
-    plan = {"layers": {"stages.0.0.conv1": "dwsep"}, "reverted": {}, "norm": True, "foreseen": 0.6, "measured": 0.6, "note": ""}
-    monkeypatch.setattr(lr, "guard", lambda *args, **kwargs: plan)  # so small a network is too noisy to decide on
+    plan = {
+        "layers": {"stages.0.0.conv1": "dwsep"},
+        "reverted": {},
+        "norm": True,
+        "foreseen": 0.6,
+        "measured": 0.6,
+        "note": "",
+    }
+    monkeypatch.setattr(
+        lr, "guard", lambda *args, **kwargs: plan
+    )  # so small a network is too noisy to decide on
     found = LayerReplacement(repeats=3, evaluations=2)(TASK, 0)
     assert found.kinds["search"]["count"] == 1
     assert found.rows[0]["seconds"] >= found.kinds["search"]["seconds"] > 0

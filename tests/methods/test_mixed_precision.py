@@ -1,4 +1,6 @@
-"""Mixed precision: the emulated layers against a slow oracle, the loss scaler bit by bit, and what master weights are for."""
+"""Mixed precision: the emulated layers against a slow oracle, the loss scaler bit by bit, and what master
+weights are for.
+"""
 
 import copy
 import math
@@ -38,8 +40,32 @@ def network(seed=0):
 
 
 def test_rounding_is_to_the_nearest_number_of_fp16():
-    x = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-10, 65504.0, 65519.9, 65520.0, -1e6, 2.0**-24, 2.0**-25, 1.1 * 2.0**-25])
-    expected = [1, 1 + 2.0**-9, 1 + 2.0**-10, 65504, 65504, math.inf, -math.inf, 2.0**-24, 0, 2.0**-24]  # ties go to even
+    x = torch.tensor(
+        [
+            1 + 2.0**-11,
+            1 + 3 * 2.0**-11,
+            1 + 2.0**-10,
+            65504.0,
+            65519.9,
+            65520.0,
+            -1e6,
+            2.0**-24,
+            2.0**-25,
+            1.1 * 2.0**-25,
+        ]
+    )
+    expected = [
+        1,
+        1 + 2.0**-9,
+        1 + 2.0**-10,
+        65504,
+        65504,
+        math.inf,
+        -math.inf,
+        2.0**-24,
+        0,
+        2.0**-24,
+    ]  # ties go to even
     assert round_to(x).tolist() == expected
     assert round_to(x).dtype == torch.float32
     assert torch.isnan(round_to(torch.tensor(math.nan)))
@@ -65,7 +91,10 @@ def test_the_gradient_passes_straight_through_where_fp16_holds_it():
     x = (torch.randint(-8, 8, (6,), generator=g()) / 4).requires_grad_()
     Round.apply(x).square().sum().backward()
     step = 0.25
-    difference = [(round_to(x + step * e).square().sum() - round_to(x - step * e).square().sum()) / (2 * step) for e in torch.eye(6)]
+    difference = [
+        (round_to(x + step * e).square().sum() - round_to(x - step * e).square().sum()) / (2 * step)
+        for e in torch.eye(6)
+    ]
     assert torch.equal(x.grad, torch.stack(difference).detach())
 
 
@@ -78,19 +107,29 @@ def oracle(x, w, b, dy, product):
     b = None if b is None else b.double().requires_grad_()
     y = product(x, w, b)
     y.backward(round_to(dy).double())
-    return [round_to(t.float()) if i != 3 else t.float() for i, t in enumerate([y, x.grad, w.grad, *([b.grad] if b is not None else [])])]
+    return [
+        round_to(t.float()) if i != 3 else t.float()
+        for i, t in enumerate([y, x.grad, w.grad, *([b.grad] if b is not None else [])])
+    ]
 
 
 def by_layer(layer, x, dy):
     x = x.clone().requires_grad_()
     y = layer(x)
     y.backward(dy)
-    return [t.detach() for t in [y, x.grad, layer.weight.grad, *([layer.bias.grad] if layer.bias is not None else [])]]
+    return [
+        t.detach()
+        for t in [y, x.grad, layer.weight.grad, *([layer.bias.grad] if layer.bias is not None else [])]
+    ]
 
 
 def ulps(a, b):
     """Units in the last place of fp16 between a and b, next to each other in fp16 being 1."""
-    return ((a - b).abs() / torch.maximum(b.abs(), torch.tensor(2.0**-14)).log2().floor().sub(10).exp2()).max().item()
+    return (
+        ((a - b).abs() / torch.maximum(b.abs(), torch.tensor(2.0**-14)).log2().floor().sub(10).exp2())
+        .max()
+        .item()
+    )
 
 
 SHAPES = {
@@ -98,7 +137,9 @@ SHAPES = {
     "stride, bias": dict(in_channels=4, out_channels=6, kernel_size=3, stride=2, bias=True),
     "groups": dict(in_channels=4, out_channels=6, kernel_size=3, groups=2, padding=1),
     "1x1": dict(in_channels=4, out_channels=6, kernel_size=1),
-    "dilated, circular": dict(in_channels=4, out_channels=6, kernel_size=3, dilation=2, padding=2, padding_mode="circular"),
+    "dilated, circular": dict(
+        in_channels=4, out_channels=6, kernel_size=3, dilation=2, padding=2, padding_mode="circular"
+    ),
 }
 
 
@@ -114,7 +155,10 @@ def test_the_emulated_convolution_is_that_of_the_slow_oracle(settings):
     def product(x, w, b):
         return full.double()._conv_forward(x, w, b)
 
-    mine, exact = by_layer(layer, x, dy), oracle(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), dy, product)
+    mine, exact = (
+        by_layer(layer, x, dy),
+        oracle(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), dy, product),
+    )
     full.float().zero_grad()
     plain = by_layer(full, x, dy)
     for i, (a, b, c) in enumerate(zip(mine, exact, plain, strict=True)):
@@ -292,7 +336,15 @@ def scales(scaler, pattern):
 
 def test_the_scale_grows_after_that_many_clean_steps_in_a_row():
     assert scales(LossScaler(8.0, interval=3), [True] * 7) == [8, 8, 16, 16, 16, 32, 32]
-    assert scales(LossScaler(8.0, interval=3), [True, True, False, True, True, True, False]) == [8, 8, 4, 4, 4, 8, 4]
+    assert scales(LossScaler(8.0, interval=3), [True, True, False, True, True, True, False]) == [
+        8,
+        8,
+        4,
+        4,
+        4,
+        8,
+        4,
+    ]
 
 
 def test_a_constant_scale_stays_and_takes_every_step():
@@ -333,7 +385,9 @@ ARMS = {
 
 
 def test_no_arm_is_bit_equal_to_fp32_or_to_another():
-    """The names of the layers come first: a method that changes nothing must not pass for one that costs nothing."""
+    """The names of the layers come first: a method that changes nothing must not pass for one that costs
+    nothing.
+    """
     found = {"fp32": trained()[0]} | {name: trained([m])[0] for name, m in ARMS.items()}
     names = list(found)
     assert [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if equal(found[a], found[b])] == []
@@ -379,7 +433,9 @@ class Nudge(Method):
 
 
 def test_updates_below_2_to_the_minus_11_are_lost_without_master_weights_and_kept_with_them():
-    recipe = replace(RECIPE, lr=1.0, schedule="constant", warmup=0.0, momentum=0.0, weight_decay=0.0, epochs=1)
+    recipe = replace(
+        RECIPE, lr=1.0, schedule="constant", warmup=0.0, momentum=0.0, weight_decay=0.0, epochs=1
+    )
     steps = len(DATA.train) // 32
     kept, _ = trained([MixedPrecision(), Nudge()], recipe)
     lost, _ = trained([MixedPrecision(master=False), Nudge()], recipe)
@@ -414,7 +470,9 @@ def test_a_method_that_looks_at_gradients_sees_them_unscaled():
     assert scaled.seen[0] == pytest.approx(plain.seen[0], rel=0.01)
 
 
-@pytest.mark.parametrize("method", [MixedPrecision(scale=2.0**30, interval=6), ARMS["no care"]], ids=["dynamic", "no care"])
+@pytest.mark.parametrize(
+    "method", [MixedPrecision(scale=2.0**30, interval=6), ARMS["no care"]], ids=["dynamic", "no care"]
+)
 def test_a_resumed_run_has_its_scale_and_ends_bit_equal(method, tmp_path):
     (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [method], tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)["scaler"]

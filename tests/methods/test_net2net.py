@@ -121,7 +121,9 @@ def test_noise_changes_the_function_a_little_and_only_through_the_new_copies(noi
 
 
 def _counts(model, old):
-    """How often each of the trunk's channels is there now, (1, 4, 1, 1): what the consumer's columns were divided by."""
+    """How often each of the trunk's channels is there now, (1, 4, 1, 1): what the consumer's columns were
+    divided by.
+    """
     new = model.stages[0][0].conv1.weight[:4, :4]
     return (old / new).mean((0, 2, 3)).round().view(1, 4, 1, 1)
 
@@ -171,7 +173,9 @@ def test_a_running_average_gets_the_same_channels(breaker):
     ema = copy.deepcopy(model)
     for node in surgery.nodes(model):
         widen_(node, 9, breaker=breaker, generator=gen(1), ema=ema)
-    assert {k: v.shape for k, v in ema.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in ema.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     assert_close(outputs(ema), outputs(model), atol=1e-10, rtol=0)
 
 
@@ -209,9 +213,13 @@ def test_deeper_keeps_the_function(name, where, new):
     model = make(name)
     before, state = outputs(model), {k: v.clone() for k, v in model.named_buffers()}
     assert deepen_(model, where, x=X, generator=gen()) == new
-    assert_close(outputs(model), before, atol=1e-10, rtol=0)  # in training too: the batch is the one it was measured on
+    assert_close(
+        outputs(model), before, atol=1e-10, rtol=0
+    )  # in training too: the batch is the one it was measured on
     if name == "resnet":
-        assert all(torch.equal(dict(model.named_buffers())[k], v) for k, v in state.items())  # measuring moved no statistic
+        assert all(
+            torch.equal(dict(model.named_buffers())[k], v) for k, v in state.items()
+        )  # measuring moved no statistic
     shifted = 3 * X + 1
     assert_close(outputs(model, shifted)[0], outputs(make(name), shifted)[0], atol=1e-10, rtol=0)
     if name == "vgg":
@@ -222,9 +230,14 @@ def test_deeper_keeps_the_function(name, where, new):
 
 
 def test_its_directions_are_those_of_the_largest_gradient():
-    """Two convolutions without border effects and without activation: dL/dV is measured by autograd and compared with other directions."""
+    """Two convolutions without border effects and without activation: dL/dV is measured by autograd and
+    compared with other directions.
+    """
     g = gen(4)
-    x, dy = torch.randn(3, 4, 9, 9, generator=g, dtype=torch.double), torch.randn(3, 5, 5, 5, generator=g, dtype=torch.double)
+    x, dy = (
+        torch.randn(3, 4, 9, 9, generator=g, dtype=torch.double),
+        torch.randn(3, 5, 5, 5, generator=g, dtype=torch.double),
+    )
     M = nn.grad.conv2d_weight(x, (5, 4, 5, 5), dy)
     found = gradmax_directions(M, 3, 3, 3)
 
@@ -244,7 +257,10 @@ def test_its_directions_are_those_of_the_largest_gradient():
 
 def test_a_stride_is_minded():
     g = gen(5)
-    x, dy = torch.randn(2, 3, 9, 9, generator=g, dtype=torch.double), torch.randn(2, 4, 2, 2, generator=g, dtype=torch.double)
+    x, dy = (
+        torch.randn(2, 3, 9, 9, generator=g, dtype=torch.double),
+        torch.randn(2, 4, 2, 2, generator=g, dtype=torch.double),
+    )
     M = nn.grad.conv2d_weight(x, (4, 3, 7, 7), dy, stride=2)
     omega = gradmax_directions(M, 1, 3, 3, stride=2)[0]
     V = torch.zeros(1, 3, 3, 3, dtype=torch.double, requires_grad=True)
@@ -254,7 +270,9 @@ def test_a_stride_is_minded():
     assert_close(gradient, torch.linalg.matrix_norm(windows, 2))
 
 
-@pytest.mark.parametrize(("name", "where"), [("resnet", "stages.1.0.conv1"), ("resnet", "stages.1.1.conv1"), ("vgg", "features.4")])
+@pytest.mark.parametrize(
+    ("name", "where"), [("resnet", "stages.1.0.conv1"), ("resnet", "stages.1.1.conv1"), ("vgg", "features.4")]
+)
 def test_gradmax_keeps_the_function_and_its_channels_are_not_dead(name, where):
     model = make(name)
     before = outputs(model)
@@ -270,7 +288,9 @@ def test_gradmax_keeps_the_function_and_its_channels_are_not_dead(name, where):
     model.zero_grad()
     F.cross_entropy(model.train()(X), Y).backward()
     grown, old = producer.weight.grad[n:], producer.weight.grad[:n]
-    assert grown.flatten(1).norm(dim=1).min() > 1e-2 * old.flatten(1).norm(dim=1).mean()  # not dead behind ReLU
+    assert (
+        grown.flatten(1).norm(dim=1).min() > 1e-2 * old.flatten(1).norm(dim=1).mean()
+    )  # not dead behind ReLU
     assert grown.abs().max() < 100 * old.abs().max()  # nor blown up by BatchNorm
     for _ in range(3):
         step(model, optimizer)
@@ -302,7 +322,9 @@ def test_what_gradmax_cannot_handle_is_named():
         gradmax_(surgery.trace(make())["stem"], 8, X, Y)
     with pytest.raises(BadInput, match=r"between features\.0 and features\.4 the size changes"):
         gradmax_(surgery.trace(make("vgg"))["features.0"], 8, X, Y)
-    bare = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    bare = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
     with pytest.raises(BadInput, match="would stay dead behind ReLU"):
         gradmax_(surgery.trace(bare)["0"], 8, X, Y)
 
@@ -316,14 +338,21 @@ def test_a_thin_teacher_becomes_the_larger_network_again():
     assert models.describe(model) == {"widths": [2, 3], "blocks": [[2], [3, 3]], "stem": 2}
     assert before[0] == ("stem", 4)
     net2net.grow_(model, None, X, Y, wider=before, generator=gen())
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in full.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("breaker", [*BREAKERS, "gradmax"])
 def test_a_student_begins_where_its_teacher_ended(breaker):
     model = make(dtype=torch.float)
     teacher = train(model, DATA, RECIPE)
-    student = train(model, DATA, RECIPE, [Net2Net(wider=2.0, deeper=("stages.0.0",), breaker=breaker, noise=0.0, lr_factor=0.1)])
+    student = train(
+        model,
+        DATA,
+        RECIPE,
+        [Net2Net(wider=2.0, deeper=("stages.0.0",), breaker=breaker, noise=0.0, lr_factor=0.1)],
+    )
     assert models.describe(model) == {"widths": [8, 12], "blocks": [[8, 8], [12, 12]], "stem": 8}
     if breaker != "random":
         assert student.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1)
@@ -340,7 +369,9 @@ def test_growth_in_mid_run_and_the_learning_rate_after_it():
     plain = train(make(dtype=torch.float), DATA, RECIPE)
     assert models.describe(model)["widths"] == [8, 6]
     for a, b in zip(history.rows, plain.rows, strict=True):
-        assert a["lr"] == pytest.approx(b["lr"] * (0.1 if a["step"] > 4 else 1.0), abs=b["lr"] if a["step"] == 4 else 1e-9)
+        assert a["lr"] == pytest.approx(
+            b["lr"] * (0.1 if a["step"] > 4 else 1.0), abs=b["lr"] if a["step"] == 4 else 1e-9
+        )
     assert [e["epoch"] for e in history.events] == [1]
     assert history.flops > plain.flops
 
@@ -356,11 +387,23 @@ def test_growing_nothing_is_no_effect():
 
 def test_torchvisions_networks_grow():
     x = torch.randn(4, 3, 32, 32, generator=gen())
-    for name, where in (("torchvision.models:resnet18", "layer2.1"), ("torchvision.models:vgg11_bn", "features.2")):
+    for name, where in (
+        ("torchvision.models:resnet18", "layer2.1"),
+        ("torchvision.models:vgg11_bn", "features.2"),
+    ):
         model = models.build(name, 4, (3, 32, 32))
         before = thin_(model, 0.25)
         model.eval()
         with torch.no_grad():
             y = model(x)
-            net2net.grow_(model, None, x, torch.arange(4), wider=before, deeper=(where,), breaker="gradmax", generator=gen())
+            net2net.grow_(
+                model,
+                None,
+                x,
+                torch.arange(4),
+                wider=before,
+                deeper=(where,),
+                breaker="gradmax",
+                generator=gen(),
+            )
             assert_close(model(x), y, atol=1e-5, rtol=1e-4)

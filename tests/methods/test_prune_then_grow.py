@@ -1,4 +1,6 @@
-"""Prune, then grow: exact operators, budget, cool-down and grace in training, replay, checkpoints, users' networks, resized images."""
+"""Prune, then grow: exact operators, budget, cool-down and grace in training, replay, checkpoints, users'
+networks, resized images.
+"""
 
 import copy
 import itertools
@@ -11,11 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import cost, data, models, stages, surgery
-from effilib.decision import GROWTH, MODES
+from effilib import cost, data, models, surgery
 from effilib.errors import BadInput
-from effilib.methods.prune_then_grow import PruneThenGrow, going, grow_, plan, price, step_flops, strengths, validate
+from effilib.methods.decision import GROWTH, MODES
+from effilib.methods.prune_then_grow import (
+    PruneThenGrow,
+    going,
+    grow_,
+    plan,
+    price,
+    step_flops,
+    strengths,
+    validate,
+)
 from effilib.methods.prune_train import PruneTrain, shrink_steps
+from effilib.surgery import stages
 from effilib.training import Method, Recipe, evaluate, train
 from tests.common import both, equal, exactly, g, images, resumed_and_whole, shake, step
 
@@ -42,7 +54,16 @@ def resnet18(seed=0):
 def method(**settings):
     """Grows often, on data that is easy."""
     return PruneThenGrow(
-        **{"mode": "periodic", "period": 2, "prune": GENTLE, "idle": 0.1, "budget": 2.0, "full": 101.0, "gap": 100.0, **settings}
+        **{
+            "mode": "periodic",
+            "period": 2,
+            "prune": GENTLE,
+            "idle": 0.1,
+            "budget": 2.0,
+            "full": 101.0,
+            "gap": 100.0,
+            **settings,
+        }
     )
 
 
@@ -93,7 +114,10 @@ def test_strength_is_the_strongest_group_of_a_channel():
     model = network()
     node = surgery.trace(model)["stages.1.0.conv1"]
     block = model.stages[1][0]
-    rows, columns = block.conv1.weight.flatten(1).norm(dim=1), block.conv2.weight.movedim(1, 0).flatten(1).norm(dim=1)
+    rows, columns = (
+        block.conv1.weight.flatten(1).norm(dim=1),
+        block.conv2.weight.movedim(1, 0).flatten(1).norm(dim=1),
+    )
     assert_close(strengths(node), torch.maximum(rows, columns).detach())
     assert_close(strengths(node, "readers"), columns.detach())
     assert strengths(node, "readers", "norm").mean().item() == pytest.approx(1)
@@ -187,7 +211,13 @@ class Watch(Method):
     def on_epoch_end(self, run):
         exactly(run.optimizer, run.model)
         x = images(shape=run.dataset.shape, dtype=torch.float32)
-        self.seen.append((run.structures, both(run.model, x), step_flops(run.model, run.dataset.shape, run.batches.batch_size)))
+        self.seen.append(
+            (
+                run.structures,
+                both(run.model, x),
+                step_flops(run.model, run.dataset.shape, run.batches.batch_size),
+            )
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -276,7 +306,9 @@ def test_a_plan_that_cannot_be_followed_is_bad_input():
 
 @pytest.mark.parametrize("make", [network, vgg])
 def test_a_resumed_run_ends_as_the_whole_one(make, tmp_path):
-    chosen = method(prune=HARD, plan=((0, "widen", "stage 2"), (2, "deepen", "stage 2"), (4, "stop", "")), spend=True)
+    chosen = method(
+        prune=HARD, plan=((0, "widen", "stage 2"), (2, "deepen", "stage 2"), (4, "stop", "")), spend=True
+    )
     (resumed, a), (whole, b) = resumed_and_whole(make, DATA, RECIPE, [chosen], tmp_path / "run.pt")
     assert equal(resumed, whole)
     assert told(a) == told(b)
@@ -286,7 +318,9 @@ def test_a_resumed_run_ends_as_the_whole_one(make, tmp_path):
 
 
 def test_a_resumed_run_decides_as_the_whole_one(tmp_path):
-    (resumed, a), (whole, b) = resumed_and_whole(network, DATA, RECIPE, [method(prune=HARD)], tmp_path / "run.pt")
+    (resumed, a), (whole, b) = resumed_and_whole(
+        network, DATA, RECIPE, [method(prune=HARD)], tmp_path / "run.pt"
+    )
     assert equal(resumed, whole)
     assert told(a) == told(b)
     assert actions(a)
@@ -340,7 +374,9 @@ def test_dead_channels_are_cut_and_the_run_costs_less():
 def test_a_run_is_shortened_or_lengthened_to_its_budget(share):
     baseline = RECIPE.epochs * PER_EPOCH * step_flops(network(), SHAPE, 32)
     for spend in (False, True):
-        history = train(network(), DATA, RECIPE, [method(budget=share, baseline=baseline, spend=spend, growths=0)])
+        history = train(
+            network(), DATA, RECIPE, [method(budget=share, baseline=baseline, spend=spend, growths=0)]
+        )
         trained, looked, budget = spent(history)
         assert budget == share * baseline
         assert trained + looked <= budget
@@ -356,13 +392,17 @@ def test_no_penalty_waits_for_ever_and_growth_alone_does_not():
     assert "no penalty" in next(a["reason"] for a in actions(waiting, "wait") if "pressure" in a["reason"])
     alone = train(network(), DATA, RECIPE, [method(prune=none, pressure=False)])
     assert actions(alone)
-    assert all(s["pending"] == 0 for e in alone.events if "seen" in e for s in e["seen"]["stages"])  # weight decay is no penalty
+    assert all(
+        s["pending"] == 0 for e in alone.events if "seen" in e for s in e["seen"]["stages"]
+    )  # weight decay is no penalty
 
 
 def test_lambda_can_come_from_prune_trains_ratio():
     history = train(network(), DATA, replace(RECIPE, epochs=2), [method(idle=0)])
     plain = train(network(), DATA, replace(RECIPE, epochs=2), [GENTLE])
-    assert next(e["lam"] for e in history.events if "lam" in e) == next(e["lam"] for e in plain.events if "lam" in e)
+    assert next(e["lam"] for e in history.events if "lam" in e) == next(
+        e["lam"] for e in plain.events if "lam" in e
+    )
 
 
 # Networks and images
@@ -381,7 +421,12 @@ def test_a_users_network_is_pruned_and_grown(growth):
     small = data.synthetic(images=96, size=16, channels=3)
     model = resnet18()
     before = step_flops(model, (3, 16, 16), 2)
-    chosen = method(plan=((0, growth, "stage 4"), (1, "stop", "")), budget=4.0, idle=0.9, prune=replace(GENTLE, multiple=16))
+    chosen = method(
+        plan=((0, growth, "stage 4"), (1, "stop", "")),
+        budget=4.0,
+        idle=0.9,
+        prune=replace(GENTLE, multiple=16),
+    )
     history = train(model, small, replace(RECIPE, epochs=3, batch_size=16, lr=0.01), [chosen])
     assert actions(history)[0]["stage"] == "stage 4"
     assert step_flops(model, (3, 16, 16), 2) > before
@@ -415,7 +460,11 @@ def test_what_cannot_be_pruned_or_grown_is_refused():
 
         def __init__(self):
             super().__init__()
-            self.stem, self.blocks, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.ModuleList([Added()]), nn.Linear(4, 4)
+            self.stem, self.blocks, self.head = (
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.ModuleList([Added()]),
+                nn.Linear(4, 4),
+            )
 
         def forward(self, x):
             return self.head(self.blocks[0](self.stem(x)).mean((2, 3)))
@@ -439,7 +488,12 @@ def test_it_composes_with_a_method_that_resizes_images():
 
 def test_flops_are_right_where_the_images_change_within_an_epoch():
     assert round(0.3 * RECIPE.epochs * PER_EPOCH) % PER_EPOCH
-    history = train(network(), DATA, RECIPE, [Resize(at=0.3), method(plan=(), budget=4.0, prune=replace(GENTLE, ratio=0.0))])
+    history = train(
+        network(),
+        DATA,
+        RECIPE,
+        [Resize(at=0.3), method(plan=(), budget=4.0, prune=replace(GENTLE, ratio=0.0))],
+    )
     small = round(0.3 * history.steps)
     half, full = (step_flops(network(), (1, side, side), RECIPE.batch_size) for side in (4, 8))
     assert history.flops == spent(history)[0] == small * half + (history.steps - small) * full

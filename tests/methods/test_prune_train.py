@@ -1,4 +1,6 @@
-"""PruneTrain: the penalty and its coefficient, exact zeros, the union rule, cuts that change nothing, paths, and the method in training."""
+"""PruneTrain: the penalty and its coefficient, exact zeros, the union rule, cuts that change nothing, paths,
+and the method in training.
+"""
 
 import copy
 import math
@@ -35,7 +37,9 @@ RECIPE = Recipe(epochs=4, batch_size=32, lr=0.1, precision="fp32")
 
 
 def network(seed=0, **kwargs):
-    return models.build("resnet", 4, (1, 8, 8), seed=seed, **{"widths": (4, 6, 8), "blocks": (1, 2, 1), **kwargs})
+    return models.build(
+        "resnet", 4, (1, 8, 8), seed=seed, **{"widths": (4, 6, 8), "blocks": (1, 2, 1), **kwargs}
+    )
 
 
 def groups(model):
@@ -71,9 +75,13 @@ def test_the_penalty_is_the_sum_of_norms_written_out():
     for name, m in model.named_modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             if name != "head":
-                total += sum(math.sqrt(m.weight[o].pow(2).sum().item() + 1e-8) for o in range(m.weight.shape[0]))
+                total += sum(
+                    math.sqrt(m.weight[o].pow(2).sum().item() + 1e-8) for o in range(m.weight.shape[0])
+                )
             if name != "stem":
-                total += sum(math.sqrt(m.weight[:, i].pow(2).sum().item() + 1e-8) for i in range(m.weight.shape[1]))
+                total += sum(
+                    math.sqrt(m.weight[:, i].pow(2).sum().item() + 1e-8) for i in range(m.weight.shape[1])
+                )
     assert group_lasso(groups(model)).item() == pytest.approx(total, rel=1e-12)
 
 
@@ -83,7 +91,8 @@ def test_weighing_by_size_weighs_each_group_by_the_root_of_its_size():
     assert_close(group_lasso([(W, 0, 1)], weigh="size"), expected)
     V = torch.randn(3, 8, dtype=torch.double)
     assert_close(
-        group_lasso([(V, 1, 2)], weigh="size"), sum(math.sqrt(6) * (V[:, 2 * c : 2 * c + 2].norm() ** 2 + 1e-8).sqrt() for c in range(4))
+        group_lasso([(V, 1, 2)], weigh="size"),
+        sum(math.sqrt(6) * (V[:, 2 * c : 2 * c + 2].norm() ** 2 + 1e-8).sqrt() for c in range(4)),
     )
     a, b = W.clone(), W.clone()
     shrink_([(a, 0, 1)], 0.1, weigh="size")
@@ -130,7 +139,9 @@ def test_the_proximal_step_solves_its_own_problem():
     W = torch.randn(5, 7, generator=g, dtype=torch.double)
     kappa, old = 2.5, W.clone()
     shrink_([(W, 0, 1)], kappa)
-    for o in range(5):  # argmin_w 1/2 ||w - old||^2 + kappa ||w||: the gradient is 0, or the sub-gradient holds it at 0
+    for o in range(
+        5
+    ):  # argmin_w 1/2 ||w - old||^2 + kappa ||w||: the gradient is 0, or the sub-gradient holds it at 0
         if W[o].any():
             assert_close(W[o] - old[o] + kappa * W[o] / W[o].norm(), torch.zeros(7, dtype=torch.double))
         else:
@@ -347,12 +358,16 @@ def test_training_prunes_and_cuts_change_no_accuracy():
             checked.append((run.structures, outputs(run.model, X)))
 
     model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
-    history = train(model, DATA, LONG, [Check(), PruneTrain(scale=100.0, weigh="size", multiple=2), first := Check()])
+    history = train(
+        model, DATA, LONG, [Check(), PruneTrain(scale=100.0, weigh="size", multiple=2), first := Check()]
+    )
     assert isinstance(first, Check)
     cuts = [(a, b) for a, b in zip(checked[::2], checked[1::2], strict=True) if a[0] != b[0]]
     assert cuts
     for (_, before), (_, after) in cuts:
-        assert_close(after[1], before[1], atol=1e-4, rtol=1e-3)  # in training mode: a removed path's running statistics go with it
+        assert_close(
+            after[1], before[1], atol=1e-4, rtol=1e-3
+        )  # in training mode: a removed path's running statistics go with it
     assert sum(sum(b) for b in history.structure["blocks"]) < 24
     widths = history.events[-1]["widths"]
     assert len(widths) == 5

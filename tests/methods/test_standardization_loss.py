@@ -1,4 +1,6 @@
-"""Standardization loss: the equation against tables and torch.distributions, the fused gradient against autograd, surgery, training."""
+"""Standardization loss: the equation against tables and torch.distributions, the fused gradient against
+autograd, surgery, training.
+"""
 
 import copy
 
@@ -30,7 +32,9 @@ from effilib.training import Recipe, train
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="fp32")
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
 SHAPES = [(2, 1, 1, 1), (5, 3, 1, 1), (1, 2, 3, 1), (4, 8, 5, 3), (3, 17, 4, 4)]
 
 
@@ -49,12 +53,18 @@ def network(seed=0, bn=True):
 # The equation
 
 
-@pytest.mark.parametrize(("mean", "var", "D"), [(0, 1, 0), (1, 1, 0.5), (0, 4, 0.8069), (0, 0.25, 0.3181), (2, 0.5, 2.0966)])
+@pytest.mark.parametrize(
+    ("mean", "var", "D"), [(0, 1, 0), (1, 1, 0.5), (0, 4, 0.8069), (0, 0.25, 0.3181), (2, 0.5, 2.0966)]
+)
 def test_the_table_of_values(mean, var, D):
-    assert divergence_of(torch.tensor([float(mean)]), torch.tensor([float(var)])).item() == pytest.approx(D, abs=5e-5)
+    assert divergence_of(torch.tensor([float(mean)]), torch.tensor([float(var)])).item() == pytest.approx(
+        D, abs=5e-5
+    )
     x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * var**0.5 + mean
     assert divergence(x, 0.0).item() == pytest.approx(D, abs=5e-5)
-    assert divergence(x.repeat(1, 7), 0.0).item() == pytest.approx(7 * D, abs=5e-4)  # a sum over channels, not a mean
+    assert divergence(x.repeat(1, 7), 0.0).item() == pytest.approx(
+        7 * D, abs=5e-4
+    )  # a sum over channels, not a mean
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (6, 3, 4), *SHAPES[1:]])
@@ -107,7 +117,10 @@ def test_gradcheck(shape):
 
 def test_a_bias_counts_as_part_of_the_pre_activation():
     x, bias = draw(5, 3, 2, 2).requires_grad_(), draw(3, seed=2).requires_grad_()
-    parts = [torch.autograd.grad(d, (x, bias)) for d in (divergence(x, bias=bias), naive_divergence(x + bias.view(1, -1, 1, 1)))]
+    parts = [
+        torch.autograd.grad(d, (x, bias))
+        for d in (divergence(x, bias=bias), naive_divergence(x + bias.view(1, -1, 1, 1)))
+    ]
     assert all(torch.allclose(ours, theirs) for ours, theirs in zip(*parts, strict=True))
     assert torch.autograd.gradcheck(lambda x, b: divergence(x, 1e-3, bias=b), (x, bias))
 
@@ -116,7 +129,13 @@ def test_a_relu_in_place_behind_it_changes_nothing():
     grads = []
     for inplace in (True, False):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=inplace), nn.Conv2d(4, 2, 3), nn.ReLU(inplace=inplace))
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=inplace),
+            nn.Conv2d(4, 2, 3),
+            nn.ReLU(inplace=inplace),
+        )
         sources = [*standardize_(model).values(), Watch(model[3])]
         out = model(torch.rand(4, 1, 8, 8, generator=g()))
         (out.sum() + collect_(sources)).backward()
@@ -264,7 +283,9 @@ def test_hooks_see_what_a_batchnorm_would():
     first = naive_divergence(model.features[0](x)).item()
     collect_(watches)
     model(x)
-    assert watches[0].terms[0].item() == pytest.approx(first, rel=1e-5)  # before the ReLU, which works in place
+    assert watches[0].terms[0].item() == pytest.approx(
+        first, rel=1e-5
+    )  # before the ReLU, which works in place
     with pytest.raises(NoEffect):
         sl.pre_activations(nn.Sequential(nn.Linear(3, 2)))
 
@@ -290,7 +311,9 @@ def test_training_with_it_lowers_the_divergence_and_leaves_a_plain_model(bn, pre
 
 
 def test_the_step_is_that_of_the_loss_by_hand():
-    recipe = Recipe(epochs=0.1, batch_size=32, lr=0.1, precision="fp32", momentum=0.0, weight_decay=0.0, warmup=0.0)
+    recipe = Recipe(
+        epochs=0.1, batch_size=32, lr=0.1, precision="fp32", momentum=0.0, weight_decay=0.0, warmup=0.0
+    )
     model, by_hand = network(bn=False), network(bn=False)
     seen = []
 
@@ -313,7 +336,13 @@ def test_the_step_is_that_of_the_loss_by_hand():
 def test_it_resumes_bit_for_bit(tmp_path):
     def run(epochs, file):
         model = network()
-        return train(model, DATA, Recipe(epochs=epochs, batch_size=32, lr=0.05, precision="fp32"), [StandardizationLoss()], checkpoint=file)
+        return train(
+            model,
+            DATA,
+            Recipe(epochs=epochs, batch_size=32, lr=0.05, precision="fp32"),
+            [StandardizationLoss()],
+            checkpoint=file,
+        )
 
     class Stop(Exception):
         pass
@@ -333,7 +362,12 @@ def test_it_resumes_bit_for_bit(tmp_path):
 
 def test_a_users_network_and_residual_ones():
     for name, count in (("torchvision.models:resnet18", 20), ("resnet", None)):
-        model = models.build(name, 4, (3, 16, 16) if count else (1, 8, 8), **({} if count else {"widths": (8, 8), "blocks": (1, 1)}))
+        model = models.build(
+            name,
+            4,
+            (3, 16, 16) if count else (1, 8, 8),
+            **({} if count else {"widths": (8, 8), "blocks": (1, 1)}),
+        )
         norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         assert len(standardize_(model)) == norms == (count or 6)
         assert models.describe(model) == models.describe(copy.deepcopy(model))

@@ -1,4 +1,6 @@
-"""Stochastic pooling and S3Pool: geometry and routing against PyTorch's own kernels, chances by statistics over many draws."""
+"""Stochastic pooling and S3Pool: geometry and routing against PyTorch's own kernels, chances by statistics
+over many draws.
+"""
 
 import copy
 import itertools
@@ -18,16 +20,27 @@ from effilib import checkpoint, models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import stochastic_pooling as sp
-from effilib.methods.stochastic_pooling import INFO, AveragePool2d, S3Pool2d, StochasticPool2d, StochasticPooling, replace_pools_
+from effilib.methods.stochastic_pooling import (
+    INFO,
+    AveragePool2d,
+    S3Pool2d,
+    StochasticPool2d,
+    StochasticPooling,
+    replace_pools_,
+)
 from effilib.training import Method, Recipe, train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="fp32")
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
 GEOMETRIES = [
     (k, s, p, d, c, size)
-    for k, s, p, d, c, size in itertools.product((2, 3, (3, 2)), (None, 1, 2, 3), (0, 1), (1, 2), (False, True), ((7, 5), (8, 12)))
+    for k, s, p, d, c, size in itertools.product(
+        (2, 3, (3, 2)), (None, 1, 2, 3), (0, 1), (1, 2), (False, True), ((7, 5), (8, 12))
+    )
     if p == 0 or s != 1
 ]
 
@@ -63,10 +76,14 @@ def test_shapes_elements_and_gradients_are_those_of_max_pools_windows(geometry, 
     assert (y <= largest).all()
     y.sum().backward()
     assert x.grad.sum().item() == pytest.approx(y.numel())  # no gradient is lost, none goes into the padding
-    assert torch.allclose((x.grad * x).sum((2, 3)), y.sum((2, 3)), rtol=1e-5)  # each lies at the element that was drawn
+    assert torch.allclose(
+        (x.grad * x).sum((2, 3)), y.sum((2, 3)), rtol=1e-5
+    )  # each lies at the element that was drawn
     drawn = (flat[..., None, :] == y.detach().flatten(2)[..., None]).long().argmax(-1)  # all elements differ
     places = windows(settings_, size, tuple(y.shape[2:]))
-    assert all(drawn[n, c, j].item() in places[j] for n in range(2) for c in range(3) for j in range(drawn.shape[2]))
+    assert all(
+        drawn[n, c, j].item() in places[j] for n in range(2) for c in range(3) for j in range(drawn.shape[2])
+    )
 
 
 def windows(settings_, size, out):
@@ -78,7 +95,9 @@ def windows(settings_, size, out):
     for i, j in itertools.product(range(out[0]), range(out[1])):
         rows = [i * sh - p + d * a for a in range(kh)]
         columns = [j * sw - p + d * b for b in range(kw)]
-        found.append({r * size[1] + c for r in rows for c in columns if 0 <= r < size[0] and 0 <= c < size[1]})
+        found.append(
+            {r * size[1] + c for r in rows for c in columns if 0 <= r < size[0] and 0 <= c < size[1]}
+        )
     return found
 
 
@@ -118,7 +137,9 @@ def test_images_without_a_batch_and_empty_batches():
 def test_a_view_of_a_larger_tensor_is_pooled_as_a_copy_would_be():
     whole = torch.rand(2, 6, 9, 8)
     view = whole[:, ::2, 1:, :]
-    assert torch.equal(StochasticPool2d(2, generator=g())(view), StochasticPool2d(2, generator=g())(view.clone()))
+    assert torch.equal(
+        StochasticPool2d(2, generator=g())(view), StochasticPool2d(2, generator=g())(view.clone())
+    )
 
 
 def test_chunks_make_no_difference(monkeypatch):
@@ -131,7 +152,10 @@ def test_chunks_make_no_difference(monkeypatch):
     parts.square().sum().backward()
     assert torch.equal(parts, whole)
     assert torch.equal(x.grad, dx)
-    assert torch.equal(StochasticPool2d(3, 2, 1).eval()(x), torch.cat([StochasticPool2d(3, 2, 1).eval()(v) for v in x.split(1)]))
+    assert torch.equal(
+        StochasticPool2d(3, 2, 1).eval()(x),
+        torch.cat([StochasticPool2d(3, 2, 1).eval()(v) for v in x.split(1)]),
+    )
 
 
 # Chances
@@ -165,7 +189,9 @@ def test_the_mean_over_draws_is_what_eval_mode_computes():
     draws = layer(x.repeat(n, 1, 1, 1)).view(n, 2, 3, 4, 4)
     flat = F.pad(x, (1, 1, 1, 1)).double().unfold(2, 3, 2).unfold(3, 3, 2).flatten(4)
     p = flat / flat.sum(-1, keepdim=True).clamp_min(1e-30)
-    std = ((p * flat**2).sum(-1) - (p * flat).sum(-1) ** 2).clamp_min(0).sqrt()  # the exact one: 4,000 draws may miss a rare element
+    std = (
+        ((p * flat**2).sum(-1) - (p * flat).sum(-1) ** 2).clamp_min(0).sqrt()
+    )  # the exact one: 4,000 draws may miss a rare element
     error = (draws.double().mean(0) - layer.eval()(x)).abs()
     assert (error <= 5 * std / n**0.5 + 1e-6).all()
     assert std.max() > 0.1
@@ -253,7 +279,9 @@ def test_not_finite_numbers_are_not_hidden():
 def test_negative_input_is_refused_with_the_layers_name(training):
     x = torch.rand(1, 2, 4, 4)
     x[0, 1, 3, 3] = -0.25
-    with pytest.raises(BadInput, match=r"stochastic pooling features\.3: .* >= 0, the least is -0\.25; pool after the ReLU"):
+    with pytest.raises(
+        BadInput, match=r"stochastic pooling features\.3: .* >= 0, the least is -0\.25; pool after the ReLU"
+    ):
         StochasticPool2d(2, layer="features.3").train(training)(x)
     StochasticPool2d(2).train(training)(x.clamp_min(0) * -0.0)  # minus zero is zero
 
@@ -301,7 +329,9 @@ def test_sixteen_bits_do_not_round_the_sums():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 2), (28, 28)], ids=str)
-@pytest.mark.parametrize("settings_", [(2,), (2, 2, 0, 1, True), (3, 2, 1), (3, 2, 1, 1, True), (3, 3), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "settings_", [(2,), (2, 2, 0, 1, True), (3, 2, 1), (3, 2, 1, 1, True), (3, 3), (2, 2, 1)], ids=str
+)
 def test_s3pool_has_max_pools_shape_in_both_modes(settings_, size):
     x = torch.rand(2, 3, *size)
     try:
@@ -355,7 +385,9 @@ def test_s3pool_of_constant_blocks_is_exact_and_takes_negative_input():
     assert torch.allclose(S3Pool2d(1, 2).eval()(x), blocks)
 
 
-@pytest.mark.parametrize(("words", "message"), [({"grid": 3}, "grid 3"), ({"grid": 1}, "grid 1"), ({"dilation": 2}, "dilation 2")])
+@pytest.mark.parametrize(
+    ("words", "message"), [({"grid": 3}, "grid 3"), ({"grid": 1}, "grid 1"), ({"dilation": 2}, "dilation 2")]
+)
 def test_s3pool_refuses_what_has_no_meaning(words, message):
     with pytest.raises(BadInput, match=message):
         S3Pool2d(2, **words)
@@ -377,7 +409,9 @@ def kinds(model):
     return [type(m) for m in model.modules() if isinstance(m, nn.MaxPool2d)]
 
 
-@pytest.mark.parametrize(("kind", "layer"), [("stochastic", StochasticPool2d), ("s3", S3Pool2d), ("average", AveragePool2d)])
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("stochastic", StochasticPool2d), ("s3", S3Pool2d), ("average", AveragePool2d)]
+)
 @pytest.mark.parametrize("bn", [True, False])
 def test_training_replaces_every_max_pool_and_differs_from_it(kind, layer, bn):
     plain, model = network(bn=bn), network(bn=bn)
@@ -393,7 +427,12 @@ def test_training_replaces_every_max_pool_and_differs_from_it(kind, layer, bn):
 
 def test_stochastic_pooling_learns():
     model = network()
-    assert train(model, DATA, Recipe(epochs=20, batch_size=32, lr=0.2, precision="fp32"), [StochasticPooling()]).accuracy > 85
+    assert (
+        train(
+            model, DATA, Recipe(epochs=20, batch_size=32, lr=0.2, precision="fp32"), [StochasticPooling()]
+        ).accuracy
+        > 85
+    )
 
 
 def test_torchvisions_networks_are_taken_as_they_are():
@@ -403,7 +442,11 @@ def test_torchvisions_networks_are_taken_as_they_are():
         model = torchvision.models.vgg11_bn(num_classes=4)
         resnet = torchvision.models.resnet18(num_classes=4)
         inception = torchvision.models.googlenet(num_classes=4, init_weights=False, aux_logits=False)
-    makers = {"stochastic": lambda p, n: StochasticPool2d(p.kernel_size, p.stride, p.padding, ceil_mode=p.ceil_mode, layer=n)}
+    makers = {
+        "stochastic": lambda p, n: StochasticPool2d(
+            p.kernel_size, p.stride, p.padding, ceil_mode=p.ceil_mode, layer=n
+        )
+    }
     assert replace_pools_(model, makers["stochastic"]) == 5
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
     assert replace_pools_(resnet, makers["stochastic"]) == 1  # 3 x 3 at stride 2, padded
@@ -415,7 +458,9 @@ def test_torchvisions_networks_are_taken_as_they_are():
 def test_the_method_works_on_vgg11_bn_in_training():
     big = synthetic(images=64, size=32, channels=3)
     model = models.build("torchvision.models:vgg11_bn", 4, (3, 32, 32))
-    history = train(model, big, Recipe(epochs=1, batch_size=16, lr=0.01), [StochasticPooling()], evaluations=1)
+    history = train(
+        model, big, Recipe(epochs=1, batch_size=16, lr=0.01), [StochasticPooling()], evaluations=1
+    )
     assert history.events[-1]["text"] == "5 pooling layers are now stochastic"
     assert not history.diverged
 
@@ -432,10 +477,17 @@ def test_a_shared_layer_stays_shared_and_names_are_kept():
 
 def test_networks_without_max_pooling_have_no_effect():
     with pytest.raises(NoEffect, match=r"ResNet has no nn\.MaxPool2d layer"):
-        train(models.build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)), DATA, RECIPE, [StochasticPooling()])
+        train(
+            models.build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)),
+            DATA,
+            RECIPE,
+            [StochasticPooling()],
+        )
     with pytest.raises(BadInput, match="pooling 0 returns indices"):
         replace_pools_(nn.Sequential(nn.MaxPool2d(2, return_indices=True)), lambda p, n: p)
-    with pytest.raises(BadInput, match=r"unknown kind of pooling 'stochstic': .* \(did you mean 'stochastic'\?\)"):
+    with pytest.raises(
+        BadInput, match=r"unknown kind of pooling 'stochstic': .* \(did you mean 'stochastic'\?\)"
+    ):
         train(network(), DATA, RECIPE, [StochasticPooling(kind="stochstic")])
 
 
@@ -463,7 +515,9 @@ def test_layers_can_be_copied_and_pickled():
 
 @pytest.mark.parametrize("kind", sp.KINDS)
 def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(kind, tmp_path):
-    (resumed, _), (whole, _) = resumed_and_whole(network, DATA, RECIPE, [StochasticPooling(kind=kind)], tmp_path / "run.pt")
+    (resumed, _), (whole, _) = resumed_and_whole(
+        network, DATA, RECIPE, [StochasticPooling(kind=kind)], tmp_path / "run.pt"
+    )
     assert equal(resumed, whole)
     checkpoint.save_model(tmp_path / "model.pt", whole, "convnet", 4, (1, 8, 8))
     assert len(checkpoint.load_model(tmp_path / "model.pt").state_dict()) == len(whole.state_dict())
@@ -484,9 +538,13 @@ def test_the_draws_do_not_shift_the_order_of_the_data():
     assert all(torch.equal(a, b) for a, b in zip(plain.seen, stochastic.seen, strict=True))
 
 
-@pytest.mark.parametrize("layer", [StochasticPool2d(2), S3Pool2d(2, grid=4), AveragePool2d(2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "layer", [StochasticPool2d(2), S3Pool2d(2, grid=4), AveragePool2d(2)], ids=lambda m: type(m).__name__
+)
 def test_autocast_and_channels_last_go_through(layer):
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), layer).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), layer).to(
+        memory_format=torch.channels_last
+    )
     x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     for training in (True, False):
         with torch.autocast("cpu", torch.bfloat16):

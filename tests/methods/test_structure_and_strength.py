@@ -1,4 +1,6 @@
-"""Structure and strength: patches and filters against slow oracles, gradients of the strength, exact merging, no dW, no test image."""
+"""Structure and strength: patches and filters against slow oracles, gradients of the strength, exact merging,
+no dW, no test image.
+"""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -45,7 +47,11 @@ def stack(*layers, seed=0):
 def plain(bn=False, seed=0, bias=True, **conv):
     norm = [lambda: nn.BatchNorm2d(6)] if bn else []
     return stack(
-        lambda: nn.Conv2d(4, 6, 3, **{"padding": 1, "bias": bias, **conv}), *norm, nn.ReLU, lambda: nn.Conv2d(6, 4, 3, bias=bias), seed=seed
+        lambda: nn.Conv2d(4, 6, 3, **{"padding": 1, "bias": bias, **conv}),
+        *norm,
+        nn.ReLU,
+        lambda: nn.Conv2d(6, 4, 3, bias=bias),
+        seed=seed,
     )
 
 
@@ -82,7 +88,10 @@ def test_patches_are_what_the_convolution_multiplies(settings):
     assert len(patches) == y[:, 0].numel() * conv.groups
     o = 8 // conv.groups
     products = patches.view(-1, conv.groups, patches.shape[1])  # (places, groups, d)
-    mine = torch.cat([products[:, i] @ conv.weight[i * o : (i + 1) * o].detach().flatten(1).T for i in range(conv.groups)], 1)
+    mine = torch.cat(
+        [products[:, i] @ conv.weight[i * o : (i + 1) * o].detach().flatten(1).T for i in range(conv.groups)],
+        1,
+    )
     assert torch.allclose(mine.sort(0).values, y.permute(0, 2, 3, 1).reshape(-1, 8).sort(0).values, atol=1e-5)
 
 
@@ -117,13 +126,17 @@ def test_filters_have_hes_norm_and_the_generator_decides(structure):
 def test_hidden_directions_are_found(structure):
     """Patches that are each one of five directions, and noise: every direction is a filter."""
     atoms = F.normalize(whiten(torch.randn(5, 12, generator=g())), dim=1)
-    patches = 3 * atoms[torch.randint(5, (2000,), generator=g(1))] + 0.05 * torch.randn(2000, 12, generator=g(2))
+    patches = 3 * atoms[torch.randint(5, (2000,), generator=g(1))] + 0.05 * torch.randn(
+        2000, 12, generator=g(2)
+    )
     found = F.normalize(learn_filters(patches, 10, structure, g(3)), dim=1)
     assert ((found @ atoms.T).abs().amax(0) > 0.97).all()
 
 
 def test_the_dictionary_represents_patches_better_than_random_filters():
-    patches = whiten(torch.randn(1500, 6, generator=g()) @ torch.randn(6, 25, generator=g(1)))  # they lie in 6 of 25 dimensions
+    patches = whiten(
+        torch.randn(1500, 6, generator=g()) @ torch.randn(6, 25, generator=g(1))
+    )  # they lie in 6 of 25 dimensions
 
     def left(filters):
         q = torch.linalg.qr(filters.T).Q
@@ -139,7 +152,9 @@ def test_the_dictionary_represents_patches_better_than_random_filters():
 def test_too_few_patches_are_filled_up_with_random_directions(structure, count):
     filters = learn_filters(torch.randn(count, 9, generator=g()), 6, structure, g())
     assert torch.allclose(filters.norm(dim=1), torch.full((6,), 2**0.5))
-    assert torch.isfinite(learn_filters(torch.ones(50, 9), 6, structure, g())).all()  # flat patches tell nothing
+    assert torch.isfinite(
+        learn_filters(torch.ones(50, 9), 6, structure, g())
+    ).all()  # flat patches tell nothing
 
 
 def test_learning_uses_pytorchs_threads_and_warns_of_nothing(recwarn):
@@ -182,16 +197,26 @@ def test_each_layers_filters_come_from_its_own_input_with_the_layers_before_it_s
         layer.weight.data = (ss.he_gain(filters, patches) * filters).view_as(layer.weight)
         assert torch.allclose(layer.weight, mine.weight, atol=1e-5)
     other = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
-    assert all(k.endswith("weight") and before[k].dim() == 4 for k in other)  # no statistic, bias or classifier
+    assert all(
+        k.endswith("weight") and before[k].dim() == 4 for k in other
+    )  # no statistic, bias or classifier
     assert len(other) == 2
     assert model.training
 
 
 def test_no_other_split_ever_enters_the_structure():
-    """Another test set, another validation set, other images beyond the first: the same filters, bit for bit."""
+    """Another test set, another validation set, other images beyond the first: the same filters, bit for
+    bit.
+    """
     method = StructureAndStrength(structure="kmeans", train="all", **FEW)
     zero = Split(x=torch.zeros_like(DATA.test.x), y=DATA.test.y)
-    short = replace(DATA, train=DATA.train[:64], decide=zero[: len(DATA.decide)], validation=zero[: len(DATA.validation)], test=zero)
+    short = replace(
+        DATA,
+        train=DATA.train[:64],
+        decide=zero[: len(DATA.decide)],
+        validation=zero[: len(DATA.validation)],
+        test=zero,
+    )
 
     def first(dataset):
         found = []
@@ -199,7 +224,9 @@ def test_no_other_split_ever_enters_the_structure():
         @dataclass(frozen=True)
         class Look(Method):
             def on_epoch_start(self, run):
-                found.append([m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)])
+                found.append(
+                    [m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)]
+                )
 
         train(network(), dataset, replace(RECIPE, epochs=1), [method, Look()], evaluations=1)
         return found[0]
@@ -210,7 +237,9 @@ def test_no_other_split_ever_enters_the_structure():
 
 
 def test_activations_keep_the_variance_that_hes_filters_would_give_them():
-    patches = torch.randn(2000, 3, generator=g()) @ torch.randn(3, 18, generator=g(1)) + 2  # they lie in few directions
+    patches = (
+        torch.randn(2000, 3, generator=g()) @ torch.randn(3, 18, generator=g(1)) + 2
+    )  # they lie in few directions
     random = torch.randn(5000, 18, generator=g(2))
     random *= 2**0.5 / random.norm(dim=1, keepdim=True)
     expected = (patches @ random.T).square().mean().item()
@@ -231,7 +260,10 @@ def test_networks_with_groups_shortcuts_and_dropout_are_learned_whole():
     with models.seeded(0):
         model = torchvision.models.mobilenet_v3_small(num_classes=4)
     convs = sum(type(m) is nn.Conv2d for m in model.modules())
-    assert len(learn_structure_(model, torch.randn(8, 3, 32, 32, generator=g()), "kmeans", g(), patches=60)) == convs
+    assert (
+        len(learn_structure_(model, torch.randn(8, 3, 32, 32, generator=g()), "kmeans", g(), patches=60))
+        == convs
+    )
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert len(strengthen_(model, torch.randn(2, 3, 32, 32), "auto")) == convs
 
@@ -299,7 +331,9 @@ def test_gradcheck(scope):
     model = plain(groups=2).double()
     strengthen_(model, X[:2].double(), scope)
     assert torch.autograd.gradcheck(
-        lambda x, *_: model(x), (X[:1, :, :4, :4].double().requires_grad_(), *model.parameters()), fast_mode=True
+        lambda x, *_: model(x),
+        (X[:1, :, :4, :4].double().requires_grad_(), *model.parameters()),
+        fast_mode=True,
     )
 
 
@@ -354,7 +388,10 @@ def test_the_number_of_trainable_parameters(scope):
 def test_a_strength_per_filter_in_front_of_batchnorm_is_refused_by_name():
     model = plain(bn=True)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(BadInput, match=r"strength per filter of 0 has no gradient: 1 behind it .* 'kernel' or 'input', or 'auto'"):
+    with pytest.raises(
+        BadInput,
+        match=r"strength per filter of 0 has no gradient: 1 behind it .* 'kernel' or 'input', or 'auto'",
+    ):
         strengthen_(model, X[:2], "filter")
     assert [type(m) for m in model if isinstance(m, nn.Conv2d)] == [nn.Conv2d] * 2  # nothing was half done
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -379,7 +416,9 @@ def test_it_is_dead_there_and_alive_elsewhere():
     for scope in ("kernel", "input"):
         t = strength_gradients(plain(bn=True), scope)[0].t
         assert t.grad.abs().max() > 1e-2 * alive
-        assert abs((t * t.grad).sum()) < 1e-4 * t.grad.abs().sum()  # the size of a whole filter changes nothing
+        assert (
+            abs((t * t.grad).sum()) < 1e-4 * t.grad.abs().sum()
+        )  # the size of a whole filter changes nothing
 
 
 def test_auto_takes_the_normalisations_own_weight_and_only_it_is_trained():
@@ -397,7 +436,10 @@ def test_auto_takes_the_normalisations_own_weight_and_only_it_is_trained():
 def test_a_single_input_channel_is_moved_too_or_refused_where_it_cannot_be():
     def single(**norm):
         return stack(
-            lambda: nn.Conv2d(1, 6, 3), lambda: nn.BatchNorm2d(6, **norm), lambda: nn.Conv2d(6, 6, 3, groups=6), lambda: nn.BatchNorm2d(6)
+            lambda: nn.Conv2d(1, 6, 3),
+            lambda: nn.BatchNorm2d(6, **norm),
+            lambda: nn.Conv2d(6, 6, 3, groups=6),
+            lambda: nn.BatchNorm2d(6),
         )
 
     for scope in ("kernel", "input", "auto"):
@@ -440,7 +482,11 @@ def test_torchvisions_networks_are_read_right():
 
 
 def test_a_model_without_convolutions_and_a_second_time_have_no_effect():
-    for function in (lambda m: strengthen_(m, X, "filter"), lambda m: learn_structure_(m, X, "kmeans", g()), merge_):
+    for function in (
+        lambda m: strengthen_(m, X, "filter"),
+        lambda m: learn_structure_(m, X, "kmeans", g()),
+        merge_,
+    ):
         with pytest.raises(NoEffect, match="Sequential has no"):
             function(nn.Sequential(nn.Flatten(), nn.Linear(256, 4)))
     model = plain()
@@ -450,7 +496,9 @@ def test_a_model_without_convolutions_and_a_second_time_have_no_effect():
     merge_(model)
     with pytest.raises(NoEffect):
         merge_(model)
-    with pytest.raises(BadInput, match=r"unknown scope of strength 'filters': .* \(did you mean 'filter'\?\)"):
+    with pytest.raises(
+        BadInput, match=r"unknown scope of strength 'filters': .* \(did you mean 'filter'\?\)"
+    ):
         strengthen_(plain(), X, "filters")
 
 
@@ -473,15 +521,25 @@ class Watch(Method):
 
     def on_epoch_start(self, run):
         if run.epoch == 0:
-            self.seen["filters"] = [m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)]
+            self.seen["filters"] = [
+                m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)
+            ]
         held = [p for group in run.optimizer.param_groups for p in group["params"]]
         self.seen["held"] = set(held) == set(run.model.parameters())
         groups = run.optimizer.param_groups
-        self.seen["groups"] = [{"weight_decay": g["weight_decay"], "lr": g["lr"], "n": len(g["params"])} for g in groups]
+        self.seen["groups"] = [
+            {"weight_decay": g["weight_decay"], "lr": g["lr"], "n": len(g["params"])} for g in groups
+        ]
 
     def on_epoch_end(self, run):
-        self.seen["after"] = [m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)]
-        self.seen["strengths"] = [m.t.detach().clone() for m in run.model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
+        self.seen["after"] = [
+            m.weight.detach().clone() for m in run.model.modules() if isinstance(m, nn.Conv2d)
+        ]
+        self.seen["strengths"] = [
+            m.t.detach().clone()
+            for m in run.model.modules()
+            if isinstance(m, StrengthConv2d) and m.scope != "norm"
+        ]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -498,7 +556,9 @@ def test_frozen_filters_stay_what_is_trained_moves_and_a_plain_network_is_left(n
     assert set(model.state_dict()) == set(keys)
     assert all(p.requires_grad for p in model.parameters())
     assert ("structure" in history.kinds) == (method.structure != "random")
-    assert history.rows[0]["seconds"] >= history.kinds.get("structure", {"seconds": 0})["seconds"]  # it is on the clock
+    assert (
+        history.rows[0]["seconds"] >= history.kinds.get("structure", {"seconds": 0})["seconds"]
+    )  # it is on the clock
     assert not history.diverged
 
 
@@ -522,7 +582,12 @@ def test_frozen_filters_take_fewer_flops_and_parameters():
 
 def test_it_learns():
     recipe = replace(RECIPE, epochs=30, lr=0.4)
-    assert train(network(bn=True), DATA, recipe, [StructureAndStrength(structure="kmeans", scope="auto", **FEW)]).accuracy > 60
+    assert (
+        train(
+            network(bn=True), DATA, recipe, [StructureAndStrength(structure="kmeans", scope="auto", **FEW)]
+        ).accuracy
+        > 60
+    )
 
 
 def test_random_filters_with_all_weights_are_no_method():
@@ -537,7 +602,9 @@ def test_random_filters_with_all_weights_are_no_method():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_bit_equal(name, tmp_path):
     method, bn = METHODS[name]
-    (resumed, a), (whole, b) = resumed_and_whole(lambda: network(bn=bn), DATA, RECIPE, [method], tmp_path / "run.pt")
+    (resumed, a), (whole, b) = resumed_and_whole(
+        lambda: network(bn=bn), DATA, RECIPE, [method], tmp_path / "run.pt"
+    )
     assert equal(resumed, whole)
     assert [e["text"] for e in a.events] == [e["text"] for e in b.events]
 

@@ -84,7 +84,9 @@ def test_full_children_are_left_out_of_the_sum_and_get_nothing():
 
 
 def test_large_half_precision_logits_do_not_overflow():
-    L, _ = likelihood(torch.full((2000, 2), 60000.0, dtype=torch.bfloat16), torch.zeros(2000, dtype=torch.int64))
+    L, _ = likelihood(
+        torch.full((2000, 2), 60000.0, dtype=torch.bfloat16), torch.zeros(2000, dtype=torch.int64)
+    )
     assert L.flatten().tolist() == [0.5, 0.5]
 
 
@@ -130,7 +132,10 @@ def test_the_surest_class_comes_first_and_what_it_fills_is_full_for_the_next():
 
 def test_a_merge_renames_the_child_for_later_classes():
     found = grow(columns((0.46, 0.44, 0.05, 0.05), (0.05, 0.42, 0.40, 0.13)), {0: 0, 1: 1, 2: 2, 3: 3}, cap=9)
-    assert [e["rule"] for e in found.log] == ["merge", "merge"]  # child 1 now means child 0, which takes in child 2 too
+    assert [e["rule"] for e in found.log] == [
+        "merge",
+        "merge",
+    ]  # child 1 now means child 0, which takes in child 2 too
     assert children(found) == [[0, 1, 2, 4, 5], [3]]
     assert found.origin == [0, 3]
     both = grow(columns((0.46, 0.44, 0.05, 0.05), (0.43, 0.41, 0.1, 0.06)), {0: 0, 1: 1, 2: 2, 3: 3}, cap=9)
@@ -157,7 +162,9 @@ def test_thresholds_are_strict_and_rounding_does_not_pass_for_more():
 def test_one_and_two_children():
     assert children(grow([[1.0]], {0: 0}, cap=2)) == [[0, 1]]
     assert children(grow([[1.0, 1.0]], {0: 0}, cap=2)) == [[0, 1], [2]]
-    assert grow([[0.52], [0.48]], {0: 0, 1: 1}).log[0]["rule"] == "merge"  # the third child that is not there has likelihood 0
+    assert (
+        grow([[0.52], [0.48]], {0: 0, 1: 1}).log[0]["rule"] == "merge"
+    )  # the third child that is not there has likelihood 0
     assert children(grow([[0.52], [0.48]], {0: 0, 1: 1})) == [[0, 1, 2]]
     assert grow([[0.52], [0.48]], {0: 0, 1: 1}, beta=0.5).log[0]["rule"] == "new leaf"
 
@@ -189,7 +196,13 @@ def test_what_does_not_fit_is_refused(L, T, changes, message):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), K=st.integers(1, 6), M=st.integers(1, 8), cap=st.integers(1, 5), sharp=st.sampled_from([0.1, 1.0, 5.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    K=st.integers(1, 6),
+    M=st.integers(1, 8),
+    cap=st.integers(1, 5),
+    sharp=st.sampled_from([0.1, 1.0, 5.0]),
+)
 def test_it_is_always_a_partition_within_the_cap(seed, K, M, cap, sharp):
     g = gen(seed)
     sizes = torch.randint(1, cap + 1, (K,), generator=g).tolist()
@@ -203,7 +216,9 @@ def test_it_is_always_a_partition_within_the_cap(seed, K, M, cap, sharp):
     for k, before in enumerate(found.origin):
         if before is not None:
             assert {c for c, old in T.items() if old == before} <= set(groups[k])
-    assert [e["class"] for e in found.log] == sorted((e["class"] for e in found.log), key=lambda c: (-float(L[:, c - len(T)].max()), c))
+    assert [e["class"] for e in found.log] == sorted(
+        (e["class"] for e in found.log), key=lambda c: (-float(L[:, c - len(T)].max()), c)
+    )
 
 
 # The tree
@@ -259,9 +274,18 @@ def test_what_changed_is_new_with_transferred_weights_and_the_rest_is_the_same_m
     tree = tree_of([[0, 1], [2], [3, 4], [5]])
     root, branches = copy.deepcopy(tree.root), list(tree.branches)
     states = [copy.deepcopy(b.state_dict()) if b is not None else None for b in branches]
-    growth = Growth(T={0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 3, 6: 1, 7: 2, 8: 4}, origin=[0, 1, 2, 3, None], log=[])
+    growth = Growth(
+        T={0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 3, 6: 1, 7: 2, 8: 4}, origin=[0, 1, 2, 3, None], log=[]
+    )
     how = rebuild_(tree, growth, make_root, make_branch)
-    assert how == {"root": "new last layer", 0: "untouched", 1: "fresh", 2: "new last layer", 3: "leaf", 4: "leaf"}
+    assert how == {
+        "root": "new last layer",
+        0: "untouched",
+        1: "fresh",
+        2: "new last layer",
+        3: "leaf",
+        4: "leaf",
+    }
     assert tree.branches[0] is branches[0]
     assert tree.groups == [[0, 1], [2, 6], [3, 4, 7], [5], [8]]
     for name, t in tree.root.state_dict().items():
@@ -275,10 +299,18 @@ def test_what_changed_is_new_with_transferred_weights_and_the_rest_is_the_same_m
 def test_a_root_with_the_same_children_keeps_all_and_with_others_of_the_same_number_does_not():
     tree = tree_of([[0], [1]])
     before = tree.root
-    assert rebuild_(tree, Growth(T={0: 0, 1: 1, 2: 1}, origin=[0, 1], log=[]), make_root, make_branch)["root"] == "kept"
+    assert (
+        rebuild_(tree, Growth(T={0: 0, 1: 1, 2: 1}, origin=[0, 1], log=[]), make_root, make_branch)["root"]
+        == "kept"
+    )
     assert tree.root is before
     tree = tree_of([[0], [1]])
-    how = rebuild_(tree, Growth(T={0: 0, 1: 0, 2: 1}, origin=[0, None], log=[]), lambda n: make_root(n, seed=5), make_branch)
+    how = rebuild_(
+        tree,
+        Growth(T={0: 0, 1: 0, 2: 1}, origin=[0, None], log=[]),
+        lambda n: make_root(n, seed=5),
+        make_branch,
+    )
     assert how["root"] == "new last layer"
     assert torch.equal(tree.root.head.weight, make_root(2, seed=5).head.weight)
     assert not torch.equal(tree.root.features[0].weight, make_root(2, seed=5).features[0].weight)
@@ -324,7 +356,9 @@ def test_networks_whose_weights_cannot_be_transferred_are_refused():
 def test_effort_counts_weights_and_samples_as_the_paper_does():
     found = effort([(4.486e6, 50_000), (0.222e6, 20_000), (0.222e6, 30_000)], [(7.843e6, 50_000)])
     assert found == pytest.approx(0.600, abs=5e-4)
-    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.GroupNorm(1, 5), nn.Flatten(), nn.Linear(5, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.GroupNorm(1, 5), nn.Flatten(), nn.Linear(5, 2)
+    )
     assert weights(net) == 3 * 5 * 9 + 5 + 5 * 2 + 2
     net[0].weight.requires_grad_(False)
     assert weights(net) == 5 + 5 * 2 + 2
@@ -371,7 +405,10 @@ def test_untouched_branches_are_bit_identical_and_changed_ones_are_not(monkeypat
     history = method.learn_(tree, DATA, [4, 5], make_root, make_branch, RECIPE, 0)
     assert all(torch.equal(t, kept[name]) for name, t in tree.branches[2].state_dict().items())
     assert not torch.equal(tree.root.features[0].weight, root["features.0.weight"])
-    assert [(e["part"], e["how"]) for e in history.events if "part" in e] == [("root", "new last layer"), ("0", "fresh")]
+    assert [(e["part"], e["how"]) for e in history.events if "part" in e] == [
+        ("root", "new last layer"),
+        ("0", "fresh"),
+    ]
 
 
 def test_test_images_choose_nothing():
@@ -379,7 +416,9 @@ def test_test_images_choose_nothing():
     other = replace(DATA, test=Split(x=noise, y=DATA.test.y.flip(0)))
     (tree, _, history), (same, _, again) = learned(), learned(other)
     assert tree.groups == same.groups
-    assert all(torch.equal(a, b) for a, b in zip(tree.state_dict().values(), same.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree.state_dict().values(), same.state_dict().values(), strict=True)
+    )
     assert [r["accuracy"] for r in history.rows] == [r["accuracy"] for r in again.rows]
     assert history.events[0]["L"] == again.events[0]["L"]
     assert history.test_accuracy is None
@@ -392,7 +431,9 @@ def test_training_images_of_the_new_classes_do_choose():
     assert classes == [4, 5]
     few = (DATA.train.y == 5).nonzero()[:20, 0]
     with torch.no_grad():
-        torch.testing.assert_close(L[:, 1], tree.eval().root(DATA.normalize(DATA.train.x[few])).double().mean(0).softmax(0))
+        torch.testing.assert_close(
+            L[:, 1], tree.eval().root(DATA.normalize(DATA.train.x[few])).double().mean(0).softmax(0)
+        )
     with pytest.raises(BadInput, match="no training image of class 5"):
         method.likelihood(tree, replace(DATA, train=DATA.train[DATA.train.y != 5]), [4, 5])
 

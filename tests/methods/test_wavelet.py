@@ -1,4 +1,6 @@
-"""Wavelets: transforms against PyWavelets, mirrored and cut bands against mirrored and cut images, surgery, training."""
+"""Wavelets: transforms against PyWavelets, mirrored and cut bands against mirrored and cut images, surgery,
+training.
+"""
 
 import math
 from dataclasses import replace
@@ -113,7 +115,9 @@ def test_three_ways_to_compute_haar_agree():
     H, D = both[..., 4:, :5], both[..., 4:, 5:]
     assert torch.allclose(haar(x), torch.cat([A, H, V, D], 1))
     assert torch.allclose(haar(x), torch.einsum("bp,nphw->nbhw", haar_matrix(3).double(), space_to_depth(x)))
-    s2d = F.pixel_unshuffle(x, 2).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)  # PyTorch's, its channels in our order
+    s2d = (
+        F.pixel_unshuffle(x, 2).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
+    )  # PyTorch's, its channels in our order
     assert torch.equal(space_to_depth(x), s2d)
     whole = torch.randint(0, 256, (2, 3, 8, 10), generator=torch.Generator().manual_seed(0))
     assert torch.equal(butterfly(whole.to(torch.int16)).float() / 2, haar(whole.float()))  # exact in integers
@@ -135,7 +139,10 @@ def test_odd_sizes_repeat_the_last_row_and_column():
     assert A.shape == (1, 1, 3, 4)
     assert (A == 2).all()
     assert not torch.cat(details).any()
-    assert torch.equal(inverse_haar(haar(draw(1, 2, 5, 7)))[..., :5, :7], inverse_haar(haar(even(draw(1, 2, 5, 7))))[..., :5, :7])
+    assert torch.equal(
+        inverse_haar(haar(draw(1, 2, 5, 7)))[..., :5, :7],
+        inverse_haar(haar(even(draw(1, 2, 5, 7))))[..., :5, :7],
+    )
 
 
 def test_mirrored_bands_are_those_of_the_mirrored_image():
@@ -235,7 +242,8 @@ def test_a_pooling_that_is_taken_out_leaves_widths_legible():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", 32), ("resnet18", 33), ("vgg11_bn", 32), ("squeezenet1_1", 64), ("densenet121", 32)]
+    ("name", "size"),
+    [("resnet18", 32), ("resnet18", 33), ("vgg11_bn", 32), ("squeezenet1_1", 64), ("densenet121", 32)],
 )
 def test_published_networks_of_a_user(name, size):
     d = data(size, images=40)
@@ -260,14 +268,23 @@ def test_what_cannot_be_done_is_said():
         wavelet_stem_(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), d)
     with pytest.raises(BadInput, match="unknown kind of stem"):
         wavelet_stem_(flat, d, kind="haar")
-    strided = nn.Sequential(nn.Conv2d(3, 4, 3, 2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    strided = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+    )
     with pytest.raises(NoEffect, match="has a stride of 2 already"):
         wavelet_stem_(strided, d, kind="strided")
 
 
 def test_an_overlapping_pooling_and_a_convolution_without_padding():
     d = data(28, 1, images=40)
-    model = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(4, 4, 5), nn.Flatten(), nn.Linear(256, 4))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1),
+        nn.Conv2d(4, 4, 5),
+        nn.Flatten(),
+        nn.Linear(256, 4),
+    )
     assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
     assert keep_sizes_(model, d.shape, after="0") == ["2"]
     model[2].stride = 2
@@ -370,7 +387,9 @@ def test_a_space_to_depth_stem_can_be_any_haar_stem():
     mix = haar_matrix(3).double()  # space-to-depth -> bands
     other = torch.einsum("obij,bp->opij", conv.weight, mix)
     assert torch.allclose(conv(haar(x)), F.conv2d(space_to_depth(x), other, padding=1))
-    assert torch.allclose(mix @ mix.T, torch.eye(12, dtype=torch.float64))  # orthogonal: nothing is lost, nothing weighs more
+    assert torch.allclose(
+        mix @ mix.T, torch.eye(12, dtype=torch.float64)
+    )  # orthogonal: nothing is lost, nothing weighs more
 
 
 def test_info_says_what_it_is():

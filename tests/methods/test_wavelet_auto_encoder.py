@@ -22,11 +22,19 @@ def smooth(dataset):
     def pairs(split):
         return Split(x=split.x[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2), y=split.y)
 
-    return replace(dataset, pad=0, **{n: pairs(getattr(dataset, n)) for n in ("train", "decide", "validation", "test")})
+    return replace(
+        dataset, pad=0, **{n: pairs(getattr(dataset, n)) for n in ("train", "decide", "validation", "test")}
+    )
 
 
 def trunk(width):
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def network(seed=0):
@@ -51,7 +59,9 @@ class Watch(Method):
         return x, y
 
     def on_step_end(self, run):
-        moved = {n.split(".")[0] for n, p in run.model.named_parameters() if not torch.equal(p, run.before[n])}
+        moved = {
+            n.split(".")[0] for n, p in run.model.named_parameters() if not torch.equal(p, run.before[n])
+        }
         run.moved.setdefault(run.now, set()).update(moved)
 
     def on_fit_end(self, run):
@@ -66,7 +76,9 @@ def test_shapes(size):
     assert I_L.shape == I_H.shape == (3, 1, -(-size[0] // 2), -(-size[1] // 2))
     assert model.reconstruct(I_L, I_H, size).shape == x.shape
     reconstruction, energy = model.terms
-    assert reconstruction.item() == pytest.approx((model.reconstruct(I_L, I_H, size) - x).square().mean().item(), rel=1e-5)
+    assert reconstruction.item() == pytest.approx(
+        (model.reconstruct(I_L, I_H, size) - x).square().mean().item(), rel=1e-5
+    )
     assert energy.item() == pytest.approx(I_H.square().mean().item(), rel=1e-5)
     assert model.eval()(x).shape == (3, 4)
 
@@ -79,8 +91,12 @@ def test_the_score_is_the_sum_of_both_classifiers():
 
 
 def test_each_stage_trains_its_part():
-    settings = RECIPE.__class__(epochs=6, batch_size=32, lr=0.05, precision="fp32", weight_decay=0.0, momentum=0.0)
-    history = train(network(), DATA, settings, [WaveletAutoEncoder(stages=(0.3, 0.3, 0.4)), Watch()], evaluations=1)
+    settings = RECIPE.__class__(
+        epochs=6, batch_size=32, lr=0.05, precision="fp32", weight_decay=0.0, momentum=0.0
+    )
+    history = train(
+        network(), DATA, settings, [WaveletAutoEncoder(stages=(0.3, 0.3, 0.4)), Watch()], evaluations=1
+    )
     moved = next(e["moved"] for e in history.events if "moved" in e)
     assert moved["encoder"] == ["decode_high", "decode_low", "encoder"]
     assert moved["classifier"] == ["head_both", "head_low", "high", "low", "norm"]
@@ -102,7 +118,8 @@ def test_energy_moves_into_the_low_image_and_the_picture_comes_back():
 
 def test_stages_cost_what_they_compute():
     joint, staged = (
-        train(network(), DATA, RECIPE, [WaveletAutoEncoder(stages=s)], evaluations=1).flops for s in ((0, 0, 1.0), (0.5, 0.5, 0.0))
+        train(network(), DATA, RECIPE, [WaveletAutoEncoder(stages=s)], evaluations=1).flops
+        for s in ((0, 0, 1.0), (0.5, 0.5, 0.0))
     )
     assert staged < joint
 

@@ -1,9 +1,10 @@
-"""A network's stages: layers whose maps have the same size, what can become wider in them, and where they can become deeper.
+"""A network's stages: layers whose maps have the same size, what can become wider in them, and where they can
+become deeper.
 
-Where there are residual paths, a stage is a trunk with all that lies on its paths; other layers go by the size of their maps. A layout
-holds plain values only and goes into checkpoints: `of` (layer -> number of its stage), `holders` (per stage, the Sequential of
-its blocks, "" for plain layers) and `pixels` (per stage, of a map).
-"""
+Where there are residual paths, a stage is a trunk with all that lies on its paths; other layers go by the
+size of their maps. A layout holds plain values only and goes into checkpoints: `of` (layer -> number of its
+stage), `holders` (per stage, the Sequential of its blocks, "" for plain layers) and `pixels` (per stage, of a
+map)."""
 
 import torch
 from torch import nn
@@ -55,7 +56,9 @@ def _sizes(model, shape):
     found, hooks = {}, []
     for name, m in model.named_modules():
         if isinstance(m, surgery.CONVS):
-            hook = m.register_forward_hook(lambda m, inputs, output, name=name: found.__setitem__(name, output[0, 0].numel()))
+            hook = m.register_forward_hook(
+                lambda m, inputs, output, name=name: found.__setitem__(name, output[0, 0].numel())
+            )
             hooks.append(hook)
     p = next(model.parameters())
     probe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), hooks)
@@ -63,7 +66,8 @@ def _sizes(model, shape):
 
 
 def stage_of(node, layout):
-    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its path.
+    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its
+    path.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> stage_of(surgery.trace(net)["stages.1.0.conv1"], find(net, (1, 8, 8)))
@@ -103,7 +107,8 @@ def depth(structure, layout, stage):
 
 
 def widenable(structure, layout, stage, trunk=False):
-    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of a plain stage all.
+    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of
+    a plain stage all.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> [node.name for node in widenable(surgery.trace(net), find(net, (1, 8, 8)), 1)]  # without the trunk
@@ -117,7 +122,8 @@ def widenable(structure, layout, stage, trunk=False):
 
 
 def deepenable(model, layout, stage):
-    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if nowhere.
+    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises
+    `BadInput` if nowhere.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> deepenable(net, find(net, (1, 8, 8)), 1)
@@ -128,7 +134,9 @@ def deepenable(model, layout, stage):
         blocks = model.get_submodule(holder)
         if isinstance(blocks, nn.Sequential):
             return f"{holder}.{list(blocks._modules)[-1]}"
-        raise BadInput(f"{names(layout)[stage]}: its blocks do not lie in a Sequential, so that none can follow")
+        raise BadInput(
+            f"{names(layout)[stage]}: its blocks do not lie in a Sequential, so that none can follow"
+        )
     last = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and layout["of"].get(n) == stage]
     parent, _, child = last[-1].rpartition(".") if last else ("", "", "")
     siblings = model.get_submodule(parent)
@@ -139,11 +147,14 @@ def deepenable(model, layout, stage):
                 return f"{parent}.{name}".lstrip(".")
             if not isinstance(m, surgery.NORMS):
                 break
-    raise BadInput(f"{names(layout)[stage]}: no ReLU in a Sequential follows its last layer, so that no other can")
+    raise BadInput(
+        f"{names(layout)[stage]}: no ReLU in a Sequential follows its last layer, so that no other can"
+    )
 
 
 def follow(layout, before, model, stage=None):
-    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong to `stage`.
+    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong
+    to `stage`.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> layout, before = find(net, (1, 8, 8)), {m: name for name, m in net.named_modules()}
@@ -161,12 +172,16 @@ def follow(layout, before, model, stage=None):
 
 
 def table(structure):
-    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its strength.
+    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its
+    strength.
 
     >>> table(surgery.trace(build("convnet", 4, (1, 8, 8), widths=(2, 4))))["features.0"]["alive"]
     [True, True]
     """
-    return {n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width} for n in structure.nodes}
+    return {
+        n.name: {"born": [ALWAYS] * n.width, "alive": [True] * n.width, "strength": [0.0] * n.width}
+        for n in structure.nodes
+    }
 
 
 def owners(structure):
@@ -179,9 +194,11 @@ def owners(structure):
 
 
 def carry(channels, owners, before, structure, cuts, epoch):
-    """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and `follow`; structure: of now.
+    """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and
+    `follow`; structure: of now.
 
-    cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in this epoch.
+    cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in
+    this epoch.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
     >>> then, before = surgery.trace(net), {m: name for name, m in net.named_modules()}
@@ -197,7 +214,9 @@ def carry(channels, owners, before, structure, cuts, epoch):
         old = next((owners[before[m]] for m in layers if before.get(m) in owners), None)
         noted = channels.get(old, {"born": [], "alive": [], "strength": []})
         then = [before.get(m, p) for m, p in layers.items() if m in before or isinstance(m, Constant)]
-        index = next((cuts[p] for p in then if p in cuts), None)  # what stands for a removed path may have given the node its name
+        index = next(
+            (cuts[p] for p in then if p in cuts), None
+        )  # what stands for a removed path may have given the node its name
         if index is not None:
             noted = {k: [v[i] for i in index.tolist()] for k, v in noted.items()}
         more = node.width - len(noted["born"])
@@ -215,8 +234,12 @@ def flops(model, layout, layers=None):
     6912
     """
     found = 0
-    for name in [n for n, m in model.named_modules() if isinstance(m, surgery.CONVS)] if layers is None else layers:
+    for name in (
+        [n for n, m in model.named_modules() if isinstance(m, surgery.CONVS)] if layers is None else layers
+    ):
         weight = getattr(model.get_submodule(name), "weight", None)
         if weight is not None:
-            found += 6 * weight.numel() * (layout["pixels"][layout["of"][name]] if name in layout["of"] else 1)
+            found += (
+                6 * weight.numel() * (layout["pixels"][layout["of"][name]] if name in layout["of"] else 1)
+            )
     return found

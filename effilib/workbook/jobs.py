@@ -1,14 +1,14 @@
 """One notebook as a job: executed by papermill in a process of its own, into a folder that a person reads.
 
-It is complete if its process ended well *and* its `record.json` says so: papermill's output looks complete even after
-its kernel was killed. It runs in `.partial/<notebook>`, which takes the place of its results at the end. A failed run is
-kept too, with a report of how far it came: in the notebook's own folder if there is nothing better, else in
-`failed/<notebook>`; `run.json` tells that the last run failed, and why. An interrupted run leaves only its finished seeds.
+It is complete if its process ended well *and* its `record.json` says so: papermill's output looks complete
+even after its kernel was killed. It runs in `.partial/<notebook>`, which takes the place of its results at
+the end. A failed run is kept too, with a report of how far it came: in the notebook's own folder if there is
+nothing better, else in `failed/<notebook>`; `run.json` tells that the last run failed, and why. An
+interrupted run leaves only its finished seeds.
 
-Whatever a notebook starts carries its `EFFILIB_OUT` in the environment, and is killed by that mark when the notebook
-ends, however it ends. A job goes on only while its run holds the results folder. On another machine a notebook is executed
-by `effilib.cluster`; all the rest of a job happens here.
-"""
+Whatever a notebook starts carries its `EFFILIB_OUT` in the environment, and is killed by that mark when the
+notebook ends, however it ends. A job goes on only while its run holds the results folder. On another machine
+a notebook is executed by `effilib.workbook.cluster`; all the rest of a job happens here."""
 
 import contextlib
 import ctypes
@@ -24,8 +24,9 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from effilib import paths, report
+from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import report
 
 TICK = 0.2  # seconds between two looks at what runs
 GIVEN_UP = "its results folder was given up"
@@ -51,7 +52,9 @@ class Job:
     token: str = ""  # the job goes on while `folder / ".running"` says this
     shared: bool = False  # may other notebooks run on the same machine at the same time?
     home: Path = field(default_factory=Path.cwd)  # where the command was typed
-    environment: dict = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith("EFFILIB_")})
+    environment: dict = field(
+        default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith("EFFILIB_")}
+    )
 
     @property
     def name(self):
@@ -80,9 +83,13 @@ class Job:
 
     @property
     def files(self):
-        """The user's own files and folders behind the parameters, such as the mine.py of DIR/mine.py:net: dict parameter -> path."""
+        """The user's own files and folders behind the parameters, such as the mine.py of DIR/mine.py:net:
+        dict parameter -> path.
+        """
         texts = {name: value for name, value in self.parameters.items() if isinstance(value, str)}
-        found = {name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()}
+        found = {
+            name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()
+        }
         return {name: path for name, path in found.items() if path.is_absolute() and path.exists()}
 
     def held(self):
@@ -95,7 +102,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the reason in one sentence.
+    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the
+    reason in one sentence.
 
     >>> Outcome("02_x", "failed", "its kernel was killed").status
     'failed'
@@ -114,7 +122,11 @@ def listing(path):
     [('a.txt', 3)]
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return [
+        (str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
+    ]
 
 
 def saved(file):
@@ -144,7 +156,9 @@ def hold(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"another run is writing into {folder}: wait for its end, or give this one a --name") from None
+            raise BadInput(
+                f"another run is writing into {folder}: wait for its end, or give this one a --name"
+            ) from None
         except OSError:
             pass  # a file system without locks
         token = uuid.uuid4().hex
@@ -159,22 +173,36 @@ def hold(folder):
                 file.write_text("")
 
 
-# ------------------------------------------------------------------------------------------------------ executing
+# ------------------------------------------------------------------------------------------------------
+# executing
 
 
 def execute(job, wanted=None):
-    """Execute a notebook in a child process, into `job.partial`. Returns the reason of its failure, "" if there is none.
+    """Execute a notebook in a child process, into `job.partial`. Returns the reason of its failure, "" if
+    there is none.
 
-    wanted: does anybody wait for it still? By default, as long as its run holds the results folder. Raises `Interrupted` if not.
-    """
+    wanted: does anybody wait for it still? By default, as long as its run holds the results folder. Raises
+    `Interrupted` if not."""
     wanted = wanted or job.held
-    request = json.dumps([str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout])
-    with tempfile.TemporaryDirectory(prefix="effilib-") as sockets, (job.partial / "process.log").open("wb") as log:
-        environment = {**os.environ, **job.environment, "EFFILIB_OUT": str(job.partial), "JUPYTER_RUNTIME_DIR": sockets}
+    request = json.dumps(
+        [str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout]
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="effilib-") as sockets,
+        (job.partial / "process.log").open("wb") as log,
+    ):
+        environment = {
+            **os.environ,
+            **job.environment,
+            "EFFILIB_OUT": str(job.partial),
+            "JUPYTER_RUNTIME_DIR": sockets,
+        }
         if job.shared:
             environment["EFFILIB_SHARED"] = "1"
         if (paths.root() / "effilib").is_dir():  # a checkout that need not be installed
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")]))
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(paths.root()), os.environ.get("PYTHONPATH")])
+            )
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, request],  # -P: files in the current folder shadow nothing
             env={name: value for name, value in environment.items() if value is not None},
@@ -201,11 +229,17 @@ def execute(job, wanted=None):
 
 
 def end(out):
-    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook started."""
+    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook
+    started.
+    """
     import psutil
 
     for _ in range(10):  # what starts while we look is found the next time
-        found = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("EFFILIB_OUT") == str(out)]
+        found = [
+            p
+            for p in psutil.process_iter(["environ"])
+            if (p.info["environ"] or {}).get("EFFILIB_OUT") == str(out)
+        ]
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -214,16 +248,17 @@ def end(out):
         psutil.wait_procs(found, timeout=1)
 
 
-# --------------------------------------------------------------------------------------------------------- one job
+# ---------------------------------------------------------------------------------------------------------
+# one job
 
 
 def run_one(job, execute=execute):
     """Run one notebook, put its results in place and render its report. Returns its `Outcome`.
 
-    execute: what executes it into `job.partial` and returns the reason of its failure. Whatever the notebook does, nothing is
-    raised; but OSError where the results cannot be written, on a full disk for one. `run.json` is written last: without it, or
-    with another key in it, the notebook runs again. If only the report is missing, it is rendered and nothing is executed.
-    """
+    execute: what executes it into `job.partial` and returns the reason of its failure. Whatever the notebook
+    does, nothing is raised; but OSError where the results cannot be written, on a full disk for one.
+    `run.json` is written last: without it, or with another key in it, the notebook runs again. If only the
+    report is missing, it is rendered and nothing is executed."""
     from effilib import clock  # brings torch, for which the child process need not wait
 
     if not job.held():
@@ -234,7 +269,14 @@ def run_one(job, execute=execute):
 
     def state(reason):
         status, spent = "failed" if reason else "complete", round(before + seconds(), 1)
-        return {"status": status, "reason": reason, "seconds": spent, "key": job.key, "date": clock.date(), "executed": not failure}
+        return {
+            "status": status,
+            "reason": reason,
+            "seconds": spent,
+            "key": job.key,
+            "date": clock.date(),
+            "executed": not failure,
+        }
 
     with clock.elapsed() as seconds:
         if not executed(job):
@@ -243,7 +285,10 @@ def run_one(job, execute=execute):
                 failure = execute(job)
                 if not failure and not _complete(job.partial):
                     failure = "it wrote no complete record.json: its last cell, tagged `record`, does that"
-                paths.write(job.partial / "run.json", state(failure or "its report was not rendered; the next call does that"))
+                paths.write(
+                    job.partial / "run.json",
+                    state(failure or "its report was not rendered; the next call does that"),
+                )
                 place = _put(job, failure)
             except Interrupted:
                 return Outcome(job.name, "interrupted", GIVEN_UP)
@@ -257,14 +302,19 @@ def run_one(job, execute=execute):
 
 
 def executed(job):
-    """Is there a complete record of this very job, with a report or without? Times from a shared machine do not do if it runs alone.
+    """Is there a complete record of this very job, with a report or without? Times from a shared machine do
+    not do if it runs alone.
 
-    >>> from effilib.runner import plan
+    >>> from effilib.workbook.runner import plan
     >>> executed(plan(["02"], preset="smoke")[0])
     False
     """
     run, record = (saved(job.results / name) for name in ("run.json", "record.json"))
-    whole = record.get("status") == "complete" and run.get("key") == job.key and run.get("executed", run.get("status") == "complete")
+    whole = (
+        record.get("status") == "complete"
+        and run.get("key") == job.key
+        and run.get("executed", run.get("status") == "complete")
+    )
     return whole and (job.shared or not record.get("shared_machine"))
 
 
@@ -273,7 +323,9 @@ def _complete(folder):
 
 
 def _tidy(job):
-    """Take up what a killed run left: its processes, its half result, and the folders that it was about to exchange."""
+    """Take up what a killed run left: its processes, its half result, and the folders that it was about to
+    exchange.
+    """
     end(job.partial)
     shutil.rmtree(job.partial, ignore_errors=True)
     if job.old.exists() and not job.results.exists():
@@ -285,8 +337,11 @@ def _tidy(job):
 
 
 def _put(job, reason):
-    """Put a finished run in its place, which is never that of a complete result if it failed. Returns the place."""
-    # Nobody shall take the record of a failed run for a result, and nobody needs the log of one that went well.
+    """Put a finished run in its place, which is never that of a complete result if it failed. Returns the
+    place.
+    """
+    # Nobody shall take the record of a failed run for a result, and nobody needs the log of one that went
+    # well.
     (job.partial / ("record.json" if reason else "process.log")).unlink(missing_ok=True)
     if not saved(job.partial / "notebook.ipynb"):  # half-written, on a full disk for one
         (job.partial / "notebook.ipynb").unlink(missing_ok=True)
@@ -303,7 +358,9 @@ def _put(job, reason):
 
 
 def _render(job, place, reason):
-    """Write the report of a finished run. Returns the reason of its failure, which may be that there is no report."""
+    """Write the report of a finished run. Returns the reason of its failure, which may be that there is no
+    report.
+    """
     executed = place / "notebook.ipynb"
     if not executed.exists():
         shutil.copyfile(job.notebook, executed)
@@ -330,13 +387,18 @@ def _line(text):
     return line if len(line) <= 300 else line[:299] + "…"
 
 
-# ------------------------------------------------------------------------------------------------- the child process
+# ------------------------------------------------------------------------------------------------- the child
+# process
 
 
 def _child(notebook, output, parameters, timeout):
-    """Execute one notebook in this process; standard output carries the reason if it fails, and nothing else."""
+    """Execute one notebook in this process; standard output carries the reason if it fails, and nothing
+    else.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the runner ends, however that happens
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: end when the runner ends, however that happens
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)  # what else is printed, by the kernel for one, goes to the log
         answer.write(_papermill(notebook, output, parameters, timeout))
@@ -347,9 +409,17 @@ def _papermill(notebook, output, parameters, timeout):
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    settings = dict(kernel_name="python3", language="python", kernel_manager_class=_kernel(), start_timeout=180, iopub_timeout=60)
+    settings = dict(
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=_kernel(),
+        start_timeout=180,
+        iopub_timeout=60,
+    )
     try:
-        papermill.execute_notebook(notebook, output, parameters, progress_bar=False, execution_timeout=timeout, **settings)
+        papermill.execute_notebook(
+            notebook, output, parameters, progress_bar=False, execution_timeout=timeout, **settings
+        )
     except papermill.PapermillExecutionError as error:
         return _line(error.evalue if error.ename == "BadInput" else f"{error.ename}: {error.evalue}")
     except DeadKernelError:
@@ -367,14 +437,25 @@ def _kernel():
     from jupyter_client import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
-        """This very interpreter as a kernel, whatever kernels are installed; over Unix sockets: no ports, no other users."""
+        """This very interpreter as a kernel, whatever kernels are installed; over Unix sockets: no ports, no
+        other users.
+        """
 
         def __init__(self, **settings):
-            sockets = os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], "kernel")  # by default all kernels would meet at one address
+            sockets = os.path.join(
+                os.environ["JUPYTER_RUNTIME_DIR"], "kernel"
+            )  # by default all kernels would meet at one address
             super().__init__(**settings, transport="ipc", ip=sockets)
 
         def format_kernel_cmd(self, extra_arguments=None):
-            return [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or ())]
+            return [
+                sys.executable,
+                "-m",
+                "ipykernel_launcher",
+                "-f",
+                self.connection_file,
+                *(extra_arguments or ()),
+            ]
 
     return Kernel
 

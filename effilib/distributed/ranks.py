@@ -1,8 +1,9 @@
 """One training over several processes, started by `torchrun`: one a GPU, or a few that share a CPU.
 
-Every process (a *rank*) holds the whole network and the whole data set, and draws for the whole batch: order, crops and flips are
-those of one process. It trains on its share of each batch; DistributedDataParallel averages the gradients, and all take the same
-step. BatchNorm normalises each share by itself. What is decided is decided by rank 0 (`agree`, `first`), and only rank 0 writes.
+Every process (a *rank*) holds the whole network and the whole data set, and draws for the whole batch: order,
+crops and flips are those of one process. It trains on its share of each batch; DistributedDataParallel
+averages the gradients, and all take the same step. BatchNorm normalises each share by itself. What is decided
+is decided by rank 0 (`agree`, `first`), and only rank 0 writes.
 
 `ranks()` says who takes part. For one process alone everything here gives back what it was given.
 """
@@ -24,7 +25,8 @@ from effilib.errors import BadInput
 
 
 def several():
-    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same variables.
+    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same
+    variables.
 
     >>> several()
     False
@@ -33,7 +35,8 @@ def several():
 
 
 def gpu():
-    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput` if there are too few.
+    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput`
+    if there are too few.
 
     >>> gpu()
     'cuda'
@@ -42,12 +45,15 @@ def gpu():
         return "cuda"
     mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if mine >= there:
-        raise BadInput(f"process {mine} of this machine has no GPU of its own, there are {there}: start as many processes as GPUs")
+        raise BadInput(
+            f"process {mine} of this machine has no GPU of its own, there are {there}: start as many processes as GPUs"
+        )
     return f"cuda:{mine}"
 
 
 def ranks(device="cpu"):
-    """The `Ranks` that train together on data on `device`. At its first call with several processes they meet: NCCL on GPUs, else gloo.
+    """The `Ranks` that train together on data on `device`. At its first call with several processes they
+    meet: NCCL on GPUs, else gloo.
 
     Raises `BadInput` if two processes would use the same GPU.
 
@@ -61,14 +67,22 @@ def ranks(device="cpu"):
         if cuda:
             torch.cuda.set_device(device)
         store, rank, size = next(rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # the store outlives a restart, with the addresses of those who are gone
+        if (
+            os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        ):  # the store outlives a restart, with the addresses of those who are gone
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size
+        )
         atexit.register(_leave)
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # 1x1 filters: no matter
+        warnings.filterwarnings(
+            "ignore", message="Grad strides do not match bucket view strides"
+        )  # 1x1 filters: no matter
         places = _ranks().gather((platform.node(), str(torch.device(device))))
         if cuda and len(set(places)) < len(places):
-            raise BadInput(f"several processes on {device}: each needs a GPU of its own, e.g. dataset.to(effilib.distributed.gpu())")
+            raise BadInput(
+                f"several processes on {device}: each needs a GPU of its own, e.g. dataset.to(effilib.distributed.gpu())"
+            )
     return _ranks()
 
 
@@ -77,16 +91,20 @@ def _ranks():
 
 
 def _leave():
-    """Part. Gloo's threads may still hold a tensor of the last exchange, and dropping it needs Python's lock: later, in an interpreter
-    that is being torn down, that aborts a process whose work is done. DDP keeps the group, so that its threads cannot be joined."""
+    """Part. Gloo's threads may still hold a tensor of the last exchange, and dropping it needs Python's lock:
+    later, in an interpreter that is being torn down, that aborts a process whose work is done. DDP keeps the
+    group, so that its threads cannot be joined."""
     if dist.is_initialized():
-        threading.Event().wait(0.1)  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
+        threading.Event().wait(
+            0.1
+        )  # gives the lock away; nothing is exchanged, so it cannot hang where another process has died
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a training, seen from one of them. What exchanges something must be called by all, in the same order.
+    """The processes of a training, seen from one of them. What exchanges something must be called by all, in
+    the same order.
 
     >>> [Ranks(rank=rank, size=2).share(5) for rank in (0, 1)]
     [slice(0, 3, None), slice(3, 5, None)]
@@ -100,13 +118,17 @@ class Ranks:
     def share(self, n):
         """The slice of a batch of `n` images that is this rank's; shares differ by one at most."""
         if n < self.size:
-            raise BadInput(f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image for each")
+            raise BadInput(
+                f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image for each"
+            )
         each, more = divmod(n, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
     def weigh(self, mean, batches):
-        """A mean over this rank's share of a batch, weighed so that the mean over all ranks is that over the batch."""
+        """A mean over this rank's share of a batch, weighed so that the mean over all ranks is that over the
+        batch.
+        """
         if self.size == 1:
             return mean
         mine = self.share(batches.batch_size)
@@ -127,7 +149,9 @@ class Ranks:
         return box[0]
 
     def first(self, function):
-        """What `function()` returns on rank 0, the only one to call it, on all ranks; what it raises there is raised by all."""
+        """What `function()` returns on rank 0, the only one to call it, on all ranks; what it raises there is
+        raised by all.
+        """
         if self.size == 1:
             return function()
         result = error = None
@@ -155,7 +179,9 @@ class Ranks:
         for rank, theirs in enumerate(everyone[1:], 1):
             other = [k for k, v in everyone[0].items() if theirs[k] != v]
             if other:
-                raise BadInput(f"process {rank} does not train what process 0 does: other {' and '.join(other)}")
+                raise BadInput(
+                    f"process {rank} does not train what process 0 does: other {' and '.join(other)}"
+                )
 
     # Numbers
 
@@ -167,7 +193,9 @@ class Ranks:
         return t
 
     def whole(self, x):
-        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks. Slow, and rarely needed."""
+        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks. Slow, and
+        rarely needed.
+        """
         return x if self.size == 1 else torch.cat([part.to(x.device) for part in self.gather(x.cpu())])
 
     def mean_(self, tensors):
@@ -196,27 +224,40 @@ class Ranks:
     # The network
 
     def wrap(self, model, sync_bn=False):
-        """The model with gradients that are averaged over the ranks; rank 0's parameters and buffers are given to all.
+        """The model with gradients that are averaged over the ranks; rank 0's parameters and buffers are
+        given to all.
 
-        sync_bn: let BatchNorm take its moments over the whole batch. To be called anew when parameters came or went.
-        """
+        sync_bn: let BatchNorm take its moments over the whole batch. To be called anew when parameters came
+        or went."""
         if self.size == 1:
             return model
         if sync_bn:
             sync_(model)
         wrapped = DistributedDataParallel(model)
-        wrapped.broadcast_buffers = False  # after this once: rank 0's statistics at every step would be those of its share alone
+        wrapped.broadcast_buffers = (
+            False  # after this once: rank 0's statistics at every step would be those of its share alone
+        )
         return wrapped
 
     def complete(self, model):
-        """After a backward pass: raise `BadInput` if a parameter took no part in it. The others' gradients would be waited for in vain."""
+        """After a backward pass: raise `BadInput` if a parameter took no part in it. The others' gradients
+        would be waited for in vain.
+        """
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         if unused and self.size > 1:
-            raise BadInput(f"over several processes every parameter must take part in every step: {unused[0]} does not")
+            raise BadInput(
+                f"over several processes every parameter must take part in every step: {unused[0]} does not"
+            )
 
     def statistics_(self, model):
-        """Make BatchNorm's running statistics the mean over all ranks, in place: as they are linear, as if it were done at every step."""
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+        """Make BatchNorm's running statistics the mean over all ranks, in place: as they are linear, as if it
+        were done at every step.
+        """
+        norms = [
+            m
+            for m in model.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        ]
         self.mean_([t for m in norms for t in (m.running_mean, m.running_var)])
 
 
@@ -224,7 +265,8 @@ ALONE = Ranks()
 
 
 def sync_(model, on=True):
-    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them plain again, in place.
+    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them
+    plain again, in place.
 
     >>> net = nn.Sequential(nn.BatchNorm2d(4))
     >>> for on in (True, False):

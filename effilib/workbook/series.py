@@ -17,7 +17,8 @@ ATTACKS = {  # training time = steps x images per step x operations per image x 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A chapter: notebook's stem, number in the thesis, titles, the module with its method, and the factor of time it attacks.
+    """A chapter: notebook's stem, number in the thesis, titles, the module with its method, and the factor of
+    time it attacks.
 
     >>> CHAPTERS[0].number, CHAPTERS[0].title, CHAPTERS[0].exists
     ('2', 'Where training time goes', True)
@@ -50,8 +51,22 @@ def _chapter(stem, number, title, title_de, module="", attacks=""):
 CHAPTERS = (
     _chapter("02_overview", "2", "Where training time goes", "Überblick"),
     _chapter("03_1_convolution_cost", "3.1", "What a convolution costs", "Kosten einer Faltung"),
-    _chapter("03_2_mixed_precision", "3.2", "Mixed precision", "Halbierung der Bits", "mixed_precision", "operations"),
-    _chapter("03_3_dynamic_fixed_point", "3.3", "Dynamic fixed point", "Dynamisches Festkomma", "dynamic_fixed_point", "operations"),
+    _chapter(
+        "03_2_mixed_precision",
+        "3.2",
+        "Mixed precision",
+        "Halbierung der Bits",
+        "mixed_precision",
+        "operations",
+    ),
+    _chapter(
+        "03_3_dynamic_fixed_point",
+        "3.3",
+        "Dynamic fixed point",
+        "Dynamisches Festkomma",
+        "dynamic_fixed_point",
+        "operations",
+    ),
     _chapter(
         "03_4_approximate_tensor_operations",
         "3.4",
@@ -69,9 +84,21 @@ CHAPTERS = (
         "arithmetic",
     ),
     _chapter(
-        "04_2_gradient_approximation", "4.2", "Gradient approximation", "Gradientenapproximation", "gradient_approximation", "arithmetic"
+        "04_2_gradient_approximation",
+        "4.2",
+        "Gradient approximation",
+        "Gradientenapproximation",
+        "gradient_approximation",
+        "arithmetic",
     ),
-    _chapter("05_1_stochastic_pooling", "5.1", "Stochastic pooling", "Stochastisches Pooling", "stochastic_pooling", "images"),
+    _chapter(
+        "05_1_stochastic_pooling",
+        "5.1",
+        "Stochastic pooling",
+        "Stochastisches Pooling",
+        "stochastic_pooling",
+        "images",
+    ),
     _chapter(
         "05_2_structure_and_strength",
         "5.2",
@@ -80,9 +107,23 @@ CHAPTERS = (
         "structure_and_strength",
         "images",
     ),
-    _chapter("06_1_prune_train", "6.1", "PruneTrain", "Beschneiden während des Trainings", "prune_train", "structure"),
+    _chapter(
+        "06_1_prune_train",
+        "6.1",
+        "PruneTrain",
+        "Beschneiden während des Trainings",
+        "prune_train",
+        "structure",
+    ),
     _chapter("06_2_net2net", "6.2", "Net2Net", "Net2Net", "net2net", "steps"),
-    _chapter("06_3_kernel_rescaling", "6.3", "Kernel rescaling", "Skalierung der Filter", "kernel_rescaling", "arithmetic"),
+    _chapter(
+        "06_3_kernel_rescaling",
+        "6.3",
+        "Kernel rescaling",
+        "Skalierung der Filter",
+        "kernel_rescaling",
+        "arithmetic",
+    ),
     _chapter(
         "06_4_layer_replacement",
         "6.4",
@@ -92,10 +133,24 @@ CHAPTERS = (
         "structure",
     ),
     _chapter("07_1_tree_cnn", "7.1", "Tree-CNN", "Tree-CNN", "tree_cnn", "structure"),
-    _chapter("07_2_standardization_loss", "7.2", "Standardization loss", "Standardisierungsverlust", "standardization_loss", "operations"),
+    _chapter(
+        "07_2_standardization_loss",
+        "7.2",
+        "Standardization loss",
+        "Standardisierungsverlust",
+        "standardization_loss",
+        "operations",
+    ),
     _chapter("07_3_wavelet", "7.3", "Wavelets", "Wavelets", "wavelet", "arithmetic"),
     _chapter("08_practical_setting", "II.8", "Setting of the practical part", "Rahmen des praktischen Teils"),
-    _chapter("09_prune_then_grow", "II.9", "Prune while training, then grow", "Beschneiden, dann wachsen", "prune_then_grow", "structure"),
+    _chapter(
+        "09_prune_then_grow",
+        "II.9",
+        "Prune while training, then grow",
+        "Beschneiden, dann wachsen",
+        "prune_then_grow",
+        "structure",
+    ),
     _chapter("10_comparison", "10", "Every method side by side", "Vergleich"),
 )
 
@@ -106,7 +161,9 @@ def chapter(stem):
     >>> chapter("06_1_prune_train").title_de
     'Beschneiden während des Trainings'
     """
-    return next((c for c in CHAPTERS if c.stem == stem), None) or _chapter(stem, stem.split("_")[0], stem.replace("_", " "), "")
+    return next((c for c in CHAPTERS if c.stem == stem), None) or _chapter(
+        stem, stem.split("_")[0], stem.replace("_", " "), ""
+    )
 
 
 def recorded():
@@ -124,7 +181,8 @@ def recorded():
 
 
 def readme_table():
-    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never typed.
+    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never
+    typed.
 
     >>> print(readme_table().splitlines()[0])
     | chapter | notebook | attacks | source | recorded |
@@ -135,7 +193,9 @@ def readme_table():
         name = f"[{c.title}](notebooks/{c.stem}.ipynb)" if c.exists else f"{c.title} (to come)"
         head = (found.get(c.stem, [{}])[-1] or {}).get("headline")
         result = f"{head['text']}: {head['verdict']}" if head else ""
-        rows.append(f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {c.info.paper if c.info else ''} | {result} |")
+        rows.append(
+            f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {c.info.paper if c.info else ''} | {result} |"
+        )
     return "\n".join(rows)
 
 
@@ -152,7 +212,8 @@ def with_table(readme):
 
 
 def headlines():
-    """What was recorded last of every chapter, in order, where a verdict came of it: plain values for `figures.scoreboard`.
+    """What was recorded last of every chapter, in order, where a verdict came of it: plain values for
+    `figures.scoreboard`.
 
     >>> row = headlines()[0]
     >>> row["chapter"], row["title"]
@@ -162,8 +223,19 @@ def headlines():
     for c in CHAPTERS:
         record = found.get(c.stem, [{}])[-1]
         if record.get("headline"):
-            head = {k: record["headline"].get(k) for k in ("arm", "against", "quantity", "ratio", "low", "high", "verdict", "text")}
-            rows.append({"chapter": c.number, "title": c.title, "preset": record.get("preset"), "dataset": record.get("dataset"), **head})
+            head = {
+                k: record["headline"].get(k)
+                for k in ("arm", "against", "quantity", "ratio", "low", "high", "verdict", "text")
+            }
+            rows.append(
+                {
+                    "chapter": c.number,
+                    "title": c.title,
+                    "preset": record.get("preset"),
+                    "dataset": record.get("dataset"),
+                    **head,
+                }
+            )
     return rows
 
 
@@ -177,7 +249,8 @@ def picture():
 
 
 def drawn(file):
-    """The digest of the `headlines` that a picture shows, which `update_picture` writes into it; "" where there is none.
+    """The digest of the `headlines` that a picture shows, which `update_picture` writes into it; "" where
+    there is none.
 
     >>> drawn("nowhere.png")
     ''
@@ -192,7 +265,8 @@ def drawn(file):
 
 
 def update_picture():
-    """Draw the scoreboard anew where it shows other results than the recorded ones. Returns whether it was drawn.
+    """Draw the scoreboard anew where it shows other results than the recorded ones. Returns whether it was
+    drawn.
 
     >>> update_picture() and update_picture()  # the second time there is nothing to do
     False
@@ -201,16 +275,16 @@ def update_picture():
     digest = provenance.digest(rows)
     if not rows or drawn(picture()) == digest:
         return False
-    from effilib import figures, notebook  # matplotlib and torch take seconds
+    from effilib import figures  # matplotlib takes seconds
 
-    paths.write(picture(), notebook.png(figures.scoreboard(rows), Description=digest))
+    paths.write(picture(), figures.png(figures.scoreboard(rows), Description=digest))
     return True
 
 
 def update_readme():
     """Bring the checkout's README up to date: its table of chapters, and its picture.
 
-    >>> update_readme()  # python -m effilib.series
+    >>> update_readme()  # python -m effilib.workbook.series
     >>> with_table(text := (paths.root() / "README.md").read_text()) == text
     True
     """
@@ -220,5 +294,5 @@ def update_readme():
         update_picture()
 
 
-if __name__ == "__main__":  # python -m effilib.series
+if __name__ == "__main__":  # python -m effilib.workbook.series
     update_readme()

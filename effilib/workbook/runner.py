@@ -1,9 +1,9 @@
 """Run the series: check what was asked for, execute what is missing or changed, and say how it goes.
 
-`run` is what the command line calls: it checks all that can be checked before the first kernel starts, submits
-`jobs.run_one` for each notebook to a `concurrent.futures.Executor` (threads here, `cluster` for more machines), and rebuilds the
-scoreboard after each. A complete result is left alone until its notebook, its parameters, torch or effilib's code change.
-"""
+`run` is what the command line calls: it checks all that can be checked before the first kernel starts,
+submits `jobs.run_one` for each notebook to a `concurrent.futures.Executor` (threads here, `cluster` for more
+machines), and rebuilds the scoreboard after each. A complete result is left alone until its notebook, its
+parameters, torch or effilib's code change."""
 
 import ast
 import contextlib
@@ -17,24 +17,40 @@ from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
-from effilib import clock, cluster, data, models, paths, provenance, report, series, tasks
+from effilib import clock, data, models, paths, provenance, tasks
 from effilib.errors import BadInput, choose
-from effilib.jobs import TICK, Job, Outcome, executed, hold, listing, run_one, saved, sentence
 from effilib.progress import say_seconds
+from effilib.workbook import cluster, report, series
+from effilib.workbook.jobs import TICK, Job, Outcome, executed, hold, listing, run_one, saved, sentence
 
-SECONDS = {"smoke": 10, "quick": 60, "study": 1200, "full": 24 * 3600}  # expected for a notebook that never ran
+SECONDS = {
+    "smoke": 10,
+    "quick": 60,
+    "study": 1200,
+    "full": 24 * 3600,
+}  # expected for a notebook that never ran
 TIMEOUT = {"smoke": 300, "quick": 1200, "study": 3 * 3600, "full": 7 * 24 * 3600}  # for one cell
 LAST = "10"  # this chapter reads the results of the others
 PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
-NOT_IN_KEY = {"cluster.py", "jobs.py", "runner.py", "report.py", "single.py", "__main__.py"}  # a result does not depend on them
+NOT_IN_KEY = {
+    "cluster.py",
+    "jobs.py",
+    "runner.py",
+    "report.py",
+    "single.py",
+    "__main__.py",
+}  # a result does not depend on them
 
-# ------------------------------------------------------------------------------------------ notebooks and parameters
+# ------------------------------------------------------------------------------------------ notebooks and
+# parameters
 
 
 def select(selectors=(), notebooks=None):
-    """The notebooks of a folder (by default the series) whose names begin as `selectors` say, in the order in which they run.
+    """The notebooks of a folder (by default the series) whose names begin as `selectors` say, in the order in
+    which they run.
 
-    selectors: "02", "3_1", "3.1", "03_2_mixed", ...; none: all. Raises `BadInput` if there is no such notebook.
+    selectors: "02", "3_1", "3.1", "03_2_mixed", ...; none: all. Raises `BadInput` if there is no such
+    notebook.
 
     >>> [path.stem for path in select(["3_1", "10"])]
     ['03_1_convolution_cost', '10_comparison']
@@ -42,7 +58,9 @@ def select(selectors=(), notebooks=None):
     folder = Path(notebooks or paths.notebooks()).absolute()
     found = sorted(folder.glob("*.ipynb"), key=lambda path: (path.stem.startswith(LAST), path.stem))
     if not found:
-        raise BadInput(f"no notebooks in {folder}: the series comes with a checkout of effilib (--notebooks names another folder)")
+        raise BadInput(
+            f"no notebooks in {folder}: the series comes with a checkout of effilib (--notebooks names another folder)"
+        )
     chosen = set()
     for selector in selectors:
         start = selector.rpartition("/")[2].removesuffix(".ipynb").replace(".", "_")
@@ -62,27 +80,38 @@ def cells(notebook):
     """
     try:
         content = json.loads(Path(notebook).read_text())["cells"]
-        return [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content]
+        return [
+            (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{notebook} is not a notebook: {error}") from error
 
 
 def defaults(notebook):
-    """Parameters of a notebook and their defaults: the plain literals of its cell tagged `parameters`. Raises `BadInput`.
+    """Parameters of a notebook and their defaults: the plain literals of its cell tagged `parameters`. Raises
+    `BadInput`.
 
     >>> defaults(paths.notebooks() / "03_2_mixed_precision.ipynb")["device"]
     'auto'
     """
-    source = "\n".join(source for kind, source, tags in cells(notebook) if kind == "code" and "parameters" in tags)
+    source = "\n".join(
+        source for kind, source, tags in cells(notebook) if kind == "code" and "parameters" in tags
+    )
     try:
-        assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign | ast.AnnAssign)]
-        return {ast.unparse(getattr(node, "target", None) or node.targets[0]): ast.literal_eval(node.value) for node in assignments}
+        assignments = [
+            node for node in ast.parse(source).body if isinstance(node, ast.Assign | ast.AnnAssign)
+        ]
+        return {
+            ast.unparse(getattr(node, "target", None) or node.targets[0]): ast.literal_eval(node.value)
+            for node in assignments
+        }
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"the parameters of {notebook} cannot be read: {error}") from error
 
 
 def read(notebook, name, text):
-    """The value of `-p name text` for a notebook. The type of the default decides: a string takes the text as it stands.
+    """The value of `-p name text` for a notebook. The type of the default decides: a string takes the text as
+    it stands.
 
     Raises `BadInput` if the notebook has no such parameter or the text does not have its type.
 
@@ -99,14 +128,22 @@ def read(notebook, name, text):
     except (ValueError, SyntaxError):
         value = text
     if default is not None and type(value) is not kind:
-        raise BadInput(f"parameter {name!r} of {notebook.stem} takes values of type {kind.__name__} such as {default!r}, not {text!r}")
+        raise BadInput(
+            f"parameter {name!r} of {notebook.stem} takes values of type {kind.__name__} such as {default!r}, not {text!r}"
+        )
     return value
 
 
 def _absolute(name, text):
-    """A data set or network in a file, seen from the current folder, by its whole path; anything else as it stands."""
+    """A data set or network in a file, seen from the current folder, by its whole path; anything else as it
+    stands.
+    """
     path = Path(text).expanduser()
-    is_file = path.exists() and text not in data.KNOWN if name == "dataset" else name == "network" and ".py:" in text
+    is_file = (
+        path.exists() and text not in data.KNOWN
+        if name == "dataset"
+        else name == "network" and ".py:" in text
+    )
     return str(path.absolute()) if is_file else text
 
 
@@ -138,14 +175,19 @@ def plan(selectors=(), *, preset="", parameters=(), name="", timeout=None, noteb
     jobs = []
     for notebook in chosen:
         values = {key: read(notebook, key, text) for key, text in given.items()}
-        values |= {key: value for key, value in (("preset", preset), ("dataset", dataset)) if key in defaults(notebook)}
+        values |= {
+            key: value
+            for key, value in (("preset", preset), ("dataset", dataset))
+            if key in defaults(notebook)
+        }
         jobs.append(Job(notebook=notebook, parameters=values, **common))
     if "dataset" in dict(parameters) and not any("dataset" in job.parameters for job in jobs):
         raise BadInput(f"unknown parameter 'dataset': {', '.join(job.name for job in jobs)} has none")
     return jobs
 
 
-# ---------------------------------------------------------------------------------------------------- what is to run
+# ---------------------------------------------------------------------------------------------------- what is
+# to run
 
 
 def run_key(job):
@@ -174,7 +216,9 @@ def _library():
     """Digest of effilib's code, without what no result depends on."""
     folder = Path(__file__).parent
     files = [file for file in folder.rglob("*.py") if file.name not in NOT_IN_KEY]
-    return provenance.digest({str(file.relative_to(folder)): provenance.normalized(file.read_text()) for file in files})
+    return provenance.digest(
+        {str(file.relative_to(folder)): provenance.normalized(file.read_text()) for file in files}
+    )
 
 
 def up_to_date(job):
@@ -183,7 +227,11 @@ def up_to_date(job):
     >>> up_to_date(plan(["02"], preset="smoke")[0])
     False
     """
-    return executed(job) and saved(job.results / "run.json")["status"] == "complete" and (job.results / "report.html").exists()
+    return (
+        executed(job)
+        and saved(job.results / "run.json")["status"] == "complete"
+        and (job.results / "report.html").exists()
+    )
 
 
 def expected(job):
@@ -194,15 +242,20 @@ def expected(job):
     """
     run, recorded = saved(job.results / "run.json"), saved(job.recorded / "record.json")
     last = run.get("seconds") if run.get("status") == "complete" else None
-    return next((s for s in (last, recorded.get("duration_s")) if isinstance(s, int | float) and s), SECONDS[job.preset])
+    return next(
+        (s for s in (last, recorded.get("duration_s")) if isinstance(s, int | float) and s),
+        SECONDS[job.preset],
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- many jobs
+# ---------------------------------------------------------------------------------------------------------
+# many jobs
 
 
 @contextlib.contextmanager
 def workers(jobs, scheduler, planned, say):
-    """An executor for the planned jobs, and whether two notebooks may meet on one of its machines. Raises `BadInput`.
+    """An executor for the planned jobs, and whether two notebooks may meet on one of its machines. Raises
+    `BadInput`.
 
     >>> with workers(jobs=2, scheduler="", planned=[], say=print) as (executor, shared):
     ...     shared
@@ -243,7 +296,8 @@ def _outcome(future, job):
 
 
 class Progress:
-    """Lines on what runs and how it ended. On a terminal the last one lives: what runs now, and how long it has and will take.
+    """Lines on what runs and how it ended. On a terminal the last one lives: what runs now, and how long it
+    has and will take.
 
     >>> Progress().ended(Outcome("02_overview", "complete", seconds=12.0))
     02_overview: complete in 12 s
@@ -266,7 +320,10 @@ class Progress:
                 if not self.live:
                     self.say(f"{job.name}: started, {say_seconds(expected(job))} expected")
         if self.live:
-            times = (f"{job.name}: {say_seconds(clock.now() - self.begun[job.name])} of {say_seconds(expected(job))}" for job in jobs)
+            times = (
+                f"{job.name}: {say_seconds(clock.now() - self.begun[job.name])} of {say_seconds(expected(job))}"
+                for job in jobs
+            )
             line = ", ".join(times)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{line}", end="", file=self.stream, flush=True)
 
@@ -277,20 +334,29 @@ class Progress:
 
 
 def comparison(jobs):
-    """A table: does each notebook's ratio lie inside the interval that was recorded for this preset and data set?
+    """A table: does each notebook's ratio lie inside the interval that was recorded for this preset and data
+    set?
 
     >>> comparison(plan(["02"], preset="smoke"))
     'no ratio to compare: these notebooks have no headline'
     """
     names = [job.name for job in jobs]
     rows, recorded = (
-        {row["notebook"]: row for row in report.scoreboard_rows(folder, names)} for folder in (jobs[0].folder, jobs[0].recorded.parent)
+        {row["notebook"]: row for row in report.scoreboard_rows(folder, names)}
+        for folder in (jobs[0].folder, jobs[0].recorded.parent)
     )
     table = [("notebook", "this run", "recorded", "inside the recorded interval?")]
     for name in names:
         row, then = rows[name], recorded[name]
         if said := report.speedup(row) or row["verdict"]:
-            table.append((name, said, report.speedup(then) or then["verdict"] or "not recorded", _inside(row["ratio"], then)))
+            table.append(
+                (
+                    name,
+                    said,
+                    report.speedup(then) or then["verdict"] or "not recorded",
+                    _inside(row["ratio"], then),
+                )
+            )
     if len(table) == 1:
         return "no ratio to compare: these notebooks have no headline"
     return "\n".join(f"{name:36}{this:24}{then:24}{inside}" for name, this, then, inside in table)
@@ -304,9 +370,11 @@ def _inside(ratio, recorded):
 
 
 def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
-    """Copy complete results among the recorded ones, which are committed, and bring the README's table up to date.
+    """Copy complete results among the recorded ones, which are committed, and bring the README's table up to
+    date.
 
-    Returns the places. Raises `BadInput`, before anything is copied, for a result that is missing, failed, or no measurement.
+    Returns the places. Raises `BadInput`, before anything is copied, for a result that is missing, failed, or
+    no measurement.
 
     >>> keep(["02"], preset="smoke")
     Traceback (most recent call last):
@@ -316,9 +384,13 @@ def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
     for job in planned:
         run, record = (saved(job.results / file) for file in ("run.json", "record.json"))
         if not run.get("status") == record.get("status") == "complete":
-            raise BadInput(f"{job.results} holds no complete result of {job.name}: effilib run {job.name} --preset {job.preset}")
+            raise BadInput(
+                f"{job.results} holds no complete result of {job.name}: effilib run {job.name} --preset {job.preset}"
+            )
         if job.preset == "smoke" or record.get("shared_machine"):
-            raise BadInput(f"{job.results} is not a measurement ({'smoke' if job.preset == 'smoke' else 'from a shared machine'})")
+            raise BadInput(
+                f"{job.results} is not a measurement ({'smoke' if job.preset == 'smoke' else 'from a shared machine'})"
+            )
     for job in planned:
         for file in ("history.csv", "figure.png", "record.json"):
             if (job.results / file).exists():
@@ -327,20 +399,35 @@ def keep(selectors=(), *, preset="", parameters=(), name="", notebooks=None):
     return [job.recorded for job in planned]
 
 
-def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler="", timeout=None, compare=False, notebooks=None):
+def run(
+    selectors=(),
+    *,
+    preset="",
+    parameters=(),
+    jobs=1,
+    name="",
+    scheduler="",
+    timeout=None,
+    compare=False,
+    notebooks=None,
+):
     """Run the notebooks that `selectors` name (by default all) and build their report.
 
-    preset: by default `EFFILIB_PRESET`, else "quick". parameters: pairs (name, text) as typed after `-p`. jobs: notebooks
-    at a time on this machine. scheduler: address of a dask scheduler whose workers execute them instead. timeout: seconds for
-    one cell. compare: say whether ratios lie inside the recorded intervals. notebooks: another folder than that of the series.
-    Returns the exit code: 0 if all are complete, 1 if any failed or the scheduler went away, 130 if interrupted.
-    Raises `BadInput` before anything runs.
-    """
+    preset: by default `EFFILIB_PRESET`, else "quick". parameters: pairs (name, text) as typed after `-p`.
+    jobs: notebooks at a time on this machine. scheduler: address of a dask scheduler whose workers execute
+    them instead. timeout: seconds for one cell. compare: say whether ratios lie inside the recorded
+    intervals. notebooks: another folder than that of the series. Returns the exit code: 0 if all are
+    complete, 1 if any failed or the scheduler went away, 130 if interrupted. Raises `BadInput` before
+    anything runs."""
     if jobs < 1:
         raise BadInput(f"--jobs is the number of notebooks at a time, at least 1, not {jobs}")
     if scheduler and jobs > 1:
-        raise BadInput("--jobs is for this machine; with --scheduler, the workers' GPUs or threads say how many notebooks run at a time")
-    planned = plan(selectors, preset=preset, parameters=parameters, name=name, timeout=timeout, notebooks=notebooks)
+        raise BadInput(
+            "--jobs is for this machine; with --scheduler, the workers' GPUs or threads say how many notebooks run at a time"
+        )
+    planned = plan(
+        selectors, preset=preset, parameters=parameters, name=name, timeout=timeout, notebooks=notebooks
+    )
     folder = paths.make(planned[0].folder)
     progress, outcomes = Progress(), []
 
@@ -348,9 +435,12 @@ def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler=""
         outcomes.append(outcome)
         progress.ended(outcome)
 
-    progress.say(f"{len(planned)} notebook{'s' * (len(planned) > 1)}, preset {planned[0].preset}, into {folder}")
+    progress.say(
+        f"{len(planned)} notebook{'s' * (len(planned) > 1)}, preset {planned[0].preset}, into {folder}"
+    )
     try:
-        # Left in this order: first the hold on the folder, which ends the jobs that still run, then their workers.
+        # Left in this order: first the hold on the folder, which ends the jobs that still run, then their
+        # workers.
         with workers(jobs, scheduler, planned, progress.say) as (executor, shared), hold(folder) as token:
             for last in (False, True):
                 batch = [job for job in planned if job.name.startswith(LAST) == last]
@@ -366,7 +456,9 @@ def run(selectors=(), *, preset="", parameters=(), jobs=1, name="", scheduler=""
         finished = [outcome.name for outcome in outcomes]
         left = [job.name for job in planned if job.name not in finished]
         why = str(end) or "interrupted"
-        progress.say(f"{why}: {', '.join(finished) or 'none'} finished, {', '.join(left)} not; the same command goes on from there")
+        progress.say(
+            f"{why}: {', '.join(finished) or 'none'} finished, {', '.join(left)} not; the same command goes on from there"
+        )
         return 130 if isinstance(end, KeyboardInterrupt) else 1
     if compare:
         progress.say(comparison(planned))

@@ -1,10 +1,10 @@
 """Change a network's structure and keep its function: channels are selected, blocks and layers come and go.
 
-`trace(model)` (`effilib.channels`) finds what can change together. `select_` is the one operation on it: an index without
-repeats prunes, one with repeats widens (Net2Wider; Chen et al. 2016).
+`trace(model)` (`effilib.surgery.channels`) finds what can change together. `select_` is the one operation on
+it: an index without repeats prunes, one with repeats widens (Net2Wider; Chen et al. 2016).
 
-Parameters are replaced, never shrunk in place (an older graph would still hold them), and the optimizer is bound to the
-new ones with its state. In mid-training all of it goes through `run.restructure(change)`, e.g.
+Parameters are replaced, never shrunk in place (an older graph would still hold them), and the optimizer is
+bound to the new ones with its state. In mid-training all of it goes through `run.restructure(change)`, e.g.
 
     def change(model, optimizer):
         select_(trace(model)["stages.0.0.conv1"], range(16), optimizer)
@@ -15,22 +15,33 @@ import copy
 import torch
 from torch import nn
 
-from effilib.channels import CONVS, NORMS, Node, Path, Structure, checked, nodes, trace, unknown  # noqa: F401  (surgery's words)
 from effilib.errors import BadInput
 from effilib.models import Block, Constant, Gone
+from effilib.surgery.channels import CONVS, NORMS, checked, trace, unknown
 
 # How an optimizer's state follows a gradient that is s times as large: as s to this power.
-POWERS = {"momentum_buffer": 1, "exp_avg": 1, "grad_avg": 1, "exp_inf": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
+POWERS = {
+    "momentum_buffer": 1,
+    "exp_avg": 1,
+    "grad_avg": 1,
+    "exp_inf": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "square_avg": 2,
+    "sum": 2,
+}
 
 
 # Parameters and what an optimizer knows of them.
 
 
 def replace_(module, name, change, optimizer=None):
-    """Put a new Parameter in place of `module.name`, in its optimizer's group and place too, without a gradient.
+    """Put a new Parameter in place of `module.name`, in its optimizer's group and place too, without a
+    gradient.
 
-    change: (tensor, power) -> tensor; power is None for the parameter itself, else how the optimizer's state scales with the
-    gradient (`POWERS`). The memory format stays. Raises `BadInput` for a state whose scale is not known.
+    change: (tensor, power) -> tensor; power is None for the parameter itself, else how the optimizer's state
+    scales with the gradient (`POWERS`). The memory format stays. Raises `BadInput` for a state whose scale is
+    not known.
 
     >>> layer = nn.Linear(2, 3)
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -47,14 +58,19 @@ def replace_(module, name, change, optimizer=None):
         group["params"] = [new if p is old else p for p in group["params"]]
     if old in optimizer.state:
         state = optimizer.state.pop(old)
-        optimizer.state[new] = {k: v if not _per_weight(v, old) else _like(change(v, _power(optimizer, k)), new) for k, v in state.items()}
+        optimizer.state[new] = {
+            k: v if not _per_weight(v, old) else _like(change(v, _power(optimizer, k)), new)
+            for k, v in state.items()
+        }
 
 
 def _power(optimizer, key):
     if isinstance(optimizer, torch.optim.RMSprop) and key == "momentum_buffer":
         return 0  # it gathers gradients that were divided by their size
     if key not in POWERS:
-        raise BadInput(f"{type(optimizer).__name__} keeps {key!r}, and surgery does not know how it scales; known: {', '.join(POWERS)}")
+        raise BadInput(
+            f"{type(optimizer).__name__} keeps {key!r}, and surgery does not know how it scales; known: {', '.join(POWERS)}"
+        )
     return POWERS[key]
 
 
@@ -115,22 +131,27 @@ def copies(model, ema):
     >>> [type(m).__name__ for m in copies(net, torch.optim.swa_utils.AveragedModel(net))]
     ['Linear', 'Linear']
     """
-    return [model] if ema is None else [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
+    return (
+        [model]
+        if ema is None
+        else [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
+    )
 
 
 @torch.no_grad()
 def select_(node, index, optimizer=None, *, share=None, ema=None):
-    """Give a node the channels `index` of its old ones: without repeats it is pruned, with repeats widened. In place.
+    """Give a node the channels `index` of its old ones: without repeats it is pruned, with repeats widened.
+    In place.
 
-    index: (q,) whole numbers below `node.width`. share: (q,) factors for the chosen channels' outgoing weights; by default
-    1 / how often the channel was chosen, so that widening keeps the function (Net2Wider). Other shares that add up to 1 over a
-    channel's copies keep it too; `select_(node, range(n), share=counts)` undoes an even split.
-    Pruning keeps it where the consumers' columns of what is dropped are 0.
+    index: (q,) whole numbers below `node.width`. share: (q,) factors for the chosen channels' outgoing
+    weights; by default 1 / how often the channel was chosen, so that widening keeps the function (Net2Wider).
+    Other shares that add up to 1 over a channel's copies keep it too; `select_(node, range(n), share=counts)`
+    undoes an even split. Pruning keeps it where the consumers' columns of what is dropped are 0.
 
-    optimizer: its state follows as the gradients do: that of producers and BatchNorms is multiplied by the share (second
-    moments by its square), that of consumers is copied. (Momentum that came from weight decay is scaled alike, the one
-    part that is not exact.) ema: a running average of the model, changed in the same way.
-    Raises `BadInput` for a node that cannot be changed, or an index that is empty or out of range.
+    optimizer: its state follows as the gradients do: that of producers and BatchNorms is multiplied by the
+    share (second moments by its square), that of consumers is copied. (Momentum that came from weight decay
+    is scaled alike, the one part that is not exact.) ema: a running average of the model, changed in the same
+    way. Raises `BadInput` for a node that cannot be changed, or an index that is empty or out of range.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -146,7 +167,9 @@ def select_(node, index, optimizer=None, *, share=None, ema=None):
     if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1 or len(index) == 0:
         raise BadInput(f"{node.name}: the index must be a list of at least one whole number")
     if not 0 <= int(index.min()) <= int(index.max()) < node.width:
-        raise BadInput(f"{node.name}: the index runs from {index.min()} to {index.max()}, but there are channels 0 to {node.width - 1}")
+        raise BadInput(
+            f"{node.name}: the index runs from {index.min()} to {index.max()}, but there are channels 0 to {node.width - 1}"
+        )
     index = index.long()
     if share is None:
         counts = torch.bincount(index, minlength=node.width)[index]
@@ -216,16 +239,21 @@ def can_remove(path):
 
 def _norm(path):
     """The shortcut's last layer, if it has a shift."""
-    return next((n for n in path.shortcut[-1:] if getattr(path.model.get_submodule(n), "bias", None) is not None), None)
+    return next(
+        (n for n in path.shortcut[-1:] if getattr(path.model.get_submodule(n), "bias", None) is not None),
+        None,
+    )
 
 
 @torch.no_grad()
 def remove_path_(path, optimizer=None, *, ema=None):
-    """Remove a residual path: its block becomes its shortcut plus the constant that the path's last BatchNorm (or bias) adds.
+    """Remove a residual path: its block becomes its shortcut plus the constant that the path's last BatchNorm
+    (or bias) adds.
 
-    That is exact where the path's last convolution writes only zeros (in eval mode once BatchNorm's running mean has
-    forgotten the rest), else the path's contribution is lost. Where the sum is `out += shortcut` the constant goes into the
-    shortcut's BatchNorm. Raises `BadInput` if it can go nowhere there. Trace the network again afterwards.
+    That is exact where the path's last convolution writes only zeros (in eval mode once BatchNorm's running
+    mean has forgotten the rest), else the path's contribution is lost. Where the sum is `out += shortcut` the
+    constant goes into the shortcut's BatchNorm. Raises `BadInput` if it can go nowhere there. Trace the
+    network again afterwards.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
     >>> remove_path_(trace(net).path("stages.0.1"))
@@ -237,7 +265,9 @@ def remove_path_(path, optimizer=None, *, ema=None):
     shift = getattr(last, "bias", None)
     norm = _norm(path)
     if not can_remove(path):
-        raise BadInput(f"residual path {path.name} adds a constant, and its sum is in place: it cannot be removed exactly")
+        raise BadInput(
+            f"residual path {path.name} adds a constant, and its sum is in place: it cannot be removed exactly"
+        )
     gone = [p for n in path.layers for p in model.get_submodule(n).parameters()]
     if not path.in_place and shift is not None:
         gone = [p for p in gone if p is not shift]
@@ -258,7 +288,8 @@ def remove_path_(path, optimizer=None, *, ema=None):
 
 
 class Nothing(nn.Module):
-    """The end of a removed residual path that adds nothing: a plain 0, to which even `out += shortcut` can add.
+    """The end of a removed residual path that adds nothing: a plain 0, to which even `out += shortcut` can
+    add.
 
     >>> torch.ones(2) + Nothing()(torch.ones(2))
     tensor([1., 1.])
@@ -282,15 +313,19 @@ def _sequential(model, name):
     except (AttributeError, ValueError):
         raise BadInput(unknown("layer", name, [n for n, _ in model.named_modules() if n])) from None
     if not isinstance(holder, nn.Sequential):
-        raise BadInput(f"{name} does not lie in a Sequential, so that nothing can be put behind it or taken out")
+        raise BadInput(
+            f"{name} does not lie in a Sequential, so that nothing can be put behind it or taken out"
+        )
     return holder, place
 
 
 def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
-    """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale: the function is kept exactly.
+    """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale: the function
+    is kept exactly.
 
-    The block is one of ours, or a copy of a user's block whose shortcut is the identity; its convolutions are drawn anew
-    (He, fan in). On the first step only that scale has a gradient. Returns the new block's name; trace the network again.
+    The block is one of ours, or a copy of a user's block whose shortcut is the identity; its convolutions are
+    drawn anew (He, fan in). On the first step only that scale has a gradient. Returns the new block's name;
+    trace the network again.
 
     >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -306,7 +341,9 @@ def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
     else:
         path = trace(model).path(name)
         if path.shortcut:
-            raise BadInput(f"block {name} has layers on its shortcut: only a block with an identity can be repeated")
+            raise BadInput(
+                f"block {name} has layers on its shortcut: only a block with an identity can be repeated"
+            )
         new = copy.deepcopy(old)
     like = next(old.parameters())
     new.to(like.device, like.dtype).train(old.training)
@@ -329,7 +366,8 @@ def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
 
 
 def remove_block_(model, name, optimizer=None, *, ema=None):
-    """Take the block `name` out of its Sequential: exact where its residual path adds nothing and its shortcut is the identity.
+    """Take the block `name` out of its Sequential: exact where its residual path adds nothing and its
+    shortcut is the identity.
 
     Raises `BadInput` if what is before and behind it would not fit. Trace the network again afterwards.
 
@@ -340,7 +378,9 @@ def remove_block_(model, name, optimizer=None, *, ema=None):
     """
     path = trace(model).path(name)
     if path.shortcut:
-        raise BadInput(f"block {name} changes the shape on its shortcut: only its residual path can be removed")
+        raise BadInput(
+            f"block {name} changes the shape on its shortcut: only its residual path can be removed"
+        )
     for m in copies(model, ema):
         holder, place = _sequential(m, name)
         gone = list(holder[place].parameters())
@@ -351,12 +391,13 @@ def remove_block_(model, name, optimizer=None, *, ema=None):
 
 @torch.no_grad()
 def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None):
-    """Put an identity layer (3x3 convolution, BatchNorm, ReLU) behind the ReLU `after` in a Sequential (Net2Deeper).
+    """Put an identity layer (3x3 convolution, BatchNorm, ReLU) behind the ReLU `after` in a Sequential
+    (Net2Deeper).
 
-    mean, var: of the channels that come out of `after`, (C,). BatchNorm undoes its own normalisation with them: scale
-    sqrt(var + eps), shift mean. By default 0 and 1. The function is kept in eval mode whatever they are; in training mode
-    where a batch has these moments. Returns the new convolution's name; trace the network again.
-    Raises `BadInput` where the activation is not a ReLU: phi(phi(x)) = phi(x) is needed.
+    mean, var: of the channels that come out of `after`, (C,). BatchNorm undoes its own normalisation with
+    them: scale sqrt(var + eps), shift mean. By default 0 and 1. The function is kept in eval mode whatever
+    they are; in training mode where a batch has these moments. Returns the new convolution's name; trace the
+    network again. Raises `BadInput` where the activation is not a ReLU: phi(phi(x)) = phi(x) is needed.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -367,7 +408,9 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
     """
     holder, place = _sequential(model, after)
     if not isinstance(holder[place], nn.ReLU):
-        raise BadInput(f"{after} is a {type(holder[place]).__name__}: an identity layer can only follow a ReLU")
+        raise BadInput(
+            f"{after} is a {type(holder[place]).__name__}: an identity layer can only follow a ReLU"
+        )
     writer = next((n for n in _writers(holder, place)), None)
     if writer is None:
         raise BadInput(f"{after}: no convolution before it in the same Sequential")
@@ -400,7 +443,8 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
 def remove_layer_(model, name, optimizer=None, *, ema=None):
     """Take the convolution `name`, with the BatchNorm and ReLU behind it, out of its Sequential.
 
-    Exact where it is the identity. Raises `BadInput` if it changes the number of channels or the size. Trace again afterwards.
+    Exact where it is the identity. Raises `BadInput` if it changes the number of channels or the size. Trace
+    again afterwards.
 
     >>> net = build("vgg", 4, (1, 8, 8), widths=((4, 4), (8,)))
     >>> remove_layer_(net, "features.3")
@@ -410,7 +454,9 @@ def remove_layer_(model, name, optimizer=None, *, ema=None):
     holder, place = _sequential(model, name)
     conv = holder[place]
     if not isinstance(conv, nn.Conv2d) or conv.in_channels != conv.out_channels or not _keeps_size(conv):
-        raise BadInput(f"{name} is not a convolution that keeps channels and size, so that it cannot be taken out")
+        raise BadInput(
+            f"{name} is not a convolution that keeps channels and size, so that it cannot be taken out"
+        )
     end = place + 1
     while end < len(holder) and isinstance(holder[end], nn.BatchNorm2d | nn.ReLU):
         end += 1
@@ -421,7 +467,9 @@ def remove_layer_(model, name, optimizer=None, *, ema=None):
 
 
 def _keeps_size(conv):
-    pad = {"same": conv.kernel_size, "valid": (1, 1)}.get(conv.padding) or tuple(2 * p + 1 for p in conv.padding)
+    pad = {"same": conv.kernel_size, "valid": (1, 1)}.get(conv.padding) or tuple(
+        2 * p + 1 for p in conv.padding
+    )
     return set(conv.stride) == {1} and set(conv.dilation) == {1} and tuple(pad) == tuple(conv.kernel_size)
 
 
@@ -436,5 +484,7 @@ def _insert(holder, place, modules):
 
 
 def _format(like):
-    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    last = (
+        like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    )
     return torch.channels_last if last else torch.contiguous_format

@@ -1,12 +1,13 @@
-"""When a network in training should grow, where, and in which direction: the thesis' rule as a pure function, `decide(trace)`.
+"""When a network in training should grow, where, and in which direction: the thesis' rule as a pure function,
+`decide(trace)`.
 
-The thesis trains until one more epoch improves nothing, and then looks at how much was pruned in the last epochs. Read here as a rule
-per stage (layers whose maps have the same size): much pruned, keep shrinking; little pruned although the penalty had the time to,
-the stage needs its channels, widen it; widening brought nothing, or its newborns were pruned again, deepen it; else stop.
+The thesis trains until one more epoch improves nothing, and then looks at how much was pruned in the last
+epochs. Read here as a rule per stage (layers whose maps have the same size): much pruned, keep shrinking;
+little pruned although the penalty had the time to, the stage needs its channels, widen it; widening brought
+nothing, or its newborns were pruned again, deepen it; else stop.
 
-Nothing here knows a network or a clock: a `Trace` of plain numbers goes in, an `Action` with its reason in words comes out, the same one
-every time.
-"""
+Nothing here knows a network or a clock: a `Trace` of plain numbers goes in, an `Action` with its reason in
+words comes out, the same one every time."""
 
 import math
 import random
@@ -25,10 +26,11 @@ KINDS = ("wait", "shrink", *GROWTH, "stop")
 class Stage:
     """A stage at the end of an epoch.
 
-    widths, live: channels of its nodes, and how many of these live. lost: share of its grown-up channels, weighted by FLOPs, that died in
-    this epoch. pending: share of them that will have died within the window if they go on as in this epoch. born, kept: channels of
-    its last widening, and how many of these live. flops: of a training step's image. widen, deepen: FLOPs that a growth would add to
-    the rest of the run; infinite where it cannot be.
+    widths, live: channels of its nodes, and how many of these live. lost: share of its grown-up channels,
+    weighted by FLOPs, that died in this epoch. pending: share of them that will have died within the window
+    if they go on as in this epoch. born, kept: channels of its last widening, and how many of these live.
+    flops: of a training step's image. widen, deepen: FLOPs that a growth would add to the rest of the run;
+    infinite where it cannot be.
 
     >>> Stage(name="stage 1", widths=(16, 32), live=(16, 20), lost=0.1)
     Stage(name='stage 1', depth=1, widths=(16, 32), live=(16, 20), lost=0.1, ..., widen=inf, deepen=inf)
@@ -49,7 +51,8 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images' present size.
+    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images'
+    present size.
 
     >>> end = Epoch(epoch=3, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=(Stage(name="stage 1"),))
     >>> end.train_accuracy - end.accuracy
@@ -89,10 +92,11 @@ class Action:
 class Trace:
     """All that a decision may rest on.
 
-    actions: (epoch, `Action`) so far, waiting left out. frozen: (stage, growth) given up. spent, projected, budget: FLOPs so far, of the
-    rest of the run if nothing changes, and in all. lam: the penalty's coefficient; idle: epochs after which it has removed a
-    channel that no gradient holds; pressed: epochs for which it has acted. images: behind an accuracy. over: the search's share
-    of the run has passed. seed: of the control that grows at random.
+    actions: (epoch, `Action`) so far, waiting left out. frozen: (stage, growth) given up. spent, projected,
+    budget: FLOPs so far, of the rest of the run if nothing changes, and in all. lam: the penalty's
+    coefficient; idle: epochs after which it has removed a channel that no gradient holds; pressed: epochs for
+    which it has acted. images: behind an accuracy. over: the search's share of the run has passed. seed: of
+    the control that grows at random.
 
     >>> end = Epoch(epoch=0, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=())
     >>> trace = Trace(epochs=(end,), actions=((0, Action(kind="deepen", stage="stage 1")),))
@@ -133,16 +137,17 @@ class Trace:
 class Policy:
     """How to decide. mode says when a decision is due, the rest is the same for all.
 
-    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if the
-    mean validation loss of `patience` epochs is not by `tau` below that of as many before, and the training loss falls by less than
-    `progress` an epoch; "periodic", every
-    `period` epochs. cooldown: epochs without a decision after an action. window: epochs over which pruning is looked at, longer if the
-    penalty needs longer. low, high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
-    them it is left alone. full: training accuracy (%) from which on
-    capacity is not what lacks; gap: points of training over validation accuracy from which on the network over-fits. gain: points that a
-    growth must bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which growth
-    comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure: whether "nothing was pruned"
-    counts only under a penalty that had the time to; False is for growth without pruning.
+    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if the mean validation
+    loss of `patience` epochs is not by `tau` below that of as many before, and the training loss falls by
+    less than `progress` an epoch; "periodic", every `period` epochs. cooldown: epochs without a decision
+    after an action. window: epochs over which pruning is looked at, longer if the penalty needs longer. low,
+    high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
+    them it is left alone. full: training accuracy (%) from which on capacity is not what lacks; gap: points
+    of training over validation accuracy from which on the network over-fits. gain: points that a growth must
+    bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which
+    growth comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure:
+    whether "nothing was pruned" counts only under a penalty that had the time to; False is for growth without
+    pruning.
 
     >>> Policy(mode="thesis").patience
     2
@@ -182,7 +187,8 @@ class Policy:
 
 
 def flat(losses, patience, tau):
-    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if nothing is before.
+    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if
+    nothing is before.
 
     >>> flat([1.0, 0.9, 0.91, 0.92], patience=2, tau=0.0), flat([1.0, 0.9, 0.8], patience=2, tau=0.0)
     (True, False)
@@ -191,7 +197,8 @@ def flat(losses, patience, tau):
 
 
 def level(losses, patience, tau):
-    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before: noise averages out.
+    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before:
+    noise averages out.
 
     >>> level([1.0, 0.8, 0.8, 1.0], patience=2, tau=0.0), level([1.0, 0.9, 0.8, 0.7], patience=2, tau=0.0)
     (True, False)
@@ -211,7 +218,9 @@ def since(trace):
     [2, 3]
     """
     now = trace.now
-    return list(takewhile(lambda e: e.epoch > trace.last and e.size == now.size, reversed(trace.epochs)))[::-1]
+    return list(takewhile(lambda e: e.epoch > trace.last and e.size == now.size, reversed(trace.epochs)))[
+        ::-1
+    ]
 
 
 def cooling(trace, policy):
@@ -311,7 +320,12 @@ def refuted(trace, policy):
     needed = max(policy.gain, policy.sigmas * 100 * math.sqrt(max(0.0, p * (1 - p)) / trace.images))
     done = {"widen": "widening", "deepen": "deepening"}[last.kind]
     if last.kind == "widen" and stage and stage.born and stage.kept <= stage.born / 2:
-        return [((last.stage, "widen"), f"of its {stage.born} new channels {stage.born - stage.kept} were pruned again")]
+        return [
+            (
+                (last.stage, "widen"),
+                f"of its {stage.born} new channels {stage.born - stage.kept} were pruned again",
+            )
+        ]
     if gain is not None and gain < needed:
         return [((last.stage, last.kind), f"{done} it brought {gain:+.1f} points, less than {needed:.1f}")]
     return []
@@ -335,22 +349,32 @@ def decide(trace, policy=None):
         return Action(kind="stop", reason="the budget is spent")
     why = due(trace, policy)
     if not why:
-        return Action(kind="wait", reason="the last action is too recent" if cooling(trace, policy) else "still improving")
+        return Action(
+            kind="wait",
+            reason="the last action is too recent" if cooling(trace, policy) else "still improving",
+        )
     if policy.pressure and (trace.lam <= 0 or trace.pressed < trace.idle):
         much = f"for {trace.pressed:.1f} of {trace.idle:.1f} epochs" if trace.lam > 0 else "with no penalty"
-        return Action(kind="wait", reason=f"{why}, but without pressure ({much}) it says nothing that little was pruned")
+        return Action(
+            kind="wait", reason=f"{why}, but without pressure ({much}) it says nothing that little was pruned"
+        )
     over = over_fits(trace, policy)
     if over:
         return Action(kind="stop", reason=f"{why}, and capacity is not what lacks: {over}")
     if len(trace.growths) >= policy.growths:
-        return Action(kind="stop", reason=f"{why}, and there were {len(trace.growths)} growths, as many as are allowed")
+        return Action(
+            kind="stop", reason=f"{why}, and there were {len(trace.growths)} growths, as many as are allowed"
+        )
     return _grow(trace, policy, why)
 
 
 def _grow(trace, policy, why):
     window = max(policy.window, math.ceil(trace.idle) if policy.pressure else 0)
     lost, stages = rates(trace, window), trace.now.stages
-    pruned = {s.name: f"{s.name} lost {lost[s.name]:.1%} of its channels in {window} epochs, {s.pending:.1%} are going" for s in stages}
+    pruned = {
+        s.name: f"{s.name} lost {lost[s.name]:.1%} of its channels in {window} epochs, {s.pending:.1%} are going"
+        for s in stages
+    }
     judged = refuted(trace, policy)
     freeze = tuple(f for f, _ in judged)
     frozen = trace.frozen | set(freeze)
@@ -359,14 +383,20 @@ def _grow(trace, policy, why):
     if not needy:
         busy = max(stages, key=lambda s: max(lost[s.name], s.pending))
         shrinks = max(lost[busy.name], busy.pending) >= policy.high
-        return Action(kind="shrink" if shrinks else "wait", reason=f"{why}, but {pruned[busy.name]}", freeze=freeze)
+        return Action(
+            kind="shrink" if shrinks else "wait", reason=f"{why}, but {pruned[busy.name]}", freeze=freeze
+        )
     able = {}  # stage -> the growths that it can still have
     for s in needy:
         left = [g for g in policy.order if (s.name, g) not in frozen and math.isfinite(getattr(s, g))]
         able[s] = left if blind else left[:1]
     options = [(s, g) for s, left in able.items() for g in left]
     if not options:
-        return Action(kind="stop", reason=f"{why}, and no stage that needs its channels can grow any further", freeze=freeze)
+        return Action(
+            kind="stop",
+            reason=f"{why}, and no stage that needs its channels can grow any further",
+            freeze=freeze,
+        )
     options = [(s, g) for s, g in options if trace.spent + trace.projected + getattr(s, g) <= trace.budget]
     if not options:
         return Action(kind="stop", reason=f"{why}, and no growth fits the budget", freeze=freeze)
@@ -381,8 +411,13 @@ def _grow(trace, policy, why):
 
 
 def _worth(trace, stage, growth, just_refuted):
-    """What is compared: the stage whose last growth has just been refuted first, then living channels per FLOP, then the fewest growths
-    so far (round robin), then the later stage, whose pixels are few."""
+    """What is compared: the stage whose last growth has just been refuted first, then living channels per
+    FLOP, then the fewest growths so far (round robin), then the later stage, whose pixels are few."""
     alive = sum(stage.live) / max(1, sum(stage.widths))
     so_far = sum(a.stage == stage.name for _, a in trace.growths)
-    return stage.name in just_refuted, alive / max(getattr(stage, growth), 1e-12), -so_far, trace.now.stages.index(stage)
+    return (
+        stage.name in just_refuted,
+        alive / max(getattr(stage, growth), 1e-12),
+        -so_far,
+        trace.now.stages.index(stage),
+    )

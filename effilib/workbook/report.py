@@ -1,8 +1,8 @@
 """What a person reads: an executed notebook as one HTML page, a folder of results as one scoreboard.
 
-Every page is a single file without scripts and without remote addresses: pictures are data URIs, formulas are MathML.
-How the pages look is in `pages/`, whose templates escape what comes from records and errors; here is what they say.
-"""
+Every page is a single file without scripts and without remote addresses: pictures are data URIs, formulas are
+MathML. How the pages look is in `pages/`, whose templates escape what comes from records and errors; here is
+what they say."""
 
 import base64
 import html as markup
@@ -17,7 +17,8 @@ import effilib
 from effilib import paths
 from effilib.errors import BadInput
 
-# ---------------------------------------------------------------------------------------------------- the scoreboard
+# ---------------------------------------------------------------------------------------------------- the
+# scoreboard
 
 SCHEMA = 1
 BADGES = {  # verdict or status -> tone (its colour in style.css), symbol
@@ -36,7 +37,19 @@ BADGES = {  # verdict or status -> tone (its colour in style.css), symbol
 SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
 SHARED = "Shared machine: other notebooks ran at the same time, so there is no verdict on times."
 
-RECORD_TEXT = ("chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "commit", "date", "caption")
+RECORD_TEXT = (
+    "chapter",
+    "title",
+    "title_de",
+    "paper",
+    "claim",
+    "preset",
+    "dataset",
+    "network",
+    "commit",
+    "date",
+    "caption",
+)
 VERDICT_TEXT = ("arm", "against", "quantity", "verdict", "claim_reproduced", "text")
 VERDICT_NUMBERS = ("ratio", "low", "high", "n", "accuracy_difference", "accuracy_low")
 EMPTY = {
@@ -44,16 +57,21 @@ EMPTY = {
     **dict.fromkeys((*VERDICT_NUMBERS, "seconds")),
     "shared_machine": False,
 }
-UNEXPECTED = (TypeError, ValueError, AttributeError, OverflowError)  # what values of the wrong type raise here
+UNEXPECTED = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+)  # what values of the wrong type raise here
 
 
 def scoreboard_rows(folder, notebooks=()):
     """What is known about each notebook of a folder of results, in the order of the chapters.
 
-    folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`.
-    notebooks: names that get a row even where nothing was run, such as `["02_overview", ...]`.
-    Returns a list of flat dicts with the same keys, ready for `pandas.DataFrame`. `status` is "complete", "failed",
-    "unreadable" or "not run", and `reason` says why it is not complete. Nothing that a file contains raises.
+    folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`. notebooks:
+    names that get a row even where nothing was run, such as `["02_overview", ...]`. Returns a list of flat
+    dicts with the same keys, ready for `pandas.DataFrame`. `status` is "complete", "failed", "unreadable" or
+    "not run", and `reason` says why it is not complete. Nothing that a file contains raises.
 
     >>> rows = scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])
     >>> rows[0]["chapter"], rows[0]["status"]
@@ -77,7 +95,9 @@ def table(rows):
             "chapter": row["chapter"],
             "method": row["title"],
             "speed-up": speedup(row) or row["text"] or "—",
-            "accuracy difference": "—" if row["accuracy_difference"] is None else f"{row['accuracy_difference']:+.2f} points",
+            "accuracy difference": "—"
+            if row["accuracy_difference"] is None
+            else f"{row['accuracy_difference']:+.2f} points",
             "verdict": row["verdict"] or ("—" if row["status"] == "complete" else row["status"]),
             "claim reproduced": row["claim_reproduced"] or "—",
             "machine": row["machine"] or "—",
@@ -124,22 +144,33 @@ def _row(folder):
 
 
 def _unexpected(error):
-    return str(error) if isinstance(error, BadInput) else f"record.json does not hold what was expected: {error}"
+    return (
+        str(error) if isinstance(error, BadInput) else f"record.json does not hold what was expected: {error}"
+    )
 
 
 def _read(folder):
-    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result, whatever lies there."""
+    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result,
+    whatever lies there.
+    """
     run, record = _json(folder / "run.json"), _json(folder / "record.json")
     if run is None and record is None:
         return {"status": "not run", "reason": "not run"}
     if run is not None and run.get("status") != "complete":
-        return {"status": "failed", "reason": _text(run.get("reason")) or "no reason given", "date": _text(run.get("date"))}
+        return {
+            "status": "failed",
+            "reason": _text(run.get("reason")) or "no reason given",
+            "date": _text(run.get("date")),
+        }
     if record is None:
         raise BadInput("record.json is missing, though the run ended well")
     if record.get("schema") != SCHEMA:
         raise BadInput(f"record.json has schema {record.get('schema')!r}; this effilib reads schema {SCHEMA}")
     if record.get("status") != "complete":
-        return {"status": "failed", "reason": "record.json does not say complete: the notebook did not reach its end"}
+        return {
+            "status": "failed",
+            "reason": "record.json does not say complete: the notebook did not reach its end",
+        }
     return {"status": "complete", **_facts(record), **_verdict(record.get("headline") or {})}
 
 
@@ -163,7 +194,9 @@ def _facts(record):
 
 def _verdict(verdict):
     """A record's headline, or one of its verdicts, as plain columns: text, and finite numbers or None."""
-    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT} | {key: _number(verdict.get(key)) for key in VERDICT_NUMBERS}
+    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT} | {
+        key: _number(verdict.get(key)) for key in VERDICT_NUMBERS
+    }
     if any(row[key] is not None and row[key] <= 0 for key in ("ratio", "low", "high")):
         raise BadInput(f"record.json has a speed-up that is not a positive factor: {speedup(row)}")
     return row | {"n": row["n"] and int(row["n"])}
@@ -178,7 +211,8 @@ def _number(value):
 
 
 def index(folder):
-    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its path.
+    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its
+    path.
 
     >>> "No notebook has been run" in index(".").read_text()
     True
@@ -191,7 +225,11 @@ def index(folder):
     content = _page(
         "index.html",
         title="Time-efficient training of CNNs",
-        facts=[*_distinct(rows, "dataset", "preset", "machine"), *_date(max((row["date"] for row in rows), default=""))] or [folder.name],
+        facts=[
+            *_distinct(rows, "dataset", "preset", "machine"),
+            *_date(max((row["date"] for row in rows), default="")),
+        ]
+        or [folder.name],
         complete=counts.count("complete"),
         failed=counts.count("failed") + counts.count("unreadable"),
         notes=_warnings(rows),
@@ -224,18 +262,24 @@ def _date(date):
 
 
 def _place(rows, width=200, margin=14, limit=32):
-    """Give each row with a ratio its place on a log axis that all rows share, in pixels. Returns the axis' ticks."""
+    """Give each row with a ratio its place on a log axis that all rows share, in pixels. Returns the axis'
+    ticks.
+    """
     values = [row[key] for row in rows for key in ("ratio", "low", "high") if row[key]]
     low, high = max(min(values, default=1) / 1.1, 1 / limit), min(max(values, default=1) * 1.1, limit)
     low, high = math.log2(min(low, 0.45)), math.log2(max(high, 2.2))
 
     def x(value):
-        return value and round(margin + (width - 2 * margin) * (min(max(math.log2(value), low), high) - low) / (high - low), 1)
+        return value and round(
+            margin + (width - 2 * margin) * (min(max(math.log2(value), low), high) - low) / (high - low), 1
+        )
 
     for row in rows:
         row["plot"] = row["ratio"] and {key: x(row[key]) for key in ("ratio", "low", "high")}
     step = 1 if high - low < 4 else 2  # labels need 40 pixels
-    return [{"value": 2.0**power, "x": x(2.0**power)} for power in range(-10, 11, step) if low <= power <= high]
+    return [
+        {"value": 2.0**power, "x": x(2.0**power)} for power in range(-10, 11, step) if low <= power <= high
+    ]
 
 
 def _thumbnail(file, width=320):
@@ -259,24 +303,29 @@ def _page(template, **content):
     import jinja2
     from markupsafe import Markup
 
-    pages = jinja2.Environment(loader=jinja2.PackageLoader("effilib", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("effilib.workbook", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     style = Markup(_source("style.css"))
-    return pages.get_template(template).render(style=style, kind=template.split(".")[0], version=effilib.__version__, **content)
+    return pages.get_template(template).render(
+        style=style, kind=template.split(".")[0], version=effilib.__version__, **content
+    )
 
 
 def _source(name):
-    return resources.files("effilib").joinpath("pages", name).read_text()
+    return resources.files("effilib.workbook").joinpath("pages", name).read_text()
 
 
-# -------------------------------------------------------------------------------------------------------- one report
+# -------------------------------------------------------------------------------------------------------- one
+# report
 
 
 def render(notebook, html, record=None, failure=None):
     """Write an executed notebook as one HTML file that opens offline, can be mailed and needs no script.
 
-    notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if there is one.
-    failure: why the run failed; shown on top, and then even an unreadable notebook gives a page. Returns `html`'s path.
-    Raises `BadInput` if the notebook can't be read and no failure was given.
+    notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
+    there is one. failure: why the run failed; shown on top, and then even an unreadable notebook gives a
+    page. Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no failure was given.
 
     >>> from nbformat import v4, write
     >>> write(v4.new_notebook(cells=[v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]), "norms.ipynb")
@@ -292,7 +341,9 @@ def render(notebook, html, record=None, failure=None):
         if not failure:
             why = getattr(error, "strerror", None) or "it is damaged, or not a notebook"
             raise BadInput(f"cannot read the notebook {notebook}: {why}") from error
-        executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")])
+        executed = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")]
+        )
     row, warnings, notes, verdicts = EMPTY | _from_name(html.parent.name), [], [], []
     heading = _take_heading(executed, row["chapter"])
     try:
@@ -301,7 +352,8 @@ def render(notebook, html, record=None, failure=None):
         verdicts = [EMPTY | _verdict(verdict) for verdict in _verdicts(record or {})]
     except UNEXPECTED as error:
         warnings.append(_unexpected(error))
-    # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a complete result.
+    # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a
+    # complete result.
     up = "../.." if html.parent.parent.name == "failed" else ".."
     cells = _cells(executed, Path(notebook).absolute().parent, up)
     content = _page(
@@ -328,13 +380,19 @@ def _run_facts(row):
 
 
 def _verdicts(record):
-    """Every arm's verdict; of a record without that list its headline; of a chapter that measures nothing none."""
+    """Every arm's verdict; of a record without that list its headline; of a chapter that measures nothing
+    none.
+    """
     return record.get("verdicts") or [headline for headline in [record.get("headline")] if headline]
 
 
 def _take_heading(notebook, chapter):
-    """Remove and return the notebook's first heading, which the page's header shows; remove papermill's, which the banner replaces."""
-    notebook.cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    """Remove and return the notebook's first heading, which the page's header shows; remove papermill's,
+    which the banner replaces.
+    """
+    notebook.cells = [
+        cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
+    ]
     cell = next(iter(notebook.cells), None)
     heading = cell and cell.cell_type == "markdown" and re.match(r"\s*#[ \t]+(.*)\n?", cell.source)
     if not heading:
@@ -344,13 +402,23 @@ def _take_heading(notebook, chapter):
 
 
 def _cells(notebook, folder, up):
-    """The cells of a notebook as HTML. folder: where relative pictures in its prose are looked for. up: the way to other reports."""
+    """The cells of a notebook as HTML. folder: where relative pictures in its prose are looked for. up: the
+    way to other reports.
+    """
     from markupsafe import Markup
     from nbconvert import HTMLExporter  # takes a second to import
     from nbconvert.preprocessors import TagRemovePreprocessor
     from traitlets.config import Config
 
-    kinds = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]  # no scripts, no widgets
+    kinds = [
+        "text/html",
+        "text/markdown",
+        "image/svg+xml",
+        "text/latex",
+        "image/png",
+        "image/jpeg",
+        "text/plain",
+    ]  # no scripts, no widgets
     exporter = HTMLExporter(
         template_name="basic",
         raw_template=_source("cells.html"),
@@ -358,7 +426,11 @@ def _cells(notebook, folder, up):
         exclude_anchor_links=True,
         config=Config({"NbConvertBase": {"display_data_priority": kinds}}),
     )
-    tags = {"remove_cell_tags": {"remove-cell"}, "remove_input_tags": {"remove-input"}, "remove_all_outputs_tags": {"remove-output"}}
+    tags = {
+        "remove_cell_tags": {"remove-cell"},
+        "remove_input_tags": {"remove-input"},
+        "remove_all_outputs_tags": {"remove-output"},
+    }
     exporter.register_preprocessor(TagRemovePreprocessor(**tags), enabled=True)
     formulas = []
     for cell in notebook.cells:
@@ -373,7 +445,9 @@ def _cells(notebook, folder, up):
 
 
 def _offline(html, up):
-    """Take out of a notebook's HTML what runs or loads: scripts, frames, remote pictures and styles. Tables get a box to scroll in."""
+    """Take out of a notebook's HTML what runs or loads: scripts, frames, remote pictures and styles. Tables
+    get a box to scroll in.
+    """
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
@@ -384,8 +458,14 @@ def _offline(html, up):
     for element in soup.find_all(True):
         for name, value in list(element.attrs.items()):
             value = str(value).strip()
-            loads = name in ("src", "srcset", "poster", "background", "data", "xlink:href") or (name == "href" and element.name != "a")
-            if name.startswith("on") or (loads and not value.startswith(("data:", "#"))) or value.lower().startswith("javascript:"):
+            loads = name in ("src", "srcset", "poster", "background", "data", "xlink:href") or (
+                name == "href" and element.name != "a"
+            )
+            if (
+                name.startswith("on")
+                or (loads and not value.startswith(("data:", "#")))
+                or value.lower().startswith("javascript:")
+            ):
                 del element[name]
                 if element.name == "img" and name == "src":
                     element.replace_with(_left_out(soup, f"picture {value}"))
@@ -410,9 +490,11 @@ def _offline_style(css):
     return re.sub(r"""(?i)@import[^;]*;?|url\(\s*['"]?(?!data:|#|['"])[^)]*\)""", "", css)
 
 
-# ---------------------------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------------------------
+# formulas
 
-# Code comes first, so that a dollar sign in it is never taken for a formula; so does a dollar sign that is escaped.
+# Code comes first, so that a dollar sign in it is never taken for a formula; so does a dollar sign that is
+# escaped.
 FORMULA = re.compile(
     r"""
       (?P<fence>^[ \t>]*(?P<marks>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t>]*(?P=marks)|\Z))
@@ -430,7 +512,9 @@ HIDDEN = "\ue000{}\ue001"  # private characters, which Markdown leaves alone
 
 
 def _hide_formulas(text, formulas):
-    """Replace each formula of a Markdown text by a placeholder, lest underscores and backslashes be taken for Markdown."""
+    """Replace each formula of a Markdown text by a placeholder, lest underscores and backslashes be taken for
+    Markdown.
+    """
 
     def hide(match):
         if match["fence"] or match["span"] or match["escaped"]:
@@ -446,7 +530,9 @@ def _show_formulas(html, formulas):
 
     def show(match):
         if not match["number"]:
-            return re.sub("\ue000(\\d+)\ue001", lambda hidden: markup.escape(formulas[int(hidden[1])][0]), match[0])
+            return re.sub(
+                "\ue000(\\d+)\ue001", lambda hidden: markup.escape(formulas[int(hidden[1])][0]), match[0]
+            )
         found = formulas[int(match["number"])][1]
         block = found["dollars"] or found["brackets"] or found["environment"]
         return mathml(block or found["parentheses"] or found["dollar"], display=bool(block))
@@ -465,12 +551,30 @@ REWRITES = (  # what latex2mathml does not know, in words that it does
     (rf"{BIG}\\[lr]?vert", r"\1|"),
     (r"\\mathbb\s*\{?1\}?", "\U0001d7d9"),
 )
-CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
-LIMITS = {"max", "min", "sup", "inf", "lim", "arg\u2009max", "arg\u2009min"}  # what stands under them in a display
+CHILDREN = {
+    "mfrac": 2,
+    "msub": 2,
+    "msup": 2,
+    "mover": 2,
+    "munder": 2,
+    "mroot": 2,
+    "msubsup": 3,
+    "munderover": 3,
+}
+LIMITS = {
+    "max",
+    "min",
+    "sup",
+    "inf",
+    "lim",
+    "arg\u2009max",
+    "arg\u2009min",
+}  # what stands under them in a display
 
 
 def mathml(latex, display=False):
-    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never lost.
+    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never
+    lost.
 
     >>> mathml("x^2")
     '<math display="inline" alttext="x^2"><mrow><msup><mi>x</mi><mn>2</mn></msup></mrow></math>'
@@ -494,7 +598,9 @@ def mathml(latex, display=False):
 
 
 def _mend(element, display):
-    """Correct what latex2mathml writes and browsers show badly. Raises ValueError where a formula was not understood."""
+    """Correct what latex2mathml writes and browsers show badly. Raises ValueError where a formula was not
+    understood.
+    """
     text = element.text or ""
     if len(element) != CHILDREN.get(element.tag, len(element)) or "\\" in text or element.get("linebreak"):
         raise ValueError(f"<{element.tag}> is not whole")
@@ -502,7 +608,10 @@ def _mend(element, display):
         element.tag = "mrow"
     if display and element.tag in ("msub", "msup") and element[0].text in LIMITS:
         element.tag = {"msub": "munder", "msup": "mover"}[element.tag]
-    if element.tag == "mo" and text in ("‖", "|"):  # norms: no space inside, and tall only where \left or \big asks for it
+    if element.tag == "mo" and text in (
+        "‖",
+        "|",
+    ):  # norms: no space inside, and tall only where \left or \big asks for it
         element.attrib.update(lspace="0", rspace="0", stretchy=element.get("stretchy", "false"))
     if element.tag == "mover" and element[1].text == "\u2015":  # \overline: few fonts stretch the bar
         element.tag = "mrow"

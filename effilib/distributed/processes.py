@@ -1,12 +1,13 @@
 """Several processes that work together on this machine, and never outlive whoever started them.
 
-`run(function, n, *args)` calls `function(rank, *args)` in `n` new processes that are joined by `torch.distributed` (gloo, over
-the loopback interface) and returns what they returned. Whatever ends the call, an exception, Ctrl-C, a rank that fails or dies,
-ends all of them. Should the caller itself be killed, each process ends by itself: its standard input is a pipe whose other end
-only the caller holds, and on Linux the kernel sends it a signal as well.
+`run(function, n, *args)` calls `function(rank, *args)` in `n` new processes that are joined by
+`torch.distributed` (gloo, over the loopback interface) and returns what they returned. Whatever ends the
+call, an exception, Ctrl-C, a rank that fails or dies, ends all of them. Should the caller itself be killed,
+each process ends by itself: its standard input is a pipe whose other end only the caller holds, and on Linux
+the kernel sends it a signal as well.
 
-Nothing heavy is imported here at the top, so that a new process watches over its caller before it does anything else.
-"""
+Nothing heavy is imported here at the top, so that a new process watches over its caller before it does
+anything else."""
 
 import contextlib
 import ctypes
@@ -25,12 +26,23 @@ from effilib.errors import BadInput
 
 START = 120  # seconds that all processes together may need for their imports
 SILENCE = 20  # seconds without a message after which a rank gives up on another
-GRACE = 1.0  # seconds after the first failure in which the others' reports are gathered: the first to be seen need not be the cause
-LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "timeout", "socket closed")
+# seconds after the first failure in which the others' reports are gathered: the first to be seen need not be
+# the cause
+GRACE = 1.0
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "connection refused",
+    "timed out",
+    "timeout",
+    "socket closed",
+)
 
 
 class WorkerFailed(RuntimeError):
-    """One of several processes failed or died, and the others were ended. One sentence that names it and says why.
+    """One of several processes failed or died, and the others were ended. One sentence that names it and says
+    why.
 
     >>> str(WorkerFailed("rank 1 of 2 was killed by SIGKILL; the others were ended"))
     'rank 1 of 2 was killed by SIGKILL; the others were ended'
@@ -40,20 +52,27 @@ class WorkerFailed(RuntimeError):
 def run(function, n, *args, timeout=600, silence=SILENCE, threads=1):
     """Call `function(rank, *args)` in `n` processes and return the list of their results, by rank.
 
-    function: one that can be imported (not defined in a notebook). args and results are pickled. Inside, `torch.distributed` is
-    ready, with `n` ranks. timeout: seconds for all of it. silence: seconds that a rank waits for another's message. threads: of
-    each process. Raises `WorkerFailed` if a process fails, dies or falls silent, and `BadInput` if the function cannot be imported.
+    function: one that can be imported (not defined in a notebook). args and results are pickled. Inside,
+    `torch.distributed` is ready, with `n` ranks. timeout: seconds for all of it. silence: seconds that a rank
+    waits for another's message. threads: of each process. Raises `WorkerFailed` if a process fails, dies or
+    falls silent, and `BadInput` if the function cannot be imported.
 
     >>> from math import pow
     >>> run(pow, 2, 3)  # 0 and 1, to the third
     [0.0, 1.0]
     """
-    if getattr(function, "__module__", None) in (None, "__main__") or "<" in getattr(function, "__qualname__", "<"):
-        raise BadInput(f"{getattr(function, '__qualname__', function)} cannot be sent to other processes: put it into a file and import it")
+    if getattr(function, "__module__", None) in (None, "__main__") or "<" in getattr(
+        function, "__qualname__", "<"
+    ):
+        raise BadInput(
+            f"{getattr(function, '__qualname__', function)} cannot be sent to other processes: put it into a file and import it"
+        )
     try:
         request = pickle.dumps((function, args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise BadInput(f"what {function.__name__} is given cannot be sent to other processes: {error}") from error
+        raise BadInput(
+            f"what {function.__name__} is given cannot be sent to other processes: {error}"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="effilib-") as name:
         folder, processes = Path(name), []
         (folder / "call").write_bytes(pickle.dumps(dict(n=n, silence=silence, threads=threads)))
@@ -85,8 +104,15 @@ def end(processes):
 
 
 def _start(folder, rank, threads):
-    modules = os.pathsep.join(p or os.getcwd() for p in sys.path)  # what can be imported here can be imported there
-    environment = {**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    modules = os.pathsep.join(
+        p or os.getcwd() for p in sys.path
+    )  # what can be imported here can be imported there
+    environment = {
+        **os.environ,
+        "PYTHONPATH": modules,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
     loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
     if loopback:
         environment["GLOO_SOCKET_IFNAME"] = loopback.pop()
@@ -117,7 +143,9 @@ def _watch(processes, folder, timeout):
             raise WorkerFailed(_cause(codes, folder))
         if clock.now() > began + timeout:
             late = [rank for rank, d in enumerate(done) if not d]
-            raise WorkerFailed(f"the processes took longer than {timeout:g} s and were ended; not done: {_ranks(late)}")
+            raise WorkerFailed(
+                f"the processes took longer than {timeout:g} s and were ended; not done: {_ranks(late)}"
+            )
         with contextlib.suppress(subprocess.TimeoutExpired):
             next((p for p, c in zip(processes, codes, strict=True) if c is None), processes[0]).wait(0.05)
 
@@ -127,13 +155,17 @@ def _ranks(ranks):
 
 
 def _cause(codes, folder):
-    """The failure that comes first in reason: a process that was killed, else one with an error of its own, else a lost connection."""
+    """The failure that comes first in reason: a process that was killed, else one with an error of its own,
+    else a lost connection.
+    """
     found = []
     for rank, code in enumerate(codes):
         failed = folder / f"failed-{rank}"
         if code is not None and code < 0:
             names = {s.value: s.name for s in signal.Signals}
-            found.append((0, f"rank {rank} of {len(codes)} was killed by {names.get(-code, f'signal {-code}')}"))
+            found.append(
+                (0, f"rank {rank} of {len(codes)} was killed by {names.get(-code, f'signal {-code}')}")
+            )
         elif failed.exists():
             words = _read(failed)
             lost = any(sign in words.lower() for sign in LOST)
@@ -141,7 +173,13 @@ def _cause(codes, folder):
         elif code is not None and not (folder / f"done-{rank}").exists():
             log = (folder / f"log-{rank}").read_text(errors="replace").strip().splitlines()
             log = [line for line in log if not line.startswith("[Gloo]")]  # it greets
-            found.append((1, f"rank {rank} of {len(codes)} ended without an answer" + (f": {log[-1][:300]}" if log else "")))
+            found.append(
+                (
+                    1,
+                    f"rank {rank} of {len(codes)} ended without an answer"
+                    + (f": {log[-1][:300]}" if log else ""),
+                )
+            )
     return min(found)[1] + "; the others were ended"
 
 
@@ -149,7 +187,8 @@ def _read(file):
     return pickle.loads(file.read_bytes())
 
 
-# ---------------------------------------------------------------------------------------------- in the new process
+# ---------------------------------------------------------------------------------------------- in the new
+# process
 
 
 def _end_with_caller():
@@ -188,7 +227,9 @@ def _child(folder, rank):
 
 @contextlib.contextmanager
 def joined(store, rank, n, silence, threads):
-    """Inside, this process is rank `rank` of `n` in `torch.distributed`, over gloo; the ranks meet at the file `store`."""
+    """Inside, this process is rank `rank` of `n` in `torch.distributed`, over gloo; the ranks meet at the
+    file `store`.
+    """
     import torch
     import torch.distributed as dist
 

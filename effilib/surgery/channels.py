@@ -1,10 +1,11 @@
-"""Which channels of a network belong together: nodes that several layers share, found by following the forward pass.
+"""Which channels of a network belong together: nodes that several layers share, found by following the
+forward pass.
 
-A *channel node* is a set of channels that several layers share and that can only change together: its producers (the
-layers that write them), the BatchNorms on them, its consumers (the layers that read them). A residual trunk is one node with
-many producers and consumers. `trace(model)` finds the nodes by following the forward pass symbolically (torch.fx); what it
-does not know it refuses, with the layer's name. `effilib.surgery` changes them.
-"""
+A *channel node* is a set of channels that several layers share and that can only change together: its
+producers (the layers that write them), the BatchNorms on them, its consumers (the layers that read them). A
+residual trunk is one node with many producers and consumers. `trace(model)` finds the nodes by following the
+forward pass symbolically (torch.fx); what it does not know it refuses, with the layer's name.
+`effilib.surgery` changes them."""
 
 import operator
 from dataclasses import dataclass, field
@@ -46,8 +47,8 @@ FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
 class Node:
     """Channels that change together. Layers are named as in `model.named_modules()`; print it to see them.
 
-    consumers, bns: layer -> columns per channel (H*W for a linear layer behind a flatten, else 1). why: the reason for which
-    the node cannot be changed, "" if it can.
+    consumers, bns: layer -> columns per channel (H*W for a linear layer behind a flatten, else 1). why: the
+    reason for which the node cannot be changed, "" if it can.
 
     >>> net = build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))
     >>> print(trace(net)["stages.1.0.conv1"])
@@ -73,7 +74,10 @@ class Node:
 
     def __str__(self):
         def listed(layers):
-            return ", ".join(n if per == 1 else f"{n} ({per} columns a channel)" for n, per in layers.items()) or "none"
+            return (
+                ", ".join(n if per == 1 else f"{n} ({per} columns a channel)" for n, per in layers.items())
+                or "none"
+            )
 
         text = f"{self.name}: {self.width} channels; from {', '.join(self.producers)}; BatchNorm {listed(self.bns)}"
         return f"{text}; to {listed(self.consumers)}" + (f"; fixed: {self.why}" if self.why else "")
@@ -81,7 +85,8 @@ class Node:
 
 @dataclass(eq=False)
 class Path:
-    """A residual path, added to a shortcut that begins at the same tensor. layers, shortcut: names, in the order of the pass.
+    """A residual path, added to a shortcut that begins at the same tensor. layers, shortcut: names, in the
+    order of the pass.
 
     >>> path = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))).path("stages.1.0")
     >>> path.convs, path.shortcut
@@ -95,7 +100,9 @@ class Path:
 
     @property
     def in_place(self):
-        """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not tell, only ours is sure."""
+        """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not
+        tell, only ours is sure.
+        """
         return not isinstance(self.model.get_submodule(self.name), Block)
 
     @property
@@ -120,7 +127,9 @@ class Structure:
     paths: list
 
     def __getitem__(self, name):
-        """The node that the layer `name` writes to. Raises `BadInput` if there is none, or it cannot be changed."""
+        """The node that the layer `name` writes to. Raises `BadInput` if there is none, or it cannot be
+        changed.
+        """
         for node in [*self.nodes, *self.refused]:
             if name in node.producers:
                 return checked(node)
@@ -204,7 +213,11 @@ class _Tracer(fx.Tracer):
         self.opaque, self.failed = opaque, None
 
     def is_leaf_module(self, m, name):
-        return name in self.opaque or isinstance(m, (*CONVS, *NORMS, Constant, Gone)) or super().is_leaf_module(m, name)
+        return (
+            name in self.opaque
+            or isinstance(m, (*CONVS, *NORMS, Constant, Gone))
+            or super().is_leaf_module(m, name)
+        )
 
     def call_module(self, m, forward, args, kwargs):
         try:
@@ -215,26 +228,35 @@ class _Tracer(fx.Tracer):
 
 
 def _follow(model):
-    """(graph, modules that cannot be followed, with the reason, constant tensors): such modules are taken as they are."""
+    """(graph, modules that cannot be followed, with the reason, constant tensors): such modules are taken as
+    they are.
+    """
     opaque, before = {}, set(vars(model))
     while True:
         tracer = _Tracer(opaque)
         try:
             graph = tracer.trace(model)
-            constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}  # fx leaves them on the model
+            constants = {
+                name: vars(model).pop(name) for name in set(vars(model)) - before
+            }  # fx leaves them on the model
             return graph, opaque, constants
-        except Exception as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
+        except (
+            Exception
+        ) as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             if not tracer.failed or tracer.failed in opaque:
-                raise BadInput(f"the forward pass of {type(model).__name__} cannot be followed for surgery: {reason}") from error
+                raise BadInput(
+                    f"the forward pass of {type(model).__name__} cannot be followed for surgery: {reason}"
+                ) from error
             opaque[tracer.failed] = f"{tracer.failed} cannot be followed ({reason})"
 
 
 def trace(model):
     """Find the channel nodes and residual paths of `model`: a `Structure`.
 
-    Input channels and outputs of the network are never nodes. Raises `BadInput` if the forward pass as a whole cannot be followed
-    (data-dependent control flow at its top); inside a submodule only the nodes that touch it are refused.
+    Input channels and outputs of the network are never nodes. Raises `BadInput` if the forward pass as a
+    whole cannot be followed (data-dependent control flow at its top); inside a submodule only the nodes that
+    touch it are refused.
 
     >>> found = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1)))
     >>> {node.name: node.width for node in found.nodes}
@@ -249,13 +271,16 @@ def trace(model):
             why = g.why or ("" if g.consumers else "no layer reads these channels")
             modules = {n: model.get_submodule(n) for n in [*g.producers, *g.bns, *g.consumers]}
             bns, consumers = ({n: d[n] for n in sorted(d, key=order.get)} for d in (g.bns, g.consumers))
-            nodes.append(Node(model, g.width, sorted(g.producers, key=order.get), bns, consumers, why, modules))
+            nodes.append(
+                Node(model, g.width, sorted(g.producers, key=order.get), bns, consumers, why, modules)
+            )
     nodes.sort(key=lambda n: order[n.name])
     return Structure([n for n in nodes if not n.why], [n for n in nodes if n.why], _paths(model, graph))
 
 
 def nodes(model):
-    """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there are none.
+    """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there
+    are none.
 
     >>> [node.name for node in nodes(build("convnet", 10, (3, 32, 32), widths=(4, 8)))]
     ['features.0', 'features.4']
@@ -286,7 +311,9 @@ class _Reader:
                 p = self.attribute(n.target)
                 owners.setdefault(p, set()).update({n.target, "?"})
         self.shared = {m for m, k in calls.items() if k > 1} | {
-            m for m in model.modules() if any(len(owners[p]) > 1 for p in m._parameters.values() if p is not None)
+            m
+            for m in model.modules()
+            if any(len(owners[p]) > 1 for p in m._parameters.values() if p is not None)
         }
 
     def attribute(self, name):
@@ -319,7 +346,10 @@ class _Reader:
         if n.op == "get_attr":
             if self.attribute(n.target).numel() == 1:
                 return None  # a number: the same for all channels
-            raise _Unclear(f"{n.target} is used outside of a layer" + "".join(f", in {_place(u)}" for u in list(n.users)[:1] if _place(u)))
+            raise _Unclear(
+                f"{n.target} is used outside of a layer"
+                + "".join(f", in {_place(u)}" for u in list(n.users)[:1] if _place(u))
+            )
         if n.op == "call_module":
             module = self.model.get_submodule(n.target)
             if n.target in self.opaque:
@@ -349,8 +379,16 @@ class _Reader:
         if v is None:
             raise _Unclear(f"{name} reads something else than one tensor of channels")
         width = v.group.root.width
-        size = m.in_channels if isinstance(m, nn.Conv2d) else m.in_features if isinstance(m, nn.Linear) else m.num_features
-        fits = v.rank == (4 if isinstance(m, nn.Conv2d | nn.BatchNorm2d) else 2) or isinstance(m, nn.SyncBatchNorm)
+        size = (
+            m.in_channels
+            if isinstance(m, nn.Conv2d)
+            else m.in_features
+            if isinstance(m, nn.Linear)
+            else m.num_features
+        )
+        fits = v.rank == (4 if isinstance(m, nn.Conv2d | nn.BatchNorm2d) else 2) or isinstance(
+            m, nn.SyncBatchNorm
+        )
         if v.group.root.outside:
             width = width or size
         per = size // width if width else 1
@@ -365,7 +403,11 @@ class _Reader:
 
     def operation(self, n, kind, inputs, module=None):
         """What has no channels of its own: it keeps each channel apart, or it is refused."""
-        where = n.target if module is not None else f"{getattr(n.target, '__name__', n.target)} in {_place(n) or 'the forward pass'}"
+        where = (
+            n.target
+            if module is not None
+            else f"{getattr(n.target, '__name__', n.target)} in {_place(n) or 'the forward pass'}"
+        )
         if n.target == "size" or (n.target is getattr and n.args[1] == "shape"):
             self.sizes(n)
             return None
@@ -374,7 +416,11 @@ class _Reader:
         if not inputs:
             if n.all_input_nodes and set(n.all_input_nodes) <= self.nothing:
                 self.nothing.add(n)
-            elif module is not None or getattr(n.target, "__module__", "") not in ("_operator", "builtins", "math"):
+            elif module is not None or getattr(n.target, "__module__", "") not in (
+                "_operator",
+                "builtins",
+                "math",
+            ):
                 raise _Unclear(f"{where} makes a tensor of its own")
             return None  # numbers and sizes
         for v in inputs:
@@ -396,9 +442,15 @@ class _Reader:
 
         if kind in ELEMENTWISE or (kind is nn.PReLU and module.num_parameters == 1):
             return first
-        if kind in SPATIAL and first.rank == 4 and not (getattr(module, "return_indices", False) or n.kwargs.get("return_indices")):
+        if (
+            kind in SPATIAL
+            and first.rank == 4
+            and not (getattr(module, "return_indices", False) or n.kwargs.get("return_indices"))
+        ):
             return first
-        if kind is F.pad and first.rank == 4 and len(argument(0, "pad")) <= 4:  # beyond that, channels are added
+        if (
+            kind is F.pad and first.rank == 4 and len(argument(0, "pad")) <= 4
+        ):  # beyond that, channels are added
             return first
         if kind in REDUCTIONS and first.rank == 4:
             dims = argument(0, "dim")
@@ -406,19 +458,30 @@ class _Reader:
                 return _Value(first.group, rank=4 if argument(1, "keepdim") else 2)
         flat = _Value(first.group, rank=2, flat=first.flat or first.rank == 4)
         if kind in FLATTEN and first.rank in (2, 4):
-            start, end = (module.start_dim, module.end_dim) if module else (argument(0, "start_dim", 0), argument(1, "end_dim", -1))
+            start, end = (
+                (module.start_dim, module.end_dim)
+                if module
+                else (argument(0, "start_dim", 0), argument(1, "end_dim", -1))
+            )
             if start == 1 and end in (-1, first.rank - 1):
                 return flat
         if kind in ("view", "reshape", torch.reshape) and first.rank in (2, 4):
             shape = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
             if len(shape) == 2 and _is_batch(shape[0]) and shape[1] == -1:
                 return flat
-        if kind is operator.getitem and first.rank == 2 and not first.flat and given[0] == (slice(None), slice(None), None, None):
+        if (
+            kind is operator.getitem
+            and first.rank == 2
+            and not first.flat
+            and given[0] == (slice(None), slice(None), None, None)
+        ):
             return _Value(first.group, rank=4)
         raise _Unclear(f"{where} may mix channels, or is not known to keep them apart")
 
     def sizes(self, n):
-        """The batch's and the picture's sizes may be read; what reads the number of channels depends on it."""
+        """The batch's and the picture's sizes may be read; what reads the number of channels depends on
+        it.
+        """
         v = self.values.get(n.args[0])
         if v is None:
             return
@@ -443,7 +506,9 @@ def _is_batch(size):
     if size.target == "size":
         return size.args[1:] == (0,)
     source = size.args[0] if size.args else None
-    is_shape = isinstance(source, fx.Node) and (source.target == "size" or (source.target is getattr and source.args[1] == "shape"))
+    is_shape = isinstance(source, fx.Node) and (
+        source.target == "size" or (source.target is getattr and source.args[1] == "shape")
+    )
     return size.target is operator.getitem and is_shape and size.args[1] == 0
 
 
@@ -453,15 +518,21 @@ def _place(n):
 
 
 def _paths(model, graph):
-    """Residual paths: two chains that begin at one tensor and are added. The one with more convolutions is the path."""
+    """Residual paths: two chains that begin at one tensor and are added. The one with more convolutions is
+    the path.
+    """
 
     def chain(n):
-        """(its layers, the tensor where it begins), or None where something else lies on it or its sum is not a layer's output."""
+        """(its layers, the tensor where it begins), or None where something else lies on it or its sum is not
+        a layer's output.
+        """
         layers, end = [], n
         while len(n.users) == 1 and n.op != "placeholder":
             if n.op == "call_module" and isinstance(model.get_submodule(n.target), (*CONVS, *NORMS)):
                 layers.append(n.target)
-            elif (type(model.get_submodule(n.target)) if n.op == "call_module" else n.target) not in ELEMENTWISE:
+            elif (
+                type(model.get_submodule(n.target)) if n.op == "call_module" else n.target
+            ) not in ELEMENTWISE:
                 return None
             if len(n.all_input_nodes) != 1:
                 return None
@@ -502,5 +573,7 @@ def checked(node):
         except AttributeError:
             same = False
         if not same:
-            raise BadInput(f"the network has changed since the node of {node.name} was found ({name}): trace it again")
+            raise BadInput(
+                f"the network has changed since the node of {node.name} was found ({name}): trace it again"
+            )
     return node

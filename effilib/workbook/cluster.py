@@ -1,13 +1,14 @@
 """Notebooks over machines: `jobs.run_one`, with the workers of a dask scheduler to execute the notebooks.
 
-No files are shared. A notebook travels with its parameters, the user's own files behind them, the records that it may read
-and the seeds that earlier runs of it finished. It is executed in a folder of the worker's that is deleted afterwards, and what it
-wrote comes back, finished seeds as soon as they are there, so that they outlive their worker. Data sets that have a name are
-found by the worker (its own `EFFILIB_DATA`). All the rest of a job, its report for one, happens at the caller's.
+No files are shared. A notebook travels with its parameters, the user's own files behind them, the records
+that it may read and the seeds that earlier runs of it finished. It is executed in a folder of the worker's
+that is deleted afterwards, and what it wrote comes back, finished seeds as soon as they are there, so that
+they outlive their worker. Data sets that have a name are found by the worker (its own `EFFILIB_DATA`). All
+the rest of a job, its report for one, happens at the caller's.
 
-The caller gives out the places, not the scheduler: so it knows at any time which notebook is on which worker, one whose worker
-dies runs again elsewhere with the seeds that it had finished, and no second notebook gets onto a machine that measures.
-"""
+The caller gives out the places, not the scheduler: so it knows at any time which notebook is on which worker,
+one whose worker dies runs again elsewhere with the seeds that it had finished, and no second notebook gets
+onto a machine that measures."""
 
 import contextlib
 import functools
@@ -26,8 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import effilib
-from effilib import jobs, paths, provenance
+from effilib import paths, provenance
 from effilib.errors import BadInput
+from effilib.workbook import jobs
 
 RUNS = 3  # of a notebook whose workers die
 LOOK = 0.5  # seconds between two looks at the workers
@@ -53,15 +55,16 @@ class Place:
     number: int
 
 
-# ---------------------------------------------------------------------------------------------------- at the caller's
+# ---------------------------------------------------------------------------------------------------- at the
+# caller's
 
 
 @contextlib.contextmanager
 def connect(scheduler, planned, say):
     """The workers of the dask scheduler at an address as a `Cluster`, once there are any.
 
-    planned: the jobs to come. say: hears of workers that come and go. Raises `BadInput` if there is no scheduler, or no worker fits.
-    """
+    planned: the jobs to come. say: hears of workers that come and go. Raises `BadInput` if there is no
+    scheduler, or no worker fits."""
     try:
         from distributed import Client
     except ImportError:
@@ -69,7 +72,9 @@ def connect(scheduler, planned, say):
     try:
         client = Client(scheduler, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise BadInput(f"no dask scheduler answers at {scheduler!r}: give its address, such as tcp://head:8786") from error
+        raise BadInput(
+            f"no dask scheduler answers at {scheduler!r}: give its address, such as tcp://head:8786"
+        ) from error
     for name in ("distributed", "distributed.client"):  # what they would log is said here, in one sentence
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with client, Cluster(client, planned, say) as cluster:
@@ -77,10 +82,11 @@ def connect(scheduler, planned, say):
 
 
 class Cluster(futures.Executor):
-    """An executor: `submit(run_one, job)` waits for a place, in a thread, and calls `run_one` with an `execute` that uses it.
+    """An executor: `submit(run_one, job)` waits for a place, in a thread, and calls `run_one` with an
+    `execute` that uses it.
 
-    shared: may several notebooks be on one machine at the same time? Else that is prevented, so that times count.
-    """
+    shared: may several notebooks be on one machine at the same time? Else that is prevented, so that times
+    count."""
 
     def __init__(self, client, planned, say):
         self.client, self.say, self.scheduler = client, say, client.scheduler.address
@@ -89,7 +95,8 @@ class Cluster(futures.Executor):
         self.threads = []
         self.changed = threading.Condition()  # guards what follows
         self.looked = None  # when
-        self.places = {}  # (address, folder) of every worker that is there -> its places, none if it does not fit
+        # (address, folder) of every worker that is there -> its places, none if it does not fit
+        self.places = {}
         self.taken = {}  # number of a job -> its place
         self.waiting = set()  # numbers of the jobs that wait for one
         self._begin()
@@ -97,7 +104,9 @@ class Cluster(futures.Executor):
     def submit(self, run_one, job):
         """Run a job once there is a place for it. Returns its future."""
         future, number = futures.Future(), len(self.threads)
-        self.threads.append(threading.Thread(target=self._run, args=(future, run_one, job, number), daemon=True))
+        self.threads.append(
+            threading.Thread(target=self._run, args=(future, run_one, job, number), daemon=True)
+        )
         self.threads[-1].start()
         return future
 
@@ -133,7 +142,9 @@ class Cluster(futures.Executor):
             raise BadInput(refused[0] if refused else f"the workers of {self.scheduler} left at once")
         self.shared = max(machines.values()) > 1
         at_a_time = f"{machines.total()} at a time on {len(machines)} machine{'s' * (len(machines) > 1)} of {self.scheduler}"
-        self.say(at_a_time + ("; some share a machine, so there are no verdicts on times" if self.shared else ""))
+        self.say(
+            at_a_time + ("; some share a machine, so there are no verdicts on times" if self.shared else "")
+        )
 
     def _workers(self):
         """What the scheduler says of its workers: dict address -> dict. Raises `SchedulerLost`."""
@@ -146,7 +157,9 @@ class Cluster(futures.Executor):
         return SchedulerLost(f"the dask scheduler at {self.scheduler} went away")
 
     def _look(self):
-        """Note which workers came and went. Returns, and says, why new ones cannot be used. Raises `SchedulerLost`."""
+        """Note which workers came and went. Returns, and says, why new ones cannot be used. Raises
+        `SchedulerLost`.
+        """
         from effilib import clock  # brings torch, which a worker need not hold
 
         refused = []
@@ -154,13 +167,17 @@ class Cluster(futures.Executor):
             if self.looked is not None and clock.now() < self.looked + LOOK:
                 return refused
             had = any(self.places.values())
-            there = {(address, worker["local_directory"]): worker for address, worker in self._workers().items()}
+            there = {
+                (address, worker["local_directory"]): worker for address, worker in self._workers().items()
+            }
             self.places = {key: places for key, places in self.places.items() if key in there}
             for (address, folder), worker in there.items():
                 if (address, folder) not in self.places:
                     reason = self._refusal(address)
                     room = int(worker["resources"].get("GPU", 0)) if self.gpus else worker["nthreads"]
-                    self.places[address, folder] = [Place(address, folder, worker["host"], n) for n in range(0 if reason else room)]
+                    self.places[address, folder] = [
+                        Place(address, folder, worker["host"], n) for n in range(0 if reason else room)
+                    ]
                     refused += [f"the worker {address} {reason}"] * bool(reason)
             self.looked = clock.now()
             for reason in refused if any(self.places.values()) else ():
@@ -170,7 +187,9 @@ class Cluster(futures.Executor):
         return refused
 
     def _refusal(self, address):
-        """Why a worker cannot be used, "" if it can. It is sent those of the user's own files that it has not got."""
+        """Why a worker cannot be used, "" if it can. It is sent those of the user's own files that it has not
+        got.
+        """
         try:
             lacks = self.client.run(check, versions(), self.files, workers=[address])[address]
             if isinstance(lacks, str):
@@ -180,14 +199,20 @@ class Cluster(futures.Executor):
             if size > LIMIT:
                 return f"has no {' and no '.join(lacks)}, too much to be sent ({size / 1e6:,.0f} MB): put a copy there, at the same path"
             if found:
-                sent = {f"{self.files[name]}/{below}": Path(name).parent / below for name in found for below, _, _ in found[name]}
+                sent = {
+                    f"{self.files[name]}/{below}": Path(name).parent / below
+                    for name in found
+                    for below, _, _ in found[name]
+                }
                 self.client.run(keep_files, pack(sent), workers=[address])
         except Exception as error:  # it has left, or has no effilib
             return f"cannot be used: {jobs.sentence(error)}"
         return ""
 
     def _take(self, job, number):
-        """Wait for a place, in the order of the numbers, and take it; or until the job is no longer wanted."""
+        """Wait for a place, in the order of the numbers, and take it; or until the job is no longer
+        wanted.
+        """
         with self.changed:
             self.waiting.add(number)
             try:
@@ -219,7 +244,9 @@ class Cluster(futures.Executor):
     # Executing
 
     def _execute(self, number, job):
-        """What `jobs.execute` does, on a worker; on another one if that dies. Raises `Interrupted` and `SchedulerLost`."""
+        """What `jobs.execute` does, on a worker; on another one if that dies. Raises `Interrupted` and
+        `SchedulerLost`.
+        """
         lost = []
         while number in self.taken:
             place = self.taken[number]
@@ -235,7 +262,9 @@ class Cluster(futures.Executor):
         raise jobs.Interrupted
 
     def _attempt(self, job, place):
-        """Have a worker execute a notebook, and fetch what it wrote. Returns the reason of a failure, or None if the worker is lost."""
+        """Have a worker execute a notebook, and fetch what it wrote. Returns the reason of a failure, or None
+        if the worker is lost.
+        """
         from distributed import KilledWorker
 
         name = f"{job.name}-{uuid.uuid4().hex}"
@@ -249,7 +278,15 @@ class Cluster(futures.Executor):
         try:
             self.client.subscribe_topic(name, heard)
             task = self.client.submit(
-                on_worker, job, files, pack(inputs(job)), self.gpus, key=name, workers=[place.address], resources=room, pure=False
+                on_worker,
+                job,
+                files,
+                pack(inputs(job)),
+                self.gpus,
+                key=name,
+                workers=[place.address],
+                resources=room,
+                pure=False,
             )
             while not task.done():
                 if not job.held():
@@ -277,9 +314,10 @@ class Cluster(futures.Executor):
 
 
 def inputs(job):
-    """What a notebook finds on its worker: itself, what is recorded, the results of its series, its finished seeds. Name -> file.
+    """What a notebook finds on its worker: itself, what is recorded, the results of its series, its finished
+    seeds. Name -> file.
 
-    >>> from effilib.runner import plan
+    >>> from effilib.workbook.runner import plan
     >>> "02_overview.ipynb" in inputs(plan(["02"], preset="smoke")[0])
     True
     """
@@ -289,12 +327,18 @@ def inputs(job):
     return {
         f"{job.name}.ipynb": job.notebook,
         **{f"results/{file.relative_to(results)}": file for file in found},
-        **{f"recorded/{file.relative_to(recorded)}": file for file in recorded.rglob("*") if file.suffix in (".json", ".csv")},
+        **{
+            f"recorded/{file.relative_to(recorded)}": file
+            for file in recorded.rglob("*")
+            if file.suffix in (".json", ".csv")
+        },
     }
 
 
 def keep_seeds(job, archive):
-    """Put finished seeds into the caller's cache, and note to which notebook they belong, for its next run."""
+    """Put finished seeds into the caller's cache, and note to which notebook they belong, for its next
+    run.
+    """
     names = unpack(archive, job.folder.parent)
     notes = job.folder / ".seeds" / job.name
     notes.parent.mkdir(exist_ok=True)
@@ -331,17 +375,19 @@ def unpack(archive, folder):
         return packed.namelist()
 
 
-# -------------------------------------------------------------------------------------------------------- on a worker
+# -------------------------------------------------------------------------------------------------------- on
+# a worker
 
 
 @functools.cache  # what a process has loaded does not change with the files
 def versions():
-    """What must be the same on all machines: name -> version; of effilib its code, whatever it says of itself.
+    """What must be the same on all machines: name -> version; of effilib its code, whatever it says of
+    itself.
 
     >>> sorted(versions())
     ['effilib', 'torch']
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in folder.rglob("*.py")}
     torch = importlib.metadata.version("torch").partition("+")[0]  # +cpu, +cu128
     return {"torch": torch, "effilib": f"{effilib.__version__} (code {provenance.digest(code)[:8]})"}
@@ -357,7 +403,9 @@ def check(wanted, files, dask_worker):
 
 
 def _copy(name, digest, worker):
-    """Where this worker has a user's file or folder: at the same path, or among those that it was sent; None if nowhere."""
+    """Where this worker has a user's file or folder: at the same path, or among those that it was sent; None
+    if nowhere.
+    """
     path, sent = Path(name), Path(worker.local_directory, "effilib", digest, Path(name).name)
     with contextlib.suppress(OSError):
         if path.exists() and provenance.digest(name, jobs.listing(path)) == digest:
@@ -371,24 +419,36 @@ def keep_files(archive, dask_worker):
 
 
 def on_worker(job, files, archive, gpu):
-    """Execute a notebook here. Returns the reason of its failure, what it wrote, and the seeds that it finished.
+    """Execute a notebook here. Returns the reason of its failure, what it wrote, and the seeds that it
+    finished.
 
-    files: parameter -> path and digest of the user's own file behind it. archive: `inputs`. gpu: it gets one of this worker's for itself.
-    """
+    files: parameter -> path and digest of the user's own file behind it. archive: `inputs`. gpu: it gets one
+    of this worker's for itself."""
     from distributed import get_worker
 
     worker, name = get_worker(), get_worker().get_current_task()
     with contextlib.ExitStack() as stack:
-        here = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=worker.local_directory, ignore_cleanup_errors=True)))
+        here = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(dir=worker.local_directory, ignore_cleanup_errors=True)
+            )
+        )
         unpack(archive, here)
         parameters, results = dict(job.parameters), here / "results"
-        for parameter, (path, digest) in files.items():  # the same name on every worker, for seeds are found by it
+        for parameter, (
+            path,
+            digest,
+        ) in files.items():  # the same name on every worker, for seeds are found by it
             link = here / "home" / parameter / Path(path).name
             link.parent.mkdir(parents=True)
             link.symlink_to(_copy(path, digest, worker))
             parameters[parameter] = parameters[parameter].replace(path, f"./{parameter}/{link.name}")
         (here / "home").mkdir(exist_ok=True)
-        places = {"EFFILIB_RESULTS": str(results), "EFFILIB_RECORDED": str(here / "recorded"), "EFFILIB_DATA": str(paths.data())}
+        places = {
+            "EFFILIB_RESULTS": str(results),
+            "EFFILIB_RECORDED": str(here / "recorded"),
+            "EFFILIB_DATA": str(paths.data()),
+        }
         places |= {"CUDA_VISIBLE_DEVICES": stack.enter_context(_gpu(worker))} if gpu else {}
         job = replace(
             job,
@@ -407,7 +467,11 @@ def on_worker(job, files, archive, gpu):
                 worker.log_event(name, {"seeds": pack(new)})
                 sent.update(new)
             task = worker.state.tasks.get(name)  # it is cancelled if the caller goes away
-            return worker.status.name in ("running", "paused", "closing_gracefully") and task is not None and task.state == "executing"
+            return (
+                worker.status.name in ("running", "paused", "closing_gracefully")
+                and task is not None
+                and task.state == "executing"
+            )
 
         given = set(sent)
         try:
@@ -416,8 +480,14 @@ def on_worker(job, files, archive, gpu):
             reason = jobs.GIVEN_UP
         except OSError as error:
             reason = f"its worker {worker.address} cannot write: {jobs.sentence(error)}"
-        written = {str(file.relative_to(job.partial)): file for file in job.partial.rglob("*") if file.is_file()}
-        return reason, pack(written), pack({seed: file for seed, file in _seeds(results).items() if seed not in given})
+        written = {
+            str(file.relative_to(job.partial)): file for file in job.partial.rglob("*") if file.is_file()
+        }
+        return (
+            reason,
+            pack(written),
+            pack({seed: file for seed, file in _seeds(results).items() if seed not in given}),
+        )
 
 
 def _seeds(results):
@@ -427,7 +497,9 @@ def _seeds(results):
 
 @contextlib.contextmanager
 def _gpu(worker):
-    """A GPU for one notebook, as CUDA_VISIBLE_DEVICES names it: of those that this worker sees, one that no other notebook has."""
+    """A GPU for one notebook, as CUDA_VISIBLE_DEVICES names it: of those that this worker sees, one that no
+    other notebook has.
+    """
     free = _gpus(int(worker.state.total_resources["GPU"]))
     mine = free.get()
     try:
@@ -446,7 +518,9 @@ def _gpus(number):
 
 
 def _all_cores(worker):
-    """Environment in which dask's default of one thread for each library is taken back: a notebook has this machine for itself."""
+    """Environment in which dask's default of one thread for each library is taken back: a notebook has this
+    machine for itself.
+    """
     import dask
 
     default = dask.config.get("distributed.nanny.pre-spawn-environ", {}) if worker.nanny else {}

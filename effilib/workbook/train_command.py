@@ -1,8 +1,9 @@
-"""`effilib train`: one training without a notebook, with any methods, on any data set. It goes on where it was interrupted.
+"""`effilib train`: one training without a notebook, with any methods, on any data set. It goes on where it
+was interrupted.
 
-A method is named as its class is, in lower case (`prune_train`), or by the path of a user's own (`mine.py:Mine`); its settings are
-the fields of its dataclass, `name=value`. Under `torchrun` the processes train together, and rank 0 speaks and writes.
-"""
+A method is named as its class is, in lower case (`prune_train`), or by the path of a user's own
+(`mine.py:Mine`); its settings are the fields of its dataclass, `name=value`. Under `torchrun` the processes
+train together, and rank 0 speaks and writes."""
 
 import ast
 import dataclasses
@@ -34,8 +35,13 @@ def methods():
     >>> methods()["prune_train"].__name__
     'PruneTrain'
     """
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    found = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(package.__path__)
+    ]
+    found = [
+        c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__
+    ]
     return {snake(c.__name__): c for c in found if issubclass(c, training.Method)}
 
 
@@ -49,7 +55,8 @@ def snake(name):
 
 
 def method(name, *texts):
-    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of another type.
+    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of
+    another type.
 
     >>> method("prune_train", "ratio=0.3").ratio
     0.3
@@ -62,14 +69,19 @@ def method(name, *texts):
         known = methods()
         if name not in known and hasattr(package, name):  # the name of a module
             inside = [n for n, c in known.items() if c.__module__ == f"{package.__name__}.{name}"]
-            choices = f"choose {' or '.join(inside)}" if inside else "it is more than one training, see its notebook"
+            choices = (
+                f"choose {' or '.join(inside)}"
+                if inside
+                else "it is more than one training, see its notebook"
+            )
             raise BadInput(f"{name} is no method: {choices}")
         cls = known[choose("method", name, known)]
     return make(cls, name, texts)
 
 
 def make(cls, what, texts, base=None):
-    """An instance of a dataclass with the settings in `texts`, "name=value"; "name.inner=value" for one within another.
+    """An instance of a dataclass with the settings in `texts`, "name=value"; "name.inner=value" for one
+    within another.
 
     base: the instance from which all other settings come.
 
@@ -101,7 +113,8 @@ def make(cls, what, texts, base=None):
 
 
 def read(what, name, text, hint):
-    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is not of the type `hint`.
+    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is
+    not of the type `hint`.
 
     >>> read("the recipe", "epochs", "2.5", float)
     2.5
@@ -131,10 +144,24 @@ def frozen(value):
 # The training
 
 
-def run(*, methods=(), dataset="", preset="", network="", variant="base", settings=(), seed=0, device="auto", checkpoint="", out=""):
-    """Train, and write history.csv, model.pt and, last, record.json into `out`. Returns the exit code: 0 complete, 130 interrupted.
+def run(
+    *,
+    methods=(),
+    dataset="",
+    preset="",
+    network="",
+    variant="base",
+    settings=(),
+    seed=0,
+    device="auto",
+    checkpoint="",
+    out="",
+):
+    """Train, and write history.csv, model.pt and, last, record.json into `out`. Returns the exit code: 0
+    complete, 130 interrupted.
 
-    methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises `BadInput`.
+    methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises
+    `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
     synthetic, 128 images, resnet; no method; 1 epochs, batches of 32; into mine
@@ -145,9 +172,18 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
     chosen = [method(*words) for words in methods]
     task = make_task(preset, dataset, network, variant, device, settings)
     ranks = distributed.ranks(task.device)
-    folder = Path(out) if out else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
+    folder = (
+        Path(out)
+        if out
+        else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
+    )
     file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
-    what = {"methods": provenance.settings(chosen), "task": provenance.settings(task), "seed": seed, "processes": ranks.size}
+    what = {
+        "methods": provenance.settings(chosen),
+        "task": provenance.settings(task),
+        "seed": seed,
+        "processes": ranks.size,
+    }
     what = ranks.agree(what)  # the device is each one's own
 
     def say(words):
@@ -166,7 +202,11 @@ def run(*, methods=(), dataset="", preset="", network="", variant="base", settin
     try:
         model, history = fit(task, data, chosen, seed, file, Epochs(task.recipe.epochs, say))
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from the last whole epoch ({file})" if file.exists() else "interrupted")
+        say(
+            f"interrupted; the same command goes on from the last whole epoch ({file})"
+            if file.exists()
+            else "interrupted"
+        )
         return 130
     record = {"schema": 1, "status": "complete", "run": what, **summary(history, model, data, task)}
     record["duration_s"] = round(clock.now() - begun, 1)
@@ -184,12 +224,21 @@ def default_folder(task, methods, settings, seed, processes):
     'train-smoke-synthetic-resnet-baseline-seed=0'
     """
     several = [f"processes={processes}"] * (processes > 1)
-    words = [task.preset, label(task.dataset), task.network, *(methods or ["baseline"]), *settings, *several, f"seed={seed}"]
+    words = [
+        task.preset,
+        label(task.dataset),
+        task.network,
+        *(methods or ["baseline"]),
+        *settings,
+        *several,
+        f"seed={seed}",
+    ]
     return paths.results() / "play" / file_name("train", *words)
 
 
 def complete(folder, what):
-    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's lies there.
+    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's
+    lies there.
 
     >>> print(complete("mine", what={}))
     None
@@ -233,7 +282,16 @@ def fit(task, data, methods, seed, file, progress):
     """
     model, evaluations = task.build(data, seed), max(1, math.ceil(task.recipe.epochs))
     try:
-        history = training.train(model, data, task.recipe, methods, seed, checkpoint=file, evaluations=evaluations, progress=progress)
+        history = training.train(
+            model,
+            data,
+            task.recipe,
+            methods,
+            seed,
+            checkpoint=file,
+            evaluations=evaluations,
+            progress=progress,
+        )
     except NoEffect as error:
         raise BadInput(str(error)) from error
     except (RuntimeError, MemoryError) as error:
@@ -252,10 +310,17 @@ def make_task(preset, dataset, network, variant, device, settings):
     """
     own = ("images", "held", "widths")
     for text in settings:
-        choose("setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))])
+        choose(
+            "setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))]
+        )
     task = tasks.task(preset, dataset, network, variant, device=device)
     task = make(tasks.Task, "the task", [text for text in settings if text.partition("=")[0] in own], task)
-    recipe = make(training.Recipe, "the recipe", [text for text in settings if text.partition("=")[0] not in own], task.recipe)
+    recipe = make(
+        training.Recipe,
+        "the recipe",
+        [text for text in settings if text.partition("=")[0] not in own],
+        task.recipe,
+    )
     return dataclasses.replace(task, recipe=recipe)
 
 
@@ -270,7 +335,8 @@ def file_name(*words):
 
 
 class Epochs:
-    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done in this process.
+    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done
+    in this process.
 
     >>> Epochs(2, print)({"epoch": 1, "train_loss": 0.5, "loss": 0.6, "accuracy": 80.0})
     epoch 1 of 2: training loss 0.5000, validation loss 0.6000, 80.00 %
@@ -286,7 +352,9 @@ class Epochs:
         if start < epoch < self.epochs:
             left = f"; about {say_seconds((now - begun) / (epoch - start) * (self.epochs - epoch))} left"
         loss = "" if math.isnan(row["train_loss"]) else f"training loss {row['train_loss']:.4f}, "
-        self.say(f"epoch {epoch:.4g} of {self.epochs:g}: {loss}validation loss {row['loss']:.4f}, {row['accuracy']:.2f} %{left}")
+        self.say(
+            f"epoch {epoch:.4g} of {self.epochs:g}: {loss}validation loss {row['loss']:.4f}, {row['accuracy']:.2f} %{left}"
+        )
 
 
 # What is written
