@@ -20,7 +20,7 @@ _WHERE = {
     "train": "training",
     "evaluate": "training",
     "Arm": "experiment",
-    "compare": "experiment",
+    "compare": "results",
     "BadInput": "errors",
     "NoEffect": "errors",
 }

@@ -84,7 +84,7 @@ def identity(model, dataset, recipe, methods, seed, ranks):
     return {**mine, "number of processes": ranks.size}  # shares are normalised apart, and draw apart
 
 
-def save(path, mine, run, history, batches):
+def save(path, mine, run, history, batches, flops, losses):
     """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere).
 
     >>> data = load("synthetic")
@@ -112,9 +112,10 @@ def save(path, mine, run, history, batches):
             "other ranks": of_ranks[1:],
             "data": batches.generator.get_state(),
             "step": run.step, "epoch": run.epoch + 1, "structures": run.structures, "events": run.events,
-            "schedule": {k: getattr(run, k) for k in ("steps", "position", "pace", "lr_scale")}, "batch_size": batches.batch_size,
+            "schedule": {k: getattr(run.schedule, k) for k in ("position", "pace", "scale")}, "steps": run.steps,
+            "batch_size": batches.batch_size, "flops": vars(flops), "losses": [float(loss) for loss in losses],
             "clock": run.clock.totals(),
-            "history": {k: getattr(history, k) for k in ("rows", "flops", "memory", "warm_up")},
+            "history": {k: getattr(history, k) for k in ("rows", "memory", "warm_up")},
         }))  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def operate_again_(model, tensors):
                 surgery.select_(node, [i % node.width for i in range(width)])
 
 
-def restore(saved, path, run, history, batches):
+def restore(saved, path, run, history, batches, flops):
     """Bring `run`, whose methods have been set up, to the saved state.
 
     Raises `BadInput` if a user's network was changed in a way that `operate_again_` does not know.
@@ -257,12 +258,14 @@ def restore(saved, path, run, history, batches):
         saved["structures"],
         saved["events"],
     )
-    batches.batch_size = saved["batch_size"]
+    run.steps, batches.batch_size = saved["steps"], saved["batch_size"]
     for k, v in saved["schedule"].items():
-        setattr(run, k, v)
+        setattr(run.schedule, k, v)
+    vars(flops).update(saved["flops"])
     run.clock.forget(**saved["clock"])
     for k, v in saved["history"].items():
         setattr(history, k, v)
+    return [torch.tensor(loss, device=run.device) for loss in saved["losses"]]
 
 
 def _bytes(content):

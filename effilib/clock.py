@@ -1,12 +1,12 @@
 """The only place that reads time.
 
-`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not
-training. `interleaved` times short functions against each other. `machine` says on what the numbers were
-measured.
+`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not training.
+`interleaved` times short functions against each other. `machine` says on what the numbers were measured, `Measuring`
+whether another measurement runs there at the same time.
 
-The machines are shared: a step can stall for half a minute. A stopwatch therefore keeps every step, and
-`seconds` caps each at `CAP` times its epoch's median for its kind; raw seconds and the number of capped steps
-are kept beside it."""
+The machines are shared: a step can stall for half a minute. A stall is wall time in which neither this process nor
+one that it started used the processor; only that is taken off, whatever the work was. Raw seconds are kept beside.
+"""
 
 import contextlib
 import ctypes
@@ -14,13 +14,15 @@ import datetime
 import os
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
-CAP = 5  # times the epoch's median
-RECURRING = 5  # a kind seen less often than this in an epoch is one-off work, which is never capped
+STALL = 0.02  # seconds without CPU time in one segment, below which nothing is taken off
+EXCESS = 5  # on CUDA: times the longest of the same step with other seeds, above which a step stalled
 
 
 def now():
@@ -72,11 +74,11 @@ def synchronize(device):
 
 
 class Stopwatch:
-    """Seconds of a training run, as segments of a kind: a step, or one-off work such as a reconfiguration.
+    """Seconds of a training run, as segments of a kind: a step, or other work such as a reconfiguration.
 
-    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time
-    out of it. On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation
-    per step.
+    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time out of it.
+    On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation per step. There a
+    waiting processor looks busy, so that nothing is taken off here: see `unshared`.
 
     >>> watch = Stopwatch()
     >>> watch.start()
@@ -88,21 +90,22 @@ class Stopwatch:
     """
 
     def __init__(self, device="cpu"):
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         self.laps = []  # of the epoch that runs: (kind, [(begin, end), ...])
         self.pieces = []  # of the open segment, between pauses
         self.begin = None
-        self.raw = 0.0  # seconds, nothing capped
-        self.seconds = 0.0  # seconds, stalled steps capped
-        self.steps = 0  # recurring segments seen
-        self.capped = 0  # ... of which were capped
-        self.kinds = {}  # kind -> [seconds of each segment], as measured
+        self.children = _children()  # seconds on the processor of what this process started, when last read
+        self.raw = 0.0  # seconds
+        self.seconds = 0.0  # seconds less stalls
+        self.kinds = {}  # kind -> [number of segments, seconds less stalls]
+        self.steps = []  # on CUDA: seconds of each step, from which stalls are found across seeds
 
     def _read(self):
         if not self.cuda:
-            return time.perf_counter()
+            return time.perf_counter(), time.process_time()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def start(self):
@@ -112,10 +115,11 @@ class Stopwatch:
     def lap(self, kind="step", substitute=False):
         """Close the open segment under `kind` and open the next one.
 
-        substitute: the segment was not timed (a counted step is slower); the epoch's median of its kind
-        stands for it."""
+        substitute: the segment was not timed (a counted step is slower); the median of the epoch's segments of its
+        kind stands for it.
+        """
         end = self._read()
-        self.laps.append((kind, None if substitute else [*self.pieces, (self.begin, end)]))
+        self.laps.append((kind, None if substitute else self._measure([*self.pieces, (self.begin, end)])))
         self.pieces, self.begin = [], end
 
     @contextlib.contextmanager
@@ -127,35 +131,51 @@ class Stopwatch:
         finally:
             self.start()
 
-    def _between(self, begin, end):
-        return begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
+    def _measure(self, pieces):
+        """(wall seconds, seconds stalled); on CUDA the events, which are read later."""
+        if self.cuda:
+            return pieces
+        wall = sum(end[0] - begin[0] for begin, end in pieces)
+        idle = wall - sum(end[1] - begin[1] for begin, end in pieces)
+        if idle > STALL:  # a compiler that this process waits for is work
+            before, self.children = self.children, _children()
+            idle -= max(0.0, self.children - before)
+        return wall, idle if idle > STALL else 0.0
 
     def end_epoch(self):
-        """Read the epoch's segments and add them up. Returns the run's capped seconds after each of them."""
+        """Read the epoch's segments and add them up. Returns the run's seconds after each of them."""
+        measured = [(kind, segment) for kind, segment in self.laps]
         if self.cuda:
-            torch.cuda.synchronize()
-        by_kind = {}
-        for kind, pieces in self.laps:
-            if pieces is not None:
-                by_kind.setdefault(kind, []).append(sum(self._between(begin, end) for begin, end in pieces))
-        medians = {k: statistics.median(s) for k, s in by_kind.items()}
-        timed = {k: iter(s) for k, s in by_kind.items()}
-        measured = [(k, medians.get(k, 0.0) if pieces is None else next(timed[k])) for k, pieces in self.laps]
-        self.laps = []
-        limit = {k: CAP * medians[k] for k, s in by_kind.items() if len(s) >= RECURRING}
-        cumulative = []
-        for kind, seconds in measured:
-            self.kinds.setdefault(kind, []).append(seconds)
-            self.raw += seconds
-            self.steps += kind in limit
-            self.capped += seconds > limit.get(kind, float("inf"))
-            self.seconds += min(seconds, limit.get(kind, float("inf")))
-            cumulative.append(self.seconds)
-        return cumulative
+            torch.cuda.synchronize(self.device)
+            measured = [
+                (kind, s and (sum(begin.elapsed_time(end) for begin, end in s) / 1e3, 0.0))
+                for kind, s in measured
+            ]
+        self.laps, by_kind, after = [], {}, []
+        for kind, segment in measured:
+            if segment is not None:
+                by_kind.setdefault(kind, []).append(segment[0] - segment[1])
+        for kind, segment in measured:
+            if segment is None:
+                segment = statistics.median(by_kind.get(kind, [self.mean(kind)])), 0.0
+            wall, stalled = segment
+            self.raw += wall
+            self.seconds += wall - stalled
+            count, total = self.kinds.get(kind, (0, 0.0))
+            self.kinds[kind] = [count + 1, total + wall - stalled]
+            if self.cuda and kind.startswith("step"):
+                self.steps.append(wall)
+            after.append(self.seconds)
+        return after
+
+    def mean(self, kind):
+        """Mean seconds of a kind's segments so far; 0 without any."""
+        count, total = self.kinds.get(kind, (0, 0.0))
+        return total / count if count else 0.0
 
     def totals(self):
-        """What was measured in the epochs that have ended, as plain values."""
-        return {k: getattr(self, k) for k in ("raw", "seconds", "steps", "capped", "kinds")}
+        """Return what was measured in the epochs that have ended, as plain values."""
+        return {k: getattr(self, k) for k in ("raw", "seconds", "kinds", "steps")}
 
     def forget(self, **totals):
         """Drop the epoch that runs and go on from the `totals` of an earlier run."""
@@ -163,6 +183,90 @@ class Stopwatch:
         for name, value in totals.items():
             setattr(self, name, value)
         self.start()
+
+
+def _children():
+    """Seconds on the processor of all that this process started, ended or not."""
+    ended = os.times()
+    total = ended.children_user + ended.children_system
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                spent = child.cpu_times()
+                total += spent.user + spent.system
+    return total
+
+
+def unshared(steps):
+    """Return the seconds of each run that no other run has at the same step: where CPU time says nothing, stalls.
+
+    steps: per run the seconds of its steps. A step stalled where it takes more than `EXCESS` times as long as in
+    any other run, and loses what is above the longest of those. Nothing is known of fewer than three runs, or
+    of runs with unequal numbers of steps.
+
+    >>> unshared([[1.0, 1.0, 9.0], [1.0, 1.0, 1.0], [1.0, 6.0, 1.0], [1.0, 6.0, 1.0]])
+    [8.0, 0.0, 0.0, 0.0]
+    """
+    if len(steps) < 3 or len({len(s) for s in steps}) > 1:
+        return [0.0] * len(steps)
+    taken = []
+    for i, mine in enumerate(steps):
+        longest = [max(s[k] for j, s in enumerate(steps) if j != i) for k in range(len(mine))]
+        taken.append(sum((m - o for m, o in zip(mine, longest, strict=True) if m > EXCESS * o), 0.0))
+    return taken
+
+
+class Measuring:
+    """Hold a note on this machine that a measurement runs, and see the others'.
+
+    A note is a locked file; the lock of a process that died is free, so that nothing has to be tidied up.
+
+    >>> with Measuring() as first, Measuring() as second:
+    ...     first.others(), second.others()
+    (1, 1)
+    """
+
+    def __init__(self, folder=None):
+        self.folder = Path(folder or Path(tempfile.gettempdir()) / "effilib-measuring")
+        self.file = None
+
+    def __enter__(self):
+        with contextlib.suppress(OSError, ImportError):  # no locks here: nothing is known of others
+            import fcntl
+
+            self.folder.mkdir(mode=0o777, parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.folder)
+            self.file = open(handle, "wb")
+            self.name = Path(name)
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.name.unlink()
+            self.file.close()
+            self.file = None
+
+    def others(self):
+        """Return how many other measurements run on this machine now."""
+        if not self.file:
+            return 0
+        import fcntl
+
+        found = 0
+        for note in self.folder.iterdir():
+            if note == self.name:
+                continue
+            try:
+                with note.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                note.unlink()  # its process is gone
+            except BlockingIOError:
+                found += 1
+            except OSError:  # gone meanwhile, or another user's
+                found += note.exists()
+        return found
 
 
 def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None):

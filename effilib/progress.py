@@ -18,18 +18,22 @@ class Progress:
 
     KEEP = 6
 
-    def __init__(self, title, total):
+    def __init__(self, title, total, work=None):
         self.title, self.total, self.count, self.begun, self.lines = title, total, 0, now(), []
+        self.work, self.worked = work or total, 0.0
         self.handle = None
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
             from IPython.display import display
 
             self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
-    def done(self, line, count=1):
-        """Note that `count` of the total is done; `line` says what."""
-        self.count += count
-        left = (now() - self.begun) / self.count * (self.total - self.count)
+    def done(self, line, work=1.0):
+        """Note that one more is done, in so much of the work; `line` says what."""
+        self.count += 1
+        self.worked += work
+        left = (
+            (now() - self.begun) / self.worked * (self.work - self.worked) if self.count < self.total else 0
+        )
         head = f"{self.title}: {self.count} of {self.total}" + (
             f", about {say_seconds(left)} left" if left else f", {say_seconds(now() - self.begun)}"
         )

@@ -1,33 +1,34 @@
-"""What every chapter trains and against what it is judged: data, network, tuned recipe, target and margin,
-per preset.
+"""What every chapter trains: data, network and tuned recipe, at the lengths of a preset.
 
-The baselines were tuned before any method was run (`effilib tune`, sweeps in `results/recorded/tuning`). A
-target is the accuracy that the shortest tuned schedule reaches in at least 4 of 5 seeds; it is a constant of
-the task. Where nothing was tuned (a user's own data or network), the target comes from a pilot of the
-baseline with seeds of its own, before the method is run: `effilib.experiment.pilot`."""
+The baselines were tuned before any method was run (`effilib tune`, sweeps in `results/recorded/tuning`), each
+length by itself. Where nothing was tuned (a user's own data or network), the recipe is the preset's.
+"""
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 
 from effilib import data, distributed, models, paths
 from effilib.errors import BadInput, choose
-from effilib.training import EVALUATIONS, Recipe, stream
+from effilib.training import Recipe, stream
 
 PRESETS = ("smoke", "quick", "study", "full")
+AXES = ("epochs", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, network and recipe of the baseline, and what counts as reaching it.
+    """Data, network and recipe of the baseline, and the lengths at which it is trained.
 
-    images: training images taken (None: all). held: at most so many validation images are evaluated (None:
-    all). evaluations: of the validation set in a run. target: validation accuracy in %, or None if a pilot
-    has to find it. margin: points of accuracy that count as equal. seeds: how many. variant: "base", or
-    "wide" (32/64/128, what pruning and growing start from).
+    lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of, "epochs", or
+    "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of epochs counts.
+    images: training images taken (None: all). validation: at most so many validation images, and three times as many
+    test images (None: all). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and
+    growing start from). given: settings that the user asked for, which no chapter changes.
 
     >>> t = task("quick", "mnist5k")
-    >>> t.target, t.margin, t.seeds, t.but(epochs=1).recipe.epochs
-    (96.0, 1.0, 5, 1)
+    >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
+    ((0.5, 1.0), 3, True)
     """
 
     preset: str
@@ -35,45 +36,67 @@ class Task:
     network: str = "resnet"
     widths: dict = field(default_factory=dict)  # settings of one of our networks
     recipe: Recipe = field(default_factory=Recipe)
-    target: float | None = None
-    margin: float = 0.5
+    lengths: tuple[float, ...] = (0.5, 0.71, 1.0)
+    axis: str = "epochs"
+    tuned: dict[float, dict] = field(default_factory=dict)
     images: int | None = None
-    held: int | None = None
-    evaluations: int = EVALUATIONS
+    validation: int | None = None
     seeds: int = 5
     variant: str = "base"
     device: str = "cpu"
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        choose("axis of lengths", self.axis, AXES)
+        if not self.lengths or not all(length > 0 for length in self.lengths):
+            raise BadInput(f"lengths must be shares above 0, got {self.lengths}")
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise BadInput(f"seeds is {self.seeds!r}, it must be a whole number above 0")
 
     def load(self):
-        """The data set, cut to the preset's size, on the task's device."""
+        """Load the data set, cut to the preset's size, on the task's device."""
         dataset = data.load(self.dataset, device=self.device)
         if self.images:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
-        if self.held:
-            dataset = replace(
-                dataset, validation=dataset.validation[: self.held], test=dataset.test[: 3 * self.held]
-            )
+        if self.validation:
+            n = self.validation
+            dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
 
     def build(self, dataset, seed=0, **settings):
-        """The baseline's network with the initial weights of `seed`; settings replace widths or depths."""
+        """Build the baseline's network with the initial weights of `seed`; settings replace widths or depths."""
         init = stream(seed, "initial weights").initial_seed()
+        settings = self.widths | settings
         return models.build(
-            self.network,
-            dataset.classes,
-            dataset.shape,
-            seed=init,
-            device=self.device,
-            **(self.widths | settings),
+            self.network, dataset.classes, dataset.shape, seed=init, device=self.device, **settings
         )
 
-    def but(self, **changes):
-        """The same task with other settings; those of `Recipe` go into the recipe."""
+    def but(self, **changes) -> "Task":
+        """Return the same task with other settings; those of `Recipe` go into the recipe."""
         in_recipe = {k: v for k, v in changes.items() if k in Recipe.__dataclass_fields__}
         rest = {k: v for k, v in changes.items() if k not in in_recipe}
         for k in rest:
             choose("setting of a task", k, [*Task.__dataclass_fields__, *Recipe.__dataclass_fields__])
         return replace(self, recipe=replace(self.recipe, **in_recipe), **rest)
+
+    def sized(self, sizes: dict[str, dict]) -> "Task":
+        """Return the task with what a chapter changes of its preset, but for what the user asked for.
+
+        sizes: preset -> settings. Where they change the learning rate, nothing is tuned by length.
+        """
+        changes = {k: v for k, v in sizes.get(self.preset, {}).items() if k not in self.given}
+        return self.but(**changes)
+
+    def at(self, length: float) -> "Task":
+        """Return the task at a length: its share of epochs or images, with what was tuned for it."""
+        if self.axis == "images":
+            total = self.images or len(data.load(self.dataset).train)
+            images = max(1, round(length * total))
+            return self.but(images=images, epochs=self.recipe.epochs * total / images)
+        epochs = length * self.recipe.epochs
+        near = min(self.tuned, key=lambda e: abs(math.log(e / epochs)), default=None)
+        best = {k: v for k, v in self.tuned.get(near, {}).items() if k not in self.given}
+        return self.but(**best, epochs=epochs)
 
 
 BASE = {
@@ -82,54 +105,32 @@ BASE = {
 }  # deep where pixels are few: the best shape per second on a CPU
 WIDE = {"widths": (32, 64, 128), "blocks": (1, 1, 1)}  # leaves room to prune in multiples of 16
 
-# (preset, data set, variant) -> what differs from Task's defaults: the result of the sweeps. Where there is a
-# target, all five seeds of `effilib tune --target` held the target; their runs lie beside the sweep.
+# (preset, data set, variant) -> what differs from Task's defaults: the result of the sweeps.
 TUNED = {
-    ("quick", "mnist5k", "base"): dict(
-        recipe=Recipe(epochs=3, batch_size=64, lr=0.2, weight_decay=5e-4), target=96.0
-    ),
+    ("quick", "mnist5k", "base"): dict(recipe=Recipe(epochs=3, batch_size=64, lr=0.2, weight_decay=5e-4)),
     ("quick", "mnist5k", "wide"): dict(recipe=Recipe(epochs=2, batch_size=64, lr=0.2, weight_decay=2.5e-4)),
-    ("study", "cifar10", "base"): dict(
-        recipe=Recipe(epochs=15, batch_size=64, lr=0.2, weight_decay=1e-3), target=76.5
-    ),
-    ("study", "cifar10", "wide"): dict(recipe=Recipe(epochs=10, batch_size=64, lr=0.4, weight_decay=2.5e-4)),
+    ("study", "cifar10", "base"): dict(recipe=Recipe(epochs=6, batch_size=128, lr=0.4, weight_decay=5e-4)),
+    ("study", "cifar10", "wide"): dict(recipe=Recipe(epochs=4, batch_size=128, lr=0.4, weight_decay=5e-4)),
     ("study", "fashion_mnist", "base"): dict(
-        recipe=Recipe(epochs=15, batch_size=64, lr=0.1, weight_decay=2e-3), target=90.0
+        recipe=Recipe(epochs=6, batch_size=128, lr=0.2, weight_decay=1e-3)
     ),
 }
 
-SIZES = {  # of the presets; `full` is the thesis run on a GPU
+SMALL = {"widths": (8, 8, 8), "blocks": (1, 1, 1)}
+DEEP = {"widths": (16, 32, 64), "blocks": (3, 3, 3)}
+PRESET = {  # `full` is the thesis run on a GPU
     "smoke": dict(
-        images=128,
-        held=100,
-        seeds=1,
-        margin=1.0,
-        widths={"widths": (8, 8, 8), "blocks": (1, 1, 1)},
-        recipe=Recipe(epochs=2, batch_size=32),
+        images=128, validation=100, seeds=1, lengths=(0.5, 1.0), widths=SMALL, recipe=Recipe(epochs=2, batch_size=32)
     ),
     "quick": dict(
-        images=3500,
-        held=1000,
-        seeds=5,
-        margin=1.0,
-        widths=BASE,
-        recipe=Recipe(epochs=4, batch_size=64, lr=0.2),
+        images=3500, validation=1000, seeds=3, lengths=(0.5, 1.0), widths=BASE,
+        recipe=Recipe(epochs=3, batch_size=64, lr=0.2),
     ),
-    "study": dict(
-        images=10_000,
-        held=3000,
-        seeds=5,
-        margin=0.5,
-        widths=BASE,
-        recipe=Recipe(epochs=15, batch_size=64, lr=0.2),
-    ),
+    "study": dict(seeds=5, widths=BASE, recipe=Recipe(epochs=6, batch_size=128, lr=0.2)),
     "full": dict(
-        seeds=5,
-        margin=0.5,
-        widths={"widths": (16, 32, 64), "blocks": (3, 3, 3)},
-        recipe=Recipe(epochs=40, batch_size=128, lr=0.4),
+        seeds=5, lengths=(0.35, 0.5, 0.71, 1.0, 1.41), widths=DEEP, recipe=Recipe(epochs=40, batch_size=128, lr=0.4)
     ),
-}
+}  # fmt: skip
 
 
 def default_preset():
@@ -160,9 +161,7 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
     setting.
 
     >>> task("study", "cifar10").recipe.lr
-    0.2
-    >>> print(task("study", "cifar10", epochs=3).target)  # nobody tuned that
-    None
+    0.4
     """
     preset = choose("preset", preset or default_preset(), PRESETS)
     dataset = dataset or default_dataset(preset)
@@ -170,17 +169,15 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
     if network:
         models.check_name(network)
     choose("variant", variant, ("base", "wide"))
-    settings = dict(SIZES[preset], variant=variant)
+    settings = dict(PRESET[preset], variant=variant)
     if variant == "wide" and preset != "smoke":
         settings["widths"] = WIDE
     tuned = TUNED.get((preset, data.identify(dataset), variant), {})
     settings |= tuned
     if network and network != "resnet":
-        settings |= dict(network=network, widths={}, target=None)  # nobody tuned it: the pilot decides
+        settings |= dict(network=network, widths={}, tuned={})  # nobody tuned it
     result = Task(preset=preset, dataset=dataset, device=pick_device(device), **settings)
-    if set(changes) - {"seeds"}:
-        result = replace(result, target=None)
-    return result.but(**changes)
+    return result.but(**changes, given=tuple(changes))
 
 
 def pick_device(device="auto"):

@@ -9,7 +9,10 @@ import copy
 import itertools
 import math
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+import statistics as stats
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +20,11 @@ import torch.nn.functional as F
 from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, NoEffect, choose
 from effilib.models import stream
 
-EVALUATIONS = 20  # of the validation set in a run
+EVALUATIONS = 3  # of the validation set in a run: two for progress and pictures, and the end, which counts
+HELD_OUT = ("validation", "test")  # the splits of which the final accuracy is
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -69,6 +73,35 @@ class Recipe:
             self.lr
             * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
         )
+
+
+@dataclass
+class Schedule:
+    """Where a run is on its recipe's schedule, and how fast it goes through it.
+
+    Positions are in steps of the recipe's batch size. `lr_at` is (position, planned) -> learning rate; a method may
+    put one of its own here when it is set up.
+
+    >>> schedule = Schedule(lr_at=Recipe(lr=0.4, warmup=0).lr_at, planned=4, position=2)
+    >>> schedule.lr
+    0.2
+    """
+
+    lr_at: Callable[[float, int], float]
+    planned: int = 0  # positions in all
+    position: float = 0
+    pace: float = 1  # positions a step
+    scale: float = 1.0  # of the learning rate
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of this step."""
+        return self.scale * self.lr_at(self.position, self.planned)
+
+    @property
+    def left(self) -> int:
+        """Steps that are left at this pace."""
+        return math.ceil((self.planned - self.position) / self.pace)
 
 
 class Method:
@@ -157,17 +190,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.epoch = self.steps = 0  # done so far, and in all
         self.batches = None  # what the loop reads
-        self.position = (
-            0  # on the schedule, in steps of the recipe's batch size; each step moves it by `pace`
-        )
-        self.planned, self.pace, self.lr_scale = 0, 1, 1.0
-        # (position, planned) -> learning rate; a method may put a schedule of its own here when it is set up
-        self.lr_at = recipe.lr_at
+        self.schedule = Schedule(lr_at=recipe.lr_at)
         self.logits = self.loss = None
         self.counting = False  # whether this step's FLOPs are counted, off the clock
-        self.step_kind = self._kind = (
-            "step"  # what a training step is timed as: "step" is one on full-size images
-        )
+        # what a training step is timed as: "step" is one on full-size images
+        self.step_kind = self._kind = "step"
         self.structures = 0  # how often the structure changed
         self.wrap()
         self._hooks = {
@@ -178,7 +205,7 @@ class Run:
     @property
     def lr(self):
         """Learning rate of this step."""
-        return self.lr_scale * self.lr_at(self.position, self.planned)
+        return self.schedule.lr
 
     @property
     def kind(self):
@@ -255,11 +282,10 @@ class Run:
             raise BadInput(
                 f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} training images"
             )
-        self.pace *= size / self.batches.batch_size
+        self.schedule.pace *= size / self.batches.batch_size
         self.batches.batch_size = size
-        self.lr_scale *= lr_factor
-        self.steps = self.step + math.ceil((self.planned - self.position) / self.pace)
-        self.structures += 1  # another step to count
+        self.schedule.scale *= lr_factor
+        self.steps = self.step + self.schedule.left
 
     def replan(self, left):
         """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it
@@ -267,7 +293,7 @@ class Run:
         """
         if left < 1:
             raise BadInput(f"a run needs at least one more step, got {left}")
-        self.pace = (self.planned - self.position) / left
+        self.schedule.pace = (self.schedule.planned - self.schedule.position) / left
         self.steps = self.step + left
 
     def settle(self):
@@ -297,7 +323,11 @@ class Run:
         """
         self.ranks.statistics_(convolution.guard_(self.model))
         self.wrapped = self.ranks.wrap(self.model, self.recipe.sync_bn)
-        self.forward = torch.compile(self.wrapped) if self.recipe.compile else self.wrapped
+        if self.recipe.compile:
+            torch._dynamo.reset()  # else it stops compiling after eight structures in a process, without a word
+            self.forward = torch.compile(self.wrapped)
+        else:
+            self.forward = self.wrapped
 
     def level(self):
         """Over several processes: let all go on from rank 0's numbers, to the last bit, and from the mean of
@@ -318,14 +348,15 @@ class Run:
         return autocast(self.precision, self.device)
 
     def train_step(self, x, y):
-        """Forward, backward, update; the learning rate of this step. A step that is counted is not
-        compiled.
+        """Forward, backward, update; the learning rate of this step. A step that is counted is not compiled.
+
+        Returns the shape of the batch that was trained on.
         """
         for hook in self._hooks["on_batch"]:
             x, y = hook(self, x, y)
         with self.autocast():
             self.logits = (self.wrapped if self.counting else self.forward)(x)
-        loss = F.cross_entropy(full(self.logits), y, label_smoothing=self.recipe.label_smoothing)
+        loss = F.cross_entropy(at_least_fp32(self.logits), y, label_smoothing=self.recipe.label_smoothing)
         self.loss = self.ranks.mean(loss.detach(), self.batches)
         for hook in self._hooks["loss_terms"]:
             term = hook(self)
@@ -346,6 +377,7 @@ class Run:
         self.optimizer.zero_grad()
         for hook in self._hooks["on_step_end"]:
             hook(self)
+        return tuple(x.shape)
 
 
 @dataclass
@@ -359,14 +391,20 @@ class History:
 
     rows: list = field(
         default_factory=list
-    )  # per evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
+    )  # an evaluation: step, epoch, seconds, train_loss, loss, accuracy (%), lr
     steps: int = 0
-    seconds: float = 0.0  # stalled steps capped
-    raw_seconds: float = 0.0
-    timed: int = 0  # recurring segments
-    capped: int = 0  # ... of which were capped
-    kinds: dict = field(default_factory=dict)  # kind -> {count, seconds, median}
+    seconds: float = 0.0  # on the clock, less stalls
+    raw_seconds: float = 0.0  # on the clock
+    step_times: list = field(default_factory=list)  # on CUDA: from which stalls are found across seeds
+    kinds: dict = field(default_factory=dict)  # kind -> {count, seconds}
     flops: float = 0.0  # of all training steps, products only
+    images: int = 0  # different training images
+    seen: int = 0  # images trained on, each as often as it was
+    final: float | None = None  # % of all held-out images (validation and test) at the end: what is judged
+    balanced_accuracy: float = float("nan")  # %, mean over the classes of the same images
+    held_out: int = 0  # how many they are
+    majority: float = 0.0  # %, their largest class
+    classes: int = 0
     memory: dict = field(default_factory=dict)  # bytes: parameters, optimizer, saved, peak (CUDA)
     test_accuracy: float | None = None  # %, read once, at the end
     warm_up: float = 0.0  # seconds, outside the clock
@@ -377,17 +415,13 @@ class History:
 
     @property
     def accuracy(self):
-        """Last validation accuracy in %."""
-        return self.rows[-1]["accuracy"]
+        """Accuracy at the end in %, on all held-out images."""
+        return self.rows[-1]["accuracy"] if self.final is None else self.final
 
     @property
     def step_seconds(self):
-        """Median seconds of a training step; where a run has steps of other sizes too, of one on full-size
-        images.
-        """
-        return next(
-            self.kinds[k]["median"] for k in ("step", *self.kinds) if k in self.kinds and k.startswith("step")
-        )
+        """Counted seconds of the whole run, over its steps."""
+        return self.seconds / self.steps
 
     def __add__(self, other):
         later = {
@@ -402,27 +436,62 @@ class History:
         kinds = dict(self.kinds)
         for kind, k in other.kinds.items():
             mine = kinds.get(kind, {"count": 0, "seconds": 0.0})
-            kinds[kind] = {
-                "count": mine["count"] + k["count"],
-                "seconds": mine["seconds"] + k["seconds"],
-                "median": k["median"],
-            }
-        summed = {
-            n: getattr(self, n) + getattr(other, n)
-            for n in ("steps", "seconds", "raw_seconds", "timed", "capped", "flops", "warm_up")
-        }
-        memory = {
-            k: max(self.memory.get(k, 0), other.memory.get(k, 0)) for k in {**self.memory, **other.memory}
-        }
+            kinds[kind] = {name: mine[name] + k[name] for name in mine}
+        summed = ("steps", "seconds", "raw_seconds", "flops", "seen", "warm_up", "step_times")
+        both = {**self.memory, **other.memory}
         return replace(
             other,
             rows=rows,
             events=events,
             kinds=kinds,
-            memory=memory,
+            images=max(self.images, other.images),
+            memory={k: max(self.memory.get(k, 0), other.memory.get(k, 0)) for k in both},
             diverged=self.diverged or other.diverged,
-            **summed,
+            **{name: getattr(self, name) + getattr(other, name) for name in summed},
         )
+
+
+class _Flops:
+    """FLOPs of a run's steps, by structure and shape of the batch.
+
+    A counted step is slow and off the clock, the first one of a structure, which chooses kernels, has to be on it: so
+    the step after the first of its kind is counted, a few shapes a structure. What never was is scaled by the size
+    of the batch from what was counted of the same structure, or else of the one before or after it.
+    """
+
+    SHAPES = 8
+
+    def __init__(self):
+        self.steps, self.counted, self.last = {}, {}, None
+
+    def due(self, structure, only=False):
+        """Whether to count the next step. only: it is the run's only one."""
+        again = self.last is not None and self.last[0] == structure and self.last not in self.counted
+        return only or (again and sum(key[0] == structure for key in self.counted) < self.SHAPES)
+
+    def add(self, key, flops=None):
+        """Note a step of (structure, shape), and its FLOPs if they were counted."""
+        self.steps[key] = self.steps.get(key, 0) + 1
+        self.last = key
+        if flops is not None:
+            self.counted[key] = flops
+
+    def images(self):
+        """Images that all steps trained on."""
+        return sum(n * shape[0] for (_, shape), n in self.steps.items())
+
+    def total(self):
+        """FLOPs of all steps."""
+        return float(sum(n * self._of(key) for key, n in self.steps.items()))
+
+    def _of(self, key):
+        if key in self.counted or not self.counted:
+            return self.counted.get(key, 0.0)
+        structure, shape = key
+        near = min(
+            self.counted, key=lambda k: (abs(k[0] - structure), abs(math.prod(k[1]) - math.prod(shape)))
+        )
+        return self.counted[near] * math.prod(shape) / math.prod(near[1])
 
 
 def train(
@@ -443,9 +512,9 @@ def train(
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
-    >>> history = train(net, data, Recipe(epochs=3, batch_size=32), evaluations=3)
-    >>> history.steps, len(history.rows), history.accuracy > 50  # the first row is that of the untrained network
-    (33, 4, True)
+    >>> history = train(net, data, Recipe(epochs=3, batch_size=32))
+    >>> history.steps, len(history.rows), history.accuracy > 50
+    (33, 3, True)
     """
     ranks = distributed.ranks(dataset.device)
     if recipe.sync_bn and dataset.device.type != "cuda":
@@ -466,18 +535,18 @@ def train(
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
         if recipe.precision == "fp64":
             model, dataset = model.double(), replace(dataset, dtype=torch.float64)
-        batches = shares(
+        batches = rank_batches(
             dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation
         )
         run = Run(model, dataset, recipe, tuple(methods), seed, ranks)
         run.batches, run.resumed, per_epoch = batches, saved is not None, len(batches)
-        run.steps = run.planned = max(1, round(recipe.epochs * per_epoch))
-        marks = marked(run.steps, evaluations)
-        history = History(precision=run.precision)
-        history.warm_up = warm_up(
-            run, next(iter(shares(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)))
-        )
-        flops = {}  # of a step, by structure
+        run.steps = run.schedule.planned = max(1, round(recipe.epochs * per_epoch))
+        marks = evaluation_steps(run.steps, evaluations)
+        history = History(precision=run.precision, images=len(dataset.train))
+        graphs = Counter(torch._dynamo.utils.counters["frames"]) if recipe.compile else None
+        warm = rank_batches(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)
+        history.warm_up = warm_up(run, next(iter(warm)))
+        flops = _Flops()
         losses, pending = (
             [],
             [],
@@ -488,11 +557,8 @@ def train(
                 ranks.statistics_(run.model)
                 for hook in run._hooks["on_evaluation"]:
                     hook(run)
-                row = {
-                    "step": run.step,
-                    "epoch": run.position / per_epoch,
-                    "lr": run.lr if run.step < run.steps else 0.0,
-                }
+                lr = run.lr if run.step < run.steps else 0.0
+                row = {"step": run.step, "epoch": run.schedule.position / per_epoch, "lr": lr}
                 row["train_loss"] = torch.stack(losses).mean().item() if losses else float("nan")
                 row["loss"], row["accuracy"] = ranks.first(
                     lambda: evaluate(run.model, dataset, "validation", run.precision)
@@ -506,36 +572,34 @@ def train(
         run.clock.start()
         run.call("on_fit_start")
         if saved:
-            checkpoints.restore(saved, checkpoint, run, history, batches)
+            losses += checkpoints.restore(saved, checkpoint, run, history, batches, flops)
         run.settle()
-        if not saved:
-            evaluated()
         for epoch in itertools.count(run.epoch):
             run.epoch = epoch
             run.call("on_epoch_start")
             for x, y in itertools.islice(batches, run.steps - run.step):
                 x = x.contiguous(memory_format=layout)
                 structure = run.structures  # a hook may change it at the step's end
-                run.counting, kind = structure not in flops, run.step_kind
+                run.counting, kind = flops.due(structure, only=run.steps == 1), run.step_kind
                 if not run.counting:
-                    run.train_step(x, y)
+                    flops.add((structure, run.train_step(x, y)))
                     run.clock.lap(run._kind)
-                else:  # one counted step per structure; the clock takes its kind's median for it
+                else:  # the clock takes its kind's median for it
                     with run.clock.paused(), cost.Counter(run.model.parameters()) as count:
-                        run.train_step(x, y)
+                        shape = run.train_step(x, y)
                         run.kind = "step"  # ends other work that a hook left open
                     run.clock.lap(kind, substitute=True)
                     run.counting = False
-                    flops[structure] = sum(ranks.gather(count.flops))
+                    flops.add((structure, shape), sum(ranks.gather(count.flops)))
                     history.memory = memory(run, count.saved_bytes, history.memory)
                 run._kind = run.step_kind
                 run.step += 1
-                run.position += run.pace
-                history.flops += flops[structure]
+                run.schedule.position += run.schedule.pace
                 losses.append(run.loss)
                 if run.step == run.steps:
                     break
-                if any(run.position - run.pace < mark <= run.position for mark in marks):
+                before, now = run.schedule.position - run.schedule.pace, run.schedule.position
+                if any(before < mark <= now for mark in marks):
                     evaluated()
             last = run.step == run.steps or history.diverged
             run.level()
@@ -549,29 +613,39 @@ def train(
             pending.clear()
             if last:
                 break
-            checkpoints.save(checkpoint, mine, run, history, batches)
+            checkpoints.save(checkpoint, mine, run, history, batches, flops, losses)
+        history.flops, history.seen = flops.total(), flops.images()
+        if graphs is not None:
+            check_compiled(graphs)
         return finish(run, history)
 
 
-def marked(steps, evaluations):
-    """Steps after which a run is evaluated, a set: evenly spread over it; of six or more the last but one
-    shortly before the end.
+def check_compiled(before):
+    """Raise `NoEffect` if `torch.compile` gave up on a graph since `before`, its count of frames.
 
-    A target has to be held by two evaluations in a row, and accuracy rises fastest at the end, where the
-    learning rate falls to 0. With even gaps a run would be judged by how far it was one gap before its end.
-
-    >>> sorted(marked(steps=100, evaluations=3)), sorted(marked(steps=100, evaluations=6))
-    ([33, 67, 100], [20, 40, 60, 80, 95, 100])
+    >>> check_compiled(Counter(torch._dynamo.utils.counters["frames"]))
     """
-    even = evaluations - (evaluations > 5)
-    found = {round(steps * i / even) for i in range(1, even + 1)}
-    return found | {round(steps * (1 - 0.25 / even))} if evaluations > even else found
+    now = torch._dynamo.utils.counters["frames"]
+    tried, made = (now[name] - before[name] for name in ("total", "ok"))
+    if tried > made:
+        raise NoEffect(
+            f"torch.compile gave up on {tried - made} of {tried} graphs: this run is not a compiled one"
+        )
 
 
-def shares(dataset, batch_size, generator, ranks, **options):
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """Return the steps after which a run is evaluated, evenly spread; the last one is the end.
+
+    >>> sorted(evaluation_steps(steps=100, evaluations=3))
+    [33, 67, 100]
+    """
+    return {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
+
+
+def rank_batches(dataset, batch_size, generator, ranks, **options):
     """This process's share of each of the training batches.
 
-    >>> batches = shares(load("synthetic"), 100, torch.Generator().manual_seed(0), distributed.Ranks(rank=1, size=2))
+    >>> batches = rank_batches(load("synthetic"), 100, torch.Generator().manual_seed(0), distributed.Ranks(rank=1, size=2))
     >>> next(iter(batches))[0].shape
     torch.Size([50, 1, 8, 8])
     """
@@ -596,7 +670,9 @@ def warm_up(run, batch):
         x, y = batch
         for _ in range(2):
             with run.autocast():
-                loss = F.cross_entropy(full(run.forward(x.contiguous(memory_format=run.layout))), y.roll(1))
+                loss = F.cross_entropy(
+                    at_least_fp32(run.forward(x.contiguous(memory_format=run.layout))), y.roll(1)
+                )
             if run.ranks.size > 1:  # gradients are waited for, also those that only a method's loss will have
                 loss = loss + 0 * sum(p.sum() for p in run.model.parameters())
             loss.backward()
@@ -622,17 +698,54 @@ def evaluate(model, dataset, split, precision="fp32"):
     part = getattr(dataset, split)
     with autocast(precision, dataset.device):
         for x, y in dataset.batches(part):
-            logits = full(model(x))
+            logits = at_least_fp32(model(x))
             total += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     model.train(was)
     return float(total) / len(part), 100 * float(correct) / len(part)
 
 
-def full(logits):
+@torch.no_grad()
+def class_hits(model, dataset, split, precision="fp32"):
+    """Return [correct, all] by class of `model` in eval mode on a split.
+
+    >>> data = load("synthetic")
+    >>> correct, images = class_hits(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "test")
+    >>> sum(images) == len(data.test), all(c <= n for c, n in zip(correct, images))
+    (True, True)
+    """
+    was = model.training
+    model.eval()
+    counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
+    with autocast(precision, dataset.device):
+        for x, y in dataset.batches(getattr(dataset, split)):
+            right = y[model(x).argmax(1) == y]
+            counts += torch.stack(
+                [torch.bincount(labels, minlength=dataset.classes) for labels in (right, y)]
+            )
+    model.train(was)
+    return counts.tolist()
+
+
+def judge_(history, hits):
+    """Set a history's final accuracies from [correct, all] by class on the validation and the test images.
+
+    >>> judge_(history := History(), [[[8, 0], [8, 2]], [[7, 1], [8, 2]]])
+    >>> history.final, history.test_accuracy, history.balanced_accuracy, history.held_out, history.majority
+    (80.0, 80.0, 59.375, 20, 80.0)
+    """
+    correct, images = ([sum(n) for n in zip(*(h[i] for h in hits), strict=True)] for i in (0, 1))
+    history.test_accuracy = 100 * sum(hits[-1][0]) / sum(hits[-1][1])
+    history.held_out, history.classes = sum(images), len(images)
+    history.final = 100 * sum(correct) / history.held_out
+    history.balanced_accuracy = 100 * stats.fmean(c / n for c, n in zip(correct, images, strict=True) if n)
+    history.majority = 100 * max(images) / history.held_out
+
+
+def at_least_fp32(logits):
     """Logits in 32 bits or more, as losses need them.
 
-    >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype, full(torch.zeros(1, dtype=torch.float64)).dtype
+    >>> at_least_fp32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_fp32(torch.zeros(1, dtype=torch.float64)).dtype
     (torch.float32, torch.float64)
     """
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -650,15 +763,13 @@ def finish(run, history):
     clock = run.clock
     distributed.sync_(run.model, on=False)
     history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
-    history.timed, history.capped = clock.steps, clock.capped
-    history.kinds = {
-        k: {"count": len(s), "seconds": sum(s), "median": sorted(s)[len(s) // 2]}
-        for k, s in clock.kinds.items()
-    }
+    history.kinds = {k: {"count": count, "seconds": seconds} for k, (count, seconds) in clock.kinds.items()}
+    history.step_times = clock.steps
     history.events, history.structure = run.events, models.describe(run.model)
-    history.test_accuracy = run.ranks.first(lambda: evaluate(run.model, run.dataset, "test", run.precision))[
-        1
+    hits = [
+        run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, run.precision)) for s in HELD_OUT
     ]
+    judge_(history, hits)
     return history
 
 
@@ -768,12 +879,3 @@ def can_compile(device="cpu"):
     if torch.device(device).type == "cuda" or any(shutil.which(c) for c in ("g++", "clang++", "c++")):
         return ""
     return "torch.compile needs a C++ compiler (g++ or clang++), and there is none on this machine"
-
-
-def settings(recipe):
-    """A recipe as a plain dict.
-
-    >>> settings(Recipe(lr=0.4))["lr"]
-    0.4
-    """
-    return asdict(recipe)

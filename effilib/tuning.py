@@ -25,7 +25,20 @@ from effilib.training import train
 LRS, DECAYS = (0.05, 0.1, 0.2, 0.4), (5e-4, 2e-3)
 EPOCHS = {"quick": (2, 3, 4), "study": (5, 10, 15)}
 FIELDS = tuple(
-    ["preset", "dataset", "variant", "epochs", "lr", "weight_decay", "batch_size", "seed", "accuracy", "loss", "train_loss", "diverged"]
+    [
+        "preset",
+        "dataset",
+        "variant",
+        "epochs",
+        "lr",
+        "weight_decay",
+        "batch_size",
+        "seed",
+        "accuracy",
+        "loss",
+        "train_loss",
+        "diverged",
+    ]
 )
 
 

@@ -651,7 +651,7 @@ def test_a_method_can_bring_a_schedule_of_its_own():
     @dataclass(frozen=True)
     class Staircase(Method):
         def on_fit_start(self, run):
-            run.lr_at = lambda position, planned: 0.1 if position < planned / 2 else 0.01
+            run.schedule.lr_at = lambda position, planned: 0.1 if position < planned / 2 else 0.01
 
     _, history = trained(methods=[Staircase(), Notes()])
     half = history.steps // 2

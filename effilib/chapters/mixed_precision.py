@@ -97,7 +97,7 @@ def width_scan(task, dataset, factors=(1, 2, 4)):
         for name, (precision, layout) in formats.items():
             t = task.but(precision=precision, memory_format=layout)
             run = Run(t.build(dataset, widths=wide, blocks=[1] * len(wide)).train(), dataset, t.recipe, (), 0)
-            run.steps = run.planned = 10**6  # a schedule's first steps
+            run.steps = run.schedule.planned = 10**6  # a schedule's first steps
             run.settle()
             x, y = _batch(dataset, t.recipe.batch_size)
             x = x.contiguous(memory_format=run.layout)

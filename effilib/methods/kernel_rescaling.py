@@ -333,20 +333,24 @@ class KernelRescaling(Method):
         if run.state[self]["phase"] < 0:
             run.state[self]["full"] = self.check(run)
         run.step_kind = self.label(run)
-        self.follow(run, run.position)
+        self.follow(run, run.schedule.position)
 
     def on_batch(self, run, x, y):
         state = run.state[self]
         if self.rewarm and state["phase"] > 0:
-            factor = min(1.0, (run.position - state["since"] + run.pace) / (self.rewarm * run.planned))
-            run.lr_scale, state["lr"] = run.lr_scale * factor / state["lr"], factor
+            factor = min(
+                1.0,
+                (run.schedule.position - state["since"] + run.schedule.pace)
+                / (self.rewarm * run.schedule.planned),
+            )
+            run.schedule.scale, state["lr"] = run.schedule.scale * factor / state["lr"], factor
         return resize(x, state["size"]).contiguous(memory_format=run.layout), y
 
     def on_step_end(self, run):
-        self.follow(run, run.position + run.pace)
+        self.follow(run, run.schedule.position + run.schedule.pace)
 
     def on_fit_end(self, run):
-        self.follow(run, run.planned)  # where a run ends early, by divergence
+        self.follow(run, run.schedule.planned)  # where a run ends early, by divergence
 
     def check(self, run):
         """The sizes of all kernels that are to be rescaled. Raises `BadInput` or `NoEffect` where the
@@ -355,12 +359,12 @@ class KernelRescaling(Method):
         model, (C, *side) = run.model, run.dataset.shape
         full, phases = (
             kernels(model, self.smallest) if self.kernels else {},
-            self.phases(run.dataset.shape, run.planned),
+            self.phases(run.dataset.shape, run.schedule.planned),
         )
-        starts = [start for start, *_ in phases] + [run.planned]
+        starts = [start for start, *_ in phases] + [run.schedule.planned]
         if any(a >= b for a, b in itertools.pairwise(starts)):
             raise BadInput(
-                f"kernel rescaling: of {run.planned} steps a phase of the schedule gets none; train longer or with fewer phases"
+                f"kernel rescaling: of {run.schedule.planned} steps a phase of the schedule gets none; train longer or with fewer phases"
             )
         smaller = [self.sizes(model, full, factor) for *_, factor in phases]
         if self.kernels and all(sizes == full for sizes in smaller):
@@ -391,7 +395,7 @@ class KernelRescaling(Method):
 
     def follow(self, run, position):
         """Bring images and kernels to the phase that the step at `position` of the schedule lies in."""
-        state, phases = run.state[self], self.phases(run.dataset.shape, run.planned)
+        state, phases = run.state[self], self.phases(run.dataset.shape, run.schedule.planned)
         phase = max(i for i, (start, *_) in enumerate(phases) if start <= position)
         if phase == state["phase"]:
             return

@@ -377,7 +377,7 @@ class Net2Net(Method):
         run.restructure(change)
         if not done:
             raise NoEffect("Net2Net: no node was to become wider and no layer was to be added")
-        run.lr_scale *= self.lr_factor
+        run.schedule.scale *= self.lr_factor
         after = sum(p.numel() for p in run.model.parameters())
         run.log(self, f"{before:,} -> {after:,} parameters: {'; '.join(done)}", parameters=[before, after])
 

@@ -35,7 +35,7 @@ from effilib.methods.prune_train import (
     weights,
 )
 from effilib.surgery import stages
-from effilib.training import Method, autocast, full
+from effilib.training import Method, autocast, at_least_fp32
 
 INFO = Info(
     name="Prune, then grow",
@@ -155,7 +155,7 @@ def validate(run, images, size):
         for x, y in run.dataset.batches(part):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="bilinear", antialias=True)
-            logits = full(model(x.contiguous(memory_format=run.layout)))
+            logits = at_least_fp32(model(x.contiguous(memory_format=run.layout)))
             loss += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     model.train()
@@ -249,7 +249,7 @@ class PruneThenGrow(Policy, Method):
             self.added(model, layout, i, g) is None for i in range(len(layout["pixels"])) for g in GROWTH
         ):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
-        run.lr_at = partial(self.lr_at, run)
+        run.schedule.lr_at = partial(self.lr_at, run)
         run.state[self] = {
             "lambda": None, "idle": math.inf, "pressed": 0.0, "final": None,  # penalty and schedule
             "budget": 0.0, "spent": 0.0, "looked": 0.0, "flops": {"structure": -1},
@@ -257,7 +257,7 @@ class PruneThenGrow(Policy, Method):
             "epochs": [], "actions": [], "frozen": [],  # what the decision sees
             "sums": [0.0, 0.0, 0], "steps": {}, "batch": None, "size": shape[1:],  # of this epoch
         }  # fmt: skip
-        baseline = self.baseline or run.planned * self.step_cost(run, shape[1:])
+        baseline = self.baseline or run.schedule.planned * self.step_cost(run, shape[1:])
         run.state[self]["budget"] = self.budget * baseline
         self.fit_budget(run)
 
@@ -352,7 +352,9 @@ class PruneThenGrow(Policy, Method):
         if not self.idle or not self.prune.ratio:
             lam = self.prune.price(run, groups)[0]
             return lam, shrink_steps(norm, lam, *how) if lam else math.inf
-        return run.ranks.agree(price(self.idle * run.planned, norm, *how)), self.idle * run.planned
+        return run.ranks.agree(
+            price(self.idle * run.schedule.planned, norm, *how)
+        ), self.idle * run.schedule.planned
 
     def step_cost(self, run, size):
         """FLOPs of a step of the network as it is now, on images of a size. Never called within a step, where
@@ -376,7 +378,7 @@ class PruneThenGrow(Policy, Method):
         """FLOPs of `left` steps over the rest of the schedule, looking at held-out images included.
         step_cost: size -> FLOPs.
         """
-        begin, end, shape = run.position, run.planned, run.dataset.shape
+        begin, end, shape = run.schedule.position, run.schedule.planned, run.dataset.shape
         resizer = next((m for m in run.methods if hasattr(m, "phases")), None)
         phases = (
             [(start, size) for start, size, *_ in resizer.phases(shape, end)] if resizer else [(0, shape[1:])]
@@ -432,7 +434,7 @@ class PruneThenGrow(Policy, Method):
     def stage(self, run, structure, number, name):
         """A stage as the decision sees it; the channels' table is brought up to date."""
         state = run.state[self]
-        window = max(self.window, math.ceil(min(state["idle"], run.planned)))
+        window = max(self.window, math.ceil(min(state["idle"], run.schedule.planned)))
         nodes = stages.members(structure, state["layout"], number)
         total = lost = leaving = 0.0
         (birth, born), kept = state["newborn"].get(name, (None, 0)), 0
@@ -493,7 +495,7 @@ class PruneThenGrow(Policy, Method):
             epochs=epochs, actions=actions, frozen=frozenset(tuple(f) for f in state["frozen"]), spent=state["spent"] + state["looked"],
             projected=self.rest(run, partial(self.about, run), self.least(run)), budget=state["budget"], lam=state["lambda"],
             idle=state["idle"], pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
-            over=run.position >= self.search * run.planned, seed=run.seed,
+            over=run.schedule.position >= self.search * run.schedule.planned, seed=run.seed,
         )  # fmt: skip
 
     def least(self, run):
@@ -501,7 +503,8 @@ class PruneThenGrow(Policy, Method):
         FINAL.
         """
         return max(
-            min(run.planned, run.steps) - run.step, math.ceil((1 - self.search) * min(run.planned, run.steps))
+            min(run.schedule.planned, run.steps) - run.step,
+            math.ceil((1 - self.search) * min(run.schedule.planned, run.steps)),
         )
 
     def prices(self, run, stage, growths):
@@ -588,7 +591,7 @@ class PruneThenGrow(Policy, Method):
             state["actions"].append([run.epoch, action.kind, action.stage, action.reason])
         state["frozen"] += [list(f) for f in action.freeze if list(f) not in state["frozen"]]
         if action.kind == "stop":
-            state["final"] = run.position
+            state["final"] = run.schedule.position
         seen = {k: v for k, v in state["epochs"][-1].items() if k not in ("epoch", "stages")}
         seen["stages"] = [
             {k: v for k, v in s.items() if k not in GROWTH} for s in state["epochs"][-1]["stages"]

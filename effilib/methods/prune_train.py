@@ -268,7 +268,10 @@ def lr_steps(run, until=1.0):
     >>> lr_steps(SimpleNamespace(planned=3, lr_at=Recipe(lr=0.5, warmup=0, schedule="constant").lr_at))
     1.5
     """
-    return sum(run.lr_at(step, run.planned) for step in range(math.ceil(until * run.planned)))
+    return sum(
+        run.schedule.lr_at(step, run.schedule.planned)
+        for step in range(math.ceil(until * run.schedule.planned))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +372,7 @@ class PruneTrain(Method):
 
     def active(self, run):
         """Whether the penalty still acts."""
-        return run.position < self.until * run.planned
+        return run.schedule.position < self.until * run.schedule.planned
 
     def on_step_end(self, run):
         lam = run.state[self]["lambda"]

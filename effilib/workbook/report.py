@@ -304,7 +304,10 @@ def _page(template, **content):
     from markupsafe import Markup
 
     pages = jinja2.Environment(
-        loader=jinja2.PackageLoader("effilib.workbook", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("effilib.workbook", "pages"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style = Markup(_source("style.css"))
     return pages.get_template(template).render(

@@ -91,13 +91,13 @@ class Resize(Method):
         return [(0, (shape[1] // 2, shape[2] // 2), 1.0), (round(self.at * steps), shape[1:], 1.0)]
 
     def size(self, run):
-        return [s for start, s, _ in self.phases(run.dataset.shape, run.planned) if start <= run.position][-1]
+        return [s for start, s, _ in self.phases(run.dataset.shape, run.schedule.planned) if start <= run.schedule.position][-1]
 
     def on_batch(self, run, x, y):
         return F.interpolate(x, self.size(run), mode="bilinear", antialias=True), y
 
     def on_step_end(self, run):
-        if run.position < round(self.at * run.planned) <= run.position + run.pace:
+        if run.schedule.position < round(self.at * run.schedule.planned) <= run.schedule.position + run.schedule.pace:
             run.restructure(lambda model, optimizer: None)
 
 

@@ -1,0 +1,375 @@
+"""What follows from finished runs: `compare` trains the arms and returns a `Comparison`.
+
+Numbers stay numbers in its frames; a notebook's formatter makes them text.
+"""
+
+import math
+import statistics as stats
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from effilib.errors import choose
+from effilib.experiment import Arm, check_arms, find_lengths, measure, shared_machine
+from effilib.statistics import (
+    FLAT,
+    SHARED,
+    SMOKE,
+    STALLED,
+    WITHHELD,
+    Curve,
+    Length,
+    Ratio,
+    Verdict,
+    equal_accuracy,
+    judge,
+)
+from effilib.tasks import Task
+from effilib.training import History
+
+COSTS = ("seconds", "flops", "images")
+COLUMNS = ["comparison", "arm", "role", "seed", "length", "step", "seconds", "accuracy", "flops"]
+
+
+def compare(
+    task: Task,
+    arms: list[Arm],
+    *,
+    seeds: int | None = None,
+    aim: float | dict[str, float] | None = None,
+    illustration: bool = False,
+    title: str = "runs",
+) -> "Comparison":
+    """Train the arms (the first is the baseline) at the task's lengths and return the `Comparison`.
+
+    seeds: cells a length (default: the task's). aim: the speed-up at equal accuracy fixed before running, for every
+    method, or a dict by arm. illustration: a grid that is shown but not judged. title: names the comparison in
+    progress lines and in history.csv. Raises `BadInput` for arms that cannot be compared.
+
+    >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
+    >>> comparison = compare(task("smoke", "synthetic"), arms)
+    runs: 1 of 4, ...
+    ...
+    >>> comparison.verdict("narrow").verdict
+    'smoke: not a measurement'
+    """
+    if seeds is not None:
+        task = task.but(seeds=seeds)
+    check_arms(task, arms)
+    if isinstance(aim, dict):
+        for name in aim:
+            choose("arm with an aim", name, [a.name for a in arms[1:]])
+    lengths = find_lengths(task, arms)
+    found = measure(task, arms, lengths=lengths, title=title)
+    return Comparison(
+        task=task, arms=tuple(arms), cells=found, aim=aim, illustration=illustration, title=title
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The finished runs of some arms, and what follows from them.
+
+    >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 4)})]
+    >>> comparison = compare(task("smoke", "synthetic"), arms)
+    runs: 1 of 4, ...
+    ...
+    >>> list(comparison.table().index), len(comparison.curves()), len(comparison.curve("narrow"))
+    (['baseline', 'narrow'], 4, 2)
+    """
+
+    task: Task
+    arms: tuple[Arm, ...]
+    cells: list[dict]
+    aim: float | dict[str, float] | None = None
+    illustration: bool = False
+    title: str = "runs"
+
+    @property
+    def baseline(self) -> str:
+        """The baseline's name."""
+        return self.arms[0].name
+
+    @property
+    def machine(self) -> dict:
+        """What it was measured on: see `clock.machine`."""
+        return self.cells[-1]["machine"]
+
+    @property
+    def lengths(self) -> list[float]:
+        """The baseline's lengths, shortest first."""
+        return sorted({c["length"] for c in self.cells})
+
+    def histories(self, arm: str, length: float | None = None) -> list[History]:
+        """Return the arm's runs: of all cells, or of one of the baseline's lengths."""
+        choose("arm", arm, [a.name for a in self.arms])
+        return [c["arms"][arm] for c in self.cells if length is None or c["length"] == length]
+
+    def diverged(self, arm: str) -> int:
+        """Return how many of the arm's runs diverged."""
+        return sum(h.diverged for h in self.histories(arm))
+
+    def curve(self, arm: str, cost: str = "seconds") -> Curve:
+        """Return the arm's curve, a `Length` each: what its trainings cost and how accurate they ended.
+
+        cost: "seconds", "flops" or "images" (different ones where lengths are numbers of images, else those seen).
+        """
+        choose("cost", cost, (*COSTS, "raw_seconds"))
+        name = (
+            "images"
+            if cost == "images" and self.task.axis == "images"
+            else "seen"
+            if cost == "images"
+            else cost
+        )
+        runs = [self.histories(arm, length) for length in self.lengths]
+        return [
+            Length(costs=tuple(float(getattr(h, name)) for h in r), accuracies=tuple(h.accuracy for h in r))
+            for r in runs
+        ]
+
+    def ratio(self, arm: str, cost: str = "seconds") -> Ratio | None:
+        """Return the arm's speed-up at equal accuracy; None where it or the baseline diverged or cost nothing."""
+        if self.diverged(arm) or self.diverged(self.baseline):
+            return None
+        try:
+            return equal_accuracy(self.curve(self.baseline, cost), self.curve(arm, cost))
+        except ValueError:
+            return None
+
+    def verdict(self, arm: str, cost: str = "seconds") -> Verdict:
+        """Return the `Verdict` of an arm against the baseline."""
+        aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim
+        diverged = bool(self.diverged(arm) or self.diverged(self.baseline))
+        curves = [[], []] if diverged else [self.curve(self.baseline, cost), self.curve(arm, cost)]
+        if diverged:  # costs are finite, accuracies may not be
+            curves = [
+                [Length(costs=(1.0,) * self.task.seeds, accuracies=(0.0,) * self.task.seeds)]
+                * len(self.lengths)
+            ] * 2
+        verdict = judge(
+            *curves, name=arm, against=self.baseline, aim=aim if self._is_method(arm) or isinstance(self.aim, dict) else None,
+            cost=cost, machine=self.machine["summary"], diverged=diverged, withhold=self._withhold(arm, cost),
+        )  # fmt: skip
+        if diverged:
+            who = arm if self.diverged(arm) else self.baseline
+            runs = len(self.histories(who))
+            verdict = replace(verdict, text=f"{who}: {self.diverged(who)} of {runs} runs diverged")
+        return verdict
+
+    def _is_method(self, arm):
+        return next(a for a in self.arms if a.name == arm).role == "method"
+
+    def _withhold(self, arm, cost):
+        """Why there is no verdict, or ""."""
+        if self.task.preset == "smoke":
+            return SMOKE
+        if self.illustration:
+            return "illustration: no verdict"
+        if self.held_out and 100 / self.held_out > FLAT:
+            return f"too few held-out images: one of {self.held_out} is {100 / self.held_out:.1f} points"
+        if cost != "seconds":
+            return ""
+        if shared_machine() or any(c["shared"] for c in self.cells):
+            return SHARED
+        for name in (self.baseline, arm):
+            if self.stalled(name) > STALLED:
+                return f"stalls: {self.stalled(name):.0%} of the time of {name} were taken off"
+        counted, raw = self.ratio(arm), self.ratio(arm, "raw_seconds")
+        if counted and raw and abs(math.log(raw.value / counted.value)) > WITHHELD:
+            return f"stalls: {raw.value:.2f}x as measured, {counted.value:.2f}x without them"
+        return ""
+
+    def stalled(self, arm: str) -> float:
+        """Return the share of the arm's time that was taken off as stalls."""
+        runs = self.histories(arm)
+        raw = math.fsum(h.raw_seconds for h in runs)
+        return 1 - math.fsum(h.seconds for h in runs) / raw if raw else 0.0
+
+    @property
+    def held_out(self) -> int:
+        """How many images the accuracies are of, 0 if no run says so."""
+        return max(h.held_out for h in self.histories(self.baseline))
+
+    def verdicts(self) -> list[Verdict]:
+        """Return the verdicts of all arms but the baseline."""
+        return [self.verdict(a.name) for a in self.arms[1:]]
+
+    def say(self, arm: str) -> str:
+        """Return the arm's verdict as a sentence: ratio, aim, points at equal time, what FLOPs would give."""
+        v, flops = self.verdict(arm), self.ratio(arm, "flops")
+        parts = [f"{arm} against {v.against}: {v.verdict}, {v.text}"]
+        if v.aim is not None:
+            parts.append(f"aim {v.aim:g}x {v.aim_verdict}")
+        if v.points is not None and math.isfinite(v.points):
+            spread = f" [{v.points_low:+.2f}, {v.points_high:+.2f}]" if math.isfinite(v.points_low) else ""
+            parts.append(f"{v.points:+.2f}{spread} points at equal time")
+        if flops and math.isfinite(flops.value):
+            bound = f"{flops.kind} " if flops.kind.startswith("at ") else ""
+            parts.append(f"{bound}{flops.value:.2f}x if FLOPs were time")
+        return "; ".join([*parts, *v.notes]) + "."
+
+    def table(self) -> pd.DataFrame:
+        """Return one row an arm: everything that is judged, as numbers."""
+        rows = []
+        for arm in self.arms:
+            runs, base = self.histories(arm.name), arm.name == self.baseline
+            longest = self.histories(arm.name, self.lengths[-1])
+            v = None if base else self.verdict(arm.name)
+            flops = None if base else self.ratio(arm.name, "flops")
+            row = {
+                "role": arm.role,
+                "n": f"{self.task.seeds}x{len(self.lengths)}",
+                "speed-up": 1.0 if base else _number(v.ratio),
+                "low": math.nan if base else _number(v.low),
+                "high": math.nan if base else _number(v.high),
+                "points at equal time": 0.0 if base else _number(v.points),
+                "x by FLOPs": 1.0 if base else flops.value if flops else math.nan,
+                "ms a step": 1e3 * stats.median(h.step_seconds for h in runs),
+                "accuracy % (longest)": stats.fmean(h.accuracy for h in longest),
+                "balanced %": stats.fmean(h.balanced_accuracy for h in longest),
+                "s (longest)": stats.fmean(h.seconds for h in longest),
+                "memory MB": max(sum(v for k, v in h.memory.items() if k != "peak") for h in runs) / 2**20,
+                "verdict": "" if base else v.verdict,
+                "aim": "" if base or v.aim is None else f"{v.aim:g}x {v.aim_verdict}",
+            }
+            rows.append({"arm": arm.name, **row})
+        return pd.DataFrame(rows).set_index("arm")
+
+    def measures(
+        self, *names: str, by_length: bool = False, **own: Callable[[History], float]
+    ) -> pd.DataFrame:
+        """Return means over runs, one row an arm (and length).
+
+        names: attributes of `History`, such as "seconds" or "step_seconds". own: column -> function of a `History`.
+
+        >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 8, 8)})]
+        >>> found = compare(task("smoke", "synthetic"), arms).measures("steps", epochs=lambda h: h.rows[-1]["epoch"])
+        runs: 1 of 4, ...
+        ...
+        >>> found.loc["narrow"].tolist()
+        [6.0, 1.5]
+        """
+        columns = {**{name: (lambda h, name=name: getattr(h, name)) for name in names}, **own}
+        lengths = self.lengths if by_length else [None]
+        rows = {
+            (arm.name, length): {
+                column: stats.fmean(f(h) for h in self.histories(arm.name, length))
+                for column, f in columns.items()
+            }
+            for arm in self.arms
+            for length in lengths
+        }
+        frame = pd.DataFrame(rows).T
+        frame.index = pd.MultiIndex.from_tuples(rows, names=["arm", "length"])
+        return frame if by_length else frame.droplevel("length")
+
+    def curves(self, cost: str = "seconds") -> pd.DataFrame:
+        """Return the points of all curves: a row an arm and length, with the standard error of its accuracy."""
+        rows = []
+        for arm in self.arms:
+            for length, found in zip(self.lengths, self.curve(arm.name, cost), strict=True):
+                n, a = len(found.costs), found.accuracies
+                rows.append(
+                    {
+                        "arm": arm.name,
+                        "length": next(c["lengths"][arm.name] for c in self.cells if c["length"] == length),
+                        cost: math.exp(stats.fmean(map(math.log, found.costs))),
+                        "accuracy": stats.fmean(a),
+                        "error": stats.stdev(a) / math.sqrt(n) if n > 1 else math.nan,
+                        "n": n,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def runs(self) -> pd.DataFrame:
+        """Return one row a training."""
+        rows = []
+        for c in self.cells:
+            for arm in self.arms:
+                h = c["arms"][arm.name]
+                row = {"arm": arm.name, "role": arm.role, "seed": c["seed"], "length": c["lengths"][arm.name]}
+                row |= {
+                    name: getattr(h, name)
+                    for name in ("steps", "seconds", "raw_seconds", "accuracy", "flops")
+                }
+                rows.append(row | {"test accuracy": h.test_accuracy, "diverged": h.diverged})
+        return pd.DataFrame(rows)
+
+    def history(self) -> pd.DataFrame:
+        """Return one row per evaluation: what `history.csv` holds.
+
+        The last row of a training is its end: what is judged. length is the baseline's, by which cells are paired.
+        """
+        rows = []
+        for c in self.cells:
+            for arm in self.arms:
+                h = c["arms"][arm.name]
+                same = {
+                    "comparison": self.title,
+                    "arm": arm.name,
+                    "role": arm.role,
+                    "seed": c["seed"],
+                    "length": c["length"],
+                }
+                for row in h.rows[:-1]:
+                    flops = h.flops * row["step"] / h.steps
+                    rows.append(
+                        {**same, **{k: row[k] for k in ("step", "seconds", "accuracy")}, "flops": flops}
+                    )
+                accuracy = math.nan if h.diverged or not h.rows else h.accuracy
+                rows.append(
+                    {**same, "step": h.steps, "seconds": h.seconds, "accuracy": accuracy, "flops": h.flops}
+                )
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+    def notes(self) -> list[str]:
+        """Return what a reader must know of the conditions, in sentences."""
+        runs = [h for c in self.cells for h in c["arms"].values()]
+        raw, used = math.fsum(h.raw_seconds for h in runs), math.fsum(h.seconds for h in runs)
+        notes = [
+            f"{raw - used:.1f} of {raw:.1f} s were stalls, in which the process had no processor, and were taken off."
+        ]
+        cached = [c["cached"] for c in self.cells if c.get("cached")]
+        if cached:
+            notes.append(
+                f"{len(cached)} of {len(self.cells)} cells come from the cache, measured {min(cached)}."
+            )
+        shared = sum(c["shared"] for c in self.cells)
+        if shared:
+            notes.append(
+                f"In {shared} of {len(self.cells)} cells something else was measured on this machine."
+            )
+        diverged = [f"{a.name} ({self.diverged(a.name)})" for a in self.arms if self.diverged(a.name)]
+        if diverged:
+            notes.append(f"Diverged: {', '.join(diverged)}.")
+        if self.held_out:
+            a = stats.fmean(h.accuracy for h in self.histories(self.baseline) if h.rows) / 100
+            error = 100 * math.sqrt(max(a * (1 - a), 0) / self.held_out)
+            notes.append(
+                f"Accuracies are of {self.held_out} held-out images, which leaves them uncertain by {error:.2f} points."
+            )
+        return [*notes, *self._majority()]
+
+    def _majority(self):
+        share = max(h.majority for h in self.histories(self.baseline))
+        if not share:
+            return []
+        notes = (
+            [f"The largest class has {share:.0f} % of the images."]
+            if share > 1.5 * 100 / self._classes()
+            else []
+        )
+        for arm in self.arms:
+            best = max((h.accuracy for h in self.histories(arm.name) if h.rows), default=0)
+            if best <= share:
+                notes.append(f"{arm.name} is no better than always naming the largest class ({share:.0f} %).")
+        return notes
+
+    def _classes(self):
+        return max(h.classes for h in self.histories(self.baseline)) or 1
+
+
+def _number(value):
+    return math.nan if value is None else value
