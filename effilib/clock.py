@@ -1,11 +1,12 @@
 """The only place that reads time.
 
-`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not training.
-`interleaved` times short functions against each other. `machine` says on what the numbers were measured, `Measuring`
-whether another measurement runs there at the same time.
+`Stopwatch` times training: one reading a step, synchronised at its borders, pausable for what is not
+training. `interleaved` times short functions against each other. `machine` says on what the numbers were
+measured, `Measuring` whether another measurement runs there at the same time.
 
-The machines are shared: a step can stall for half a minute. A stall is wall time in which neither this process nor
-one that it started used the processor; only that is taken off, whatever the work was. Raw seconds are kept beside.
+The machines are shared: a step can stall for half a minute. A stall is wall time in which neither this
+process nor one that it started used the processor; only that is taken off, whatever the work was. Raw seconds
+are kept beside.
 """
 
 import contextlib
@@ -16,16 +17,33 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
+__all__ = [
+    "Measuring",
+    "Stopwatch",
+    "cpu_flags",
+    "date",
+    "duration",
+    "elapsed",
+    "interleaved",
+    "machine",
+    "now",
+    "pause",
+    "steady_memory",
+    "synchronize",
+    "unshared",
+]
+
 STALL = 0.02  # seconds without CPU time in one segment, below which nothing is taken off
 EXCESS = 5  # on CUDA: times the longest of the same step with other seeds, above which a step stalled
 
 
-def now():
+def now() -> float:
     """Seconds on a monotonic clock, for elapsed times of people (progress lines, time-outs).
 
     >>> begin = now()
@@ -35,7 +53,7 @@ def now():
     return time.monotonic()
 
 
-def date():
+def date() -> str:
     """The current UTC time, ISO 8601, to the second.
 
     >>> date().startswith("20"), date()[-6:]
@@ -44,7 +62,7 @@ def date():
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def pause(seconds):
+def pause(seconds: float) -> None:
     """Do nothing for so long: what a slower link would take.
 
     >>> with elapsed() as seconds:
@@ -55,7 +73,7 @@ def pause(seconds):
     time.sleep(seconds)
 
 
-def duration(seconds):
+def duration(seconds: float) -> datetime.timedelta:
     """Seconds as `datetime.timedelta`, which `torch.distributed` wants.
 
     >>> duration(90)
@@ -64,7 +82,7 @@ def duration(seconds):
     return datetime.timedelta(seconds=seconds)
 
 
-def synchronize(device):
+def synchronize(device: str | torch.device) -> None:
     """Wait until `device` has done what it was given.
 
     >>> synchronize("cpu")  # which is never ahead
@@ -76,9 +94,9 @@ def synchronize(device):
 class Stopwatch:
     """Seconds of a training run, as segments of a kind: a step, or other work such as a reconfiguration.
 
-    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time out of it.
-    On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation per step. There a
-    waiting processor looks busy, so that nothing is taken off here: see `unshared`.
+    `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time
+    out of it. On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation
+    per step. There a waiting processor looks busy, so that nothing is taken off here: see `unshared`.
 
     >>> watch = Stopwatch()
     >>> watch.start()
@@ -108,22 +126,22 @@ class Stopwatch:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def start(self):
+    def start(self) -> None:
         """Open the first segment; time since the last one is not counted."""
         self.begin = self._read()
 
-    def lap(self, kind="step", substitute=False):
+    def lap(self, kind: str = "step", substitute: bool = False) -> None:
         """Close the open segment under `kind` and open the next one.
 
-        substitute: the segment was not timed (a counted step is slower); the median of the epoch's segments of its
-        kind stands for it.
+        substitute: the segment was not timed (a counted step is slower); the median of the epoch's segments
+        of its kind stands for it.
         """
         end = self._read()
         self.laps.append((kind, None if substitute else self._measure([*self.pieces, (self.begin, end)])))
         self.pieces, self.begin = [], end
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Leave out what happens inside: evaluation for the record, logging, counting."""
         self.pieces.append((self.begin, self._read()))
         try:
@@ -142,7 +160,7 @@ class Stopwatch:
             idle -= max(0.0, self.children - before)
         return wall, idle if idle > STALL else 0.0
 
-    def end_epoch(self):
+    def end_epoch(self) -> list[float]:
         """Read the epoch's segments and add them up. Returns the run's seconds after each of them."""
         measured = [(kind, segment) for kind, segment in self.laps]
         if self.cuda:
@@ -168,16 +186,16 @@ class Stopwatch:
             after.append(self.seconds)
         return after
 
-    def mean(self, kind):
+    def mean(self, kind: str) -> float:
         """Mean seconds of a kind's segments so far; 0 without any."""
         count, total = self.kinds.get(kind, (0, 0.0))
         return total / count if count else 0.0
 
-    def totals(self):
+    def totals(self) -> dict:
         """Return what was measured in the epochs that have ended, as plain values."""
         return {k: getattr(self, k) for k in ("raw", "seconds", "kinds", "steps")}
 
-    def forget(self, **totals):
+    def forget(self, **totals) -> None:
         """Drop the epoch that runs and go on from the `totals` of an earlier run."""
         self.laps, self.pieces = [], []
         for name, value in totals.items():
@@ -197,12 +215,12 @@ def _children():
     return total
 
 
-def unshared(steps):
-    """Return the seconds of each run that no other run has at the same step: where CPU time says nothing, stalls.
+def unshared(steps: list[list[float]]) -> list[float]:
+    """Return the seconds of each run that no other run has at the same step.
 
-    steps: per run the seconds of its steps. A step stalled where it takes more than `EXCESS` times as long as in
-    any other run, and loses what is above the longest of those. Nothing is known of fewer than three runs, or
-    of runs with unequal numbers of steps.
+    Where CPU time says nothing, these are stalls. steps: per run the seconds of its steps. A step stalled
+    where it takes more than `EXCESS` times as long as in any other run, and loses what is above the longest
+    of those. Nothing is known of fewer than three runs, or of runs with unequal numbers of steps.
 
     >>> unshared([[1.0, 1.0, 9.0], [1.0, 1.0, 1.0], [1.0, 6.0, 1.0], [1.0, 6.0, 1.0]])
     [8.0, 0.0, 0.0, 0.0]
@@ -221,13 +239,13 @@ class Measuring:
 
     A note is a locked file; the lock of a process that died is free, so that nothing has to be tidied up.
 
-    >>> with Measuring() as first, Measuring() as second:
+    >>> with Measuring("notes") as first, Measuring("notes") as second:
     ...     first.others(), second.others()
     (1, 1)
     """
 
     def __init__(self, folder=None):
-        self.folder = Path(folder or Path(tempfile.gettempdir()) / "effilib-measuring")
+        self.folder = Path(folder or Path(tempfile.gettempdir()) / "effilib-measuring").absolute()
         self.file = None
 
     def __enter__(self):
@@ -248,7 +266,7 @@ class Measuring:
             self.file.close()
             self.file = None
 
-    def others(self):
+    def others(self) -> int:
         """Return how many other measurements run on this machine now."""
         if not self.file:
             return 0
@@ -269,13 +287,21 @@ class Measuring:
         return found
 
 
-def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None):
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 15,
+    warm_up: int = 3,
+    device: str | torch.device = "cpu",
+    seconds: float | None = None,
+) -> dict[str, list[float]]:
     """Time short functions against each other: round by round, each once, so that drift hits all alike.
 
     functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in
     seconds. `seconds` ends the rounds early (after at least 3) once that much time was spent.
 
-    >>> times = interleaved({"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}, repeats=5)
+    >>> two = {"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}
+    >>> times = interleaved(two, repeats=5)
     >>> {name: len(seconds) for name, seconds in times.items()}
     {'small': 5, 'large': 5}
     """
@@ -295,7 +321,7 @@ def interleaved(functions, *, repeats=15, warm_up=3, device="cpu", seconds=None)
 
 
 @contextlib.contextmanager
-def elapsed():
+def elapsed() -> Iterator[Callable[[], float]]:
     """`with elapsed() as t: ...; t()` gives the seconds since the beginning.
 
     >>> with elapsed() as seconds:
@@ -307,7 +333,7 @@ def elapsed():
     yield lambda: time.perf_counter() - begin
 
 
-def steady_memory():
+def steady_memory() -> bool:
     """Let glibc keep freed memory instead of giving it back to the system after every step.
 
     Training allocates and frees the same large tensors over and over; without this each step pays page faults
@@ -325,7 +351,7 @@ def steady_memory():
     return all([mallopt(trim_threshold, largest), mallopt(mmap_threshold, largest), mallopt(top_pad, 2**28)])
 
 
-def cpu_flags():
+def cpu_flags() -> frozenset[str]:
     """The processor's feature flags (Linux; elsewhere empty).
 
     >>> type(cpu_flags())  # such as "avx512_bf16"
@@ -346,7 +372,7 @@ def _cpu_name():
     return platform.processor() or platform.machine()
 
 
-def machine(device="cpu"):
+def machine(device: str | torch.device = "cpu") -> dict:
     """Fingerprint of what the numbers were measured on: a dict of plain values, `summary` for people.
 
     >>> sorted(machine())

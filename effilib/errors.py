@@ -1,6 +1,12 @@
 """The two errors of effilib that a person is meant to read: one clear sentence each."""
 
 import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
+__all__ = ["BadInput", "NoEffect", "choose"]
+
+T = TypeVar("T")
 
 
 class BadInput(ValueError):
@@ -18,11 +24,11 @@ class NoEffect(RuntimeError):
     >>> from effilib.methods.stochastic_pooling import replace_pools_
     >>> replace_pools_(nn.Sequential(nn.Conv2d(1, 2, 3)), nn.AvgPool2d)
     Traceback (most recent call last):
-    effilib.errors.NoEffect: stochastic pooling: Sequential has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)
+    effilib.errors.NoEffect: stochastic pooling: Sequential has no nn.MaxPool2d layer (...)
     """
 
 
-def choose(kind, value, choices):
+def choose(kind: str, value: T, choices: Iterable[T]) -> T:
     """Return `value` if it is one of `choices`; else raise `BadInput` with the choices and a near miss.
 
     >>> choose("preset", "quikc", ["quick", "study"])

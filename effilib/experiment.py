@@ -1,25 +1,29 @@
 """Train arms fairly: at several lengths, with paired seeds, interleaved, cached, resumable.
 
-The unit is a cell: all arms at one length with one seed, in one process, fresh models, in the order A B B A (more
-arms: rotated, reversed every second cell). Every length of a block has a seed of its own, so that cells are
-independent of each other. A cell is cached as a whole, so that a cached baseline never meets a fresh method; an
-interrupted comparison goes on with the cell that it was at. What follows from the runs is in `results`.
+The unit is a cell: all arms at one length with one seed, in one process, fresh models, in the order A B B A
+(more arms: rotated, reversed every second cell). Every length of a block has a seed of its own, so that cells
+are independent of each other. A cell is cached as a whole, so that a cached baseline never meets a fresh
+method; an interrupted comparison goes on with the cell that it was at. What follows from the runs is in
+`results`.
 """
 
 import gc
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from effilib import clock, distributed, models, paths, provenance
+from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.progress import Progress
 from effilib.tasks import Task
 from effilib.training import History, resolve_layout, resolve_precision, train
+
+__all__ = ["Arm", "cells", "check_arms", "find_lengths", "key", "measure", "order", "pilot", "shared_machine"]
 
 PILOT_SEED = 2000  # never measured, as those of tuning (1000, 1001, ...)
 SEEDS = 100  # seeds a length; cell j of length i has the seed 100 i + j
@@ -31,11 +35,11 @@ SAME = 1.1  # a pilot's ratio of times below which an arm has the baseline's len
 class Arm:
     """One way of training: the baseline, a method, or a control that could beat it.
 
-    methods: `Method`s for `train`. changes: of the task or its recipe, e.g. {"lr": 0.2}; {"epochs": 3} are those of
-    length 1. network: settings of the network, e.g. {"widths": (8, 16, 32)}. fit: what is not one `train()`
-    (stages, a teacher and a student): (task, seed) -> History, the task being at its length. tuned: epochs ->
-    settings of the recipe, for an arm whose best settings are not the baseline's. lengths: the arm's own, as
-    many as the task's, instead of those that a pilot finds.
+    methods: `Method`s for `train`. changes: of the task or its recipe, e.g. {"lr": 0.2}; {"epochs": 3} are
+    those of length 1. network: settings of the network, e.g. {"widths": (8, 16, 32)}. fit: what is not one
+    `train()` (stages, a teacher and a student): (task, seed) -> History, the task being at its length. tuned:
+    epochs -> settings of the recipe, for an arm whose best settings are not the baseline's. lengths: the
+    arm's own, as many as the task's, instead of those that a pilot finds.
 
     >>> narrow = Arm(name="narrow", role="control", network={"widths": (4, 4, 4)})
     >>> t = task("smoke", "synthetic")
@@ -60,7 +64,7 @@ class Arm:
         others = {k: v for k, v in self.changes.items() if k != "epochs"}
         return task.but(**epochs).at(length).but(**others)  # what the arm fixes is not tuned away
 
-    def run(self, task: Task, dataset, seed: int, length: float = 1.0) -> History:
+    def run(self, task: Task, dataset: Dataset, seed: int, length: float = 1.0) -> History:
         """Train this arm at one length with one seed."""
         mine = self.task(task, length)
         if self.fit:
@@ -79,7 +83,7 @@ def shared_machine() -> bool:
     return bool(os.environ.get("EFFILIB_SHARED"))
 
 
-def order(arms, index: int):
+def order(arms: Sequence, index: int) -> list:
     """Return the arms in the order of cell number `index`: A B, B A, B A, A B for two.
 
     >>> ["".join(order("AB", index)) for index in range(4)]
@@ -90,7 +94,7 @@ def order(arms, index: int):
     return rotated[::-1] if index % 2 else rotated
 
 
-def key(task: Task, dataset, arms) -> str:
+def key(task: Task, dataset: Dataset, arms: Sequence[Arm]) -> str:
     """Return under what cells are cached: all that a result depends on, but length and seed.
 
     >>> t, arms = task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")]
@@ -128,11 +132,18 @@ def cells(task: Task) -> list[tuple[int, int]]:
     return [(i, SEEDS * i + block) for block in range(task.seeds) for i in range(len(task.lengths))]
 
 
-def measure(task: Task, arms, *, lengths=None, title: str = "runs") -> list[dict]:
+def measure(
+    task: Task,
+    arms: Sequence[Arm],
+    *,
+    lengths: dict[str, tuple[float, ...]] | None = None,
+    title: str = "runs",
+) -> list[dict]:
     """Train every arm in every cell, or take it from the cache. Returns the cells, block by block.
 
-    lengths: arm's name -> its lengths (default: the task's for all). A cell is a dict: seed, length (the baseline's),
-    lengths (name -> length), arms (name -> History), machine, load, date, shared, and "cached" where it is.
+    lengths: arm's name -> its lengths (default: the task's for all). A cell is a dict: seed, length (the
+    baseline's), lengths (name -> length), arms (name -> History), machine, load, date, shared, and "cached"
+    where it is.
 
     >>> cell = measure(task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")])[0]
     runs: 1 of 2, ...: length 0.5, seed 0, baseline: ...
@@ -213,7 +224,7 @@ def _without_stalls(cells, arms):
 
 
 def _burn_in(task, dataset, arms):
-    """A few throw-away steps of the first arm: what a process does only once is paid before anything is timed."""
+    """Train a few throw-away steps: what a process does only once is paid before anything is timed."""
     batch = task.recipe.batch_size
     few = replace(
         dataset, train=dataset.train[: 8 * batch], validation=dataset.validation[:8], test=dataset.test[:8]
@@ -234,12 +245,12 @@ def _read(file, arms):
         return None
 
 
-def find_lengths(task: Task, arms) -> dict[str, tuple[float, ...]]:
+def find_lengths(task: Task, arms: Sequence[Arm]) -> dict[str, tuple[float, ...]]:
     """Return every arm's lengths: those at which it takes about as long as the baseline.
 
-    A pilot, the shortest length with a seed that is never measured, says how many times as long an arm's run takes;
-    its lengths are the baseline's divided by that, to two digits. Where lengths are numbers of images, where
-    the arm names its own, and in smoke, there is no pilot.
+    A pilot, the shortest length with a seed that is never measured, says how many times as long an arm's run
+    takes; its lengths are the baseline's divided by that, to two digits. Where lengths are numbers of images,
+    where the arm names its own, and in smoke, there is no pilot.
 
     >>> find_lengths(task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")])
     {'baseline': (0.5, 1.0)}
@@ -263,7 +274,21 @@ def _two_digits(x):
     return round(x, 1 - math.floor(math.log10(x)))
 
 
-def check_arms(task: Task, arms) -> None:
+def pilot(task: Task, arm: Arm, *, title: str = "pilot") -> History:
+    """Train an arm once at its longest with a seed that is never measured, or take it from the cache.
+
+    For what has to be known before the run, such as the widths that pruning ends with.
+
+    >>> pilot(task("smoke", "synthetic"), Arm(name="pruned")).steps
+    pilot: 1 of 1, ...: length 1, seed 2000, pruned: ...
+    8
+    """
+    longest = max(task.lengths)
+    cell = task.lengths.index(longest), {arm.name: longest}, PILOT_SEED
+    return _measure(task, [arm], [cell], title)[0]["arms"][arm.name]
+
+
+def check_arms(task: Task, arms: Sequence[Arm]) -> None:
     """Raise `BadInput` unless names are unique and exactly the first arm is the baseline.
 
     >>> check_arms(task("smoke", "synthetic"), [Arm(name="a", role="baseline"), Arm(name="a")])

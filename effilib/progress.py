@@ -6,6 +6,8 @@ import sys
 
 from effilib.clock import now
 
+__all__ = ["Progress", "say_seconds"]
+
 
 class Progress:
     """`p = Progress("compare", runs)`; after each run `p.done("what")`. Shows the last few lines and the time
@@ -18,7 +20,7 @@ class Progress:
 
     KEEP = 6
 
-    def __init__(self, title, total, work=None):
+    def __init__(self, title: str, total: int, work: float | None = None):
         self.title, self.total, self.count, self.begun, self.lines = title, total, 0, now(), []
         self.work, self.worked = work or total, 0.0
         self.handle = None
@@ -27,7 +29,7 @@ class Progress:
 
             self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
-    def done(self, line, work=1.0):
+    def done(self, line: str, work: float = 1.0) -> None:
         """Note that one more is done, in so much of the work; `line` says what."""
         self.count += 1
         self.worked += work
@@ -45,7 +47,7 @@ class Progress:
             print(f"{head}: {line}", flush=True)
 
 
-def say_seconds(seconds):
+def say_seconds(seconds: float) -> str:
     """ "3.4 s", "48 s", "5 min", "2 h 5 min".
 
     >>> say_seconds(3.42), say_seconds(290), say_seconds(7500)

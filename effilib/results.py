@@ -28,6 +28,8 @@ from effilib.statistics import (
 from effilib.tasks import Task
 from effilib.training import History
 
+__all__ = ["COSTS", "Comparison", "compare"]
+
 COSTS = ("seconds", "flops", "images")
 COLUMNS = ["comparison", "arm", "role", "seed", "length", "step", "seconds", "accuracy", "flops"]
 
@@ -43,9 +45,9 @@ def compare(
 ) -> "Comparison":
     """Train the arms (the first is the baseline) at the task's lengths and return the `Comparison`.
 
-    seeds: cells a length (default: the task's). aim: the speed-up at equal accuracy fixed before running, for every
-    method, or a dict by arm. illustration: a grid that is shown but not judged. title: names the comparison in
-    progress lines and in history.csv. Raises `BadInput` for arms that cannot be compared.
+    seeds: cells a length (default: the task's). aim: the speed-up at equal accuracy fixed before running, for
+    every method, or a dict by arm. illustration: a grid that is shown but not judged. title: names the
+    comparison in progress lines and in history.csv. Raises `BadInput` for arms that cannot be compared.
 
     >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
     >>> comparison = compare(task("smoke", "synthetic"), arms)
@@ -113,7 +115,8 @@ class Comparison:
     def curve(self, arm: str, cost: str = "seconds") -> Curve:
         """Return the arm's curve, a `Length` each: what its trainings cost and how accurate they ended.
 
-        cost: "seconds", "flops" or "images" (different ones where lengths are numbers of images, else those seen).
+        cost: "seconds", "flops" or "images" (different ones where lengths are numbers of images, else those
+        seen).
         """
         choose("cost", cost, (*COSTS, "raw_seconds"))
         name = (
@@ -130,7 +133,7 @@ class Comparison:
         ]
 
     def ratio(self, arm: str, cost: str = "seconds") -> Ratio | None:
-        """Return the arm's speed-up at equal accuracy; None where it or the baseline diverged or cost nothing."""
+        """Return the arm's speed-up at equal accuracy; None where a run diverged or cost nothing."""
         if self.diverged(arm) or self.diverged(self.baseline):
             return None
         try:
@@ -140,7 +143,7 @@ class Comparison:
 
     def verdict(self, arm: str, cost: str = "seconds") -> Verdict:
         """Return the `Verdict` of an arm against the baseline."""
-        aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim
+        aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim if self._is_method(arm) else None
         diverged = bool(self.diverged(arm) or self.diverged(self.baseline))
         curves = [[], []] if diverged else [self.curve(self.baseline, cost), self.curve(arm, cost)]
         if diverged:  # costs are finite, accuracies may not be
@@ -149,7 +152,7 @@ class Comparison:
                 * len(self.lengths)
             ] * 2
         verdict = judge(
-            *curves, name=arm, against=self.baseline, aim=aim if self._is_method(arm) or isinstance(self.aim, dict) else None,
+            *curves, name=arm, against=self.baseline, aim=aim,
             cost=cost, machine=self.machine["summary"], diverged=diverged, withhold=self._withhold(arm, cost),
         )  # fmt: skip
         if diverged:
@@ -242,13 +245,14 @@ class Comparison:
     ) -> pd.DataFrame:
         """Return means over runs, one row an arm (and length).
 
-        names: attributes of `History`, such as "seconds" or "step_seconds". own: column -> function of a `History`.
+        names: attributes of `History`, such as "seconds" or "step_seconds". own: column -> function of a
+        `History`.
 
         >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 8, 8)})]
-        >>> found = compare(task("smoke", "synthetic"), arms).measures("steps", epochs=lambda h: h.rows[-1]["epoch"])
+        >>> found = compare(task("smoke", "synthetic"), arms)
         runs: 1 of 4, ...
         ...
-        >>> found.loc["narrow"].tolist()
+        >>> found.measures("steps", epochs=lambda h: h.rows[-1]["epoch"]).loc["narrow"].tolist()
         [6.0, 1.5]
         """
         columns = {**{name: (lambda h, name=name: getattr(h, name)) for name in names}, **own}
@@ -266,7 +270,7 @@ class Comparison:
         return frame if by_length else frame.droplevel("length")
 
     def curves(self, cost: str = "seconds") -> pd.DataFrame:
-        """Return the points of all curves: a row an arm and length, with the standard error of its accuracy."""
+        """Return the points of all curves, with the standard errors of their accuracies."""
         rows = []
         for arm in self.arms:
             for length, found in zip(self.lengths, self.curve(arm.name, cost), strict=True):
@@ -300,7 +304,8 @@ class Comparison:
     def history(self) -> pd.DataFrame:
         """Return one row per evaluation: what `history.csv` holds.
 
-        The last row of a training is its end: what is judged. length is the baseline's, by which cells are paired.
+        The last row of a training is its end: what is judged. length is the baseline's, by which cells are
+        paired.
         """
         rows = []
         for c in self.cells:
@@ -329,7 +334,8 @@ class Comparison:
         runs = [h for c in self.cells for h in c["arms"].values()]
         raw, used = math.fsum(h.raw_seconds for h in runs), math.fsum(h.seconds for h in runs)
         notes = [
-            f"{raw - used:.1f} of {raw:.1f} s were stalls, in which the process had no processor, and were taken off."
+            f"{raw - used:.1f} of {raw:.1f} s were stalls, in which the process had no processor, and were "
+            "taken off."
         ]
         cached = [c["cached"] for c in self.cells if c.get("cached")]
         if cached:
@@ -348,7 +354,8 @@ class Comparison:
             a = stats.fmean(h.accuracy for h in self.histories(self.baseline) if h.rows) / 100
             error = 100 * math.sqrt(max(a * (1 - a), 0) / self.held_out)
             notes.append(
-                f"Accuracies are of {self.held_out} held-out images, which leaves them uncertain by {error:.2f} points."
+                f"Accuracies are of {self.held_out} held-out images, which leaves them uncertain by "
+                f"{error:.2f} points."
             )
         return [*notes, *self._majority()]
 

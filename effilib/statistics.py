@@ -1,15 +1,33 @@
-"""Speed-up at equal accuracy: how many times as cheap an arm reaches the accuracies that the baseline reaches.
+"""Speed-up at equal accuracy: how many times as cheap an arm reaches what the baseline reaches.
 
-A point is a whole training: what it cost, and the accuracy at its end. An arm trained at several lengths has a
-curve, accuracy over the logarithm of the cost; the horizontal gap between two curves, averaged over the
+A point is a whole training: what it cost, and the accuracy at its end. An arm trained at several lengths has
+a curve, accuracy over the logarithm of the cost; the horizontal gap between two curves, averaged over the
 accuracies that both cover, is the logarithm of the speed-up. Verdicts are computed here, never typed.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from scipy.stats import t as student
+
+__all__ = [
+    "Curve",
+    "Length",
+    "Ratio",
+    "Verdict",
+    "equal_accuracy",
+    "equal_cost",
+    "holm",
+    "interval",
+    "judge",
+    "monotone",
+    "paired_ratio",
+    "replication",
+    "say_ratio",
+    "seeds_to_decide",
+]
 
 LEAST = 3  # cells a length, below which there is no verdict
 EQUAL = 1.05  # an interval within 1/1.05 ... 1.05 is no difference worth the name
@@ -32,8 +50,8 @@ class Length:
     (2.35, 80.0)
     """
 
-    costs: tuple[float, ...]
-    accuracies: tuple[float, ...]
+    costs: Sequence[float]
+    accuracies: Sequence[float]
 
     def __post_init__(self):
         if len(self.costs) != len(self.accuracies) or not self.costs:
@@ -56,10 +74,13 @@ Curve = list[Length]
 class Ratio:
     """A speed-up at equal accuracy, with its 95 % interval; nan where there is none.
 
-    kind: "gap"; "crossing", where the gap excludes 1 on different sides at both ends of the range, `crossing` being
-    the accuracy between; "at most" or "at least", where the curves have no accuracy in common; "saturated",
-    where the baseline's curve is flat. range: the accuracies that both curves cover. thin: less than a point of
-    them, or than two standard errors. ends: the gap's intervals at both ends of the range.
+    kind: "gap"; "crossing", where the gap excludes 1 on different sides at both ends of the range, `crossing`
+    being the accuracy between; "at most" or "at least", where the curves have no accuracy in common;
+    "saturated", where the baseline's curve is flat. range: the accuracies that both curves cover. thin: less
+    than a point of them, or than two standard errors. spread: standard error of the logarithm.
+
+    >>> Ratio(value=0.41, kind="at most").low
+    nan
     """
 
     value: float
@@ -69,7 +90,7 @@ class Ratio:
     kind: str = "gap"
     thin: bool = False
     crossing: float = math.nan
-    spread: float = math.nan  # standard error of the logarithm
+    spread: float = math.nan
     degrees: int = 0
 
 
@@ -84,8 +105,8 @@ def _point(length, without):
 def monotone(curve: Curve, without: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return a curve's knots (log cost, accuracy), pooled until accuracy rises.
 
-    Neighbours that violate the order are pooled into their mean (pool adjacent violators), each length with the
-    weight 1. without: (length, cell) to leave out.
+    Neighbours that violate the order are pooled into their mean (pool adjacent violators), each length with
+    the weight 1. without: (length, cell) to leave out.
 
     >>> one = lambda cost, accuracy: Length(costs=(cost,), accuracies=(accuracy,))
     >>> monotone([one(1.0, 70.0), one(math.e, 75.0), one(math.e**3, 74.0)])[1].tolist()
@@ -103,7 +124,7 @@ def monotone(curve: Curve, without: tuple[int, int] | None = None) -> tuple[np.n
 
 
 def _gaps(base, arm):
-    """(accuracies, log t_base - log t_arm) at the knots within the accuracies that both cover; None without any."""
+    """(accuracies, log t_base - log t_arm) at the knots that both cover; None without any."""
     low, high = max(base[1][0], arm[1][0]), min(base[1][-1], arm[1][-1])
     if high < low:
         return None
@@ -127,7 +148,7 @@ def _heights(base, arm):
 
 
 def _jackknife(baseline, arm, statistic):
-    """(standard errors, degrees of freedom) of a statistic of two curves, deleting one cell of one length at a time.
+    """(standard errors, degrees of freedom) of a statistic, deleting one cell of one length at a time.
 
     statistic: (base knots, arm knots) -> array, or None where it does not exist; then the errors are nan.
     """
@@ -156,13 +177,13 @@ def _half_width(degrees, level=0.95):
 def equal_accuracy(baseline: Curve, arm: Curve) -> Ratio:
     """Return how many times as cheap the arm reaches the same accuracy.
 
-    Curves: per length the paired cells. The estimate is the horizontal gap of the monotone curves, averaged over
-    the accuracies that both cover. The interval is a delete-one-cell jackknife, stratified by length, with
-    Student's t at sum(n_length - 1) degrees. Where no accuracy is common the ratio is a bound.
+    Curves: per length the paired cells. The estimate is the horizontal gap of the monotone curves, averaged
+    over the accuracies that both cover. The interval is a delete-one-cell jackknife, stratified by length,
+    with Student's t at sum(n_length - 1) degrees. Where no accuracy is common the ratio is a bound.
 
-    >>> half = [Length(costs=(t, t), accuracies=(a, a + 0.1)) for t, a in ((10.0, 70.0), (20.0, 75.0))]
-    >>> full = [Length(costs=(2 * t, 2 * t), accuracies=(a, a + 0.1)) for t, a in ((10.0, 70.0), (20.0, 75.0))]
-    >>> ratio = equal_accuracy(full, half)
+    >>> def curve(times):
+    ...     return [Length(costs=(t, t), accuracies=(a, a + 0.1)) for t, a in zip(times, (70.0, 75.0))]
+    >>> ratio = equal_accuracy(curve((20.0, 40.0)), curve((10.0, 20.0)))
     >>> round(ratio.value, 3), ratio.kind, [round(a, 2) for a in ratio.range]
     (2.0, 'gap', [70.05, 75.05])
     """
@@ -211,7 +232,9 @@ def _error_of_means(*curves):
 
 
 def equal_cost(baseline: Curve, arm: Curve) -> tuple[float, float, float]:
-    """Return (points, low, high): accuracy above the baseline's at equal cost, averaged over the common costs.
+    """Return (points, low, high): accuracy above the baseline's at equal cost.
+
+    Averaged over the costs that both curves cover.
 
     >>> flat = [Length(costs=(t, t), accuracies=(a, a)) for t, a in ((10.0, 70.0), (20.0, 75.0))]
     >>> above = [Length(costs=(t, t), accuracies=(a + 1, a + 1)) for t, a in ((10.0, 70.0), (20.0, 75.0))]
@@ -231,7 +254,7 @@ def equal_cost(baseline: Curve, arm: Curve) -> tuple[float, float, float]:
     return points, points - half, points + half
 
 
-def interval(values, level: float = 0.95) -> tuple[float, float, float]:
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """Return (mean, low, high): the two-sided Student-t interval of the mean; nan for one value.
 
     >>> [round(float(v), 2) for v in interval([1.0, 2.0, 3.0])]
@@ -244,7 +267,7 @@ def interval(values, level: float = 0.95) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def paired_ratio(baseline, method) -> tuple[float, float, float]:
+def paired_ratio(baseline: Sequence[float], method: Sequence[float]) -> tuple[float, float, float]:
     """Return (ratio, low, high) of paired costs: how many times as cheap the method is.
 
     >>> [round(v, 2) for v in paired_ratio([10.0, 12.0, 11.0], [8.0, 10.0, 9.0])]
@@ -258,7 +281,12 @@ def paired_ratio(baseline, method) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How an arm did against the baseline. Ratios are speed-ups at equal accuracy, points are of accuracy (%)."""
+    """How an arm did against the baseline: speed-up at equal accuracy, points of accuracy (%) at equal cost.
+
+    >>> same = [Length(costs=(t, t + 1), accuracies=(a, a)) for t, a in ((9, 70), (19, 75))]
+    >>> judge(same, same).record()["verdict"]
+    'undecided'
+    """
 
     arm: str
     against: str
@@ -346,11 +374,13 @@ def judge(
 ) -> Verdict:
     """Return the verdict on two curves.
 
-    aim: the speed-up that the notebook fixed before it ran; it is met where the interval's lower end reaches it, and
-    missed where the upper end does not. withhold: a reason to give no verdict, which then stands in its place.
+    aim: the speed-up that the notebook fixed before it ran; it is met where the interval's lower end reaches
+    it, and missed where the upper end does not. withhold: a reason to give no verdict, which then stands in
+    its place.
 
     >>> def curve(factor):
-    ...     return [Length(costs=[t / factor] * 3, accuracies=[a, a + 0.2, a - 0.2]) for t, a in ((10, 70), (20, 75))]
+    ...     ends = ((10, 70), (20, 75))
+    ...     return [Length(costs=[t / factor] * 3, accuracies=[a, a + 0.2, a - 0.2]) for t, a in ends]
     >>> verdict = judge(curve(1), curve(1.5), aim=1.4, machine="2-core CPU")
     >>> verdict.verdict, verdict.aim_verdict, verdict.text
     ('faster', 'met', '1.50x [1.50, 1.50] at 70-75 %, n=3x2, 2-core CPU')

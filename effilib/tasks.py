@@ -7,10 +7,15 @@ length by itself. Where nothing was tuned (a user's own data or network), the re
 import math
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
 
 from effilib import data, distributed, models, paths
 from effilib.errors import BadInput, choose
 from effilib.training import Recipe, stream
+
+__all__ = ["PRESETS", "TUNED", "Task", "pick_device", "recorded_tuning", "task"]
 
 PRESETS = ("smoke", "quick", "study", "full")
 AXES = ("epochs", "images")
@@ -20,11 +25,12 @@ AXES = ("epochs", "images")
 class Task:
     """Data, network and recipe of the baseline, and the lengths at which it is trained.
 
-    lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of, "epochs", or
-    "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of epochs counts.
-    images: training images taken (None: all). validation: at most so many validation images, and three times as many
-    test images (None: all). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and
-    growing start from). given: settings that the user asked for, which no chapter changes.
+    lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of,
+    "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
+    epochs counts. images: training images taken (None: all). validation: at most so many validation images,
+    and three times as many test images (None: all). seeds: cells a length. variant: "base", or "wide"
+    (32/64/128, what pruning and growing start from). given: settings that the user asked for, which no
+    chapter changes.
 
     >>> t = task("quick", "mnist5k")
     >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
@@ -53,7 +59,7 @@ class Task:
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise BadInput(f"seeds is {self.seeds!r}, it must be a whole number above 0")
 
-    def load(self):
+    def load(self) -> data.Dataset:
         """Load the data set, cut to the preset's size, on the task's device."""
         dataset = data.load(self.dataset, device=self.device)
         if self.images:
@@ -63,8 +69,8 @@ class Task:
             dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
 
-    def build(self, dataset, seed=0, **settings):
-        """Build the baseline's network with the initial weights of `seed`; settings replace widths or depths."""
+    def build(self, dataset: data.Dataset, seed: int = 0, **settings) -> nn.Module:
+        """Build the baseline's network with the seed's initial weights; settings replace widths or depths."""
         init = stream(seed, "initial weights").initial_seed()
         settings = self.widths | settings
         return models.build(
@@ -120,7 +126,8 @@ SMALL = {"widths": (8, 8, 8), "blocks": (1, 1, 1)}
 DEEP = {"widths": (16, 32, 64), "blocks": (3, 3, 3)}
 PRESET = {  # `full` is the thesis run on a GPU
     "smoke": dict(
-        images=128, validation=100, seeds=1, lengths=(0.5, 1.0), widths=SMALL, recipe=Recipe(epochs=2, batch_size=32)
+        images=128, validation=100, seeds=1, lengths=(0.5, 1.0), widths=SMALL,
+        recipe=Recipe(epochs=2, batch_size=32),
     ),
     "quick": dict(
         images=3500, validation=1000, seeds=3, lengths=(0.5, 1.0), widths=BASE,
@@ -128,12 +135,13 @@ PRESET = {  # `full` is the thesis run on a GPU
     ),
     "study": dict(seeds=5, widths=BASE, recipe=Recipe(epochs=6, batch_size=128, lr=0.2)),
     "full": dict(
-        seeds=5, lengths=(0.35, 0.5, 0.71, 1.0, 1.41), widths=DEEP, recipe=Recipe(epochs=40, batch_size=128, lr=0.4)
+        seeds=5, lengths=(0.35, 0.5, 0.71, 1.0, 1.41), widths=DEEP,
+        recipe=Recipe(epochs=40, batch_size=128, lr=0.4),
     ),
 }  # fmt: skip
 
 
-def default_preset():
+def default_preset() -> str:
     """`EFFILIB_PRESET` if set, else `quick`.
 
     >>> default_preset() in PRESETS
@@ -142,7 +150,7 @@ def default_preset():
     return os.environ.get("EFFILIB_PRESET") or "quick"
 
 
-def default_dataset(preset):
+def default_dataset(preset: str) -> str:
     """The preset's data set: mnist5k for smoke and quick, CIFAR-10 (else Fashion-MNIST) for study and full.
 
     >>> default_dataset("quick")
@@ -154,7 +162,15 @@ def default_dataset(preset):
     return "cifar10" if preset == "full" or data.present("cifar10") else "fashion_mnist"
 
 
-def task(preset="", dataset="", network="", variant="base", *, device="auto", **changes):
+def task(
+    preset: str = "",
+    dataset: str = "",
+    network: str = "",
+    variant: str = "base",
+    *,
+    device: str = "auto",
+    **changes,
+) -> Task:
     """The task of a preset, data set and network; "" stands for the default.
 
     changes: settings of `Task` or `Recipe`. Raises `BadInput` for an unknown preset, data set, network or
@@ -177,10 +193,11 @@ def task(preset="", dataset="", network="", variant="base", *, device="auto", **
     if network and network != "resnet":
         settings |= dict(network=network, widths={}, tuned={})  # nobody tuned it
     result = Task(preset=preset, dataset=dataset, device=pick_device(device), **settings)
-    return result.but(**changes, given=tuple(changes))
+    own = ("network", "widths") if network else ()  # a chapter puts no other network in its place
+    return result.but(**changes, given=(*changes, *own))
 
 
-def pick_device(device="auto"):
+def pick_device(device: str = "auto") -> str:
     """The device to run on: for "auto" that is "cuda" if there is one, else "cpu"; each of several processes
     has a GPU of its own.
 
@@ -199,7 +216,7 @@ def pick_device(device="auto"):
     return distributed.gpu() if device == "cuda" else device
 
 
-def recorded_tuning():
+def recorded_tuning() -> Path:
     """Folder of the sweeps behind `TUNED`.
 
     >>> recorded_tuning().parts[-3:]

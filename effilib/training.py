@@ -11,18 +11,26 @@ import math
 import shutil
 import statistics as stats
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
+from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.models import stream
 
+__all__ = [
+    "EVALUATIONS", "LAYOUTS", "History", "Method", "Recipe", "Run", "Schedule", "at_least_fp32", "autocast",
+    "can_compile", "class_hits", "evaluate", "judge_", "native_bf16", "resolve_layout", "resolve_precision",
+    "stream", "train",
+]  # fmt: skip
 EVALUATIONS = 3  # of the validation set in a run: two for progress and pictures, and the end, which counts
 HELD_OUT = ("validation", "test")  # the splits of which the final accuracy is
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -63,7 +71,7 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise BadInput(f"recipe: {name} is {getattr(self, name)}, it must be above 0")
 
-    def lr_at(self, step, steps):
+    def lr_at(self, step: float, steps: float) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""
         rise = self.warmup * steps
         if step < rise:
@@ -79,8 +87,8 @@ class Recipe:
 class Schedule:
     """Where a run is on its recipe's schedule, and how fast it goes through it.
 
-    Positions are in steps of the recipe's batch size. `lr_at` is (position, planned) -> learning rate; a method may
-    put one of its own here when it is set up.
+    Positions are in steps of the recipe's batch size. `lr_at` is (position, planned) -> learning rate; a
+    method may put one of its own here when it is set up.
 
     >>> schedule = Schedule(lr_at=Recipe(lr=0.4, warmup=0).lr_at, planned=4, position=2)
     >>> schedule.lr
@@ -115,38 +123,39 @@ class Method:
     ...         for p in run.model.parameters():
     ...             p.grad += 0.01 * torch.randn(p.shape, generator=run.generator(self))
     >>> data = load("synthetic")
-    >>> train(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(epochs=1), [Noise()]).steps
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> train(net, data, Recipe(epochs=1), [Noise()]).steps
     2
     """
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: "Run") -> None:
         """Before the first step: install, convert layers, make the state."""
 
-    def on_epoch_start(self, run):
+    def on_epoch_start(self, run: "Run") -> None:
         """Before an epoch's first step."""
 
-    def on_batch(self, run, x, y):
+    def on_batch(self, run: "Run", x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the (x, y) to train on: x (N, C, H, W), y (N,)."""
         return x, y
 
-    def loss_terms(self, run):
+    def loss_terms(self, run: "Run") -> torch.Tensor | None:
         """Return a scalar to add to the loss (`run.logits`, `run.loss` are there), or None."""
 
-    def on_after_backward(self, run):
+    def on_after_backward(self, run: "Run") -> None:
         """Gradients are there, unscaled; the optimizer has not stepped."""
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: "Run") -> None:
         """The optimizer has stepped."""
 
-    def on_epoch_end(self, run):
+    def on_epoch_end(self, run: "Run") -> None:
         """After an epoch's last step, before its evaluation."""
 
-    def on_evaluation(self, run):
+    def on_evaluation(self, run: "Run") -> None:
         """Before an evaluation for the record, off the clock: make the model what evaluation expects, without
         training it.
         """
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: "Run") -> None:
         """After the last step, before the last evaluation: leave a plain model behind."""
 
 
@@ -203,7 +212,7 @@ class Run:
         }
 
     @property
-    def lr(self):
+    def lr(self) -> float:
         """Learning rate of this step."""
         return self.schedule.lr
 
@@ -225,20 +234,20 @@ class Run:
             self.clock.lap(self._kind)
         self._kind = self.step_kind if kind == "step" else kind
 
-    def generator(self, method, share=False):
+    def generator(self, method: Method, share: bool = False) -> torch.Generator:
         """The method's own random stream (on the CPU), so that its draws do not shift the order of the data.
 
         It is the same in all processes, for what they decide alike. share: of draws for single images or
         activations, of which every process has its own. With one process both are the same stream."""
         return (self.own if share else self.generators)[method]
 
-    def log(self, method, text, **values):
+    def log(self, method: Method, text: str, **values) -> None:
         """Note what a method did, for the history: a sentence and plain values."""
         self.events.append(
             {"step": self.step, "epoch": self.epoch, "method": type(method).__name__, "text": text, **values}
         )
 
-    def call(self, hook):
+    def call(self, hook: str) -> None:
         """Call a hook of every method that has it; its time is its own segment."""
         if self._hooks[hook]:
             self.kind = hook
@@ -246,7 +255,7 @@ class Run:
                 f(self)
             self.kind = "step"
 
-    def restructure(self, change):
+    def restructure(self, change: Callable) -> None:
         """Change the structure in mid-training: the one way to do it.
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with
@@ -271,7 +280,7 @@ class Run:
         self.settle()
         self.kind = before
 
-    def grow_batch(self, factor, lr_factor=1.0):
+    def grow_batch(self, factor: float, lr_factor: float = 1.0) -> None:
         """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the
         schedule's learning rate.
 
@@ -280,14 +289,15 @@ class Run:
         size = round(factor * self.batches.batch_size)
         if not 0 < size <= len(self.dataset.train):
             raise BadInput(
-                f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} training images"
+                f"a batch of {size} does not fit {self.dataset.name}: it has {len(self.dataset.train)} "
+                "training images"
             )
         self.schedule.pace *= size / self.batches.batch_size
         self.batches.batch_size = size
         self.schedule.scale *= lr_factor
         self.steps = self.step + self.schedule.left
 
-    def replan(self, left):
+    def replan(self, left: int) -> None:
         """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it
         at an epoch's start or end.
         """
@@ -296,12 +306,13 @@ class Run:
         self.schedule.pace = (self.schedule.planned - self.schedule.position) / left
         self.steps = self.step + left
 
-    def settle(self):
-        """After parameters came or went: the recipe's layout for all, and for each a momentum laid out alike,
-        0 where it has none; and what the loop calls is made anew.
+    def settle(self) -> None:
+        """Restore the invariants after surgery.
 
-        PyTorch's fused optimizer fails where only some have a momentum, and mixes up elements where the
-        layouts differ."""
+        They are: the recipe's memory format, one momentum buffer per parameter, laid out alike, 0 where there
+        was none, and a fresh forward. PyTorch's fused optimizer fails where only some have a momentum, and
+        mixes up elements where the layouts differ.
+        """
         self.model.to(memory_format=self.layout)
         momentum = self.optimizer.defaults.get("momentum")
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
@@ -311,25 +322,27 @@ class Run:
             )
         self.wrap()
 
-    def align_gradients(self):
+    def align_gradients(self) -> None:
         """Lay out gradients that a method set as their parameters, for the same reason."""
         for p in self.model.parameters():
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
 
-    def wrap(self):
-        """Make what the loop calls: the model, with several processes inside of what averages its gradients,
-        compiled if told.
+    def wrap(self) -> None:
+        """Make the forward that the loop calls.
+
+        It is the model, wrapped in DDP if there are several processes, compiled if the recipe asks for it.
         """
         self.ranks.statistics_(convolution.guard_(self.model))
         self.wrapped = self.ranks.wrap(self.model, self.recipe.sync_bn)
         if self.recipe.compile:
-            torch._dynamo.reset()  # else it stops compiling after eight structures in a process, without a word
+            # else it stops compiling after eight structures in a process, without a word
+            torch._dynamo.reset()
             self.forward = torch.compile(self.wrapped)
         else:
             self.forward = self.wrapped
 
-    def level(self):
+    def level(self) -> None:
         """Over several processes: let all go on from rank 0's numbers, to the last bit, and from the mean of
         BatchNorm's statistics.
         """
@@ -343,11 +356,11 @@ class Run:
             momenta = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
             self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The run's number format, for a `with`."""
         return autocast(self.precision, self.device)
 
-    def train_step(self, x, y):
+    def train_step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
         """Forward, backward, update; the learning rate of this step. A step that is counted is not compiled.
 
         Returns the shape of the batch that was trained on.
@@ -414,12 +427,12 @@ class History:
     precision: str = ""
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> float:
         """Accuracy at the end in %, on all held-out images."""
         return self.rows[-1]["accuracy"] if self.final is None else self.final
 
     @property
-    def step_seconds(self):
+    def step_seconds(self) -> float:
         """Counted seconds of the whole run, over its steps."""
         return self.seconds / self.steps
 
@@ -454,9 +467,10 @@ class History:
 class _Flops:
     """FLOPs of a run's steps, by structure and shape of the batch.
 
-    A counted step is slow and off the clock, the first one of a structure, which chooses kernels, has to be on it: so
-    the step after the first of its kind is counted, a few shapes a structure. What never was is scaled by the size
-    of the batch from what was counted of the same structure, or else of the one before or after it.
+    A counted step is slow and off the clock; the first step of a later structure, which chooses kernels, has
+    to be on it. So the run's first step is counted, for which the warm-up has chosen them, and else the step
+    after the first of its kind, a few shapes a structure. What never was is scaled by the size of the batch
+    from what was counted of the same structure, or else of the one before or after it.
     """
 
     SHAPES = 8
@@ -464,10 +478,12 @@ class _Flops:
     def __init__(self):
         self.steps, self.counted, self.last = {}, {}, None
 
-    def due(self, structure, only=False):
-        """Whether to count the next step. only: it is the run's only one."""
-        again = self.last is not None and self.last[0] == structure and self.last not in self.counted
-        return only or (again and sum(key[0] == structure for key in self.counted) < self.SHAPES)
+    def due(self, structure):
+        """Whether to count the next step."""
+        if self.last is None:
+            return True
+        again = self.last[0] == structure and self.last not in self.counted
+        return again and sum(key[0] == structure for key in self.counted) < self.SHAPES
 
     def add(self, key, flops=None):
         """Note a step of (structure, shape), and its FLOPs if they were counted."""
@@ -495,8 +511,16 @@ class _Flops:
 
 
 def train(
-    model, dataset, recipe, methods=(), seed=0, *, checkpoint=None, evaluations=EVALUATIONS, progress=None
-):
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    methods: Iterable[Method] = (),
+    seed: int = 0,
+    *,
+    checkpoint: str | Path | None = None,
+    evaluations: int = EVALUATIONS,
+    progress: Callable[[dict], None] | None = None,
+) -> History:
     """Train `model` in place on `dataset` and return its `History`.
 
     methods: `Method`s, called in order. seed: of data order, dropout and the methods' draws (the initial
@@ -519,7 +543,8 @@ def train(
     ranks = distributed.ranks(dataset.device)
     if recipe.sync_bn and dataset.device.type != "cuda":
         raise BadInput(
-            "sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process normalises its share"
+            "sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process "
+            "normalises its share"
         )
     dropout = f"dropout, process {ranks.rank}" if ranks.rank else "dropout"
     with models.seeded(stream(seed, dropout).initial_seed(), dataset.device), backend(recipe, dataset.device):
@@ -580,7 +605,7 @@ def train(
             for x, y in itertools.islice(batches, run.steps - run.step):
                 x = x.contiguous(memory_format=layout)
                 structure = run.structures  # a hook may change it at the step's end
-                run.counting, kind = flops.due(structure, only=run.steps == 1), run.step_kind
+                run.counting, kind = flops.due(structure), run.step_kind
                 if not run.counting:
                     flops.add((structure, run.train_step(x, y)))
                     run.clock.lap(run._kind)
@@ -620,11 +645,8 @@ def train(
         return finish(run, history)
 
 
-def check_compiled(before):
-    """Raise `NoEffect` if `torch.compile` gave up on a graph since `before`, its count of frames.
-
-    >>> check_compiled(Counter(torch._dynamo.utils.counters["frames"]))
-    """
+def check_compiled(before: Counter) -> None:
+    """Raise `NoEffect` if `torch.compile` gave up on a graph since `before`, its count of frames."""
     now = torch._dynamo.utils.counters["frames"]
     tried, made = (now[name] - before[name] for name in ("total", "ok"))
     if tried > made:
@@ -634,36 +656,22 @@ def check_compiled(before):
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Return the steps after which a run is evaluated, evenly spread; the last one is the end.
-
-    >>> sorted(evaluation_steps(steps=100, evaluations=3))
-    [33, 67, 100]
-    """
+    """Return the steps after which a run is evaluated, evenly spread; the last one is the end."""
     return {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
 
 
 def rank_batches(dataset, batch_size, generator, ranks, **options):
-    """This process's share of each of the training batches.
-
-    >>> batches = rank_batches(load("synthetic"), 100, torch.Generator().manual_seed(0), distributed.Ranks(rank=1, size=2))
-    >>> next(iter(batches))[0].shape
-    torch.Size([50, 1, 8, 8])
-    """
+    """This process's share of each of the training batches."""
     batches = dataset.shuffled(batch_size, generator, **options)
     batches.ranks = ranks
     return batches
 
 
-def warm_up(run, batch):
+def warm_up(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Run forward and backward once on random labels before the clock starts, and undo what that changed.
     Returns seconds.
 
     Kernels are chosen, and graphs compiled, at the first call of a shape; nothing is learned.
-
-    >>> data = load("synthetic")
-    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
-    >>> warm_up(run, next(data.batches(data.decide))) > 0
-    True
     """
     buffers = copy.deepcopy(dict(run.model.named_buffers()))
     with elapsed() as seconds, models.seeded(0, run.device):
@@ -684,12 +692,13 @@ def warm_up(run, batch):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, split, precision="fp32"):
+def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32") -> tuple[float, float]:
     """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation",
     "test").
 
     >>> data = load("synthetic")
-    >>> loss, accuracy = evaluate(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "validation")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> loss, accuracy = evaluate(net, data, "validation")
     >>> 0 <= accuracy <= 100
     True
     """
@@ -706,7 +715,7 @@ def evaluate(model, dataset, split, precision="fp32"):
 
 
 @torch.no_grad()
-def class_hits(model, dataset, split, precision="fp32"):
+def class_hits(model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32") -> list[list[int]]:
     """Return [correct, all] by class of `model` in eval mode on a split.
 
     >>> data = load("synthetic")
@@ -727,7 +736,7 @@ def class_hits(model, dataset, split, precision="fp32"):
     return counts.tolist()
 
 
-def judge_(history, hits):
+def judge_(history: History, hits: list[list[list[int]]]) -> None:
     """Set a history's final accuracies from [correct, all] by class on the validation and the test images.
 
     >>> judge_(history := History(), [[[8, 0], [8, 2]], [[7, 1], [8, 2]]])
@@ -742,23 +751,18 @@ def judge_(history, hits):
     history.majority = 100 * max(images) / history.held_out
 
 
-def at_least_fp32(logits):
+def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
     """Logits in 32 bits or more, as losses need them.
 
-    >>> at_least_fp32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_fp32(torch.zeros(1, dtype=torch.float64)).dtype
-    (torch.float32, torch.float64)
+    >>> at_least_fp32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
     """
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def finish(run, history):
+def finish(run: Run, history: History) -> History:
     """The history with what is known only at the end: the clock's account, events, structure and the accuracy
     on the test split.
-
-    >>> data = load("synthetic")
-    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
-    >>> finish(run, History()).structure
-    {'widths': [[4], [8]], 'bn': True}
     """
     clock = run.clock
     distributed.sync_(run.model, on=False)
@@ -773,14 +777,9 @@ def finish(run, history):
     return history
 
 
-def memory(run, saved, before):
+def memory(run: Run, saved: int, before: dict) -> dict:
     """Bytes of parameters, optimizer state and tensors saved for backward; the largest over the run's
     structures.
-
-    >>> data = load("synthetic")
-    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
-    >>> memory(run, 1000, {"saved": 2000, "optimizer": 0})["saved"]
-    2000
     """
     state = [
         t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()
@@ -795,7 +794,7 @@ def memory(run, saved, before):
     return {k: max(v, before.get(k, 0)) for k, v in now.items()}
 
 
-def native_bf16(device="cpu"):
+def native_bf16(device: str | torch.device = "cpu") -> bool:
     """Whether bf16 products are native here: avx512_bf16 or amx_bf16, CUDA from compute capability 8.0.
 
     >>> native_bf16("cpu") == (resolve_precision("auto", "cpu") == "bf16")
@@ -806,7 +805,7 @@ def native_bf16(device="cpu"):
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
-def resolve_precision(precision, device="cpu"):
+def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str:
     """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for
     what the device cannot do fast.
 
@@ -816,12 +815,13 @@ def resolve_precision(precision, device="cpu"):
     cuda = torch.device(device).type == "cuda"
     if precision in ("fp16", "tf32") and not cuda:
         raise BadInput(
-            f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter 3.2 emulates fp16)"
+            f"precision {precision!r} needs CUDA; on this CPU choose auto, fp32 or bf16 (or fp64; chapter "
+            "3.2 emulates fp16)"
         )
     return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
 
 
-def resolve_layout(recipe, device="cpu"):
+def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu") -> str:
     """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
     tensor cores.
 
@@ -837,7 +837,7 @@ def resolve_layout(recipe, device="cpu"):
     return "contiguous" if cuda_cores else "channels_last"
 
 
-def autocast(precision, device):
+def autocast(precision: str, device: str | torch.device) -> torch.autocast:
     """Products inside are in "bf16" or "fp16"; with any other precision nothing changes.
 
     >>> with autocast("bf16", "cpu"):
@@ -853,9 +853,6 @@ def autocast(precision, device):
 def backend(recipe, device):
     """CUDA's global switches for one run: the fastest kernels for fixed shapes, TF32 only where the recipe
     says so.
-
-    >>> with backend(Recipe(), "cpu"):  # where there are no such switches
-    ...     y = torch.ones(2, 2) @ torch.ones(2, 2)
     """
     if torch.device(device).type != "cuda":
         yield
@@ -870,7 +867,7 @@ def backend(recipe, device):
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def can_compile(device="cpu"):
+def can_compile(device: str | torch.device = "cpu") -> str:
     """Why `torch.compile` cannot work here, in words; "" if it can.
 
     >>> isinstance(can_compile(), str)

@@ -1,209 +1,200 @@
-"""Tune a task's baseline before anything is compared with it: learning rate x weight decay x epochs, several
-seeds.
+"""Tune an arm before anything is measured with it: settings x lengths, several seeds.
 
-Only accuracies count here, so settings run side by side, one thread each. The sweep is a CSV, one row a run,
-and goes on where it was interrupted. `effilib tune --dataset fashion_mnist --preset study` runs it;
-`tasks.TUNED` holds its outcome."""
+Only accuracies count here, so runs go side by side, one thread each. A sweep is a CSV, one row a run, and
+goes on where it was interrupted; its seeds are never measured, and it reads the validation images only.
+`effilib tune` tunes the baselines; `tasks.TUNED` holds what came out.
+"""
 
 import csv
-import io
 import itertools
-import math
+import json
 import multiprocessing
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from effilib import data, paths
 from effilib.clock import now
-from effilib.statistics import held
-from effilib.tasks import recorded_tuning, task
-from effilib.training import train
+from effilib.experiment import Arm
+from effilib.progress import say_seconds
+from effilib.tasks import Task, recorded_tuning
 
-LRS, DECAYS = (0.05, 0.1, 0.2, 0.4), (5e-4, 2e-3)
-EPOCHS = {"quick": (2, 3, 4), "study": (5, 10, 15)}
-FIELDS = tuple(
-    [
-        "preset",
-        "dataset",
-        "variant",
-        "epochs",
-        "lr",
-        "weight_decay",
-        "batch_size",
-        "seed",
-        "accuracy",
-        "loss",
-        "train_loss",
-        "diverged",
-    ]
-)
+__all__ = ["best", "read", "sweep", "sweep_file", "tune_baseline", "tuned"]
+
+LRS, DECAYS = (0.1, 0.2, 0.4, 0.8), (2.5e-4, 5e-4, 1e-3, 2e-3)
+SEEDS = (1000, 1001)
+BASELINE = Arm(name="baseline", role="baseline")
+FIELDS = ("arm", "epochs", "setting", "seed", "accuracy", "loss", "train_loss", "diverged")
 
 
-def run_one(preset, dataset, variant, seed, changes):
-    """Train one setting with one seed; a row of the sweep.
-
-    >>> row = run_one("smoke", "synthetic", "base", 1000, {"epochs": 1})
-    >>> row["seed"], row["lr"], row["batch_size"]
-    (1000, 0.1, 32)
-    """
+def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> dict:
+    """Train one setting at one length with one seed; a row of the sweep."""
     torch.set_num_threads(1)
-    t = task(preset, dataset, variant=variant, **changes)
-    loaded = t.load()
-    loaded = replace(loaded, test=loaded.validation[:1])  # tuning never reads the test split
-    history = train(t.build(loaded, seed), loaded, t.recipe, seed=seed, evaluations=1)
-    last = history.rows[-1]
-    row = dict(
-        preset=preset,
-        dataset=data.identify(dataset),
-        variant=variant,
-        seed=seed,
-        diverged=int(history.diverged),
+    own = {k: v for k, v in setting.items() if not hasattr(task.recipe, k)}
+    methods = tuple(replace(m, **own) for m in arm.methods) if own else arm.methods
+    recipe = {k: v for k, v in setting.items() if k not in own}
+    arm = replace(arm, methods=methods, changes={**arm.changes, **recipe}, tuned={})
+    history = arm.run(task, task.load(), seed, length)
+    end = (
+        history.rows[-1] if history.rows else dict.fromkeys(("accuracy", "loss", "train_loss"), float("nan"))
     )
-    row |= {k: getattr(t.recipe, k) for k in ("epochs", "lr", "weight_decay", "batch_size")}
-    return row | {k: round(last[k], 4) for k in ("accuracy", "loss", "train_loss")}
+    row = {
+        "arm": arm.name,
+        "epochs": round(arm.task(task, length).recipe.epochs, 4),
+        "setting": _name(setting),
+    }
+    row |= {k: round(end[k], 4) for k in ("accuracy", "loss", "train_loss")}
+    return row | {"seed": seed, "diverged": int(history.diverged)}
 
 
-def sweep_file(preset, dataset, variant):
-    """The CSV of a sweep, one row a run. dataset: also a path, by which a known set is recognised.
+def _name(setting):
+    return json.dumps(setting, sort_keys=True)
 
-    >>> sweep_file("study", "cifar10", "wide").name
+
+def sweep_file(task: Task, name: str = "") -> Path:
+    """Return the CSV of a sweep. name: of a chapter's arm; the baseline's has none.
+
+    >>> sweep_file(task("study", "cifar10", variant="wide")).name
     'study-cifar10-wide.csv'
     """
-    suffix = "" if variant == "base" else f"-{variant}"
-    return recorded_tuning() / f"{preset}-{data.label(data.identify(dataset))}{suffix}.csv"
+    parts = [task.preset, data.label(data.identify(task.dataset)), task.variant, name]
+    return recorded_tuning() / ("-".join(p for p in parts if p and p != "base") + ".csv")
 
 
-def read(file):
-    """The rows of a sweep, numbers as numbers.
+def read(file: Path) -> list[dict]:
+    """Return the rows of a sweep: setting as a dict, numbers as numbers; [] where there is no sweep.
 
-    >>> rows = read(sweep_file("quick", "mnist5k", "base"))  # what was recorded
-    >>> len({(row["epochs"], row["lr"], row["weight_decay"]) for row in rows})
-    24
+    >>> read(Path("nowhere.csv"))
+    []
     """
     if not file.exists():
         return []
     with file.open(newline="") as f:
-        return [{k: v if k in FIELDS[:3] else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        rows = list(csv.DictReader(f))
+    return [
+        {
+            **{k: v if k == "arm" else float(v) for k, v in r.items() if k != "setting"},
+            "setting": json.loads(r["setting"]),
+        }
+        for r in rows
+    ]
 
 
 def sweep(
-    preset,
-    dataset,
-    variant="base",
+    task: Task,
+    arm: Arm,
+    settings: list[dict],
     *,
-    lrs=LRS,
-    decays=DECAYS,
-    epochs=None,
-    seeds=(1000, 1001),
-    workers=None,
-    report=print,
-):
-    """Run what is missing of the grid, write each result at once, and return all rows. The seeds are not
-    those of measurements.
+    name: str = "",
+    seeds: Sequence[int] = SEEDS,
+    workers: int | None = None,
+    report: Callable[[str], object] = print,
+) -> list[dict]:
+    """Run what is missing of settings x lengths x seeds, write each result at once, and return all rows.
 
-    >>> rows = sweep("quick", "mnist5k", lrs=(0.2,), decays=(5e-4,), epochs=(3,))  # recorded already: nothing is run
-    >>> len(rows)
-    48
+    settings: of the recipe (lr, weight_decay) or of the arm's method. lengths are the task's.
+
+    >>> short = task("smoke", "synthetic", epochs=0.5)
+    >>> rows = sweep(short, BASELINE, [{"lr": 0.1}], seeds=(1000,), workers=1)
+    1/2 ...
+    2/2 ...
+    >>> [(row["epochs"], row["setting"]) for row in rows]
+    [(0.25, {'lr': 0.1}), (0.5, {'lr': 0.1})]
     """
-    file = sweep_file(preset, dataset, variant)
+    file = sweep_file(task, name)
     paths.make(file.parent)
-    done = {(r["epochs"], r["lr"], r["weight_decay"], r["seed"]) for r in read(file)}
-    grid = [g for g in itertools.product(epochs or EPOCHS[preset], lrs, decays, seeds) if g not in done]
+    done = {(r["arm"], r["epochs"], _name(r["setting"]), r["seed"]) for r in read(file)}
+    grid = [
+        (length, setting, seed)
+        for length, setting, seed in itertools.product(task.lengths, settings, seeds)
+        if (arm.name, round(arm.task(task, length).recipe.epochs, 4), _name(setting), seed) not in done
+    ]
     if not file.exists():
         paths.write(file, ",".join(FIELDS) + "\n")
-    begun = now()
-    with ProcessPoolExecutor(
-        workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        jobs = [
-            pool.submit(run_one, preset, dataset, variant, s, dict(epochs=e, lr=lr, weight_decay=wd))
-            for e, lr, wd, s in grid
-        ]
+    begun, work, worked = now(), sum(length for length, *_ in grid), 0.0
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    with pool:
+        jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in sorted(grid, key=lambda c: -c[0])}
         for i, job in enumerate(as_completed(jobs), 1):
             row = job.result()
             with file.open("a", newline="") as f:
                 csv.DictWriter(f, FIELDS).writerow(row)
-            left = (now() - begun) / i * (len(jobs) - i)
-            words = "{epochs:g} epochs, lr {lr:g}, weight decay {weight_decay:g}, seed {seed}: {accuracy:.2f} %".format(
-                **row
-            )
-            report(f"{i}/{len(jobs)}  {words}  (about {left / 60:.0f} min left)")
-    return read(file)
+            worked += jobs[job][0]
+            left = (now() - begun) / worked * (work - worked)
+            words = "{arm}, {epochs:g} epochs, {setting}, seed {seed}: {accuracy:.2f} %".format(**row)
+            report(f"{i}/{len(jobs)}  {words}  (about {say_seconds(left)} left)")
+    wanted = {
+        (round(arm.task(task, length).recipe.epochs, 4), _name(s))
+        for length in task.lengths
+        for s in settings
+    }
+    rows = [r for r in read(file) if r["arm"] == arm.name and (r["epochs"], _name(r["setting"])) in wanted]
+    return sorted(rows, key=lambda r: (r["epochs"], _name(r["setting"]), r["seed"]))
 
 
-def best(rows):
-    """Per number of epochs the (lr, weight decay) with the highest mean accuracy: list of rows, shortest
-    schedule first.
+def tune_baseline(
+    task: Task,
+    *,
+    lrs: Sequence[float] = LRS,
+    decays: Sequence[float] = DECAYS,
+    seeds: Sequence[int] = SEEDS,
+    workers: int | None = None,
+    report: Callable[[str], object] = print,
+) -> list[dict]:
+    """Sweep learning rate x weight decay of a task's baseline at its lengths.
 
-    >>> rows = [dict(epochs=3, lr=lr, weight_decay=5e-4, accuracy=a) for lr, a in ((0.1, 95.0), (0.1, 97.0), (0.2, 96.5))]
+    The longest length has the whole grid; at the others the settings next to its best one are tried.
+
+    >>> grid = dict(lrs=(0.1, 0.2), decays=(5e-4,), seeds=(1000,), workers=1, report=lambda line: None)
+    >>> rows = tune_baseline(task("smoke", "synthetic", epochs=0.5), **grid)
+    >>> len(rows), sorted({row["epochs"] for row in rows})
+    (4, [0.25, 0.5])
+    """
+    longest = task.but(lengths=(max(task.lengths),))
+    grid = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(lrs, decays)]
+    rows = sweep(longest, BASELINE, grid, seeds=seeds, workers=workers, report=report)
+    top = best(rows)[-1]["setting"]
+    i, j = lrs.index(top["lr"]), decays.index(top["weight_decay"])
+    near = [
+        {"lr": lr, "weight_decay": wd}
+        for a, lr in enumerate(lrs)
+        for b, wd in enumerate(decays)
+        if abs(a - i) <= 1 and abs(b - j) <= 1
+    ]
+    others = tuple(length for length in task.lengths if length != max(task.lengths))
+    if others:
+        shorter = task.but(lengths=others)
+        rows += sweep(shorter, BASELINE, near, seeds=seeds, workers=workers, report=report)
+    return rows
+
+
+def best(rows: list[dict]) -> list[dict]:
+    """Return the setting with the highest mean accuracy at each number of epochs, shortest first.
+
+    >>> found = (0.1, 95.0), (0.1, 97.0), (0.2, 96.5)
+    >>> rows = [dict(epochs=3, setting={"lr": lr}, accuracy=a) for lr, a in found]
     >>> best(rows)
-    [{'epochs': 3, 'lr': 0.2, 'weight_decay': 0.0005, 'accuracy': 96.5, 'low': 96.5, 'n': 1}]
+    [{'epochs': 3, 'setting': {'lr': 0.2}, 'accuracy': 96.5, 'low': 96.5, 'n': 1}]
     """
     groups = {}
     for r in rows:
-        groups.setdefault((r["epochs"], r["lr"], r["weight_decay"]), []).append(r["accuracy"])
+        groups.setdefault((r["epochs"], _name(r["setting"])), []).append(r["accuracy"])
     means = [
-        dict(epochs=e, lr=lr, weight_decay=wd, accuracy=sum(a) / len(a), low=min(a), n=len(a))
-        for (e, lr, wd), a in groups.items()
+        dict(epochs=e, setting=json.loads(s), accuracy=sum(a) / len(a), low=min(a), n=len(a))
+        for (e, s), a in groups.items()
     ]
-    return [
-        max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"])
-        for e in sorted({m["epochs"] for m in means})
-    ]
+    lengths = sorted({m["epochs"] for m in means})
+    return [max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"]) for e in lengths]
 
 
-def swept(base, epochs):
-    """{"lr": ..., "weight_decay": ...} with which the recorded sweep of a task did best at so many epochs; {}
-    where there was none.
+def tuned(rows: list[dict]) -> dict[float, dict]:
+    """Return epochs -> best setting, as `Task.tuned` and `Arm.tuned` take it.
 
-    >>> swept(task("study", "cifar10"), epochs=10)
-    {'lr': 0.4, 'weight_decay': 0.0005}
+    >>> tuned([dict(epochs=3.0, setting={"lr": 0.2}, accuracy=95.0)])
+    {3.0: {'lr': 0.2}}
     """
-    if base.network != "resnet":
-        return {}
-    rows = read(sweep_file(base.preset, data.identify(base.dataset), base.variant))
-    found = next((row for row in best(rows) if row["epochs"] == epochs), None)
-    return {name: found[name] for name in ("lr", "weight_decay")} if found else {}
-
-
-def find_target(
-    preset, dataset, variant="base", *, seeds=range(1000, 1005), step=0.5, report=print, **setting
-):
-    """The target of a task: the highest multiple of `step` that this setting reaches with all of the seeds.
-
-    setting: epochs, lr, weight_decay of the shortest schedule that is good enough. Writes a row a seed beside
-    the sweep.
-
-    >>> target = find_target("smoke", "synthetic", seeds=[1000], epochs=1, lr=0.1, weight_decay=5e-4)
-    smoke synthetic base: {'epochs': 1, 'lr': 0.1, ...}
-    >>> target % 0.5
-    0.0
-    """
-    file = sweep_file(preset, dataset, variant).with_suffix(".target.csv")
-    paths.make(file.parent)
-    t = task(preset, dataset, variant=variant, **setting)
-    loaded = t.load()
-    loaded = replace(loaded, test=loaded.validation[:1])
-    rows = []
-    for seed in seeds:
-        history = train(t.build(loaded, seed), loaded, t.recipe, seed=seed)
-        rows.append(
-            {
-                **setting,
-                "seed": seed,
-                "held": held(history.rows),
-                "accuracy": history.accuracy,
-                "seconds": round(history.seconds, 2),
-            }
-        )
-        report(f"{preset} {dataset} {variant}: {rows[-1]}")
-    target = math.floor(min(r["held"] for r in rows) / step) * step
-    with io.StringIO() as text:
-        writer = csv.DictWriter(text, [*rows[0], "target"])
-        writer.writeheader()
-        writer.writerows({**r, "target": target} for r in rows)
-        paths.write(file, text.getvalue())
-    return target
+    return {row["epochs"]: row["setting"] for row in best(rows)}

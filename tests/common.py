@@ -1,6 +1,7 @@
 """What tests share: small networks and what they compute, runs that are interrupted."""
 
 import copy
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +19,13 @@ OURS = {
     "convnet": ("convnet", {"widths": (4, 6), "bn": False}),
 }
 SHAPE = (3, 8, 8)
+
+
+def work(seconds):
+    """Keep the processor busy for so long: sleeping is a stall, which is taken off the clock."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
 
 
 class UsersBlock(nn.Module):

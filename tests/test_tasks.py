@@ -1,8 +1,7 @@
 """Presets, tasks and their recipes: defaults, changes, and names that do not exist."""
 
-import csv
 import itertools
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -58,8 +57,8 @@ def test_every_preset_has_a_data_set_and_sizes(preset, tmp_path, monkeypatch):
         t.dataset
         == {"smoke": "mnist5k", "quick": "mnist5k", "study": "fashion_mnist", "full": "cifar10"}[preset]
     )
-    assert t.margin == (1.0 if preset in ("smoke", "quick") else 0.5)
-    assert t.seeds == (1 if preset == "smoke" else 5)
+    assert t.seeds == {"smoke": 1, "quick": 3}.get(preset, 5)
+    assert len(t.lengths) == {"smoke": 2, "quick": 2, "study": 3, "full": 5}[preset]
     assert t.network == "resnet"
 
 
@@ -87,32 +86,53 @@ def test_every_task_builds_its_network_for_its_images(preset, variant):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"lr": 0.3},
-        {"images": 200},
-        {"margin": 2.0},
-        {"epochs": 1, "widths": {}},
-        {"batch_size": 50, "seeds": 2},
-    ],
+    "changes", [{"lr": 0.3}, {"images": 200}, {"epochs": 1, "widths": {}}, {"batch_size": 50, "seeds": 2}]
 )
-def test_whoever_changes_the_task_gives_up_its_tuned_target(changes):
+def test_what_the_user_asks_for_is_what_is_trained(changes):
     t = task("quick", "mnist5k", **changes)
-    assert t.target is None
     for name, value in changes.items():
         assert getattr(t.recipe if hasattr(t.recipe, name) else t, name) == value
+    assert set(t.given) == set(changes)
+    sized = t.sized({"quick": dict(lr=0.9, images=100, epochs=9, batch_size=7, seeds=1, validation=50)})
+    for name, value in changes.items():  # a chapter does not change it
+        assert getattr(sized.recipe if hasattr(sized.recipe, name) else sized, name) == value
+    assert sized.validation == 50
+    assert t.sized({"study": dict(images=7)}) == t
 
 
-def test_other_seeds_leave_the_target_and_a_given_target_stands():
-    assert task("quick", "mnist5k", seeds=9) == replace(task("quick", "mnist5k"), seeds=9)
-    assert task("quick", "mnist5k", target=42.0, lr=0.3).target == 42.0
-
-
-def test_a_network_or_data_set_that_nobody_tuned_has_no_target(mine):
-    assert task("quick", "mnist5k", "vgg").target is None
-    assert task("quick", mine).target is None
+def test_a_network_that_nobody_tuned_takes_the_presets_recipe(mine):
     assert task("quick", "mnist5k", "vgg").widths == {}
-    assert task("quick", "mnist5k", "resnet") == task("quick", "mnist5k")
+    assert task("quick", "mnist5k", "vgg").tuned == {}
+    assert task("quick", "mnist5k", "resnet").but(given=()) == task("quick", "mnist5k")
+    assert set(task("quick", "mnist5k", "vgg").given) == {
+        "network",
+        "widths",
+    }  # no chapter puts another in its place
+    assert task("quick", mine).recipe == Recipe(epochs=3, batch_size=64, lr=0.2)
+
+
+def test_a_length_is_a_share_of_the_epochs_at_what_is_tuned_for_as_many():
+    t = task("quick", "mnist5k").but(
+        epochs=8, tuned={2.0: {"lr": 0.4}, 8.0: {"lr": 0.1, "weight_decay": 0.01}}
+    )
+    lengths = 1.0, 0.55, 0.45, 0.25, 0.1
+    assert [t.at(x).recipe.epochs for x in lengths] == pytest.approx([8 * x for x in lengths])
+    assert [t.at(x).recipe.lr for x in lengths] == [
+        0.1,
+        0.1,
+        0.4,
+        0.4,
+        0.4,
+    ]  # the nearest by its ratio: from 4 epochs
+    assert t.at(1.0).recipe.weight_decay == 0.01
+    assert t.but(given=("lr",), lr=0.7).at(0.1).recipe.lr == 0.7
+
+
+def test_a_length_may_be_a_share_of_the_images_at_as_many_updates(mine):
+    t = task("smoke", "synthetic", images=200, device="cpu").but(axis="images", epochs=3)
+    assert (t.at(0.1).images, t.at(0.1).recipe.epochs) == (20, 30)
+    whole = task("quick", mine, device="cpu").but(axis="images", images=None, epochs=3)
+    assert (whole.at(0.5).images, whole.at(1.0).images) == (26, 51)
 
 
 def test_changes_return_a_new_task():
@@ -140,6 +160,10 @@ def test_changes_return_a_new_task():
         (dict(batch_size=-1), "batch_size is -1, it must be above 0"),
         (dict(epochs=0), "epochs is 0, it must be above 0"),
         (dict(lr=float("nan")), "lr is nan, it must be above 0"),
+        (dict(lengths=()), "lengths must be shares above 0"),
+        (dict(lengths=(0.5, 0)), "lengths must be shares above 0"),
+        (dict(seeds=0), "seeds is 0, it must be a whole number above 0"),
+        (dict(axis="steps"), "unknown axis of lengths 'steps': choose one of epochs, images"),
         (dict(device="gpu"), "unknown device 'gpu': choose one of auto, cpu, cuda"),
     ],
 )
@@ -163,10 +187,10 @@ def test_devices():
 
 
 def test_a_task_takes_the_presets_share_of_the_images():
-    d = task("smoke", "mnist5k", images=100, held=20, device="cpu").load()
+    d = task("smoke", "mnist5k", images=100, validation=20, device="cpu").load()
     assert [len(s) for s in (d.train, d.decide, d.validation, d.test)] == [100, 250, 20, 60]
     assert torch.bincount(d.train.y).tolist() == [10] * 10
-    whole = task("smoke", "mnist5k", images=None, held=None, device="cpu").load()
+    whole = task("smoke", "mnist5k", images=None, validation=None, device="cpu").load()
     assert whole.digest == data.load("mnist5k").digest
 
 
@@ -241,29 +265,34 @@ def test_the_sweeps_lie_with_the_recorded_results():
     assert tasks.recorded_tuning() == paths.recorded() / "tuning"
 
 
-@pytest.mark.parametrize("key", tasks.TUNED, ids="-".join)
-def test_a_tuned_task_is_what_its_sweep_and_its_target_runs_say(key):
-    _, _, variant = key
-    tuned = tasks.TUNED[key]
-    setting = {k: getattr(tuned["recipe"], k) for k in ("epochs", "lr", "weight_decay")}
-    file = tuning.sweep_file(*key)
-    rows = tuning.read(file)
-    settings = {tuple(r[k] for k in setting) for r in rows}
-    assert len(settings) >= (20 if variant == "base" else 8)
-    seeds = {s: sorted(r["seed"] for r in rows if tuple(r[k] for k in setting) == s) for s in settings}
+SWEPT = [key for key in tasks.TUNED if tuning.sweep_file(task(*key[:2], variant=key[2])).exists()]
+
+
+@pytest.mark.parametrize("key", SWEPT, ids="-".join)
+def test_a_tuned_task_is_what_its_sweep_says(key):
+    preset, dataset, variant = key
+    t = task(preset, dataset, variant=variant)
+    rows = tuning.read(tuning.sweep_file(t))
+    best = {b["epochs"]: b for b in tuning.best(rows)}
+    for length in t.lengths:
+        at = t.at(length).recipe
+        mine = [
+            r["accuracy"]
+            for r in rows
+            if r["epochs"] == pytest.approx(at.epochs, abs=1e-4)
+            and r["setting"] == {"lr": at.lr, "weight_decay": at.weight_decay}
+        ]
+        assert len(mine) >= 2
+        assert (
+            np.mean(mine) >= best[round(at.epochs, 4)]["accuracy"] - 0.25
+        )  # what two seeds cannot tell apart
+    longest = max(best)
+    tried = {tuple(sorted(r["setting"].items())) for r in rows if r["epochs"] == longest}
+    assert len(tried) >= 16
     assert all(
-        found == [1000, 1001] or found == [1000, 1001, 1002, 1003] for found in seeds.values()
-    )  # more where two are close
-    assert sum(len(found) == 4 for found in seeds.values()) in (0, 2)
-    assert {r["batch_size"] for r in rows} == {tuned["recipe"].batch_size}
-    best = {b["epochs"]: b["accuracy"] for b in tuning.best(rows)}
-    mine = np.mean([r["accuracy"] for r in rows if all(r[k] == v for k, v in setting.items())])
-    assert mine >= best[setting["epochs"]] - 0.25  # what two seeds cannot tell apart
-    if "target" not in tuned:  # where a pilot finds it, because chapters choose a margin of their own
-        return
-    with file.with_suffix(".target.csv").open(newline="") as f:
-        runs = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    assert len(runs) == 5
-    assert all(run[k] == v for run in runs for k, v in setting.items())
-    assert {run["target"] for run in runs} == {tuned["target"]}
-    assert sum(run["held"] >= tuned["target"] for run in runs) >= 4
+        len({tuple(sorted(r["setting"].items())) for r in rows if r["epochs"] == e}) >= 4 for e in best
+    )
+
+
+def test_the_quick_presets_baselines_were_swept():
+    assert {("quick", "mnist5k", "base"), ("quick", "mnist5k", "wide")} <= set(SWEPT)

@@ -1,19 +1,15 @@
-"""The sweep of a baseline: real processes, a CSV that goes on where it was interrupted, and what follows from
-it.
-"""
+"""Sweeps: real processes, a CSV that goes on where it was interrupted, and what follows from it."""
 
-import csv
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
 from effilib import tuning
-from effilib.data import synthetic
-from effilib.errors import BadInput
+from effilib.experiment import Arm
 from effilib.tasks import task
-from effilib.training import train
+from effilib.training import Method, train
 
 
 @pytest.fixture(autouse=True)
@@ -25,118 +21,88 @@ def folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-GRID = dict(lrs=(0.1,), decays=(5e-4, 2e-3), epochs=(0.5,), workers=1)
+SMALL = task("smoke", "synthetic", epochs=0.5, lengths=(0.5, 1.0))
+GRID = [{"lr": 0.1, "weight_decay": 5e-4}, {"lr": 0.1, "weight_decay": 2e-3}]
 
 
 def test_a_sweep_runs_its_grid_goes_on_where_it_was_interrupted_and_then_runs_nothing(folder):
     said = []
-    first = tuning.sweep("smoke", "synthetic", seeds=(1000,), report=said.append, **GRID)
-    assert len(first) == len(said) == 2
-    assert said[-1].startswith("2/2  0.5 epochs, lr 0.1, weight decay 0.0")
+    go = dict(seeds=(1000,), workers=1, report=said.append)
+    first = tuning.sweep(SMALL, tuning.BASELINE, GRID, **go)
+    assert len(first) == len(said) == 4
+    assert said[-1].startswith("4/4  baseline, 0.25 epochs")
     file = folder / "smoke-synthetic.csv"
     lines = file.read_text().splitlines()
     assert lines[0] == ",".join(tuning.FIELDS)
-    file.write_text("\n".join(lines[:2]) + "\n")  # the second run was never finished
+    file.write_text("\n".join(lines[:3]) + "\n")  # two runs were never finished
     said.clear()
-    again = tuning.sweep("smoke", "synthetic", seeds=(1000,), report=said.append, **GRID)
-    assert len(said) == 1
-    assert again == first
+    assert tuning.sweep(SMALL, tuning.BASELINE, GRID, **go) == first
+    assert len(said) == 2
     said.clear()
-    assert tuning.sweep("smoke", "synthetic", seeds=(1000,), report=said.append, **GRID) == first
+    assert tuning.sweep(SMALL, tuning.BASELINE, GRID, **go) == first
     assert said == []
 
 
-def test_a_row_is_what_training_that_setting_gives():
-    row = tuning.run_one("smoke", "synthetic", "base", 1001, dict(epochs=0.5, lr=0.05, weight_decay=2e-3))
-    t = task("smoke", "synthetic", epochs=0.5, lr=0.05, weight_decay=2e-3)
+def test_a_row_is_what_training_that_setting_gives_on_validation_images():
+    row = tuning._run_one(SMALL, tuning.BASELINE, 0.5, {"lr": 0.05, "weight_decay": 2e-3}, 1001)
+    t = SMALL.but(lr=0.05, weight_decay=2e-3, epochs=0.25)
     dataset = t.load()
     last = train(t.build(dataset, 1001), dataset, t.recipe, seed=1001).rows[-1]
     assert set(row) == set(tuning.FIELDS)
-    assert (row["epochs"], row["lr"], row["weight_decay"], row["seed"], row["diverged"]) == (
-        0.5,
-        0.05,
-        2e-3,
-        1001,
-        0,
-    )
+    assert (row["epochs"], row["seed"], row["diverged"]) == (0.25, 1001, 0)
     assert row["accuracy"] == pytest.approx(last["accuracy"], abs=1e-4)
-    assert row["loss"] == pytest.approx(last["loss"], abs=1e-4)
+    hidden = replace(dataset, test=dataset.validation[:1])
+    assert train(t.build(hidden, 1001), hidden, t.recipe, seed=1001).rows[-1]["accuracy"] == last["accuracy"]
 
 
-def test_tuning_never_reads_the_test_split(monkeypatch):
-    """An unreadable test split: its labels would stop any evaluation."""
-    broken = synthetic()
-    broken = replace(broken, test=replace(broken.test, y=broken.test.y[:1]))
-    monkeypatch.setattr("effilib.data.synthetic", lambda: broken)
-    t = task("smoke", "synthetic")
-    model = t.build(broken)
-    with pytest.raises((ValueError, RuntimeError)):
-        train(model, broken, t.recipe)
-    assert tuning.run_one("smoke", "synthetic", "base", 0, dict(epochs=0.5))["accuracy"] > 0
-    tuning.find_target(
-        "smoke", "synthetic", seeds=(1000,), report=lambda text: None, epochs=0.5, lr=0.1, weight_decay=5e-4
+@dataclass(frozen=True, kw_only=True)
+class Slower(Method):
+    """Scales the learning rate by a setting of its own."""
+
+    by: float = 1.0
+
+    def on_fit_start(self, run):
+        run.schedule.scale = self.by
+
+
+def test_the_settings_of_an_arms_method_are_swept_too():
+    arm = Arm(name="slower", methods=(Slower(),))
+    rows = [tuning._run_one(SMALL, arm, 1.0, {"lr": 0.2, "by": by}, 1000) for by in (1e-9, 1.0)]
+    assert rows[0]["train_loss"] > rows[1]["train_loss"]
+    assert rows[0]["setting"] == '{"by": 1e-09, "lr": 0.2}'
+
+
+def test_the_shorter_lengths_try_what_is_next_to_the_longest_ones_best():
+    lrs, decays = (0.01, 0.1, 0.2, 0.4), (5e-4, 1e-3, 2e-3)
+    said = []
+    go = dict(lrs=lrs, decays=decays, seeds=(1000,), workers=2, report=said.append)
+    rows = tuning.tune_baseline(SMALL, **go)
+    top = tuning.best([r for r in rows if r["epochs"] == 0.5])[0]["setting"]
+    tried = [r["setting"] for r in rows if r["epochs"] == 0.25]
+    i, j = lrs.index(top["lr"]), decays.index(top["weight_decay"])
+    assert len([r for r in rows if r["epochs"] == 0.5]) == 12
+    assert all(
+        abs(lrs.index(s["lr"]) - i) <= 1 and abs(decays.index(s["weight_decay"]) - j) <= 1 for s in tried
     )
-
-
-def test_a_diverging_setting_is_a_row_like_others():
-    row = tuning.run_one("smoke", "synthetic", "base", 0, dict(epochs=6, lr=1e30, weight_decay=5e-4))
-    assert row["diverged"] == 1
+    assert len(tried) == len(range(max(0, i - 1), min(4, i + 2))) * len(range(max(0, j - 1), min(3, j + 2)))
 
 
 def test_the_sweep_of_a_users_own_data_lies_in_the_folder_too(folder, tmp_path):
     images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 4
-    np.savez(
-        tmp_path / "my set.npz",
-        train_images=images,
-        train_labels=labels,
-        test_images=images,
-        test_labels=labels,
-    )
-    assert tuning.sweep_file("quick", str(tmp_path / "my set.npz"), "base") == folder / "quick-my_set.csv"
-    assert tuning.sweep_file("quick", "mnist5k", "wide") == folder / "quick-mnist5k-wide.csv"
+    arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(tmp_path / "my set.npz", **arrays)
+    mine = task("quick", str(tmp_path / "my set.npz"))
+    assert tuning.sweep_file(mine).parent == folder
+    assert tuning.sweep_file(mine).name.startswith("quick-my_set")
+    assert tuning.sweep_file(task("quick", "mnist5k", variant="wide")) == folder / "quick-mnist5k-wide.csv"
+    assert tuning.sweep_file(task("quick", "mnist5k"), "prune_train").name == "quick-mnist5k-prune_train.csv"
 
 
-def test_what_cannot_be_tuned_is_bad_input_before_a_process_starts():
-    with pytest.raises(BadInput, match="mnst5k"):
-        tuning.run_one("quick", "mnst5k", "base", 0, {})
-    with pytest.raises(BadInput, match="variant"):
-        tuning.run_one("smoke", "synthetic", "bass", 0, {})
-
-
-def rows(*values):
-    return [dict(epochs=e, lr=lr, weight_decay=wd, accuracy=a) for e, lr, wd, a in values]
-
-
-def test_the_best_setting_of_each_number_of_epochs_has_the_highest_mean():
-    short, long = (
-        [(2, 0.1, 0.1, 70), (2, 0.1, 0.2, 71)],
-        [(4, 0.1, 0.0, 90), (4, 0.1, 0.0, 92), (4, 0.2, 0.0, 95), (4, 0.2, 0.0, 80)],
-    )
-    found = tuning.best(rows(*long, *short))
-    assert found == [
-        dict(epochs=2, lr=0.1, weight_decay=0.2, accuracy=71, low=71, n=1),
-        dict(epochs=4, lr=0.1, weight_decay=0.0, accuracy=91, low=90, n=2),
+def test_what_is_best_is_what_a_task_takes_at_its_lengths():
+    rows = [
+        dict(epochs=e, setting={"lr": lr, "weight_decay": 1e-3}, accuracy=a)
+        for e, lr, a in ((2.0, 0.1, 90), (2.0, 0.4, 92), (4.0, 0.1, 95), (4.0, 0.4, 94))
     ]
-    assert tuning.best([]) == []
-
-
-def test_the_target_is_what_all_seeds_hold_rounded_down_and_is_written_down(folder):
-    said = []
-    target = tuning.find_target(
-        "smoke",
-        "synthetic",
-        seeds=(1000, 1001),
-        step=0.5,
-        report=said.append,
-        epochs=3,
-        lr=0.1,
-        weight_decay=5e-4,
-    )
-    with (folder / "smoke-synthetic.target.csv").open(newline="") as f:
-        written = list(csv.DictReader(f))
-    held = [float(r["held"]) for r in written]
-    assert target <= min(held) < target + 0.5
-    assert target % 0.5 == 0
-    assert [r["seed"] for r in written] == ["1000", "1001"]
-    assert {float(r["target"]) for r in written} == {target}
-    assert len(said) == 2
+    t = task("quick", "mnist5k", epochs=4).but(tuned=tuning.tuned(rows), given=())
+    assert [t.at(length).recipe.lr for length in (0.5, 0.6, 1.0)] == [0.4, 0.4, 0.1]
+    assert t.but(given=("lr",), lr=0.3).at(1.0).recipe.lr == 0.3
