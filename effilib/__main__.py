@@ -1,18 +1,21 @@
 """The command line, also as `python -m effilib`.
 
 `run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a
-notebook, `tune` tunes a baseline.
-
-What is heavy is imported by the command that needs it: `--help` is instant.
+notebook, `tune` tunes a baseline. What is heavy is imported by the command that needs it: `--help` is
+instant.
 """
 
 import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import effilib
 from effilib.errors import BadInput
+
+__all__ = ["main"]
 
 EPILOG = """\
 examples:
@@ -34,20 +37,20 @@ examples:
   effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
   torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
 
-Settings are Python literals; an unknown name is answered with the choices. A training that was interrupted, or killed,
-goes on from its last whole epoch when the same command is given again.
+Settings are Python literals; an unknown name is answered with the choices. A training that was interrupted,
+or killed, goes on from its last whole epoch when the same command is given again.
 """
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `BadInput`: one line, like all others."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} ({self.prog} --help shows what there is)")
 
 
-def parser():
-    """The command line's parser."""
+def parser() -> Parser:
+    """Return the command line's parser."""
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,train,tune}")
@@ -68,14 +71,17 @@ def parser():
         "--scheduler",
         default="",
         metavar="ADDRESS",
-        help="run on the workers of this dask scheduler (tcp://head:8786) instead: a notebook a GPU (dask worker --resources GPU=1), "
-        "else a notebook a thread, and one a machine if times are to count; no files need be shared, but the same versions installed",
+        help="run on the workers of this dask scheduler (tcp://head:8786) instead: a notebook a GPU "
+        "(dask worker --resources GPU=1), else a notebook a thread, and one a machine if times are to count; "
+        "they need the same versions, but no shared files",
     )
     run.add_argument(
         "--timeout", type=int, metavar="SECONDS", help="for one cell (default: by preset, 1200 for quick)"
     )
     run.add_argument(
-        "--compare", choices=["recorded"], help="say whether each ratio lies inside the recorded interval"
+        "--compare",
+        choices=["recorded"],
+        help="say whether each ratio lies where a repetition of the recorded run would",
     )
     run.set_defaults(call=run_series)
 
@@ -122,7 +128,8 @@ def parser():
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="settings of the recipe (lr=0.1, batch_size=128, precision=fp32, augmentation=none, ...), or images, held, widths",
+        help="settings of the recipe (lr=0.1, batch_size=128, precision=fp32, augmentation=none, ...), "
+        "or images, validation, widths",
     )
     train.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     train.add_argument(
@@ -145,7 +152,11 @@ def parser():
     )
     _task(tune)
     tune.add_argument(
-        "--epochs", type=float, nargs="+", metavar="N", help="lengths of the schedule (default: the preset's)"
+        "--epochs",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="lengths of the schedule in epochs (default: those of the preset)",
     )
     tune.add_argument("--lr", dest="lrs", type=float, nargs="+", metavar="LR", help="learning rates")
     tune.add_argument(
@@ -153,11 +164,6 @@ def parser():
     )
     tune.add_argument(
         "--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements"
-    )
-    tune.add_argument(
-        "--target",
-        action="store_true",
-        help="find the target accuracy of one setting: one value each of the grid's options",
     )
     tune.set_defaults(call=tune_baseline)
     return top
@@ -205,15 +211,15 @@ def _which(command):
     command.add_argument("--notebooks", metavar="FOLDER", help="the notebooks of another folder")
 
 
-def run_series(compare, **settings):
-    """`effilib run`: returns the runner's exit code."""
+def run_series(compare: str | None, **settings: Any) -> int:
+    """Execute notebooks: `effilib run`. Returns the runner's exit code."""
     from effilib.workbook import runner
 
     return runner.run(compare=bool(compare), **settings)
 
 
-def keep_results(**which):
-    """`effilib record`: say what was kept where."""
+def keep_results(**which: Any) -> int:
+    """Keep results: `effilib record`. Say what was kept where."""
     from effilib.workbook import runner
 
     for place in runner.keep(**which):
@@ -221,75 +227,51 @@ def keep_results(**which):
     return 0
 
 
-def show_series():
-    """`effilib list`: for each chapter its notebook, and the results that are recorded of it."""
+def show_series() -> int:
+    """Show each chapter with its notebook and what is recorded of it: `effilib list`."""
     from effilib.workbook import series
 
     recorded = series.recorded()
     for chapter in series.CHAPTERS:
         records = recorded.get(chapter.stem, []) if chapter.exists else []
-        results = [
-            f"{record['folder'].parent.name} {(record['headline'] or {}).get('text', '')}".strip()
-            for record in records
-        ]
+        results = [f"{record['folder'].parent.name} {series.say(record)}".strip() for record in records]
         state = ("; ".join(results) or "nothing recorded") if chapter.exists else "no notebook yet"
         print(f"{chapter.number:6}{chapter.title:34}{chapter.stem:37}{state}")
     return 0
 
 
-def train_once(epochs, settings, **words):
-    """`effilib train`: returns its exit code."""
+def train_once(epochs: float | None, settings: list[str], **words: Any) -> int:
+    """Train once: `effilib train`. Returns its exit code."""
     from effilib.workbook import train_command
 
-    return train_command.run(
-        settings=[*settings, *([f"epochs={epochs}"] if epochs is not None else [])], **words
-    )
+    length = [f"epochs={epochs}"] if epochs is not None else []
+    return train_command.run(settings=[*settings, *length], **words)
 
 
-def tune_baseline(preset, dataset, variant, target, **grid):
-    """`effilib tune`: run what is missing of a sweep, and say which setting is best for each length of the
-    schedule; or find a target.
-    """
+def tune_baseline(preset: str, dataset: str, variant: str, epochs: list[float] | None, **grid: Any) -> int:
+    """Run what is missing of a sweep and say what is best at each length: `effilib tune`."""
     from effilib import tasks, tuning
 
     task = tasks.task(preset, dataset, variant=variant)  # complains before anything is written
-    grid = {name: values for name, values in grid.items() if values}
-    if target:
-        one = {
-            setting: values[0]
-            for name, setting in (("epochs",) * 2, ("lrs", "lr"), ("decays", "weight_decay"))
-            if (values := grid.get(name))
-        }
-        if len(one) < 3 or any(len(grid[name]) > 1 for name in ("epochs", "lrs", "decays")):
-            raise BadInput(
-                "--target is found for one setting: give --epochs, --lr and --weight-decay one value each"
-            )
-        seeds = {"seeds": grid["seeds"]} if "seeds" in grid else {}
-        print(f"target: {tuning.find_target(task.preset, task.dataset, variant, **seeds, **one):g} %")
-        return 0
-    if "epochs" not in grid and task.preset not in tuning.EPOCHS:
-        raise BadInput(
-            f"preset {task.preset!r} has no grid of epochs ({', '.join(tuning.EPOCHS)} have): give --epochs"
-        )
-    for row in tuning.best(tuning.sweep(task.preset, task.dataset, variant, **grid)):
-        print(
-            "{epochs:g} epochs: {accuracy:.2f} %, at least {low:.2f} % (n={n}) with lr {lr:g}, weight decay {weight_decay:g}".format(
-                **row
-            )
-        )
+    if epochs:
+        task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))
+    rows = tuning.tune_baseline(task, **{name: values for name, values in grid.items() if values})
+    for row in tuning.best(rows):
+        settings = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
+        accuracy = f"{row['accuracy']:.2f} %, at least {row['low']:.2f} % (n={row['n']})"
+        print(f"{row['epochs']:g} epochs: {accuracy} with {settings}")
     return 0
 
 
-def main(argv=None):
-    """Run the command line. Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130
-    interrupted.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130 interrupted.
     """
-    process = (
-        int(os.environ["RANK"]) if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else None
-    )  # of several
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # to be ended is to be interrupted: nothing is left running
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    process = int(os.environ["RANK"]) if several else None
+    # To be ended is to be interrupted: nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments = vars(parser().parse_args(argv))
         if (command := arguments.pop("command")) != "train" and process is not None:

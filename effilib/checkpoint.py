@@ -1,26 +1,38 @@
-"""Save and resume a training run, architecture included. Plain tensors and values only: loads with
-`weights_only=True`.
+"""Save and resume a training run, architecture included, as plain tensors and values (`weights_only`).
 
 Written at the end of an epoch, atomically: a run that is killed goes on from its last whole epoch, bit for
 bit. A network whose shape had changed is built anew: ours by its widths and depths, a user's by doing the
-same surgery again."""
+same surgery again.
+"""
 
 import contextlib
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from effilib import models, paths, surgery
+from effilib import models, paths, provenance, surgery
+from effilib.data import Batches, Dataset
+from effilib.distributed import Ranks
 from effilib.errors import BadInput
 
+if TYPE_CHECKING:
+    from effilib.training import History, Method, Recipe, Run
 
-def save_model(path, model, network, classes, shape):
-    """Save a network with all that is needed to build it anew: its import path or name, classes, (C, H, W)
-    and widths.
+__all__ = ["identity", "load_model", "operate_again_", "read", "restore", "save", "save_model", "shape_"]
+
+
+def save_model(
+    path: Path | str, model: nn.Module, network: str, classes: int, shape: tuple[int, int, int]
+) -> None:
+    """Save a network with all that is needed to build it anew.
+
+    network: its name, or the import path of a user's own. shape: (C, H, W) of the images.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
@@ -36,12 +48,12 @@ def save_model(path, model, network, classes, shape):
     _write(path, {"architecture": architecture, "model": model.state_dict()})
 
 
-def load_model(path):
-    """Build the saved network anew, also one whose widths and depths were changed by surgery, and load its
-    weights.
+def load_model(path: Path | str, network: str | None = None) -> nn.Module:
+    """Build a saved network anew, also after surgery, and load its weights.
 
-    Raises `BadInput` if the file cannot be read, or a user's network no longer has the shapes that were
-    saved.
+    network: the import path of a user's own, which must be the one in the file. A file from elsewhere may
+    name any function, so that only names of effilib's own networks are taken from it. Raises `BadInput` if
+    the file cannot be read, names another network, or does not fit what is built.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
@@ -49,47 +61,80 @@ def load_model(path):
     {'widths': [[4], [8]], 'bn': True}
     """
     saved = _read(path, "architecture", map_location="cpu")
-    a = saved["architecture"]
-    model = models.build(a["network"], a["classes"], tuple(a["shape"]), **a["settings"])
-    if not a["settings"]:
-        operate_again_(model, saved["model"])
-    model.to(next(t.dtype for t in saved["model"].values() if t.is_floating_point()))
     try:
-        model.load_state_dict(saved["model"])
+        name, classes, shape, settings = (
+            saved["architecture"][k] for k in ("network", "classes", "shape", "settings")
+        )
+        tensors = dict(saved["model"])
+        models.NETWORKS.get(name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is not a checkpoint of a network") from error
+    if name not in models.NETWORKS and network is None:
+        raise BadInput(
+            f"{path} holds a network that {name} makes, which would be imported and called: if you trust"
+            f" it, say load_model(..., network={name!r})"
+        )
+    if network not in (None, name):
+        raise BadInput(f"{path} holds a network that {name} makes, not {network}")
+    model = models.build(name, classes, tuple(shape), **settings)
+    if not settings:
+        operate_again_(model, tensors)
+    model.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+    try:
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadInput(
-            f"{path}: the weights do not fit network {a['network']}: {str(error).splitlines()[-1].strip()}"
+            f"{path}: the weights do not fit network {name}: {str(error).splitlines()[-1].strip()}"
         ) from error
     return model
 
 
-def identity(model, dataset, recipe, methods, seed, ranks):
-    """What makes a run this one, as plain data: `model` as it is before the first step.
+def identity(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: "Recipe",
+    methods: "Sequence[Method]",
+    seed: int,
+    ranks: Ranks,
+) -> dict:
+    """Return what makes a run this one, as plain data; `model` is as before the first step.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
     >>> from effilib.distributed import ALONE
-    >>> identity(net, data, Recipe(), (), seed=0, ranks=ALONE)["network"]["head.weight"]
+    >>> identity(net, data, Recipe(), (), seed=0, ranks=ALONE)["network"]["shapes"]["head.weight"]
     [4, 8]
     """
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    methods = [repr(m) for m in methods]
-    mine = {
-        "network": shapes,
+    layers = provenance.ADDRESS.sub("", repr(model))  # with strides and the like, which no shape shows
+    kinds = sorted({type(m) for m in model.modules()} | {type(dataset)}, key=str)
+    return {
+        "network": {"shapes": shapes, "layers": provenance.digest(layers)},
         "data": dataset.digest,
         "recipe": asdict(recipe),
-        "methods": methods,
+        "methods": provenance.settings(list(methods)),
         "seed": seed,
+        "number of processes": ranks.size,  # shares are normalised apart, and draw apart
+        "code": provenance.source(list(methods), kinds, always=("effilib.training",)),
     }
-    return {**mine, "number of processes": ranks.size}  # shares are normalised apart, and draw apart
 
 
-def save(path, mine, run, history, batches, flops, losses):
+def save(
+    path: Path | str | None,
+    mine: dict,
+    run: "Run",
+    history: "History",
+    batches: Batches,
+    flops: object,
+    losses: list[torch.Tensor],
+) -> None:
     """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere).
+
+    Raises `BadInput`, and writes nothing, if a method keeps in `run.state` what could not be read again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
-    >>> history = train(net, data, Recipe(epochs=2), checkpoint="first.pt")  # it saves after every epoch but the last
+    >>> history = train(net, data, Recipe(epochs=2), checkpoint="first.pt")  # after every epoch but the last
     >>> from effilib.distributed import ALONE
     >>> read("first.pt", {}, ALONE, "cpu")["epoch"]
     1
@@ -98,6 +143,9 @@ def save(path, mine, run, history, batches, flops, losses):
         return
     names = {p: name for name, p in run.model.named_parameters()}
     with run.clock.paused():
+        refused = next(filter(None, run.ranks.gather(_refused(run))), "")
+        if refused:
+            raise BadInput(refused)
         of_ranks = run.ranks.gather(_bytes(_own(run)))
         run.ranks.first(lambda: _write(path, {
             "run": mine,
@@ -112,11 +160,47 @@ def save(path, mine, run, history, batches, flops, losses):
             "other ranks": of_ranks[1:],
             "data": batches.generator.get_state(),
             "step": run.step, "epoch": run.epoch + 1, "structures": run.structures, "events": run.events,
-            "schedule": {k: getattr(run.schedule, k) for k in ("position", "pace", "scale")}, "steps": run.steps,
-            "batch_size": batches.batch_size, "flops": vars(flops), "losses": [float(loss) for loss in losses],
+            "schedule": {k: getattr(run.schedule, k) for k in ("position", "pace", "scale")},
+            "steps": run.steps, "batch_size": batches.batch_size, "flops": vars(flops),
+            "losses": torch.stack(losses) if losses else torch.empty(0),
             "clock": run.clock.totals(),
             "history": {k: getattr(history, k) for k in ("rows", "memory", "warm_up")},
         }))  # fmt: skip
+
+
+def _refused(run):
+    """Which state of a method could not be read again, in a sentence; "" if all can."""
+    for method in run.methods:
+        state = run.state.get(method)
+        if not _readable(state):
+            return (
+                f"{type(method).__name__} keeps {_culprit(state, 'run.state[self]')}, which a checkpoint"
+                " cannot hold: use tensors, numbers, words, None, and lists, tuples and dicts of these"
+            )
+    return ""
+
+
+def _readable(value):
+    try:
+        torch.load(io.BytesIO(_bytes(value)), weights_only=True)
+    except Exception:  # of many kinds, from the writer or the reader
+        return False
+    return True
+
+
+def _culprit(value, where):
+    """The innermost part of a value that cannot be read again, in words: its type and place."""
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    for key, part in parts:
+        if not _readable(part):
+            return _culprit(part, f"{where}[{key!r}]")
+    return f"an object of type {type(value).__name__} in {where}"
 
 
 def _own(run):
@@ -131,11 +215,11 @@ def _own(run):
     }
 
 
-def read(path, mine, ranks, device):
-    """The content of a checkpoint, read by rank 0 for all, its tensors on `device`; None where there is none.
+def read(path: Path | str | None, mine: dict, ranks: Ranks, device: torch.device | str) -> dict | None:
+    """Return the content of a checkpoint, read by rank 0 for all; None where there is none.
 
-    Raises `BadInput` if it cannot be read, or is another run's: another network, data set, recipe, methods or
-    seed.
+    Its tensors are on `device`. Raises `BadInput` if it cannot be read, or is another run's: another network,
+    data set, recipe, methods, seed or code.
 
     >>> from effilib.distributed import ALONE
     >>> print(read("nowhere.pt", {}, ALONE, "cpu"))
@@ -151,15 +235,21 @@ def read(path, mine, ranks, device):
         map_location={f"cuda:{i}": str(device) for i in range(torch.cuda.device_count())},
     )
     other = [k for k, v in mine.items() if saved["run"].get(k) != v]
-    if other:
+    if other == ["code"]:
         raise BadInput(
-            f"checkpoint {path} belongs to another run: other {' and '.join(other)}; delete it or name another file"
+            f"checkpoint {path} was written by other code: the network's, a method's or effilib's was edited"
+            " since; undo that, delete the file to start again, or name another file"
+        )
+    if other:
+        said = " and ".join(k for k in other if k != "code")
+        raise BadInput(
+            f"checkpoint {path} belongs to another run: other {said}; delete it or name another file"
         )
     return saved
 
 
-def shape_(model, saved):
-    """Give a network the widths, depths and kernel sizes that it had when it was saved, in place.
+def shape_(model: nn.Module, saved: dict | None) -> nn.Module:
+    """Give a network the widths, depths and kernel sizes that were saved, in place.
 
     >>> saved = {"settings": {"widths": [[2], [8]], "bn": True}}
     >>> shape_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), saved).settings()["widths"]
@@ -179,13 +269,12 @@ def shape_(model, saved):
     return model
 
 
-def operate_again_(model, tensors):
-    """Bring a fresh network of a user's to the shape of `tensors`, its state after surgery, in place; what
-    else differs stays.
+def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Bring a user's fresh network to the shape of `tensors`, its state after surgery.
 
-    Blocks that were put behind a Sequential's last one come back, residual paths that were removed go, and
-    channel nodes get their widths. Values mean nothing: the state is loaded next. Layers that were inserted
-    are beyond it.
+    In place; what else differs stays. Blocks that were put behind a Sequential's last one come back, residual
+    paths that were removed go, and channel nodes get their widths. Values mean nothing: the state is loaded
+    next. Layers that were inserted are beyond it.
 
     >>> narrow, net = (build("vgg", 10, (3, 8, 8), widths=((w,), (8,))) for w in (4, 6))
     >>> operate_again_(net, narrow.state_dict())
@@ -212,10 +301,13 @@ def operate_again_(model, tensors):
                 surgery.select_(node, [i % node.width for i in range(width)])
 
 
-def restore(saved, path, run, history, batches, flops):
+def restore(
+    saved: dict, path: Path | str, run: "Run", history: "History", batches: Batches, flops: object
+) -> list[torch.Tensor]:
     """Bring `run`, whose methods have been set up, to the saved state.
 
-    Raises `BadInput` if a user's network was changed in a way that `operate_again_` does not know.
+    Returns the losses since the last evaluation. Raises `BadInput` if a user's network was changed in a way
+    that `operate_again_` does not know.
 
     >>> data = load("synthetic")
     >>> nets = [build("convnet", data.classes, data.shape, widths=(4, 8)) for _ in range(2)]
@@ -228,7 +320,8 @@ def restore(saved, path, run, history, batches, flops):
         run.model.load_state_dict(saved["model"])
     except RuntimeError as error:
         raise BadInput(
-            f"checkpoint {path}: the network was restructured and cannot be built anew; delete it to start again"
+            f"checkpoint {path}: the network was restructured and cannot be built anew; delete it to start"
+            " again"
         ) from error
     named = dict(run.model.named_parameters())
     run.optimizer.param_groups[:] = [
@@ -265,7 +358,7 @@ def restore(saved, path, run, history, batches, flops):
     run.clock.forget(**saved["clock"])
     for k, v in saved["history"].items():
         setattr(history, k, v)
-    return [torch.tensor(loss, device=run.device) for loss in saved["losses"]]
+    return list(saved["losses"].to(run.device).unbind())
 
 
 def _bytes(content):

@@ -246,7 +246,7 @@ class Measuring:
 
     def __init__(self, folder=None):
         self.folder = Path(folder or Path(tempfile.gettempdir()) / "effilib-measuring").absolute()
-        self.file = None
+        self.file = self.name = None
 
     def __enter__(self):
         with contextlib.suppress(OSError, ImportError):  # no locks here: nothing is known of others
@@ -267,8 +267,8 @@ class Measuring:
             self.file = None
 
     def others(self) -> int:
-        """Return how many other measurements run on this machine now."""
-        if not self.file:
+        """Return how many other measurements run on this machine now; all, if it holds no note itself."""
+        if not self.folder.is_dir():
             return 0
         import fcntl
 

@@ -18,6 +18,31 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from effilib.errors import BadInput, NoEffect
 
+__all__ = [
+    "EXACT",
+    "ApproxConv2d",
+    "ApproxLinear",
+    "Approximation",
+    "Convolution",
+    "MatrixProduct",
+    "approx_conv2d",
+    "approx_linear",
+    "convert_",
+    "dw_of_outputs",
+    "dw_of_samples",
+    "dx_of_outputs",
+    "dx_of_samples",
+    "guard_",
+    "layers",
+    "merged",
+    "on_device",
+    "probe",
+    "put",
+    "revert_",
+    "take",
+    "weigh",
+]
+
 aten = torch.ops.aten
 
 
@@ -44,11 +69,13 @@ class Convolution:
     def _settings(self):
         return list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups
 
-    def forward(self, x, w, bias=None):
+    def forward(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x * w, with the bias (O,) if there is one."""
         return aten.convolution(x, w, bias, *self._settings())
 
-    def backward(self, dy, x, w, mask=(True, True)):
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, mask: tuple[bool, bool] = (True, True)
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dX, dW), None where the mask says that it is not asked for. Of x (of w) only the shape is read
         where dW (dX) is not.
         """
@@ -66,11 +93,13 @@ class MatrixProduct:
 
     groups: int = 1
 
-    def forward(self, x, w, bias=None):
+    def forward(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x w^T, with the bias (O,) if there is one."""
         return F.linear(x, w, bias)
 
-    def backward(self, dy, x, w, mask=(True, True)):
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, mask: tuple[bool, bool] = (True, True)
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dX, dW), None where the mask says that it is not asked for."""
         return dy @ w if mask[0] else None, dy.T @ x if mask[1] else None
 
@@ -79,7 +108,7 @@ class MatrixProduct:
 # channel; w is (O, C, ...)
 
 
-def take(t, dim, index):
+def take(t: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """The slices `index` (k,) of t along dim 0 or 1, laid out as t is.
 
     >>> take(torch.tensor([[1, 2, 3], [4, 5, 6]]), 1, torch.tensor([2, 0])).tolist()
@@ -91,7 +120,7 @@ def take(t, dim, index):
     return _columns(t, index) if t.dim() == 2 and dim == 1 else t.index_select(dim, index)
 
 
-def put(t, dim, index, size):
+def put(t: torch.Tensor, dim: int, index: torch.Tensor, size: int) -> torch.Tensor:
     """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike)
     and 0 elsewhere.
 
@@ -126,7 +155,7 @@ def _columns(rows, index):
     return flat.gather(1, index.expand(len(flat), -1)).view(*rows.shape[:-1], len(index))
 
 
-def weigh(t, dim, scale):
+def weigh(t: torch.Tensor, dim: int, scale: torch.Tensor | None) -> torch.Tensor:
     """t with slice i along dim multiplied by scale[i]; scale is a number, a vector or None (1).
 
     >>> weigh(torch.ones(2, 2), 1, torch.tensor([1.0, 5.0])).tolist()
@@ -137,7 +166,14 @@ def weigh(t, dim, scale):
     return t if scale is None else t * scale
 
 
-def dx_of_outputs(dy, x, w, product, index, scale=None):
+def dx_of_outputs(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    product: Convolution,
+    index: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """dX from the output channels `index` only, each weighed by its scale: sum_o scale_o dX^(o).
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
@@ -148,7 +184,14 @@ def dx_of_outputs(dy, x, w, product, index, scale=None):
     return product.backward(take(dy, 1, index), x, w, (True, False))[0]
 
 
-def dw_of_outputs(dy, x, w, product, index, scale=None):
+def dw_of_outputs(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    product: Convolution,
+    index: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """dW of the output channels `index` only, weighed; 0 in all others.
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
@@ -159,7 +202,14 @@ def dw_of_outputs(dy, x, w, product, index, scale=None):
     return put(weigh(part, 0, scale), 0, index, len(w))
 
 
-def dx_of_samples(dy, x, w, product, index, scale=None):
+def dx_of_samples(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    product: Convolution,
+    index: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """dX of the samples `index` only, weighed; 0 in all others.
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
@@ -170,11 +220,18 @@ def dx_of_samples(dy, x, w, product, index, scale=None):
     return put(weigh(part, 0, scale), 0, index, len(x))
 
 
-def dw_of_samples(dy, x, w, product, index, scale=None):
+def dw_of_samples(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    product: Convolution,
+    index: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """dW from the samples `index` only, each weighed by its scale: sum_n scale_n dW^(n).
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
-    >>> dw_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1]), scale=2).tolist()  # one of two: weighed, it has no bias
+    >>> dw_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1]), scale=2).tolist()
     [[8.0, 8.0, 8.0], [10.0, 10.0, 10.0], [12.0, 12.0, 12.0]]
     """
     one = not isinstance(scale, torch.Tensor)  # for all: then dW, which is smaller, is weighed
@@ -201,12 +258,13 @@ class Approximation:
     one). dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer
     skips the parameter.
 
-    >>> halved, none = Approximation(output_gradient=lambda dy: 0.5 * dy), Approximation(dw=lambda dy, x, w, product: None)
+    >>> halved = Approximation(output_gradient=lambda dy: 0.5 * dy)
+    >>> none = Approximation(dw=lambda dy, x, w, product: None)
     >>> (halved | none).dw is none.dw
     True
     >>> halved | halved
     Traceback (most recent call last):
-    effilib.errors.BadInput: two methods replace the same part of a layer's product (output_gradient): they cannot be combined
+    effilib.errors.BadInput: two methods replace the same part of a layer's product (output_gradient): ...
     """
 
     sample: Callable | None = None
@@ -222,7 +280,8 @@ class Approximation:
         both = [name for name in given if getattr(self, name)]
         if both:
             raise BadInput(
-                f"two methods replace the same part of a layer's product ({', '.join(both)}): they cannot be combined"
+                f"two methods replace the same part of a layer's product ({', '.join(both)}): "
+                "they cannot be combined"
             )
         return replace(self, **given)
 
@@ -295,8 +354,17 @@ def _apply(x, w, bias, product, a):
 
 
 def approx_conv2d(
-    x, w, bias=None, *, stride=1, padding=0, dilation=1, groups=1, approximation=EXACT, **parts
-):
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    approximation: Approximation = EXACT,
+    **parts,
+) -> torch.Tensor:
     """`F.conv2d` with replaceable parts, e.g. `approx_conv2d(x, w, padding=1, dw=f)`; the names are those of
     `Approximation`.
 
@@ -314,7 +382,14 @@ def approx_conv2d(
     return _apply(x, w, bias, Convolution(*pairs, groups), approximation | Approximation(**parts))
 
 
-def approx_linear(x, w, bias=None, *, approximation=EXACT, **parts):
+def approx_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    approximation: Approximation = EXACT,
+    **parts,
+) -> torch.Tensor:
     """`F.linear` with replaceable parts. x: (..., C), w: (O, C) -> (..., O).
 
     >>> x, w = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
@@ -333,13 +408,14 @@ class ApproxConv2d(nn.Conv2d):
     """A convolution with the `approximations` of its owners; exact in eval mode.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> convert_(layers(net), {"features.4": Approximation(output_gradient=torch.zeros_like)}, "me", "example")
+    >>> zero = {"features.4": Approximation(output_gradient=torch.zeros_like)}
+    >>> convert_(layers(net), zero, "me", "example")
     ['features.4']
     >>> type(net.features[4]).__name__
     'ApproxConv2d'
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         left, right, top, bottom = self._reversed_padding_repeated_twice  # "same" and "valid" in numbers
@@ -348,7 +424,8 @@ class ApproxConv2d(nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, (left, right, top, bottom), mode=mode), 0
         y = approx_conv2d(
-            x if x.dim() == 4 else x[None], self.weight, self.bias, stride=self.stride, padding=padding, dilation=self.dilation,
+            x if x.dim() == 4 else x[None], self.weight, self.bias,
+            stride=self.stride, padding=padding, dilation=self.dilation,
             groups=self.groups, approximation=merged(self),
         )  # fmt: skip
         return y if x.dim() == 4 else y[0]
@@ -363,7 +440,7 @@ class ApproxLinear(nn.Linear):
     (True, False)
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (
             approx_linear(x, self.weight, self.bias, approximation=merged(self))
             if self.training
@@ -375,10 +452,11 @@ APPROX = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
 PLAIN = {approx: plain for plain, approx in APPROX.items()}
 
 
-def merged(layer):
+def merged(layer: nn.Module) -> Approximation:
     """All approximations of a layer as one.
 
-    >>> sign, rounded = Approximation(output_gradient=torch.sign), Approximation(operands=lambda x, w: (x.round(), w.round()))
+    >>> sign = Approximation(output_gradient=torch.sign)
+    >>> rounded = Approximation(operands=lambda x, w: (x.round(), w.round()))
     >>> layer = ApproxLinear(3, 2)
     >>> layer.approximations = {"me": sign, "you": rounded}
     >>> merged(layer) == sign | rounded
@@ -390,12 +468,13 @@ def merged(layer):
     return whole
 
 
-def probe(model, x, hooks, grad=False):
+def probe(model: nn.Module, x: torch.Tensor, hooks: dict, grad: bool = False) -> None:
     """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was,
     whatever happens.
 
     >>> seen, net = [], nn.Sequential(nn.Dropout(), nn.Linear(2, 3))
-    >>> probe(net, torch.ones(1, 2), [net[1].register_forward_hook(lambda m, inputs, output: seen.append(output.shape))])
+    >>> hook = net[1].register_forward_hook(lambda m, inputs, output: seen.append(output.shape))
+    >>> probe(net, torch.ones(1, 2), [hook])
     >>> seen, net.training
     ([torch.Size([1, 3])], True)
     """
@@ -410,7 +489,7 @@ def probe(model, x, hooks, grad=False):
             h.remove()
 
 
-def layers(model, x=None, *, linear=False):
+def layers(model: nn.Module, x: torch.Tensor | None = None, *, linear: bool = False) -> dict[str, nn.Module]:
     """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name ->
     module, in order.
 
@@ -447,7 +526,9 @@ def layers(model, x=None, *, linear=False):
     }
 
 
-def convert_(chosen, approximations, owner, method):
+def convert_(
+    chosen: dict[str, nn.Module], approximations: dict | Approximation, owner: object, method: str
+) -> list[str]:
     """Give layers their approximations, in place: parameters, names and objects stay. Returns the names.
 
     chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without
@@ -479,12 +560,13 @@ def convert_(chosen, approximations, owner, method):
     return names
 
 
-def revert_(model, owner):
+def revert_(model: nn.Module, owner: object) -> int:
     """Take the owner's approximations away again; layers without any become plain. Returns how many layers
     had one.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> names = convert_(layers(net), {"features.4": Approximation(output_gradient=torch.zeros_like)}, "me", "example")
+    >>> zero = {"features.4": Approximation(output_gradient=torch.zeros_like)}
+    >>> names = convert_(layers(net), zero, "me", "example")
     >>> revert_(net, "me"), type(net.features[4]).__name__
     (1, 'Conv2d')
     """
@@ -497,7 +579,7 @@ def revert_(model, owner):
     return len(mine)
 
 
-def on_device(generator, device):
+def on_device(generator: torch.Generator, device: str | torch.device) -> torch.Generator:
     """A generator that draws on `device`: itself, or on CUDA a new one that it seeds.
 
     >>> generator = torch.Generator()
@@ -514,7 +596,7 @@ def on_device(generator, device):
 BLOCK = 16  # channels that oneDNN's kernels take at once, with AVX-512
 
 
-def guard_(model):
+def guard_(model: nn.Module) -> nn.Module:
     """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035).
     In place.
 

@@ -157,7 +157,7 @@ def measure(
     )
 
 
-def _measure(task, arms, wanted, title):
+def _measure(task, arms, wanted, title) -> list[dict]:
     """The cells of `wanted`: (index of the task's length, name -> length, seed)."""
     dataset = task.load()
     folder = paths.make(paths.cache() / key(task, dataset, arms))
@@ -165,7 +165,7 @@ def _measure(task, arms, wanted, title):
     def file(i, lengths, seed):
         return folder / f"{'-'.join(f'{lengths[a.name]:g}' for a in arms)}-seed-{seed}.json"
 
-    found = [_read(file(*cell), arms) for cell in wanted]
+    found: list = [_read(file(*cell), arms) for cell in wanted]
     missing = [n for n, cell in enumerate(found) if cell is None]
     if missing:
         work = sum(task.lengths[wanted[n][0]] for n in missing) * len(arms)

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,8 +19,32 @@ from torch import nn
 from effilib.convolution import guard_
 from effilib.errors import BadInput, choose
 
+__all__ = [
+    "NETWORKS",
+    "VGG",
+    "Block",
+    "Constant",
+    "Gone",
+    "ResNet",
+    "build",
+    "check_name",
+    "conv3x3",
+    "convnet",
+    "describe",
+    "find",
+    "fits",
+    "initialize_",
+    "kernels",
+    "reestimate_",
+    "resnet",
+    "seeded",
+    "set_kernel_",
+    "stream",
+    "vgg",
+]
 
-def conv3x3(c_in, c_out, stride=1, bias=False, kernel=3):
+
+def conv3x3(c_in: int, c_out: int, stride: int = 1, bias: bool = False, kernel: int = 3) -> nn.Conv2d:
     """A convolution that keeps the size of maps, but for the stride: (N, c_in, H, W) -> (N, c_out, H /
     stride, W / stride). kernel: odd.
 
@@ -36,7 +61,7 @@ class Gone(nn.Module):
     tensor([[[[0.]]]])
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(1, 1, 1, 1)
 
 
@@ -52,7 +77,7 @@ class Constant(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
 
 
@@ -83,23 +108,23 @@ class Block(nn.Module):
             )
 
     @property
-    def inner(self):
+    def inner(self) -> int:
         """Channels between its two convolutions; 0 where the residual path is gone."""
         return 0 if isinstance(self.conv1, Gone) else self.conv1.out_channels
 
     @property
-    def kernels(self):
+    def kernels(self) -> list[int]:
         """Sizes of its two kernels."""
         return [
             getattr(m, "kernel_size", (3,))[0] for m in (self.conv1, self.conv2)
         ]  # what stands in a layer's place says nothing
 
     @property
-    def width(self):
+    def width(self) -> int:
         """Channels that it writes."""
         return len(self.bn2.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
@@ -129,7 +154,8 @@ class ResNet(nn.Module):
         first, *rest = kernels or [3] * (1 + len(widths))
         if len(rest) != len(widths):
             raise BadInput(
-                f"resnet: {1 + len(rest)} kernel sizes, expected one for the stem and one for each of {len(widths)} stages"
+                f"resnet: {1 + len(rest)} kernel sizes, "
+                f"expected one for the stem and one for each of {len(widths)} stages"
             )
         c = stem or widths[0]
         self.stem = (
@@ -148,13 +174,13 @@ class ResNet(nn.Module):
         self.head = nn.Linear(c, classes)
         initialize_(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(self.stem(x)), inplace=True)
         for stage in self.stages:
             x = stage(x)
         return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
 
-    def settings(self):
+    def settings(self) -> dict:
         """Widths, depths and kernel sizes as they are now: `ResNet(classes, channels, **settings)` has the
         same structure.
         """
@@ -200,10 +226,10 @@ class VGG(nn.Module):
         self.head = nn.Linear(c, classes)
         initialize_(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x).mean((2, 3)))
 
-    def settings(self):
+    def settings(self) -> dict:
         """Widths as they are now, and whether there is BatchNorm: `VGG(classes, channels, **settings)` has
         the same structure.
         """
@@ -219,7 +245,7 @@ class VGG(nn.Module):
         }  # also where a method took the BatchNorm
 
 
-def resnet(classes, channels=3, **settings):
+def resnet(classes: int, channels: int = 3, **settings) -> ResNet:
     """`ResNet` with the given widths and blocks.
 
     >>> resnet(10, channels=1, widths=(8,), blocks=(2,)).settings()
@@ -228,7 +254,7 @@ def resnet(classes, channels=3, **settings):
     return ResNet(classes, channels, **settings)
 
 
-def vgg(classes, channels=3, **settings):
+def vgg(classes: int, channels: int = 3, **settings) -> VGG:
     """`VGG` with the given widths.
 
     >>> vgg(10, widths=((8,), (16, 16))).settings()
@@ -237,7 +263,7 @@ def vgg(classes, channels=3, **settings):
     return VGG(classes, channels, **settings)
 
 
-def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
+def convnet(classes: int, channels: int = 3, widths: tuple[int, ...] = (32, 32, 64), bn: bool = True) -> VGG:
     """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage.
 
     >>> convnet(10, widths=(8, 16), bn=False).settings()
@@ -249,18 +275,18 @@ def convnet(classes, channels=3, widths=(32, 32, 64), bn=True):
 NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
 
 
-def stream(seed, name):
+def stream(seed: int, name: str) -> torch.Generator:
     """A random stream of its own per purpose: initial weights, data order and a method's draws never shift
     each other.
 
-    >>> stream(0, "weights").initial_seed() == stream(0, "weights").initial_seed() != stream(0, "data").initial_seed()
-    True
+    >>> [torch.rand(1, generator=stream(0, name)).item() < 1 for name in ("weights", "data")]
+    [True, True]
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def initialize_(model, seed=None):
+def initialize_(model: nn.Module, seed: int | None = None) -> None:
     """He initialisation (fan in) of convolutions, small normal weights of the classifier; BatchNorm as
     PyTorch does.
 
@@ -285,7 +311,7 @@ def initialize_(model, seed=None):
 
 
 @contextlib.contextmanager
-def seeded(seed, device="cpu"):
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
     """Inside, PyTorch's global generator starts from `seed`; outside, it is as if nothing had been drawn.
 
     Layers' constructors and dropout know no generator of their own: this is the one place that touches the
@@ -306,7 +332,15 @@ def seeded(seed, device="cpu"):
         yield
 
 
-def build(network, classes, shape, *, seed=0, device="cpu", **settings):
+def build(
+    network: str,
+    classes: int,
+    shape: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    **settings,
+) -> nn.Module:
     """Make a network and check that it fits the data.
 
     network: a name of `NETWORKS` or a user's `"module:function"` or `"file.py:function"`, called with the
@@ -343,12 +377,12 @@ def build(network, classes, shape, *, seed=0, device="cpu", **settings):
     return guard_(model).to(device)
 
 
-def check_name(network):
+def check_name(network: str) -> None:
     """Raise `BadInput` unless `network` is one of ours or can be imported.
 
     >>> check_name("resnt")
     Traceback (most recent call last):
-    effilib.errors.BadInput: unknown network 'resnt': choose one of resnet, vgg, convnet, ... (did you mean 'resnet'?)
+    effilib.errors.BadInput: unknown network 'resnt': ... (did you mean 'resnet'?)
     """
     if ":" in network:
         find(network)
@@ -360,12 +394,12 @@ def check_name(network):
         )
 
 
-def fits(model, network, classes, shape):
+def fits(model: nn.Module, network: str, classes: int, shape: tuple[int, int, int]) -> None:
     """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes).
 
     >>> fits(build("convnet", 10, (3, 8, 8)), "convnet", 10, (1, 8, 8))
     Traceback (most recent call last):
-    effilib.errors.BadInput: network convnet takes 3 input channels, but the images have 1 (C, H, W = (1, 8, 8))
+    effilib.errors.BadInput: network convnet takes 3 input channels, but the images have 1 ...
     """
     try:
         with torch.no_grad():
@@ -375,7 +409,8 @@ def fits(model, network, classes, shape):
     except Exception as error:  # whatever a user's own code raises
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None and first.in_channels != shape[0]:
-            what = f"takes {first.in_channels} input channels, but the images have {shape[0]} (C, H, W = {shape})"
+            what = f"takes {first.in_channels} input channels, "
+            what += f"but the images have {shape[0]} (C, H, W = {shape})"
         else:
             what = f"cannot take images of C, H, W = {shape}: {_say(error)}"
         raise BadInput(f"network {network} {what}") from error
@@ -386,7 +421,7 @@ def fits(model, network, classes, shape):
         )
 
 
-def find(network, what="network"):
+def find(network: str, what: str = "network") -> Callable:
     """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in
     errors.
 
@@ -436,7 +471,7 @@ def _call(function, classes, settings):
     return function(classes, **settings)
 
 
-def kernels(model):
+def kernels(model: nn.Module) -> dict:
     """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling
     changes.
 
@@ -454,7 +489,7 @@ def kernels(model):
     }
 
 
-def set_kernel_(conv, size, stride, padding):
+def set_kernel_(conv: nn.Conv2d, size: int, stride: int, padding: int) -> None:
     """Give a convolution another kernel size, stride and padding, in place; a weight of that size is the
     caller's affair.
 
@@ -470,7 +505,7 @@ def set_kernel_(conv, size, stride, padding):
     conv._reversed_padding_repeated_twice = twin._reversed_padding_repeated_twice
 
 
-def describe(model):
+def describe(model: nn.Module) -> dict:
     """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own.
 
     >>> describe(build("convnet", 10, (1, 8, 8), widths=(4, 8))), describe(nn.Linear(1, 1))
@@ -480,7 +515,7 @@ def describe(model):
 
 
 @torch.no_grad()
-def reestimate_(model, batches, *, training=False):
+def reestimate_(model: nn.Module, batches: Iterable, *, training: bool = False) -> int:
     """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in
     place. Returns how many layers.
 

@@ -1,34 +1,61 @@
 """What a notebook calls first and last: resolve the parameters, show what was measured, write the record.
 
-book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, network=network, seeds=seeds)
-...
-book.record(comparison, figure=figure, caption="...")
+    book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, network=network,
+    seeds=seeds)
+    ...
+    book.record(comparison, caption="...")
+
+Cells work with numbers; here they become text, in tables and behind a cell's last line.
 """
 
 import ast
 import html
 import inspect
+import math
 import numbers
 import os
+import re
 import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from effilib import clock, experiment, paths, provenance
+from effilib import clock, experiment, figures, paths, provenance
 from effilib.data import Dataset
 from effilib.errors import BadInput, choose
-from effilib.figures import png
 from effilib.tasks import Task
 from effilib.tasks import task as make_task
+from effilib.training import Recipe, resolve_layout, resolve_precision
 from effilib.workbook import series
 
+if TYPE_CHECKING:  # they take a second
+    import pandas as pd
+    from IPython.display import Code
+    from matplotlib.figure import Figure
 
-def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **own):
-    """Check the parameters and return the notebook's `Book`. own: the notebook's further parameters.
+    from effilib.results import Comparison
+    from effilib.statistics import Verdict
 
-    Raises `BadInput` in the notebook's first second for a parameter that it does not have, or a value of
-    another type.
+__all__ = ["Book", "facts", "header", "injected", "source", "start", "table_html"]
+
+
+def start(
+    name: str,
+    *,
+    preset: str = "",
+    dataset: str = "",
+    network: str = "",
+    seeds: int = 0,
+    device: str = "auto",
+    **own,
+) -> "Book":
+    """Check the parameters and return the notebook's `Book`.
+
+    own: the notebook's further parameters. Raises `BadInput` in the notebook's first second for a parameter
+    that it does not have, or a value of another type.
 
     >>> book = start("02_overview", preset="smoke", dataset="synthetic")
     >>> book.chapter.title, book.smoke, book.folder.parts[-2:]
@@ -48,7 +75,7 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     if seeds < 0:
         raise BadInput(f"parameter seeds of {name} is {seeds}, expected 0 (the preset's) or more")
     clock.steady_memory()
-    _show_tables()
+    _show_numbers()
     task = make_task(preset, dataset, network, device=device, **({"seeds": seeds} if seeds else {}))
     dataset = task.load()
     task.build(dataset)  # a network that does not fit the data stops the notebook here
@@ -59,8 +86,8 @@ def start(name, *, preset="", dataset="", network="", seeds=0, device="auto", **
     )
 
 
-def injected():
-    """Names of the parameters that papermill passed: those assigned in the cell that it puts in.
+def injected() -> list[str]:
+    """Return the names of the parameters that papermill passed: it assigns them in a cell of its own.
 
     >>> injected()  # outside of a notebook
     []
@@ -94,39 +121,39 @@ class Book:
     begun: float
 
     @property
-    def preset(self):
+    def preset(self) -> str:
         """The task's preset."""
         return self.task.preset
 
     @property
-    def smoke(self):
+    def smoke(self) -> bool:
         """Whether this is a test of the notebook, not a measurement."""
         return self.preset == "smoke"
 
     @cached_property
-    def chapter(self):
+    def chapter(self) -> series.Chapter:
         """The notebook's place in the series."""
         return series.chapter(self.name)
 
-    def settings(self):
-        """The resolved parameters and the machine, as a table."""
-        t, d, r, m = self.task, self.dataset, self.task.recipe, clock.machine(self.task.device)
-        images = " / ".join(f"{len(getattr(d, s))} {s}" for s in ("train", "decide", "validation", "test"))
-        recipe = f"{r.epochs:g} epochs, batch {r.batch_size}, lr {r.lr:g} ({r.schedule}), weight decay {r.weight_decay:g}"
-        precision = experiment.resolve_precision(r.precision, t.device)
-        target = (
-            f"{t.target:g} % validation accuracy" if t.target else "from a pilot run, where one is needed"
-        )
+    def settings(self, task: Task | None = None) -> "pd.DataFrame":
+        """Return the resolved parameters and the machine, as a table.
+
+        task: what the chapter trains, where that is not the preset's task.
+        """
+        t, d, m = task or self.task, task.load() if task else self.dataset, clock.machine(self.task.device)
+        images = " / ".join(f"{len(getattr(d, s)):,} {s}" for s in ("train", "decide", "validation", "test"))
+        lengths, recipe = _recipes(t)
         bf16 = " ".join(m["bf16"]) or "no native bf16"
         return facts(
             {
                 "preset": t.preset + (" (not a measurement)" if self.smoke else ""),
                 "data": f"{d.name} {d.shape}, {images}" + (f" ({d.note})" if d.note else ""),
                 "network": t.network + "".join(f", {k} {v}" for k, v in t.widths.items()),
-                "recipe": f"{recipe}, {precision}, {experiment.resolve_layout(r, t.device)}",
-                "target": f"{target}, margin {t.margin:g} points",
-                "seeds": str(t.seeds),
-                "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, torch {m['torch']}",
+                "lengths": lengths,
+                "seeds a length": t.seeds,
+                "recipe": recipe,
+                "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, "
+                f"torch {m['torch']}",
                 "results": self._short(self.folder),
             }
         )
@@ -141,31 +168,52 @@ class Book:
         )
         return "/".join(["results", *inside])
 
-    def show(self, figure, caption):
+    def show(self, figure: "Figure", caption: str) -> None:
         """Show a figure with a caption that says what to see."""
         from IPython.display import Image, Markdown, display
 
-        display(Image(png(figure), width=int(figure.get_figwidth() * 100)), Markdown(f"*{caption}*"))
+        image = Image(figures.png(figure), width=int(figure.get_figwidth() * 100))
+        display(image, Markdown(f"*{caption}*"))
 
-    def record(self, comparison=None, *, figure, caption, headline="", verdicts=(), notes=(), kept=None):
-        """The notebook's last act: write history.csv, figure.png and, last, record.json with `status:
-        complete`.
+    def record(
+        self,
+        comparisons: "Comparison | Sequence[Comparison]" = (),
+        *,
+        caption: str,
+        figure: "Figure | None" = None,
+        headline: str = "",
+        verdicts: "Sequence[Verdict]" = (),
+        notes: Sequence[str] = (),
+        kept: object = None,
+    ) -> dict:
+        """Write history.csv, figure.png and, last, record.json: the notebook's last act.
 
-        comparison: a `Comparison` (or several; the first has the headline). headline: the arm whose verdict
-        stands in the scoreboard (default: the first method). verdicts: more `Verdict`s to record. kept:
-        further plain values that the record holds, such as what a method decided. Returns the record."""
-        comparisons = (
-            []
-            if comparison is None
-            else list(comparison)
-            if isinstance(comparison, list | tuple)
-            else [comparison]
-        )
-        found = [v for c in comparisons if not c.illustration for v in c.verdicts()] + list(verdicts)
-        main = next((v for v in found if v.arm == headline), found[0] if found else None)
-        info, m = self.chapter.info, clock.machine(self.task.device)
+        comparisons: one or several, with titles of their own; the first that is judged has the headline.
+        headline: the arm whose verdict stands in the scoreboard (default: the first method). figure: by
+        default the curves of that comparison. verdicts: further `Verdict`s, such as on images for the same
+        accuracy. kept: further plain values, such as what a method decided. Returns the record. Raises
+        `BadInput` for comparisons of the same title, for an arm that has no verdict, or where there is
+        nothing to draw.
+        """
+        compared = list(comparisons or ()) if isinstance(comparisons or (), Sequence) else [comparisons]
+        titles = [c.title for c in compared]
+        if len(set(titles)) < len(titles):
+            raise BadInput(
+                f"comparisons of a record need titles of their own, got {', '.join(titles)}: compare(..., "
+                "title=...)"
+            )
+        judged = [c for c in compared if not c.illustration]
+        found = [v for c in judged for v in c.verdicts()] + list(verdicts)
+        if headline:
+            choose("arm with a verdict", headline, [v.arm for v in found])
+        methods = [a.name for c in judged for a in c.arms if a.role == "method"]
+        wanted = headline or next(iter(methods), "")
+        main = next((v for v in found if v.arm == wanted), found[0] if found else None)
+        if figure is None:
+            figure = _picture(judged or compared, main)
+        info = self.chapter.info
         record = {
-            "schema": 1,
+            "schema": series.SCHEMA,
             "status": "complete",
             "notebook": self.name,
             "chapter": self.chapter.number,
@@ -177,8 +225,8 @@ class Book:
             "dataset": self.dataset.name,
             "network": self.task.network,
             "parameters": self.parameters,
-            "task": provenance.settings(comparisons[0].task if comparisons else self.task),
-            "machine": m,
+            "task": provenance.settings((judged or compared)[0].task if compared else self.task),
+            "machine": clock.machine(self.task.device),
             "commit": provenance.commit(),
             "date": clock.date(),
             "duration_s": round(clock.now() - self.begun, 1),
@@ -186,47 +234,118 @@ class Book:
             "headline": main.record() if main else None,
             "verdicts": [v.record() for v in found],
             "caption": caption,
-            "notes": self._notes(comparisons, notes),
+            "notes": self._notes(compared, notes),
             **({} if kept is None else {"kept": kept}),
         }
-        if comparisons:
+        if compared:
             import pandas as pd
 
-            history = pd.concat([c.history() for c in comparisons], ignore_index=True).drop_duplicates()
+            history = pd.concat([c.history() for c in compared], ignore_index=True)
             paths.write(self.folder / "history.csv", history.to_csv(index=False, float_format="%.6g"))
-        paths.write(self.folder / "figure.png", png(figure))
-        paths.write(self.folder / "record.json", record)
+        paths.write(self.folder / "figure.png", figures.png(figure))
+        paths.write(self.folder / "record.json", record := _plain(record))
         return record
 
     def _notes(self, comparisons, notes):
         note = [self.dataset.note] if self.dataset.note else []
-        return [*note, *(n for c in comparisons for n in c.notes()), *notes]
+        found = [*note, *(n for c in comparisons for n in c.notes()), *notes]
+        return list(dict.fromkeys(found))
 
 
-def source(*things):
-    """The source of functions and classes, coloured: a chapter shows its method in full view.
+def _recipes(task):
+    """A task's lengths and its recipe in words; what is tuned for each length stands with the length."""
+    at = [task.at(length) for length in task.lengths]
+    recipes = [t.recipe for t in at]
+    names = [f.name for f in fields(Recipe) if f.name != "epochs"]
+    own = [n for n in names if len({getattr(r, n) for r in recipes}) > 1]
 
-    >>> print(source(facts).data.splitlines()[0])
-    def facts(pairs):
+    def value(recipe, name):
+        return f"{name.replace('batch_size', 'batch').replace('_', ' ')} {_text(getattr(recipe, name))}"
+
+    said = []
+    for t, r in zip(at, recipes, strict=True):
+        long = f"{t.images:,}" if task.axis == "images" else f"{r.epochs:.3g}"
+        said.append(long + (f" ({', '.join(value(r, n) for n in own)})" if own else ""))
+    unit = "training images, with as many updates" if task.axis == "images" else "epochs"
+    r, same = recipes[-1], [n for n in ("batch_size", "lr", "weight_decay") if n not in own]
+    how = [value(r, n) for n in same]
+    how += [r.schedule, resolve_precision(r.precision, task.device), resolve_layout(r, task.device)]
+    return f"{', '.join(said)} {unit}", ", ".join(how)
+
+
+def _picture(comparisons, verdict):
+    """The curves of the comparison that has the headline."""
+    for c in comparisons:
+        names = [a.name for a in c.arms]
+        if verdict is None or verdict.arm in names:
+            first = next((a.name for a in c.arms if a.role == "method"), names[-1])
+            other = verdict is not None and verdict.arm != first
+            cost = verdict.cost if verdict else "seconds"
+            return figures.curves(c, verdict.arm if other else None, cost=cost)
+    raise BadInput("a record without a comparison needs a figure: book.record(figure=..., caption=...)")
+
+
+def _plain(value):
+    """A value as JSON knows it: what is not a number is null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # of numpy and torch
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# What a reader sees
+
+
+def source(*things: object) -> "Code":
+    """Return the source of functions and classes, coloured: a chapter shows its method in full view.
+
+    Examples in docstrings are left out.
+
+    >>> code = source(facts).data
+    >>> print(code.splitlines()[0], ">>>" in code)
+    def facts(pairs: dict) -> "pd.DataFrame": False
     """
     from IPython.display import Code
 
-    return Code("\n\n".join(inspect.getsource(t).rstrip() for t in things), language="python")
+    return Code("\n\n".join(_without_examples(inspect.getsource(t)) for t in things), language="python")
 
 
-def facts(pairs):
-    """Names and values as a table of two columns.
+def _without_examples(text):
+    """Source without the doctests in its docstrings."""
+    text = textwrap.dedent(text).rstrip()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or ast.get_docstring(node) is None:
+            continue
+        begin, end = body[0].lineno - 1, body[0].end_lineno
+        doc = re.fullmatch(r'(\s*\w?""")(.*)"""\s*', "\n".join(lines[begin:end]), re.DOTALL)
+        if doc and ">>>" in doc[2]:
+            examples = re.compile(r"^[ \t]*>>>.*?(\n[ \t]*\n|\Z)", re.DOTALL | re.MULTILINE)
+            kept = examples.sub("", doc[2]).rstrip()
+            indent = "\n" + doc[1][:-3] if "\n" in kept else ""
+            new = f'{doc[1]}{kept}{indent}"""'.split("\n")
+            # later nodes keep their line numbers
+            lines[begin:end] = [*new, *[None] * (end - begin - len(new))]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def facts(pairs: dict) -> "pd.DataFrame":
+    """Return names and values as a table of two columns.
 
     >>> facts({"device": "CPU", "threads": 2}).loc["threads", ""]
     2
     """
     import pandas as pd
 
-    return pd.DataFrame({"": pairs.values()}, index=list(pairs))
+    return pd.DataFrame({"": list(pairs.values())}, index=list(pairs), dtype=object)
 
 
-def header(info):
-    """What a method's `Info` says, as a table.
+def header(info: object) -> "pd.DataFrame":
+    """Return what a method's `Info` says, as a table.
 
     >>> from effilib.methods import prune_train
     >>> header(prune_train.INFO).loc["chapter", ""]
@@ -235,53 +354,127 @@ def header(info):
     return facts({f.name.replace("_", " "): getattr(info, f.name) for f in fields(info)})
 
 
-def _digits(value):
-    if value != value:
-        return "–"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+DASH = "\N{EN DASH}"
+RATIO = re.compile(r"^x\b|[ (]x\)?$|speed-up|^(low|high)$")  # names of columns with factors
+PERCENT, POINTS = re.compile(r"%|accuracy"), re.compile(r"\bpoints\b")
 
 
-def table_html(frame):
-    """A DataFrame as notebooks show it: nothing cut off, texts to the left, numbers to the right with at
-    least four digits.
+def table_html(frame: "pd.DataFrame") -> str:
+    """Return a DataFrame as notebooks show it: numbers with sensible digits, nothing cut off.
 
-    >>> table_html(facts({"threads": 2}))
-    '<table class="dataframe"><tbody><tr><th class="text" style="text-align: left">threads</th><td>2</td></tr></tbody></table>'
+    Columns with "%" in the name and those with factors ("x", "speed-up") have two decimals, differences in
+    points a sign, and others about three digits, the same number of decimals in all rows. What is missing is
+    a dash.
+
+    >>> "<td>2</td></tr></tbody></table>" in table_html(facts({"threads": 2}))
+    True
     """
 
-    def cell(value, tag="td"):
-        number = isinstance(value, numbers.Number) and not isinstance(value, bool)
-        text = _digits(value) if number else html.escape(str(value))
-        return (
-            f"<{tag}>{text}</{tag}>"
-            if number
-            else f'<{tag} class="text" style="text-align: left">{text}</{tag}>'
-        )
+    def cell(text, number, tag="td"):
+        left = "" if number else ' class="text" style="text-align: left"'
+        return f"<{tag}{left}>{html.escape(text)}</{tag}>"
 
+    columns = []  # of [(text, whether it is a number), ...]
+    for i, name in enumerate(frame.columns):
+        values = frame.iloc[:, i].tolist()
+        columns.append(list(zip(_column(_key(name), values), map(_is_number, values), strict=True)))
     names = ["" if n is None else str(n) for n in frame.index.names]
-    text_columns = [not hasattr(t, "kind") or t.kind not in "iuf" for t in frame.dtypes]
-    heads = [cell(n, "th") for n in names]
-    heads += [
-        cell(str(c), "th") if text else f"<th>{html.escape(str(c))}</th>"
-        for c, text in zip(frame.columns, text_columns, strict=True)
-    ]
-    head = (
-        f"<thead><tr>{''.join(heads)}</tr></thead>"
-        if any(names) or any(str(c) for c in frame.columns)
-        else ""
-    )
-    rows = []
-    for index, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
+    heads = [cell(n, False, "th") for n in names]
+    for name, column in zip(frame.columns, columns, strict=True):
+        heads.append(cell(_key(name), all(number for _, number in column), "th"))
+    titled = any(names) or any(_key(c) for c in frame.columns)
+    head = f"<thead><tr>{''.join(heads)}</tr></thead>" if titled else ""
+    rows, before = [], ()
+    for k, index in enumerate(frame.index):
         keys = index if isinstance(index, tuple) else (index,)
-        rows.append("<tr>" + "".join(cell(str(k), "th") for k in keys) + "".join(map(cell, values)) + "</tr>")
+        repeated = [keys[: j + 1] == before[: j + 1] for j in range(len(keys) - 1)] + [False]
+        texts = ["" if r else _text(key) for key, r in zip(keys, repeated, strict=True)]
+        cells = [cell(t, False, "th") for t in texts] + [cell(*column[k]) for column in columns]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+        before = keys
     return f'<table class="dataframe">{head}<tbody>{"".join(rows)}</tbody></table>'
 
 
-def _show_tables():
-    """In a notebook, let DataFrames show as `table_html` writes them."""
+def _key(name):
+    return ", ".join(map(_text, name)) if isinstance(name, tuple) else _text(name)
+
+
+def _is_number(value):
+    return value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+
+def _column(name, values):
+    """The texts of a column's values."""
+    found = [v for v in values if _is_number(v) and v is not None and math.isfinite(v)]
+    mixed = any(not _is_number(v) for v in values)  # such as `facts`
+    counts, sizes = all(isinstance(v, int) for v in found), [abs(v) for v in found if v]
+    shown = all(0.005 <= size < 1000 for size in sizes)  # by two decimals
+    if POINTS.search(name) and not counts:
+        form = "{:+.2f}".format
+    elif (PERCENT.search(name) or RATIO.search(name)) and shown and not counts:
+        form = "{:.2f}".format
+    elif mixed or all(map(_short, found)):
+        form = _text
+    else:
+        form = _rounded(found)
+    return [form(v) if v is not None and _is_number(v) and math.isfinite(v) else _text(v) for v in values]
+
+
+def _rounded(values):
+    """A formatter that gives the values' median three digits, and the others as many decimals."""
+    sizes = sorted(abs(v) for v in values if v)
+    decimals = max(0, 2 - math.floor(math.log10(sizes[len(sizes) // 2])))
+
+    def form(v):
+        lost = abs(v) >= 1e9 or 0 < abs(v) < 10**-decimals or decimals > 6
+        return _exponent(f"{v:.3g}") if lost else f"{v:,.{decimals}f}"
+
+    return form
+
+
+def _short(value):
+    """A number with at most four digits, also one such as 0.6000000238 that means 0.6; "" for others."""
+    if float(value).is_integer() and abs(value) < 1e9:
+        return f"{int(value):,}" if abs(value) >= 10_000 else f"{int(value)}"
+    text = f"{value:.4g}"
+    return _exponent(text) if abs(float(text) - value) <= 1e-6 * abs(value) else ""
+
+
+def _exponent(text):
+    """2.5e9 for 2.5e+09."""
+    return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), text)
+
+
+def _text(value):
+    """Any value as text; numbers rounded to four digits, also within lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_text, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_text(v)}" for k, v in value.items())
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return DASH
+    if isinstance(value, str) or not _is_number(value):
+        return str(value)
+    if not math.isfinite(value):
+        return DASH if math.isnan(value) else "∞" if value > 0 else "-∞"
+    return _short(value) or (f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else _exponent(f"{value:.4g}"))
+
+
+def _show_numbers():
+    """In a notebook, let tables show as `table_html` writes them, and other numbers with six digits."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell and shell.display_formatter:
-        shell.display_formatter.formatters["text/html"].for_type_by_name("pandas", "DataFrame", table_html)
-        shell.display_formatter.formatters["text/html"].for_type_by_name(
-            "pandas.core.frame", "DataFrame", table_html
-        )
+    if not shell or not shell.display_formatter:
+        return
+    formatters = shell.display_formatter.formatters
+    for module in ("pandas", "pandas.core.frame"):
+        formatters["text/html"].for_type_by_name(module, "DataFrame", table_html)
+    for module in ("pandas", "pandas.core.series"):
+        formatters["text/html"].for_type_by_name(module, "Series", _series_html)
+    formatters["text/plain"].float_precision = "%.6g"
+
+
+def _series_html(series):
+    return table_html(series.to_frame("" if series.name is None else series.name))

@@ -31,6 +31,7 @@ from effilib.training import History
 __all__ = ["COSTS", "Comparison", "compare"]
 
 COSTS = ("seconds", "flops", "images")
+EQUAL_COST = {"seconds": "time", "images": "images"}
 COLUMNS = ["comparison", "arm", "role", "seed", "length", "step", "seconds", "accuracy", "flops"]
 
 
@@ -94,6 +95,11 @@ class Comparison:
         return self.arms[0].name
 
     @property
+    def cost(self) -> str:
+        """What is judged: "images" where lengths are numbers of images at as many updates, else "seconds"."""
+        return "images" if self.task.axis == "images" else "seconds"
+
+    @property
     def machine(self) -> dict:
         """What it was measured on: see `clock.machine`."""
         return self.cells[-1]["machine"]
@@ -141,8 +147,9 @@ class Comparison:
         except ValueError:
             return None
 
-    def verdict(self, arm: str, cost: str = "seconds") -> Verdict:
-        """Return the `Verdict` of an arm against the baseline."""
+    def verdict(self, arm: str, cost: str | None = None) -> Verdict:
+        """Return the `Verdict` of an arm against the baseline. cost: default what is judged."""
+        cost = cost or self.cost
         aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim if self._is_method(arm) else None
         diverged = bool(self.diverged(arm) or self.diverged(self.baseline))
         curves = [[], []] if diverged else [self.curve(self.baseline, cost), self.curve(arm, cost)]
@@ -201,13 +208,13 @@ class Comparison:
 
     def say(self, arm: str) -> str:
         """Return the arm's verdict as a sentence: ratio, aim, points at equal time, what FLOPs would give."""
-        v, flops = self.verdict(arm), self.ratio(arm, "flops")
+        v, flops = self.verdict(arm), self.ratio(arm, "flops") if self.cost == "seconds" else None
         parts = [f"{arm} against {v.against}: {v.verdict}, {v.text}"]
         if v.aim is not None:
             parts.append(f"aim {v.aim:g}x {v.aim_verdict}")
         if v.points is not None and math.isfinite(v.points):
             spread = f" [{v.points_low:+.2f}, {v.points_high:+.2f}]" if math.isfinite(v.points_low) else ""
-            parts.append(f"{v.points:+.2f}{spread} points at equal time")
+            parts.append(f"{v.points:+.2f}{spread} points at equal {EQUAL_COST[self.cost]}")
         if flops and math.isfinite(flops.value):
             bound = f"{flops.kind} " if flops.kind.startswith("at ") else ""
             parts.append(f"{bound}{flops.value:.2f}x if FLOPs were time")
@@ -220,14 +227,14 @@ class Comparison:
             runs, base = self.histories(arm.name), arm.name == self.baseline
             longest = self.histories(arm.name, self.lengths[-1])
             v = None if base else self.verdict(arm.name)
-            flops = None if base else self.ratio(arm.name, "flops")
+            flops = None if base or self.cost != "seconds" else self.ratio(arm.name, "flops")
             row = {
                 "role": arm.role,
                 "n": f"{self.task.seeds}x{len(self.lengths)}",
                 "speed-up": 1.0 if base else _number(v.ratio),
                 "low": math.nan if base else _number(v.low),
                 "high": math.nan if base else _number(v.high),
-                "points at equal time": 0.0 if base else _number(v.points),
+                f"points at equal {EQUAL_COST[self.cost]}": 0.0 if base else _number(v.points),
                 "x by FLOPs": 1.0 if base else flops.value if flops else math.nan,
                 "ms a step": 1e3 * stats.median(h.step_seconds for h in runs),
                 "accuracy % (longest)": stats.fmean(h.accuracy for h in longest),

@@ -489,4 +489,5 @@ def replication(ratio: float, low: float, high: float) -> tuple[float, float]:
     >>> [round(v, 2) for v in replication(1.2, 1.1, 1.309)]
     [1.06, 1.36]
     """
-    return tuple(math.exp(math.log(ratio) + math.sqrt(2) * math.log(end / ratio)) for end in (low, high))
+    below, above = (math.sqrt(2) * math.log(end / ratio) for end in (low, high))
+    return ratio * math.exp(below), ratio * math.exp(above)

@@ -78,17 +78,24 @@ class Task:
         )
 
     def but(self, **changes) -> "Task":
-        """Return the same task with other settings; those of `Recipe` go into the recipe."""
+        """Return the same task with other settings; those of `Recipe` go into the recipe.
+
+        What is set here is no longer tuned by length.
+        """
         in_recipe = {k: v for k, v in changes.items() if k in Recipe.__dataclass_fields__}
         rest = {k: v for k, v in changes.items() if k not in in_recipe}
         for k in rest:
             choose("setting of a task", k, [*Task.__dataclass_fields__, *Recipe.__dataclass_fields__])
+        if "tuned" not in rest:
+            rest["tuned"] = {
+                e: {k: v for k, v in s.items() if k not in in_recipe} for e, s in self.tuned.items()
+            }
         return replace(self, recipe=replace(self.recipe, **in_recipe), **rest)
 
     def sized(self, sizes: dict[str, dict]) -> "Task":
         """Return the task with what a chapter changes of its preset, but for what the user asked for.
 
-        sizes: preset -> settings. Where they change the learning rate, nothing is tuned by length.
+        sizes: preset -> settings.
         """
         changes = {k: v for k, v in sizes.get(self.preset, {}).items() if k not in self.given}
         return self.but(**changes)
@@ -101,8 +108,7 @@ class Task:
             return self.but(images=images, epochs=self.recipe.epochs * total / images)
         epochs = length * self.recipe.epochs
         near = min(self.tuned, key=lambda e: abs(math.log(e / epochs)), default=None)
-        best = {k: v for k, v in self.tuned.get(near, {}).items() if k not in self.given}
-        return self.but(**best, epochs=epochs)
+        return self.but(**self.tuned.get(near, {}), epochs=epochs)
 
 
 BASE = {

@@ -228,10 +228,13 @@ def kill_all(folder, threads):
 def killed(tmp_path_factory):
     """A folder with the checkpoints of processes that were killed."""
     folder = tmp_path_factory.mktemp("killed")
-    code = "import torch; torch.set_num_threads(1)  # a process that has threads must not fork"
-    code += (
-        f"\nfrom tests import test_checkpoint as t; t.kill_all({str(folder)!r}, {torch.get_num_threads()})"
-    )
+    code = f"""
+import sys, torch
+torch.set_num_threads(1)  # a process that has threads must not fork
+sys.path[:0] = [{str(paths.root())!r}, {str(Path(__file__).parent)!r}]
+import {__name__} as t  # under the name that it has here: a method is known by it
+t.kill_all({str(folder)!r}, {torch.get_num_threads()})
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, timeout=120
     )

@@ -1,21 +1,29 @@
 """What a cached measurement depends on: code and settings count, comments and docstrings do not."""
 
+import ast
 import functools
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, make_dataclass
+import textwrap
+import threading
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import effilib
 from effilib import models, paths, provenance
+from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.training import Method, Recipe
 
@@ -132,10 +140,37 @@ class Thing:
         self.rate = rate
 
     def __repr__(self):
-        return f"Thing({self.rate})"
+        return "Thing"  # does not say all
 
     def fit(self, task, seed):
         return self.rate
+
+
+class Plain(Method):
+    """A method that is no dataclass."""
+
+    def __init__(self, rate=0.5, act=torch.relu):
+        self.rate, self.act, self.again = rate, act, self
+
+
+class Nothing(Method):
+    pass
+
+
+class Slots:
+    __slots__ = ("rate",)
+
+    def __init__(self, rate):
+        self.rate = rate
+
+
+def half(x):
+    return x / 2
+
+
+def networks(seed):
+    with models.seeded(seed):
+        return nn.Linear(2, 2)
 
 
 DIFFERENT = [
@@ -159,6 +194,32 @@ DIFFERENT = [
     Thing(1).fit,
     Thing(2).fit,
     Thing,
+    Plain(),
+    Plain(rate=0.25),
+    Plain(act=half),
+    Plain(act=torch.tanh),
+    Plain(act=F.relu),
+    Plain(act=lambda x: x + 1),
+    Plain(act=lambda x: x + 2),
+    Nothing(),
+    Slots(1),
+    Slots(2),
+    Halve(inner=half),
+    Halve(inner=torch.zeros(2)),
+    Halve(inner=torch.tensor([0.0, 1.0])),
+    Halve(inner=np.zeros(2)),
+    Halve(inner=torch.zeros(2000)),
+    Halve(inner=torch.zeros(2000).index_fill(0, torch.tensor(1000), 1.0)),  # PyTorch leaves the middle out
+    Halve(inner=np.float32(1)),
+    Halve(inner={"a", "b"}),
+    Halve(inner={"a", "c"}),
+    Halve(inner=torch.device("cpu")),
+    Halve(inner=Path("a")),
+    Halve(inner=math),
+    Halve(inner="a".upper),
+    Halve(inner="b".upper),
+    networks(0),
+    networks(1),
     1,
     "1",
     None,
@@ -181,11 +242,57 @@ def test_what_differs_has_different_settings():
         lambda: adder(1),
         lambda: functools.partial(adder, 1),
         lambda: Thing(1).fit,
+        lambda: Plain(),
+        lambda: Plain(act=half),
+        lambda: Plain(act=lambda x: x + 1),
+        lambda: Halve(inner=torch.ones(3)),
+        lambda: Halve(inner=networks(1)),
+        lambda: Halve(inner=functools.lru_cache(half)),
+        lambda: Slots(3),
+        Nothing,
     ],
 )
 def test_what_is_made_alike_has_equal_settings(make):
     assert provenance.settings(make()) == provenance.settings(make())
     assert provenance.source(make()) == provenance.source(make())
+
+
+def test_fields_that_are_not_compared_do_not_count():
+    @dataclass(frozen=True)
+    class Counts(Method):
+        seen: list = field(default_factory=list, compare=False)
+
+    assert provenance.settings(Counts([1])) == provenance.settings(Counts([]))
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        (Halve(inner=object()), "Halve.inner is <object object>"),
+        (Halve(inner=[1, threading.Lock()]), "Halve.inner[1] is <unlocked _thread.lock object>"),
+        (Plain(act=torch.Generator()), "Plain.act is <torch._C.Generator object>"),
+        (Plain(rate={"a": (i for i in [1])}), "Plain.rate['a'] is <generator object"),
+        ([Arm(name="a", methods=(Plain(rate=object()),))], "[0].methods[0].rate is <object object>"),
+    ],
+)
+def test_what_another_process_would_call_by_another_name_is_refused_in_words(thing, words):
+    with pytest.raises(BadInput) as error:
+        provenance.settings(thing)
+    assert str(error.value).startswith(words)
+    assert "which has no name that stays the same" in str(error.value)
+
+
+def test_a_plain_class_and_what_it_holds_count_by_their_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    (tmp_path / "acts.py").write_text("def act(x):\n    return x\n")
+    for body in ("x + 1", "x + 1  # the same", "x + 2"):
+        (tmp_path / "acts.py").write_text(f"def act(x):\n    return {body}\n")
+        sys.modules.pop("acts", None)
+        importlib.invalidate_caches()
+        digests.append(provenance.source(Plain(act=importlib.import_module("acts").act)))
+    sys.modules.pop("acts")
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_function_that_calls_itself_has_settings():
@@ -210,10 +317,14 @@ def test_a_function_with_a_name_that_is_not_yet_bound_has_settings():
 
 def test_settings_do_not_depend_on_the_process():
     code = (
-        "from effilib import provenance; from effilib.experiment import Arm; from effilib.training import Recipe\n"
+        "from effilib import provenance; from effilib.experiment import Arm\n"
+        "from effilib.training import Recipe\n"
         "def fit(task, seed):\n    return {'a', 'b', 'c'} and seed in {'x', 'y', 'z'}\n"
         "f = eval(\"lambda task, seed: seed in {'x', 'y', 'z'}\")\n"
-        "arms = [Arm(name='a', fit=fit, changes={'lr': 1}), Arm(name='b', fit=f), Recipe()]\n"
+        "from effilib.training import Method\n"
+        "class Mine(Method):\n    def __init__(self, act): self.act = act\n"
+        "own = (Mine(fit), Mine(lambda x: x + 1), Mine({'x', 'y', 'z'}))\n"
+        "arms = [Arm(name='a', fit=fit, changes={'lr': 1}), Arm(name='b', fit=f), Recipe(), own]\n"
         "print(provenance.digest(provenance.settings(arms)), provenance.source(arms))"
     )
     runs = {
@@ -238,9 +349,8 @@ def test_imports_are_followed_but_never_to_reports_or_runner():
         "effilib.data",
         "effilib.clock",
         "effilib.models",
-        "effilib.statistics",
     } <= found
-    assert not found & provenance.NEVER
+    assert not {m for m in found if m.startswith(provenance.NEVER)}
     assert not {m for m in found if m.startswith("effilib.chapters")}
     assert provenance.imports(["effilib.workbook.report", "effilib.nothing"]) == set()
 
@@ -266,55 +376,213 @@ def test_an_arm_depends_on_its_methods_module_alone():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of effilib's sources that may be edited; `digest()` asks a fresh process."""
+    """A copy of effilib's sources that may be edited; `says(code)` is what fresh processes print there."""
     folder = tmp_path / "effilib"
     for file in Path(effilib.__file__).parent.rglob("*.py"):
         copy = folder / file.relative_to(Path(effilib.__file__).parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-
-    def digest():
-        code = "from effilib import provenance; print(provenance.source())"
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    digest.folder = folder
-    return digest
+    return folder
 
 
-def test_editing_the_training_loop_counts_and_editing_a_report_does_not(checkout):
-    before = checkout()
-    for name in ("report", "figures", "notebook", "runner", "progress", "__main__", "series", "__init__"):
-        with open(checkout.folder / f"{name}.py", "a") as file:
-            file.write("\nADDED = 1\n")
-    training = checkout.folder / "training.py"
-    training.write_text(
-        training.read_text(encoding="utf-8").replace(
-            '"""One training loop', '# new\n"""Yet one training loop'
-        ),
-        encoding="utf-8",
+def says(checkout, code):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout.parent,
+        env={**os.environ, "PYTHONPATH": str(checkout.parent), "EFFILIB_PRESET": "smoke"},
+        capture_output=True,
+        text=True,
     )
-    assert checkout() == before
-    training.write_text(training.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
-    assert checkout() != before
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_a_users_own_module_counts(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    digests = []
-    for body in ("return 1", "return 1  # the same", "return 2"):
-        (tmp_path / "users_own.py").write_text(f"def fit(task, seed):\n    {body}\n")
-        sys.modules.pop("users_own", None)
-        importlib.invalidate_caches()
-        digests.append(provenance.source(importlib.import_module("users_own").fit))
-    sys.modules.pop("users_own")
-    assert digests[0] == digests[1] != digests[2]
+def edit(file, old, new, count=1):
+    text = file.read_text(encoding="utf-8")
+    assert old in text, (file, old)
+    file.write_text(text.replace(old, new, count), encoding="utf-8")
+
+
+def add(file, text="\nADDED = 1\n"):
+    file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+# Of three chapters: the key under which the cells of all their arms are cached, and of the pilots before.
+KEYS = """
+import json
+from effilib import experiment, tasks
+from effilib.chapters import gradient_pruning, mixed_precision, prune_train
+task = tasks.task("smoke", "synthetic")
+data = task.load()
+found = {"03_2": mixed_precision.arms(task), "04_1": gradient_pruning.arms(task)}
+found["06_1"] = prune_train.grid(task)
+found = {name: [experiment.key(task, data, [arm]) for arm in arms] for name, arms in found.items()}
+print(json.dumps(found))
+"""
+
+
+def in_other_words(file):
+    """Write a module anew: other docstrings, no comments, another layout."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body[0].value.value = "In other words."
+    file.write_text(ast.unparse(tree), encoding="utf-8")
+
+
+def test_captions_columns_and_docstrings_are_in_no_key_and_what_trains_is_in_those_that_use_it(checkout):
+    before = says(checkout, KEYS)
+    assert all(len(set(keys)) == len(keys) > 1 for keys in before.values())
+    edit(checkout / "results.py", '"speed-up"', '"times as fast"')  # a column of the verdict table
+    drawn = ["figures", "notebook", "results", "timing", "progress", "__main__", "__init__"]
+    drawn += ["workbook/report", "workbook/runner", "workbook/series"]
+    chapters = sorted((checkout / "chapters").glob("*.py"))
+    for file in [*(checkout / f"{name}.py" for name in drawn), *chapters]:
+        add(file, "\ndef caption():\n    return 'Another caption'\n")
+    for file in [*(checkout / "methods").glob("*.py"), *checkout.glob("*.py")]:
+        in_other_words(file)
+    assert says(checkout, KEYS) == before
+
+    add(checkout / "methods" / "gradient_pruning.py")
+    after = says(checkout, KEYS)
+    assert {name: after[name] == before[name] for name in after} == {
+        "03_2": True,
+        "04_1": False,
+        "06_1": True,
+    }
+    baseline, *methods = zip(before["04_1"], after["04_1"], strict=True)
+    assert baseline[0] == baseline[1]
+    assert all(a != b for a, b in methods)
+
+    add(checkout / "training.py")
+    last = says(checkout, KEYS)
+    assert not [k for name in last for k in last[name] if k in after[name]]
+
+
+# A user's own files: a network whose package imports others, relatively, by full name and inside of a
+# function, and a method in a file beside which lies what it imports.
+USERS = {
+    "mylib/__init__.py": "",
+    "mylib/nets.py": """
+        from torch import nn
+        from .blocks import trunk
+        def net(classes, channels=1):
+            from mylib.deep.heads import head
+            return nn.Sequential(trunk(channels), nn.Flatten(), head(classes))
+    """,
+    "mylib/blocks.py": """
+        from torch import nn
+        import mylib.deep.widths
+        def trunk(channels):
+            first = mylib.deep.widths.FIRST
+            maps = nn.Sequential(nn.Conv2d(channels, first, 3), nn.Conv2d(first, 4, 1))
+            return nn.Sequential(maps, nn.AdaptiveAvgPool2d(1))
+    """,
+    "mylib/deep/__init__.py": "from . import widths",
+    "mylib/deep/widths.py": "FIRST = 4",
+    "mylib/deep/heads.py": """
+        from torch import nn
+        def head(classes):
+            return nn.Linear(4, classes)
+    """,
+    "mylib/unused.py": "WORD = 1",
+    "elsewhere/mine.py": """
+        from dataclasses import dataclass
+        from effilib import Method
+        from neighbour import amount
+        @dataclass(frozen=True)
+        class Mine(Method):
+            rate: float = 0.5
+            def on_step_end(self, run):
+                return amount()
+        def net(classes, channels=1):
+            from later import made
+            return made(classes)
+    """,
+    "elsewhere/neighbour.py": "def amount():\n    return 1",
+    "elsewhere/later.py": """
+        from torch import nn
+        def made(classes):
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    """,
+}
+# What is edited, and of which things the digest changes: the network mylib.nets:net, the method Mine, the
+# network mine.py:net.
+EDITS = [
+    ("mylib/nets.py", "nn.Flatten()", "nn.Flatten(1)", "net"),
+    ("mylib/blocks.py", "first, 3", "first, 5", "net"),
+    ("mylib/deep/widths.py", "4", "8", "net"),
+    ("mylib/deep/heads.py", "classes)", "classes, bias=False)", "net"),
+    ("mylib/deep/__init__.py", "from", "WORD = 1\nfrom", "net"),
+    ("mylib/__init__.py", "", "WORD = 1", "net"),
+    ("mylib/unused.py", "1", "2", ""),
+    ("mylib/blocks.py", "import mylib", "# a comment\nimport   mylib", ""),
+    ("elsewhere/neighbour.py", "1", "2", "method file"),
+    ("elsewhere/mine.py", "amount()", "2 * amount()", "method file"),
+    ("elsewhere/later.py", "64, classes", "64, classes, False", "method file"),
+]
+
+
+@pytest.fixture
+def users(tmp_path):
+    for name, text in USERS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    return tmp_path
+
+
+OWN = """
+import json, sys
+from effilib import models, provenance, tasks
+sys.path[:0] = [{here!r}, {here!r} + "/elsewhere"]
+from mine import Mine
+task = tasks.task("smoke", "synthetic")
+method = [provenance.source(Mine()), provenance.source([Mine(rate=0.1)])]
+method.append(provenance.named_source("mine:Mine"))
+file = provenance.named_source({here!r} + "/elsewhere/mine.py:net")
+first = provenance.named_source("mylib.nets:net"), provenance.source(Mine)
+net = models.build("mylib.nets:net", 4, (1, 8, 8))  # now all is loaded
+assert first == (provenance.named_source("mylib.nets:net"), provenance.source(Mine))
+print(json.dumps({{"net": first[0], "method": method, "file": file}}))
+"""
+
+
+def digests(folder, environment=()):
+    """What a fresh process finds: name -> digest of the user's network, method, and network in a file."""
+    done = subprocess.run(
+        [sys.executable, "-c", OWN.format(here=str(folder))],
+        env={**os.environ, "PYTHONPATH": str(paths.root()), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_whatever_a_users_network_or_method_imports_counts(users):
+    before = digests(users)
+    assert len({str(v) for v in before.values()}) == 3
+    for file, old, new, changes in EDITS:
+        (users / file).write_text((text := (users / file).read_text()).replace(old, new, 1))
+        after = digests(users)
+        assert [name for name in before if after[name] != before[name]] == [
+            name for name in before if name in changes
+        ], (file, old)
+        (users / file).write_text(text)
+    assert digests(users) == before
+
+
+def test_what_was_edited_after_it_was_loaded_does_not_count_before_it_is_loaded_anew(users, monkeypatch):
+    monkeypatch.syspath_prepend(users)
+    nets = importlib.import_module("mylib.nets")
+    before = provenance.source(nets.net)
+    edit(users / "mylib" / "blocks.py", "first, 3", "first, 5")
+    with pytest.warns(UserWarning, match=r"blocks\.py was edited since it was loaded"):
+        assert provenance.source(nets.net) == before  # it is the old one that runs
+    importlib.reload(sys.modules["mylib.blocks"])
+    assert provenance.source(nets.net) != before
+    for name in [m for m in sys.modules if m.partition(".")[0] == "mylib"]:
+        del sys.modules[name]
 
 
 def test_installed_packages_and_the_standard_library_do_not_count():
@@ -337,7 +605,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 import torch
 from effilib import Arm, Method, provenance
-def show(*things): print(provenance.source(list(things)), provenance.digest(provenance.settings(list(things))), sep="\\n")
+def show(*things):
+    things = list(things)
+    print(provenance.source(things), provenance.digest(provenance.settings(things)), sep="\\n")
 """
 
 CELL = '''
@@ -377,8 +647,8 @@ class Prune(Base):
 def fit(task, seed, loss=helper):
     return loss(seed)
 
-arms = [Arm(name="a", methods=(Prune(),)), Arm(name="b", fit=fit), Arm(name="c", fit=lambda task, seed: helper(6)),
-        Arm(name="d", fit=lambda task, seed: helper(7))]
+arms = [Arm(name="a", methods=(Prune(),)), Arm(name="b", fit=fit),
+        Arm(name="c", fit=lambda task, seed: helper(6)), Arm(name="d", fit=lambda task, seed: helper(7))]
 '''
 
 SAME = [
@@ -509,7 +779,7 @@ def test_importing_the_library_draws_nothing_and_touches_no_gpu_and_no_plots():
     names = [
         f"effilib.{f.stem}"
         for f in Path(effilib.__file__).parent.glob("*.py")
-        if f.stem not in ("__init__", "__main__", "figures")
+        if f.stem not in ("__init__", "__main__", "figures", "notebook")
     ]
     code = f"""
 import importlib, random, sys

@@ -1,19 +1,27 @@
-"""The runner, with real papermill runs of tiny notebooks, and real signals. What happens when something
-breaks is in `test_faults.py`.
+"""The runner, with real papermill runs of tiny notebooks, and real signals.
+
+What happens when something breaks is in `test_faults.py`.
 """
 
+import fcntl
 import json
+import math
 import os
+import re
 import signal
+import tempfile
+import time
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pytest
 
-from effilib import paths
+from effilib import clock, paths
 from effilib.errors import BadInput
+from effilib.statistics import Length, equal_accuracy
 from effilib.workbook import runner
-from tests.runs import WAIT, alive, command, status, wait_for, write_notebook
+from tests.runs import RECORD, WAIT, alive, command, status, wait_for, write_notebook
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -99,6 +107,63 @@ def test_chapter_10_is_stale_when_another_result_changed(notebooks, folder, plan
     paths.write(folder / "04_1_x" / "record.json", {"status": "complete"})
     assert runner.run_key(other) == before[0]
     assert runner.run_key(last) != before[1]
+
+
+# What may run at the same time
+
+
+def test_a_notebook_measures_nothing_while_a_report_is_rendered(notebooks, folder, tmp_path):
+    write_notebook(notebooks / "04_1_x.ipynb", f"open({str(tmp_path / 'measures')!r}, 'w').close()")
+    content = nbformat.read(notebooks / "04_1_x.ipynb", as_version=4)
+    imports = nbformat.v4.new_code_cell(f"open({str(tmp_path / 'imports')!r}, 'w').close()")
+    content.cells.insert(1, imports)
+    nbformat.write(content, notebooks / "04_1_x.ipynb")
+    folder.mkdir(parents=True)
+    with (folder / ".rendering").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = command(notebooks)
+        wait_for((tmp_path / "imports").exists)
+        time.sleep(1)  # it could have gone on
+        assert not (tmp_path / "measures").exists()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert (tmp_path / "measures").exists()
+
+
+def test_the_next_notebook_starts_while_a_report_is_rendered(notebooks, run, tmp_path, monkeypatch):
+    begun, seen = [], []
+    for name in ("04_1_x", "04_2_y"):
+        write_notebook(notebooks / f"{name}.ipynb")
+    start_one, finish = runner.start_one, runner.finish
+    monkeypatch.setattr(runner, "start_one", lambda job: begun.append(job.name) or start_one(job))
+
+    def slow(job, ran):
+        if job.name == "04_1_x":
+            wait_for(lambda: len(begun) == 2)
+            seen.append((job.results / "report.html").exists())
+        return finish(job, ran)
+
+    monkeypatch.setattr(runner, "finish", slow)
+    assert run() == 0
+    assert seen == [False]
+
+
+def test_it_says_where_something_else_is_measured(notebooks, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write_notebook(notebooks / "04_1_x.ipynb")
+    with clock.Measuring():
+        assert run() == 0
+    assert "something else is being measured on this machine" in capsys.readouterr().out
+    # What the notebook saw itself stands in its record; measured alone, it runs again.
+    write_notebook(
+        notebooks / "04_1_x.ipynb", record=RECORD.replace('os.environ.get("EFFILIB_SHARED") == "1"', "True")
+    )
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "something else is being measured" not in said
+    assert "; something else was measured at the same time, so no verdicts" in said
+    assert run() == 0
+    assert "up to date" not in capsys.readouterr().out
 
 
 # Interruptions
@@ -235,7 +300,19 @@ def test_files_are_found_from_the_folder_where_the_command_was_typed(notebooks, 
     (job,) = plan(parameters=[("dataset", "my photos"), ("network", "mine.py:net")])
     assert job.parameters["dataset"] == str(tmp_path / "my photos")
     assert job.parameters["network"] == f"{tmp_path}/mine.py:net"
-    assert job.folder.name == "smoke-my_photos-network=mine.py_net"
+    assert re.fullmatch("smoke-my_photos-network=mine.py_net-[0-9a-f]{4}", job.folder.name)
+
+
+def test_data_sets_of_one_name_do_not_share_a_folder(notebooks, plan, tmp_path):
+    write_notebook(notebooks / "04_1_x.ipynb")
+    folders = []
+    for place in ("a", "b"):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        for dataset in (f"{tmp_path}/{place}/photos", f"{tmp_path}/{place}/photos/../photos"):
+            (job,) = plan(parameters=[("dataset", dataset)])
+            folders.append(job.folder.name)
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert all(name.startswith("smoke-photos-") for name in folders)
 
 
 @pytest.mark.parametrize("name", ["recorded", "../x", ".hidden", "a b"])
@@ -270,52 +347,96 @@ def test_folder_without_notebooks(run, tmp_path):
 # What is said
 
 
-def headline(ratio, low=None, high=None, verdict=""):
-    return {
-        "schema": 1,
-        "status": "complete",
-        "duration_s": 33.0,
-        "headline": {"ratio": ratio, "low": low, "high": high, "verdict": verdict},
-    }
+def record(ratio=None, low=None, high=None, verdict="faster", kind="gap", **changes):
+    head = {"ratio": ratio, "low": low, "high": high, "verdict": verdict, "kind": kind, "n": 5, "lengths": 3}
+    head |= {"range": [70.0, 75.0], "text": "as it was said", "cost": "seconds", "p": 0.01}
+    rest = {"schema": 2, "status": "complete", "preset": "smoke", "dataset": "mnist5k", "duration_s": 33.0}
+    return rest | {"headline": head} | changes
+
+
+RECORDED = record(1.45, 1.3, 1.6)
+COMPARED = {  # name -> this run, the recorded one, what the line ends in
+    "04_1": (record(1.62, 1.5, 1.7), RECORDED, "1.45x [1.30, 1.60]      [1.24, 1.67]      yes"),
+    "04_2": (record(1.1, 1.0, 1.2), RECORDED, "no, slower"),
+    "04_3": (record(1.5, 1.4, 1.6), None, "not recorded            -                 -"),
+    "04_4": (
+        record(0.4, verdict="out of reach: at most 0.40x", kind="at most"),
+        RECORDED,
+        "-                 -",
+    ),
+    "04_5": (record(headline=None), RECORDED, None),
+    "04_6": (record(1.5, 1.4, 1.6), RECORDED | {"schema": 1}, "older protocol          -                 -"),
+    "04_7": (record(1.9, 1.8, 2.0), RECORDED, "no, faster"),
+}
 
 
 def test_comparison_with_the_recorded(notebooks, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
-    cases = {
-        "04_1": (
-            headline(1.5, 1.4, 1.6),
-            headline(1.45, 1.3, 1.6),
-            "1.50x [1.40, 1.60]      1.45x [1.30, 1.60]      yes",
-        ),
-        "04_2": (headline(1.1, 1.0, 1.2), headline(1.45, 1.3, 1.6), "no, slower"),
-        "04_3": (headline(1.5, 1.4, 1.6), None, "not recorded            -"),
-        "04_4": (
-            headline(None, verdict="target missed"),
-            headline(1.45, 1.3, 1.6),
-            "target missed           1.45x [1.30, 1.60]      -",
-        ),
-        "04_5": ({"schema": 1, "status": "complete", "headline": None}, None, None),
-    }
-    for name in cases:
+    for name in COMPARED:
         write_notebook(notebooks / f"{name}.ipynb")
     planned = plan()
     for job in planned:
-        for folder, record in zip((job.results, job.recorded), cases[job.name], strict=False):
+        for folder, content in zip((job.results, job.recorded), COMPARED[job.name], strict=False):
             folder.mkdir(parents=True)
-            if record:
-                paths.write(folder / "record.json", record)
+            if content:
+                paths.write(folder / "record.json", content)
     table = runner.comparison(planned).splitlines()
     assert table[0].split()[:3] == ["notebook", "this", "run"]
-    assert len(table) == 5  # 04_5 has no headline
-    for line, (_, _, end) in zip(table[1:], cases.values(), strict=False):
-        assert line.endswith(end)
-    assert runner.expected(planned[0]) == 33.0  # as recorded
-    assert runner.expected(planned[4]) == runner.SECONDS["smoke"]
+    assert "prediction" in table[-1]
+    lines = {line.split()[0]: line for line in table[1:-1]}
+    assert set(lines) == set(COMPARED) - {"04_5"}  # which has no headline
+    for name, line in lines.items():
+        assert line.endswith(COMPARED[name][2]), name
+
+
+def test_an_exact_repetition_fails_in_five_per_cent():
+    """Of pairs of runs of one truth, whose ratios are judged as `--compare recorded` does."""
+    rng, inside = np.random.default_rng(0), []
+
+    def measured(cells=5, lengths=(0.5, 0.71, 1.0), ratio=1.3):
+        arms = []
+        for factor in (1, ratio):
+            points = [(100 * x / factor, 80 + 10 * math.log(x)) for x in lengths]
+            noise = [rng.normal(0, 1, (2, cells)) for _ in points]
+            arms.append(
+                [
+                    Length(costs=tuple(t * np.exp(0.01 * e[0])), accuracies=tuple(a + 0.6 * e[1]))
+                    for (t, a), e in zip(points, noise, strict=True)
+                ]
+            )
+        found = equal_accuracy(*arms)
+        return {"ratio": found.value, "low": found.low, "high": found.high, "kind": found.kind}
+
+    for _ in range(500):
+        inside.append(runner._inside(measured(), measured())[1] == "yes")
+    assert 0.925 <= np.mean(inside) <= 0.975  # 12 % fail by the interval of the mean
+
+
+def test_how_long_it_takes_is_known_from_earlier_runs(notebooks, plan, results, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path / "recorded")
+    write_notebook(notebooks / "04_1_x.ipynb")
+    (job,) = plan()
+    assert runner.expected(job) is None
+    other = results / "elsewhere" / job.name
+    other.mkdir(parents=True)
+    paths.write(other / "record.json", record(1.2, duration_s=50.0, preset="study"))
+    assert runner.expected(job) is None  # another preset
+    paths.write(other / "record.json", record(1.2, duration_s=50.0))
+    assert runner.expected(job) == 50.0
+    job.results.mkdir(parents=True)
+    paths.write(job.results / "record.json", record(1.2, duration_s=3.0))  # from the cache
+    paths.write(job.results / "run.json", {"status": "complete", "seconds": 55.0})
+    assert runner.expected(job) == 55.0
+    job.recorded.mkdir(parents=True)
+    paths.write(job.recorded / "record.json", record(1.2, duration_s=70.0, schema=1))
+    assert runner.expected(job) == 55.0  # of an older protocol, which took another time
 
 
 def test_live_line_on_a_terminal(notebooks, plan, tmp_path):
     write_notebook(notebooks / "04_1_x.ipynb")
     (job,) = plan()
+    job.results.mkdir(parents=True)
+    paths.write(job.results / "record.json", record(1.2))
     main, terminal = os.openpty()
     with os.fdopen(terminal, "w") as stream:
         progress = runner.Progress(stream)
@@ -326,7 +447,7 @@ def test_live_line_on_a_terminal(notebooks, plan, tmp_path):
         while "complete" not in said:
             said += os.read(main, 10_000).decode()
     os.close(main)
-    assert said.startswith("\r\x1b[K04_1_x: 0.0 s of 10 s\r\x1b[K04_1_x: complete in 61 s")
+    assert said.startswith("\r\x1b[K04_1_x: 0.0 s of 33 s\r\x1b[K04_1_x: complete in 61 s")
 
 
 # What is kept
@@ -349,13 +470,27 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
     assert (
         kept.read_bytes() == (results / "quick-mnist5k" / "03_2_mixed_precision" / "record.json").read_bytes()
     )
-    assert [file.name for file in kept.parent.iterdir()] == ["record.json"]  # this one drew nothing
+    kept_files = {file.name for file in kept.parent.iterdir()}
+    assert kept_files == {"record.json", "report.html"}  # this one drew nothing
+    assert "03_2_mixed_precision/report.html" in (kept.parents[1] / "index.html").read_text()
+    assert (tmp_path / "recorded" / "all.csv").read_text().startswith("notebook,preset,dataset,network,")
     readme = (tmp_path / "README.md").read_text()
     assert "| 3.2 | " in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
 
-    paths.write(results / "quick-mnist5k" / "03_2_mixed_precision" / "run.json", {"status": "failed"})
+    place = results / "quick-mnist5k" / "03_2_mixed_precision"
+    good = paths.read_json(place / "record.json")
+    for changes, reason in (
+        ({"schema": 1}, "older protocol"),
+        ({"shared_machine": True}, "not a measurement .from a shared machine."),
+        ({"parameters": {"dataset": "/b/photos"}}, "recorded from another data set of this name, /a/photos"),
+    ):
+        paths.write(place / "record.json", good | changes)
+        paths.write(kept, good | {"parameters": {"dataset": "/a/photos"}})
+        with pytest.raises(BadInput, match=reason):
+            runner.keep(**which)
+    paths.write(place / "run.json", {"status": "failed"})
     with pytest.raises(BadInput, match="no complete result"):
         runner.keep(**which)
     assert run(preset="smoke") == 0

@@ -125,7 +125,8 @@ def test_a_length_is_a_share_of_the_epochs_at_what_is_tuned_for_as_many():
         0.4,
     ]  # the nearest by its ratio: from 4 epochs
     assert t.at(1.0).recipe.weight_decay == 0.01
-    assert t.but(given=("lr",), lr=0.7).at(0.1).recipe.lr == 0.7
+    assert t.but(lr=0.7).at(0.1).recipe.lr == 0.7  # set by hand it is not tuned
+    assert t.but(lr=0.7).at(1.0).recipe.weight_decay == 0.01
 
 
 def test_a_length_may_be_a_share_of_the_images_at_as_many_updates(mine):

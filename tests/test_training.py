@@ -663,6 +663,23 @@ def test_a_method_can_bring_a_schedule_of_its_own():
 # The clock
 
 
+def test_the_first_step_after_surgery_is_on_the_clock():
+    """It chooses kernels, and compiles; version 1 put a median in its place, so that it was free."""
+
+    @dataclass(frozen=True)
+    class Restructures(Method):
+        def on_after_backward(self, run):
+            if run.step == 5 and run.structures == 1:
+                work(0.3)
+
+        def on_step_end(self, run):
+            if run.step == 4:
+                run.restructure(lambda model, optimizer: None)
+
+    _, history = trained(methods=[Restructures()])
+    assert history.seconds >= 0.3
+
+
 @dataclass(frozen=True)
 class Reconfigures(Method):
     """Does one-off work in some steps."""

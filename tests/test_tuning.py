@@ -105,4 +105,4 @@ def test_what_is_best_is_what_a_task_takes_at_its_lengths():
     ]
     t = task("quick", "mnist5k", epochs=4).but(tuned=tuning.tuned(rows), given=())
     assert [t.at(length).recipe.lr for length in (0.5, 0.6, 1.0)] == [0.4, 0.4, 0.1]
-    assert t.but(given=("lr",), lr=0.3).at(1.0).recipe.lr == 0.3
+    assert t.but(lr=0.3).at(1.0).recipe.lr == 0.3

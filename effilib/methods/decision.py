@@ -1,5 +1,4 @@
-"""When a network in training should grow, where, and in which direction: the thesis' rule as a pure function,
-`decide(trace)`.
+"""When, where and how a network in training should grow: the thesis' rule as a pure function, `decide`.
 
 The thesis trains until one more epoch improves nothing, and then looks at how much was pruned in the last
 epochs. Read here as a rule per stage (layers whose maps have the same size): much pruned, keep shrinking;
@@ -7,7 +6,8 @@ little pruned although the penalty had the time to, the stage needs its channels
 nothing, or its newborns were pruned again, deepen it; else stop.
 
 Nothing here knows a network or a clock: a `Trace` of plain numbers goes in, an `Action` with its reason in
-words comes out, the same one every time."""
+words comes out, the same one every time.
+"""
 
 import math
 import random
@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from effilib.errors import BadInput, choose
+
+__all__ = [
+    "GROWTH", "KINDS", "MODES", "Action", "Epoch", "Policy", "Stage", "Trace", "cooling", "decide", "due",
+    "flat", "gained", "level", "over_fits", "rates", "refuted", "since",
+]  # fmt: skip
 
 MODES = ("thesis", "windowed", "periodic")
 GROWTH = ("widen", "deepen")
@@ -26,60 +31,54 @@ KINDS = ("wait", "shrink", *GROWTH, "stop")
 class Stage:
     """A stage at the end of an epoch.
 
-    widths, live: channels of its nodes, and how many of these live. lost: share of its grown-up channels,
-    weighted by FLOPs, that died in this epoch. pending: share of them that will have died within the window
-    if they go on as in this epoch. born, kept: channels of its last widening, and how many of these live.
-    flops: of a training step's image. widen, deepen: FLOPs that a growth would add to the rest of the run;
-    infinite where it cannot be.
-
     >>> Stage(name="stage 1", widths=(16, 32), live=(16, 20), lost=0.1)
     Stage(name='stage 1', depth=1, widths=(16, 32), live=(16, 20), lost=0.1, ..., widen=inf, deepen=inf)
     """
 
     name: str
-    depth: int = 1
-    widths: tuple = (16,)
-    live: tuple = (16,)
-    lost: float = 0.0
-    pending: float = 0.0
-    born: int = 0
-    kept: int = 0
-    flops: float = 1.0
-    widen: float = math.inf
+    depth: int = 1  # residual paths, or layers
+    widths: tuple[int, ...] = (16,)  # channels of its nodes
+    live: tuple[int, ...] = (16,)  # how many of these live
+    lost: float = 0.0  # share of its grown-up channels, weighted by FLOPs, that died in this epoch
+    pending: float = 0.0  # share of them that will be dead within the window if they go on like this
+    born: int = 0  # channels of its last widening
+    kept: int = 0  # how many of these live
+    flops: float = 1.0  # of a training step's image
+    widen: float = math.inf  # FLOPs that it would add to the rest of the run; infinite where it cannot be
     deepen: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch's end: mean training loss and accuracy (%), both of the split that decides, at the images'
-    present size.
+    """An epoch's end.
 
-    >>> end = Epoch(epoch=3, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=(Stage(name="stage 1"),))
+    >>> stages = (Stage(name="stage 1"),)
+    >>> end = Epoch(epoch=3, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=stages)
     >>> end.train_accuracy - end.accuracy
     4.0
     """
 
     epoch: int
-    train_loss: float
+    train_loss: float  # mean over the epoch, as is the accuracy (%)
     train_accuracy: float
-    loss: float
+    loss: float  # on the split that decides, as is the accuracy
     accuracy: float
-    stages: tuple
-    size: tuple = ()
+    stages: tuple[Stage, ...]
+    size: tuple[int, ...] = ()  # of the images on which both were read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What to do, and why. freeze: (stage, growth) that are never to be tried again.
+    """What to do, and why.
 
     >>> print(Action(kind="widen", stage="stage 1", reason="it lost nothing"))
     widen stage 1: it lost nothing
     """
 
-    kind: str
+    kind: str  # one of KINDS
     stage: str = ""
     reason: str = ""
-    freeze: tuple = ()
+    freeze: tuple[tuple[str, str], ...] = ()  # (stage, growth) that are never to be tried again
 
     def __post_init__(self):
         choose("kind of action", self.kind, KINDS)
@@ -92,62 +91,49 @@ class Action:
 class Trace:
     """All that a decision may rest on.
 
-    actions: (epoch, `Action`) so far, waiting left out. frozen: (stage, growth) given up. spent, projected,
-    budget: FLOPs so far, of the rest of the run if nothing changes, and in all. lam: the penalty's
-    coefficient; idle: epochs after which it has removed a channel that no gradient holds; pressed: epochs for
-    which it has acted. images: behind an accuracy. over: the search's share of the run has passed. seed: of
-    the control that grows at random.
-
     >>> end = Epoch(epoch=0, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=())
     >>> trace = Trace(epochs=(end,), actions=((0, Action(kind="deepen", stage="stage 1")),))
     >>> trace.last, len(trace.growths)
     (0, 1)
     """
 
-    epochs: tuple
-    actions: tuple = ()
-    frozen: frozenset = frozenset()
-    spent: float = 0.0
-    projected: float = 0.0
-    budget: float = math.inf
-    lam: float = 0.0
-    idle: float = math.inf
-    pressed: float = 0.0
-    images: int = 1000
-    over: bool = False
-    seed: int = 0
+    epochs: tuple[Epoch, ...]
+    actions: tuple[tuple[int, Action], ...] = ()  # (epoch, action) so far, waiting left out
+    frozen: frozenset[tuple[str, str]] = frozenset()  # (stage, growth) given up
+    spent: float = 0.0  # FLOPs so far
+    projected: float = 0.0  # of the rest of the run if nothing changes
+    budget: float = math.inf  # in all
+    lam: float = 0.0  # the penalty's coefficient
+    idle: float = math.inf  # epochs after which it has removed a channel that no gradient holds
+    pressed: float = 0.0  # epochs for which it has acted
+    images: int = 1000  # behind an accuracy
+    over: bool = False  # the search's share of the run has passed
+    seed: int = 0  # of the control that grows at random
 
     @property
-    def now(self):
+    def now(self) -> Epoch:
         """The last `Epoch`."""
         return self.epochs[-1]
 
     @property
-    def last(self):
+    def last(self) -> int:
         """Epoch of the last action, -1 if there was none."""
         return self.actions[-1][0] if self.actions else -1
 
     @property
-    def growths(self):
+    def growths(self) -> list[tuple[int, Action]]:
         """(epoch, `Action`) of every growth."""
         return [(e, a) for e, a in self.actions if a.kind in GROWTH]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How to decide. mode says when a decision is due, the rest is the same for all.
+    """How to decide. `mode` says when a decision is due, the rest is the same for all.
 
-    mode: "thesis", as soon as an epoch's validation loss is no new best; "windowed", if the mean validation
-    loss of `patience` epochs is not by `tau` below that of as many before, and the training loss falls by
-    less than `progress` an epoch; "periodic", every `period` epochs. cooldown: epochs without a decision
-    after an action. window: epochs over which pruning is looked at, longer if the penalty needs longer. low,
-    high: a stage that lost at most `low` of its channels needs them, from `high` on it still shrinks, between
-    them it is left alone. full: training accuracy (%) from which on capacity is not what lacks; gap: points
-    of training over validation accuracy from which on the network over-fits. gain: points that a growth must
-    bring, at least `sigmas` standard errors, or it is given up there. growths: at most so many. order: which
-    growth comes first. where: "pruned", by the rule; "random", any stage and direction (a control). pressure:
-    whether "nothing was pruned" counts only under a penalty that had the time to; False is for growth without
-    pruning.
+    "thesis": as soon as an epoch's validation loss is no new best. "windowed": if the mean validation loss of
+    `patience` epochs is not by `tau` below that of as many before, and the training loss falls by less than
+    `progress` an epoch. "periodic": every `period` epochs. A stage that lost at most `low` of its channels
+    needs them, from `high` on it still shrinks, between them it is left alone.
 
     >>> Policy(mode="thesis").patience
     2
@@ -161,17 +147,19 @@ class Policy:
     tau: float = 0.02
     progress: float = 0.05
     period: int = 3
-    cooldown: int = 2
-    window: int = 2
+    cooldown: int = 2  # epochs without a decision after an action
+    window: int = 2  # epochs over which pruning is looked at, longer if the penalty needs longer
     low: float = 0.01
     high: float = 0.05
-    full: float = 99.5
-    gap: float = 10.0
-    gain: float = 0.2
-    sigmas: float = 1.0
-    growths: int = 4
-    order: tuple = GROWTH
-    where: str = "pruned"
+    full: float = 99.5  # training accuracy (%) from which on capacity is not what lacks
+    gap: float = 10.0  # points of training over validation accuracy from which on the network over-fits
+    gain: float = 0.2  # points that a growth must bring, or it is given up there
+    sigmas: float = 1.0  # standard errors of the accuracy that it must bring at least
+    growths: int = 4  # at most so many
+    order: tuple[str, ...] = GROWTH  # which comes first
+    where: str = "pruned"  # by the rule; "random": any stage and direction, a control
+    # Whether "nothing was pruned" counts only under a penalty that had the time to; False for growth without
+    # one.
     pressure: bool = True
 
     def __post_init__(self):
@@ -186,9 +174,10 @@ class Policy:
             raise BadInput("patience, period, cooldown and window are at least 1 epoch, growths at least 0")
 
 
-def flat(losses, patience, tau):
-    """Whether the last `patience` losses hold none that is by the share `tau` below the best before. False if
-    nothing is before.
+def flat(losses: list[float], patience: int, tau: float) -> bool:
+    """Return whether no recent loss is by a share below the best before.
+
+    patience: losses that are recent. tau: the share. False if nothing is before.
 
     >>> flat([1.0, 0.9, 0.91, 0.92], patience=2, tau=0.0), flat([1.0, 0.9, 0.8], patience=2, tau=0.0)
     (True, False)
@@ -196,9 +185,10 @@ def flat(losses, patience, tau):
     return len(losses) > patience and min(losses[-patience:]) >= (1 - tau) * min(losses[:-patience])
 
 
-def level(losses, patience, tau):
-    """Whether the mean of the last `patience` losses is not by the share `tau` below that of as many before:
-    noise averages out.
+def level(losses: list[float], patience: int, tau: float) -> bool:
+    """Return whether the mean of recent losses is not by a share below that of as many before.
+
+    patience: losses that are recent; noise averages out. tau: the share.
 
     >>> level([1.0, 0.8, 0.8, 1.0], patience=2, tau=0.0), level([1.0, 0.9, 0.8, 0.7], patience=2, tau=0.0)
     (True, False)
@@ -209,11 +199,12 @@ def level(losses, patience, tau):
     return stats.mean(after) >= (1 - tau) * stats.mean(before)
 
 
-def since(trace):
-    """Epochs since the last action on images of the present size: only these can be compared.
+def since(trace: Trace) -> list[Epoch]:
+    """Return the epochs that can be compared: since the last action, on images of one size.
 
-    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=()) for i in range(4)]
-    >>> trace = Trace(epochs=tuple(ends), actions=((1, Action(kind="shrink")),))
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
+    >>> ends = tuple(Epoch(epoch=i, accuracy=66, **how) for i in range(4))
+    >>> trace = Trace(epochs=ends, actions=((1, Action(kind="shrink")),))
     >>> [end.epoch for end in since(trace)]
     [2, 3]
     """
@@ -223,8 +214,8 @@ def since(trace):
     ]
 
 
-def cooling(trace, policy):
-    """Whether the last action is too recent for another.
+def cooling(trace: Trace, policy: Policy) -> bool:
+    """Return whether the last action is too recent for another.
 
     >>> end = Epoch(epoch=4, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=())
     >>> trace = Trace(epochs=(end,), actions=((3, Action(kind="widen", stage="stage 1")),))
@@ -234,13 +225,14 @@ def cooling(trace, policy):
     return bool(trace.actions) and trace.now.epoch - trace.last < policy.cooldown
 
 
-def due(trace, policy):
-    """Why a decision is due, "" if it is not.
+def due(trace: Trace, policy: Policy) -> str:
+    """Return why a decision is due, "" if it is not.
 
-    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=()) for i in range(3)]
-    >>> due(Trace(epochs=tuple(ends)), Policy(mode="thesis"))
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
+    >>> ends = tuple(Epoch(epoch=i, accuracy=66, **how) for i in range(3))
+    >>> due(Trace(epochs=ends), Policy(mode="thesis"))
     'one more epoch improved nothing'
-    >>> due(Trace(epochs=tuple(ends)), Policy(mode="windowed", patience=2))  # too early to tell
+    >>> due(Trace(epochs=ends), Policy(mode="windowed", patience=2))  # too early to tell
     ''
     """
     if any(a.kind == "stop" for _, a in trace.actions) or cooling(trace, policy):
@@ -259,10 +251,11 @@ def due(trace, policy):
     return ""  # still learning: the validation loss was only noisy
 
 
-def rates(trace, epochs):
-    """Share of its channels that each stage lost in the last epochs, (its name -> rate).
+def rates(trace: Trace, epochs: int) -> dict[str, float]:
+    """Return the share of its channels that each stage lost in the last epochs, by name.
 
-    >>> halved = Epoch(epoch=0, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=(Stage(name="stage 1", lost=0.5),))
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=(Stage(name="stage 1", lost=0.5),))
+    >>> halved = Epoch(epoch=0, accuracy=66, **how)
     >>> rates(Trace(epochs=(halved, halved)), epochs=2)
     {'stage 1': 0.75}
     """
@@ -274,8 +267,8 @@ def rates(trace, epochs):
     return {name: 1 - left for name, left in found.items()}
 
 
-def over_fits(trace, policy):
-    """In words, if capacity is not what lacks; else "".
+def over_fits(trace: Trace, policy: Policy) -> str:
+    """Return in words why capacity is not what lacks, "" if it may be.
 
     >>> end = Epoch(epoch=0, train_loss=0.1, train_accuracy=98, loss=1, accuracy=80, stages=())
     >>> over_fits(Trace(epochs=(end,)), Policy(gap=10))
@@ -288,11 +281,15 @@ def over_fits(trace, policy):
     return f"{train:.1f} % on training images, {held:.1f} % on others" if train - held >= policy.gap else ""
 
 
-def gained(trace, policy):
-    """Points of accuracy since the last growth, None if there was none or the images have another size since.
+def gained(trace: Trace, policy: Policy) -> float | None:
+    """Return the points of accuracy that the last growth brought.
 
-    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=60 + i, stages=()) for i in range(4)]
-    >>> gained(Trace(epochs=tuple(ends), actions=((1, Action(kind="widen", stage="stage 1")),)), Policy(patience=2))
+    None if there was none or the images have another size since.
+
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
+    >>> ends = tuple(Epoch(epoch=i, accuracy=60 + i, **how) for i in range(4))
+    >>> actions = ((1, Action(kind="widen", stage="stage 1")),)
+    >>> gained(Trace(epochs=ends, actions=actions), Policy(patience=2))
     2.0
     """
     if not trace.growths:
@@ -305,11 +302,15 @@ def gained(trace, policy):
     return stats.mean(e.accuracy for e in after) - stats.mean(e.accuracy for e in before)
 
 
-def refuted(trace, policy):
-    """[((stage, growth), why)] of the last growth, if it brought nothing or its newborns were pruned again.
+def refuted(trace: Trace, policy: Policy) -> list[tuple[tuple[str, str], str]]:
+    """Return [((stage, growth), why)] of the last growth if it was in vain, else [].
 
-    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=60, stages=()) for i in range(4)]
-    >>> refuted(Trace(epochs=tuple(ends), actions=((1, Action(kind="deepen", stage="stage 1")),)), Policy(sigmas=0))
+    In vain: it brought nothing, or its newborns were pruned again.
+
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
+    >>> ends = tuple(Epoch(epoch=i, accuracy=60, **how) for i in range(4))
+    >>> actions = ((1, Action(kind="deepen", stage="stage 1")),)
+    >>> refuted(Trace(epochs=ends, actions=actions), Policy(sigmas=0))
     [(('stage 1', 'deepen'), 'deepening it brought +0.0 points, less than 0.2')]
     """
     if not trace.growths:
@@ -331,12 +332,13 @@ def refuted(trace, policy):
     return []
 
 
-def decide(trace, policy=None):
-    """What to do after the last epoch of the trace: an `Action`.
+def decide(trace: Trace, policy: Policy | None = None) -> Action:
+    """Return what to do after the last epoch of the trace.
 
     >>> stage = Stage(name="stage 1", widen=1.0)  # it lost nothing, and can become wider
-    >>> ends = [Epoch(epoch=i, train_loss=1, train_accuracy=70, loss=1, accuracy=66, stages=(stage,)) for i in range(4)]
-    >>> action = decide(Trace(epochs=tuple(ends), lam=0.1, idle=2, pressed=4))  # the penalty had the time to remove what is idle
+    >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=(stage,))
+    >>> ends = tuple(Epoch(epoch=i, accuracy=66, **how) for i in range(4))
+    >>> action = decide(Trace(epochs=ends, lam=0.1, idle=2, pressed=4))  # the penalty had its time
     >>> action.kind, action.stage
     ('widen', 'stage 1')
     """
@@ -372,7 +374,8 @@ def _grow(trace, policy, why):
     window = max(policy.window, math.ceil(trace.idle) if policy.pressure else 0)
     lost, stages = rates(trace, window), trace.now.stages
     pruned = {
-        s.name: f"{s.name} lost {lost[s.name]:.1%} of its channels in {window} epochs, {s.pending:.1%} are going"
+        s.name: f"{s.name} lost {lost[s.name]:.1%} of its channels in {window} epochs, {s.pending:.1%} are "
+        "going"
         for s in stages
     }
     judged = refuted(trace, policy)

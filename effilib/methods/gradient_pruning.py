@@ -1,5 +1,4 @@
-"""Pruning of activation gradients (Ye et al. 2019, arXiv:1908.00173): most of dO becomes 0, at random and
-without bias.
+"""Pruning of activation gradients (Ye et al. 2019, arXiv:1908.00173): most of dO becomes 0, without bias.
 
 Of three products of a convolution two read dO, the gradient of its output. An element below a threshold tau
 becomes 0 or +-tau, so that its expectation stays. tau follows from one number, the mean magnitude, if
@@ -9,9 +8,11 @@ prune in passing.
 
 Zeros save time only in hardware that skips them. What saves time on dense kernels are structured subsets:
 output channels, or samples; they stand beside it. Chmiel et al. (2021, arXiv:2006.08173) find gradients
-nearer to lognormal: their threshold aims at the share of zeros itself."""
+nearer to lognormal: their threshold aims at the share of zeros itself.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,22 +22,28 @@ from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
+
+__all__ = [
+    "INFO", "GradientPruning", "GradientSubsets", "Pruner", "lognormal_threshold", "lognormal_zeros",
+    "normal_quantile", "placements", "prune", "prune_gradients_", "random_subset", "subset_gradients_",
+    "threshold", "zero_fraction",
+]  # fmt: skip
 
 INFO = Info(
     name="Activation-gradient pruning",
     name_de="Verdünnung des Aktivierungsgradienten",
     chapter="4.1",
     paper="Ye et al. 2019, arXiv:1908.00173 (ECCV 2020)",
-    claim="Most elements of the gradients of activations can be set to 0 at random, without bias, at a negligible loss of accuracy; up to "
-    "5.92x less time in the backward pass on hardware that skips zeros.",
-    cost_model="dX and dW shrink to the density of dO where zeros are skipped; dense kernels save nothing. Added: one pass over dO, one "
-    "random number an element.",
+    claim="Most elements of the gradients of activations can be set to 0 at random, without bias, at a "
+    "negligible loss of accuracy; up to 5.92x less time in the backward pass on hardware that skips zeros.",
+    cost_model="dX and dW shrink to the density of dO where zeros are skipped; dense kernels save nothing. "
+    "Added: some passes over dO, and a random number an element.",
 )
 
 
-def normal_quantile(q):
-    """Phi^-1(q) of the standard normal distribution.
+def normal_quantile(q: float) -> float:
+    """Return Phi^-1(q) of the standard normal distribution.
 
     >>> round(normal_quantile(0.975), 2)
     1.96
@@ -48,8 +55,10 @@ def _phi(z):
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
-def threshold(g, p):
-    """tau with P(|g| < tau) = p if g ~ N(0, sigma^2): Phi^-1((1 + p) / 2) sigma, sigma from the mean magnitude. A 0-d tensor.
+def threshold(g: torch.Tensor, p: float) -> torch.Tensor:
+    """Return tau with P(|g| < tau) = p for normal gradients, 0-d.
+
+    tau = Phi^-1((1 + p) / 2) sigma, with sigma from the mean magnitude.
 
     >>> g = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     >>> round((g.abs() < threshold(g, 0.9)).float().mean().item(), 2)
@@ -59,9 +68,10 @@ def threshold(g, p):
     return normal_quantile((1 + p) / 2) * sigma
 
 
-def zero_fraction(p):
-    """The share of zeros that pruning with target rate p leaves of normal gradients: p - sqrt(2/pi) (1 -
-    exp(-t^2/2)) / t.
+def zero_fraction(p: float) -> float:
+    """Return the share of zeros that a target rate p makes of normal gradients.
+
+    p - sqrt(2/pi) (1 - exp(-t^2/2)) / t, where t is tau / sigma.
 
     >>> round(zero_fraction(0.9), 2)  # of 90 % below tau, 36 % became tau
     0.54
@@ -70,8 +80,10 @@ def zero_fraction(p):
     return p - math.sqrt(2 / math.pi) * (1 - math.exp(-(t**2) / 2)) / t if t else 0.0
 
 
-def lognormal_zeros(u, s):
-    """The share of zeros for ln|g| ~ N(m, s^2) and ln tau = m + u s: E[1 - |g| / tau; |g| < tau].
+def lognormal_zeros(u: float, s: float) -> float:
+    """Return the share of zeros of lognormal gradients.
+
+    E[1 - |g| / tau; |g| < tau] for ln|g| ~ N(m, s^2) and ln tau = m + u s.
 
     >>> round(lognormal_zeros(u=0.0, s=1.0), 2)
     0.24
@@ -79,10 +91,11 @@ def lognormal_zeros(u, s):
     return _phi(u) - math.exp(s * s / 2 - s * u) * _phi(u - s)
 
 
-def lognormal_threshold(g, zeros):
-    """tau that leaves a share `zeros` of the non-zero elements 0 if |g| is lognormal (Chmiel et al. 2021). A 0-d tensor.
+def lognormal_threshold(g: torch.Tensor, zeros: float) -> torch.Tensor:
+    """Return tau that makes a share `zeros` of lognormal gradients 0, 0-d.
 
-    Mean m and deviation s of ln|g| are estimated over the elements that are not 0; tau follows by bisection.
+    Mean m and deviation s of ln|g| are estimated over the elements that are not 0, of which the share is; tau
+    follows by bisection (Chmiel et al. 2021).
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> g = torch.randn(10_000, generator=generator).exp()
@@ -92,36 +105,52 @@ def lognormal_threshold(g, zeros):
     logs = g[g != 0].abs().float().log()
     if len(logs) < 2:
         return g.new_zeros((), dtype=torch.float32)
-    m, s = logs.mean().item(), logs.std().item()
-    low, high = -10.0, 10.0 + 2 * s
+    m, s = logs.mean().item(), max(logs.std().item(), 1e-6)
+    low, high = -10.0, 10 + s / 2 + math.log(2 / (1 - zeros)) / s  # the second gives too many zeros
     for _ in range(60):
         u = (low + high) / 2
-        low, high = (u, high) if lognormal_zeros(u, max(s, 1e-6)) < zeros else (low, u)
+        low, high = (u, high) if lognormal_zeros(u, s) < zeros else (low, u)
     return torch.tensor(math.exp(m + high * s), device=g.device)
 
 
-def prune(g, tau, generator):
-    """g where |g| >= tau; else sign(g) tau with probability |g| / tau, 0 otherwise: E = g, Var = |g| (tau - |g|). Same shape.
+def prune(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Set elements below tau to 0 or to tau with their sign, so that their expectation stays.
 
-    A threshold that is 0 or not finite (a gradient overflowed) prunes nothing.
+    g where |g| >= tau, else sign(g) tau with probability |g| / tau: E = g, Var = |g| (tau - |g|). Same shape,
+    layout and format. tau: 0-d; one that is 0 or not finite (a gradient overflowed) prunes nothing. The
+    probability has 16 bits.
 
     >>> pruned = prune(torch.tensor([3.0, 0.5, -0.5]), torch.tensor(1.0), torch.Generator().manual_seed(0))
     >>> pruned[0].item(), set(pruned[1:].tolist()) <= {-1.0, 0.0, 1.0}
     (3.0, True)
     """
+    precise = torch.float64 if g.dtype == torch.float64 else torch.float32
     tau = torch.where(tau.isfinite(), tau, 0.0).to(g.dtype)
-    r = torch.empty_like(g, dtype=torch.float32).uniform_(generator=conv.on_device(generator, g.device))
     magnitude = g.abs()
-    small = torch.where(magnitude > r * tau, tau * g.sign(), torch.zeros_like(g))
-    return torch.where(magnitude < tau, small, g)  # nan stays, to be seen
+    # 0 and 1 in the operands' own format: booleans, and `where`, are several times slower
+    stays = torch.ge(magnitude, tau, out=torch.empty_like(magnitude))
+    share = magnitude.to(precise) / tau.to(precise)
+    becomes = torch.gt(share, _uniform_like(magnitude, generator, precise), out=share).to(g.dtype)
+    return torch.maximum(magnitude.mul_(stays), becomes.mul_(tau)).copysign_(g)  # nan stays, to be seen
+
+
+def _uniform_like(t, generator, dtype):
+    """Uniform in (0, 1), laid out as t; 16 random bits a number, four times as fast as 32."""
+    generator, n = conv.on_device(generator, t.device), t.numel()
+    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=t.device).random_(
+        -(2**63), None, generator=generator
+    )
+    bits = bits.view(torch.int16).as_strided(t.shape, t.stride())
+    return bits.to(dtype).add_(2**15 + 0.5).mul_(2.0**-16)
 
 
 class Pruner:
-    """Prunes the gradients of one layer and keeps count; its state is plain and goes into checkpoints.
+    """Prune the gradients of one layer and keep count; its state is plain.
 
     law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier
     tau are averaged to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's
-    own. every: density is counted every so many batches.
+    own. every: density is counted every so many batches. A batch whose gradient overflowed tells nothing: it
+    is neither counted nor averaged.
 
     >>> pruner, generator = Pruner(p=0.9), torch.Generator().manual_seed(0)
     >>> state = pruner.new_state()
@@ -130,43 +159,41 @@ class Pruner:
     0.54
     """
 
-    def __init__(self, p, law="normal", fifo=0, every=10):
+    def __init__(self, p: float, law: str = "normal", fifo: int = 0, every: int = 10):
         self.p, self.law, self.fifo, self.every = p, law, fifo, every
 
-    def new_state(self):
-        """What is kept of a layer, at first: earlier thresholds, and sums over the batches that were
-        counted.
-        """
+    def new_state(self) -> dict:
+        """Return what is kept of a layer: earlier tau, and sums over the batches that were counted."""
         return {"taus": [], "calls": 0, "counted": 0, "zeros": 0.0, "error": 0.0, "cosine": 0.0}
 
-    def __call__(self, g, state, generator):
+    def __call__(self, g: torch.Tensor, state: dict, generator: torch.Generator) -> torch.Tensor:
+        """Return g pruned, and note in `state` what became of it."""
         own = threshold(g, self.p) if self.law == "normal" else lognormal_threshold(g, self.p)
-        past, tau = state["taus"], own
+        past, tau, sound = state["taus"], own, bool(own.isfinite())
         if self.fifo:
             tau = torch.tensor(past).mean().to(own) if len(past) == self.fifo else torch.zeros_like(own)
-            state["taus"] = [*past, own.item()][-self.fifo :]
+            state["taus"] = [*past, own.item()][-self.fifo :] if sound else past
         pruned = prune(g, tau, generator) if tau > 0 else g
-        if state["calls"] % self.every == 0 and tau > 0:
+        if state["calls"] % self.every == 0 and sound and tau > 0 and own > 0:
             state["counted"] += 1
             state["zeros"] += (pruned == 0).float().mean().item()
             state["error"] += abs(tau / own - 1).item()
-            state["cosine"] += torch.cosine_similarity(
-                g.flatten().float(), pruned.flatten().float(), 0
-            ).item()
+            cosine = torch.cosine_similarity(g.flatten().float(), pruned.flatten().float(), 0)
+            state["cosine"] += cosine.item()
         state["calls"] += 1
         return pruned
 
 
-def placements(model, chosen, x):
-    """Where each layer's gradient is pruned: "dO", at its output, where a BatchNorm follows (BatchNorm fills
-    up ReLU's zeros), else "dI".
+def placements(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -> dict[str, str]:
+    """Return where each layer's gradient is pruned, by name: "dO" or "dI".
 
-    chosen: dict name -> module. x: a batch of images. dI is the gradient of the layer's input, before the
-    ReLU in front of it masks it: after the mask the many zeros would spoil the estimate of tau. Dict name ->
-    place.
+    At its output where a BatchNorm follows, which fills up ReLU's zeros; else at its input. chosen: name ->
+    module. x: a batch of images. dI is pruned before the ReLU in front of the layer masks it: after the mask
+    the many zeros would spoil the estimate of tau.
 
     >>> with_norm, without = (build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=bn) for bn in (True, False))
-    >>> [list(placements(net, conv.layers(net), torch.zeros(1, 1, 8, 8)).values()) for net in (with_norm, without)]
+    >>> x = torch.zeros(1, 1, 8, 8)
+    >>> [list(placements(net, conv.layers(net), x).values()) for net in (with_norm, without)]
     [['dO'], ['dI']]
     """
     names, outputs, hooks = {m: n for n, m in chosen.items()}, {}, []
@@ -189,12 +216,19 @@ def placements(model, chosen, x):
     return place
 
 
-def prune_gradients_(model, pruner, x, state, generator, owner="gradient pruning"):
-    """Prune the activation gradients of all convolutions but stem and classifier, in place.
+def prune_gradients_(
+    model: nn.Module,
+    pruner: Pruner,
+    x: torch.Tensor,
+    state: Callable[[], dict],
+    generator: torch.Generator,
+    owner: object = "gradient pruning",
+) -> dict[str, str]:
+    """Prune the activation gradients of all convolutions but the stem, in place.
 
-    pruner: a `Pruner`. x: a batch of images, by which stem and placement are found. state: () -> dict, filled
-    per layer; it is asked for anew at every call, as a checkpoint may have replaced it. Returns {name: "dO"
-    or "dI"}; raises `NoEffect` if no layer matched.
+    x: a batch of images, by which stem and placement are found. state: () -> dict, filled per layer; it is
+    asked for anew at every call, as a checkpoint may have replaced it. Returns `placements`; raises
+    `NoEffect` if no layer matched.
 
     >>> net, state = build("convnet", 4, (1, 8, 8), widths=(4, 8)), {}
     >>> prune_gradients_(net, Pruner(p=0.9), torch.zeros(1, 1, 8, 8), lambda: state, torch.Generator())
@@ -218,7 +252,7 @@ def prune_gradients_(model, pruner, x, state, generator, owner="gradient pruning
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPruning(Method):
-    """Train with stochastically pruned activation gradients. p to every: see `Pruner`.
+    """Train with stochastically pruned activation gradients.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -227,19 +261,20 @@ class GradientPruning(Method):
     'density of the pruned gradients: features.4 0...'
     """
 
-    p: float = 0.9
-    law: str = "normal"
-    fifo: int = 5
-    every: int = 10
+    p: float = 0.9  # target rate: the share below tau, or of zeros if the law is "lognormal"
+    law: str = "normal"  # of the gradients, from which tau follows
+    fifo: int = 5  # as many earlier tau predict the next; 0: each batch's own
+    every: int = 10  # batches from one count of the density to the next
 
     def __post_init__(self):
         choose("law of gradients", self.law, ("normal", "lognormal"))
         if not 0 <= self.p < 1 or self.fifo < 0:
             raise BadInput(
-                f"gradient pruning: p is {self.p}, it must be from 0 to below 1; fifo is {self.fifo}, it must not be negative"
+                f"gradient pruning: p is {self.p}, it must be from 0 to below 1; fifo is {self.fifo}, it "
+                "must not be negative"
             )
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if not self.p:
             raise NoEffect("gradient pruning: p = 0 prunes nothing")
         pruner, state = Pruner(self.p, self.law, self.fifo, self.every), run.state.setdefault(self, {})
@@ -250,7 +285,7 @@ class GradientPruning(Method):
         state.update({n: pruner.new_state() for n in place})
         run.log(self, "pruned: " + ", ".join(f"{n} ({at})" for n, at in place.items()), placement=place)
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         conv.revert_(run.model, self)
         layers = {n: s for n, s in run.state[self].items() if s["counted"]}
         means = {k: {n: s[k] / s["counted"] for n, s in layers.items()} for k in ("zeros", "error", "cosine")}
@@ -268,9 +303,12 @@ class GradientPruning(Method):
 # Structured subsets, which dense kernels can use
 
 
-def random_subset(n, keep, generator, device="cpu"):
-    """(index, scale): round(keep n) >= 1 of n slices at random, and the factor n / k that makes their sum
-    unbiased.
+def random_subset(
+    n: int, keep: float, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, float]:
+    """Return (index, scale): k = round(keep n) >= 1 of n slices, and n / k.
+
+    Scaled by it their sum is unbiased.
 
     >>> index, scale = random_subset(8, 0.25, torch.Generator().manual_seed(0))
     >>> len(index), scale
@@ -287,13 +325,20 @@ SUBSETS = {
 
 
 def subset_gradients_(
-    model, keep, generator, *, dx="outputs", dw="outputs", x=None, owner="gradient subsets"
-):
-    """Compute dX and dW of all convolutions but stem and classifier from random subsets, scaled, in place.
+    model: nn.Module,
+    keep: float,
+    generator: torch.Generator,
+    *,
+    dx: str | None = "outputs",
+    dw: str | None = "outputs",
+    x: torch.Tensor | None = None,
+    owner: object = "gradient subsets",
+) -> list[str]:
+    """Compute dX and dW of all convolutions but the stem from random subsets.
 
-    keep: share of the slices. dx, dw: of what: "outputs" (channels), "samples", or None: exact. If both name
-    the same, they share the subset. Grouped convolutions stay exact. Returns the names; raises `NoEffect` if
-    no layer matched.
+    In place, scaled without bias. keep: share of the slices. dx, dw: of what: "outputs" (channels),
+    "samples", or None: exact. If both name the same, they share the subset. Grouped convolutions stay exact.
+    Returns the names; raises `NoEffect` if no layer matched.
 
     >>> subset_gradients_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), 0.5, torch.Generator())
     ['features.4']
@@ -324,8 +369,7 @@ def subset_gradients_(
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSubsets(Method):
-    """Train with structured, unbiased subsets of the activation gradients. keep, dx, dw: see
-    `subset_gradients_`.
+    """Train with structured, unbiased subsets of the activation gradients.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -334,20 +378,21 @@ class GradientSubsets(Method):
     '1 layers: dX from 50% of outputs, dW from 50% of outputs'
     """
 
-    keep: float = 0.5
-    dx: str | None = "outputs"
-    dw: str | None = "outputs"
+    keep: float = 0.5  # share of the slices
+    dx: str | None = "outputs"  # of what dX is computed: "outputs" (channels), "samples", None: exact
+    dw: str | None = "outputs"  # the same for dW; if both name the same, they share the subset
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = subset_gradients_(
             run.model, self.keep, run.generator(self, share=True), dx=self.dx, dw=self.dw, x=x, owner=self
         )
         run.state[self] = {"layers": names}
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         conv.revert_(run.model, self)
         run.log(
             self,
-            f"{len(run.state[self]['layers'])} layers: dX from {self.keep:.0%} of {self.dx}, dW from {self.keep:.0%} of {self.dw}",
+            f"{len(run.state[self]['layers'])} layers: dX from {self.keep:.0%} of {self.dx}, "
+            f"dW from {self.keep:.0%} of {self.dw}",
         )

@@ -1,11 +1,10 @@
-"""Kernel rescaling (Porto Buarque de Gusmao, Francini, Lepsoy & Magli 2016, arXiv:1610.03623): begin with
-small images and small kernels.
+"""Kernel rescaling: begin training with small images and small kernels.
 
-If an image is enlarged by s, a kernel enlarged by s responds alike: (f_s * h_s)(x) = s^2 (f * h)(x / s). So a
-network is trained first on small images with small kernels; then its kernels are enlarged, with the amplitude
-factor that takes s^2 back, and it is refined at full size. The paper's text was not to be had: kernel sizes,
-schedule and treatment of momentum are choices made here. Without the kernels it is progressive resizing, the
-control.
+Porto Buarque de Gusmao, Francini, Lepsoy & Magli 2016, arXiv:1610.03623. If an image is enlarged by s, a
+kernel enlarged by s responds alike: (f_s * h_s)(x) = s^2 (f * h)(x / s). So a network is trained first on
+small images with small kernels; then its kernels are enlarged, with the amplitude factor that takes s^2 back,
+and it is refined at full size. We had only the abstract: kernel sizes, schedule and treatment of momentum are
+choices made here. Without the kernels it is progressive resizing, the control.
 
 Beside it PI-resize (Beyer et al. 2023, FlexiViT, arXiv:2212.08013) for patch embeddings, whose stride is
 their kernel's size."""
@@ -13,6 +12,7 @@ their kernel's size."""
 import copy
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,15 +25,21 @@ from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.training import Method
 
+__all__ = [
+    "KernelRescaling", "kernels", "matrix", "pi_resize", "recalibrate_", "rescale_", "rescale_kernel",
+    "resize",
+]  # fmt: skip
+
 INFO = Info(
     name="Kernel rescaling",
     name_de="Skalierung der Filter",
     chapter="6.3",
     paper="Porto Buarque de Gusmao et al. 2016, arXiv:1610.03623",
-    claim="Training that begins with smaller images and smaller kernels, rescaled for the last epochs at full size, takes nearly 20 % less "
-    "time at the same test accuracy (OverFeat and ResNet; abstract).",
-    cost_model="On images of s times the side a step costs s^2 of a full one, a layer whose kernels are as much smaller s^4. Added are "
-    "resizing the images and a few forward passes for BatchNorm's statistics at each switch.",
+    claim="Training that begins with smaller images and smaller kernels, rescaled for the last epochs at "
+    "full size, takes nearly 20 % less time at the same test accuracy (OverFeat and ResNet; abstract).",
+    cost_model="On images of s times the side a step costs s^2 of a full one, a layer whose kernels are as "
+    "much smaller s^4. Added are resizing the images and a few forward passes for BatchNorm's statistics "
+    "at each switch.",
 )
 
 SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps misses the response by 40 %
@@ -43,9 +49,10 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 
 
 @lru_cache(maxsize=64)  # of a step's images: neither computed nor copied to the device anew
-def matrix(n, m, dtype=torch.double, device="cpu"):
-    """The linear map that resizes n samples to m, (m, n): bilinear, pixels are squares, antialiased where m <
-    n. Rows add up to 1.
+def matrix(n: int, m: int, dtype: torch.dtype = torch.double, device="cpu") -> torch.Tensor:
+    """Return the map (m, n) that resizes n samples to m.
+
+    Bilinear, pixels are squares, antialiased where m < n. Rows add up to 1.
 
     >>> matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
@@ -58,11 +65,11 @@ def matrix(n, m, dtype=torch.double, device="cpu"):
     return (R / R.sum(1, keepdim=True)).to(device, dtype)
 
 
-def resize(x, size):
-    """Images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`, on their device: R_h x R_w^T. Channels
-    last in memory.
+def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize images x: (N, C, H, W) -> (N, C, h, w) with (h, w) = `size`.
 
-    The same as `F.interpolate(x, size, mode="bilinear", antialias=True)`.
+    R_h x R_w^T, on their device, channels last in memory; the same as `F.interpolate(x, size,
+    mode="bilinear", antialias=True)`.
 
     >>> resize(torch.ones(1, 3, 8, 8), (4, 6)).shape
     torch.Size([1, 3, 4, 6])
@@ -76,13 +83,12 @@ def resize(x, size):
     return rows.view(N, h, w, C).permute(0, 3, 1, 2)
 
 
-def rescale_kernel(W, k, amplitude=True):
-    """Kernels W: (O, C, n, n) -> (O, C, k, k): W' = (n / k)^2 R W R^T with R the map that resizes n samples
-    to k.
+def rescale_kernel(W: torch.Tensor, k: int, amplitude: bool = True) -> torch.Tensor:
+    """Rescale kernels W: (O, C, n, n) -> (O, C, k, k), and their amplitude.
 
-    Then `conv(resize(x), W')` is `resize(conv(x, W))` for band-limited x and W, if x is resized by k / n too.
-    amplitude: the factor (n / k)^2; without it the response is (k / n)^2 times as large. Linear in W, the
-    identity for k = n.
+    W' = (n / k)^2 R W R^T, R being the map that resizes n samples to k. Then `conv(resize(x), W')` is
+    `resize(conv(x, W))` for band-limited x and W, if x is resized by k / n too. amplitude: the factor (n /
+    k)^2; without it the response is (k / n)^2 times as large. Linear in W, the identity for k = n.
 
     >>> W = rescale_kernel(torch.ones(1, 1, 3, 3), 5)
     >>> W.shape, round(W.sum().item(), 3)  # a kernel's sum stays
@@ -93,13 +99,13 @@ def rescale_kernel(W, k, amplitude=True):
     return (R @ W @ R.T) * ((n / k) ** 2 if amplitude else 1)
 
 
-def pi_resize(W, k):
-    """Patch embeddings W: (O, C, n, n) -> (O, C, k, k): w' = pinv(B^T) w, where B resizes patches from n x n
-    to k x k.
+def pi_resize(W: torch.Tensor, k: int) -> torch.Tensor:
+    """Resize patch embeddings W: (O, C, n, n) -> (O, C, k, k) by a pseudo-inverse.
 
-    It keeps products with resized patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean
-    square error over white patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse:
-    one small matrix a side will do.
+    w' = pinv(B^T) w, B being the map that resizes patches from n x n to k x k. It keeps products with resized
+    patches, <x, w> = <B x, w'>: exactly where k >= n, else with the least mean square error over white
+    patches (FlexiViT). B is a Kronecker product R x R, and so is its pseudo-inverse: one small matrix a side
+    will do.
 
     >>> W, patch = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
     >>> torch.allclose((pi_resize(W, 8) * resize(patch, (8, 8))).sum(), (W * patch).sum(), rtol=1e-4)
@@ -113,8 +119,7 @@ def pi_resize(W, k):
 
 
 def is_patch(conv):
-    """Whether a convolution cuts its input into patches: its stride is its kernel's size, and there is no
-    padding.
+    """Return whether a convolution cuts patches: stride as large as the kernel, no padding.
 
     >>> is_patch(nn.Conv2d(3, 8, 4, stride=4)), is_patch(nn.Conv2d(3, 8, 3))
     (True, False)
@@ -123,13 +128,13 @@ def is_patch(conv):
     return k[0] > 1 and conv.stride == k and conv.padding in ("valid", (0, 0)) and conv.dilation == (1, 1)
 
 
-def kernels(model, smallest=SMALLEST):
-    """The kernels that can be rescaled, name -> size: odd, square, of size >= `smallest` and stride 1; of the
-    stem with any stride.
+def kernels(model: nn.Module, smallest: int = SMALLEST) -> dict[str, int]:
+    """Return the kernels that can be rescaled, name -> size.
 
-    The stem is the first convolution that the model holds; as a patch embedding it may have any size. Left
-    alone are 1x1 kernels and even ones (half a pixel would be lost), convolutions of a user's own class, and
-    weights that two layers share.
+    They are odd, square, of size >= `smallest` and stride 1; the stem may have any stride. The stem is the
+    first convolution that the model holds; as a patch embedding it may have any size. Left alone are 1x1
+    kernels and even ones (half a pixel would be lost), convolutions of a user's own class, and weights that
+    two layers share.
 
     >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(8, 8, 3, padding=1)))
     {'0': 7}
@@ -154,8 +159,9 @@ def kernels(model, smallest=SMALLEST):
 
 
 def scaled(conv, k, factor):
-    """The size that a kernel of `conv` whose size was k should have on images `factor` times as large: odd
-    and at least 3; of a patch the nearest whole number, at least 2.
+    """Return the size that a kernel of size k should have on images `factor` times as large.
+
+    Odd and at least 3; of a patch the nearest whole number, at least 2.
 
     >>> scaled(nn.Conv2d(3, 8, 7), 7, 0.75), scaled(nn.Conv2d(3, 8, 8, stride=8), 8, 0.5)
     (5, 4)
@@ -164,13 +170,21 @@ def scaled(conv, k, factor):
 
 
 @torch.no_grad()
-def rescale_(model, k, optimizer=None, *, smallest=SMALLEST, amplitude=True, ema=None):
-    """Rescale a network's kernels, in place. Returns what was done: dict name -> (size before, size after).
+def rescale_(
+    model: nn.Module,
+    k: int | float | dict[str, int],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    smallest: int = SMALLEST,
+    amplitude: bool = True,
+    ema: nn.Module | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Rescale a network's kernels, in place.
 
-    k: a size for every kernel that `kernels(model, smallest)` lists (int), a factor on their sizes (float),
-    or dict name -> size. Padding follows, so that maps keep their relation to the image; a patch embedding is
-    PI-resized and its stride follows as well. amplitude: see `rescale_kernel`. ema: a running average of the
-    model, changed alike.
+    Returns what was done: dict name -> (size before, size after). k: a size for every kernel that
+    `kernels(model, smallest)` lists (int), a factor on their sizes (float), or dict name -> size. Padding
+    follows, so that maps keep their relation to the image; a patch embedding is PI-resized and its stride
+    follows as well. amplitude: see `rescale_kernel`. ema: a running average of the model, changed alike.
 
     The optimizer holds the new Parameters in the place of the old ones. Their momentum begins anew at 0: a
     gradient follows the adjoint of the map that the weights follow, g = A^T g', and to an enlarged kernel
@@ -195,7 +209,8 @@ def rescale_(model, k, optimizer=None, *, smallest=SMALLEST, amplitude=True, ema
         patch = is_patch(model.get_submodule(name))
         if not isinstance(size, int) or size < 2 or (size % 2 == 0 and not patch):
             raise BadInput(
-                f"kernel rescaling: {name} cannot have size {size}: an even kernel has no centre, and 1x1 sees no neighbour"
+                f"kernel rescaling: {name} cannot have size {size}: an even kernel has no centre, and 1x1 "
+                f"sees no neighbour"
             )
     done = {name: (able[name], size) for name, size in wanted.items() if size != able[name]}
     if not done:
@@ -230,12 +245,11 @@ def _rescale(conv, k, optimizer, amplitude):
     models.set_kernel_(conv, (k, k), (k, k) if patch else conv.stride, padding)
 
 
-def recalibrate_(model, batches):
-    """Set BatchNorm's running statistics to the means over `batches`, images (N, C, H, W), in place. Returns
-    how many layers.
+def recalibrate_(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
+    """Set BatchNorm's running statistics to the means over batches, in place.
 
-    At another resolution, or behind a rescaled kernel, the old statistics are of other numbers. Raises
-    `NoEffect` if the model has none.
+    batches: images (N, C, H, W). Returns how many layers were set. At another resolution, or behind a
+    rescaled kernel, the old statistics are of other numbers. Raises `NoEffect` if the model has none.
 
     >>> recalibrate_(nn.Sequential(nn.BatchNorm2d(1)), [torch.ones(2, 1, 2, 2)])
     1
@@ -251,15 +265,14 @@ def recalibrate_(model, batches):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRescaling(Method):
-    """Train through a schedule of image and kernel sizes, and end at full size. Raises `NoEffect` if nothing
-    was ever smaller.
+    """Train through a schedule of image and kernel sizes that ends at full size.
 
-    schedule: rows (share of the steps, factor on the images' sides[, factor on the kernels]); shares add up
-    to 1, the last row is full size. Without a third number kernels follow the images. multiple: images' sides
-    are rounded to multiples of it. kernels: False is progressive resizing, the images only. amplitude,
-    smallest: see `rescale_` and `kernels`. recalibrate: batches for BatchNorm's statistics after a switch, on
-    the clock; 0: they adapt by themselves. rewarm: share of the steps over which the learning rate rises anew
-    from 0 after a switch; 0: it goes on.
+    Raises `NoEffect` if nothing was ever smaller. schedule: rows (share of the steps, factor on the images'
+    sides[, factor on the kernels]); shares add up to 1, the last row is full size. Without a third number
+    kernels follow the images. multiple: images' sides are rounded to multiples of it. kernels: False is
+    progressive resizing, the images only. amplitude, smallest: see `rescale_` and `kernels`. recalibrate:
+    batches for BatchNorm's statistics after a switch, on the clock; 0: they adapt by themselves. rewarm:
+    share of the steps over which the learning rate rises anew from 0 after a switch; 0: it goes on.
 
     The images that evaluations for the record see are always of full size, and the model is as it stands:
     what it reaches on small images counts for nothing. A step on small images is timed as a kind of its own,
@@ -267,7 +280,8 @@ class KernelRescaling(Method):
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 8), blocks=(1, 1), kernels=(5, 5, 5))
-    >>> history = train(net, data, Recipe(epochs=1, batch_size=32), [KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)))])
+    >>> method = KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)))
+    >>> history = train(net, data, Recipe(epochs=1, batch_size=32), [method])
     >>> sorted(kind for kind in history.kinds if kind.startswith("step"))
     ['step', 'step at 4 x 4']
     """
@@ -287,11 +301,13 @@ class KernelRescaling(Method):
             len(r) in (2, 3) and all(isinstance(v, int | float) and v > 0 for v in r) for r in rows
         ):
             raise BadInput(
-                "kernel rescaling: the schedule has rows (share of the steps, image factor[, kernel factor]), all above 0"
+                "kernel rescaling: the schedule has rows (share of the steps, image factor[, kernel "
+                "factor]), all above 0"
             )
         if abs(sum(r[0] for r in rows) - 1) > 1e-6 or set(rows[-1][1:]) != {1}:
             raise BadInput(
-                "kernel rescaling: the shares of the schedule must add up to 1, and its last row must be full size, factor 1"
+                "kernel rescaling: the shares of the schedule must add up to 1, and its last row must be "
+                "full size, factor 1"
             )
         if self.multiple < 1 or self.recalibrate < 0 or not 0 <= self.rewarm < 1:
             raise BadInput(
@@ -299,8 +315,9 @@ class KernelRescaling(Method):
             )
 
     def phases(self, shape, steps):
-        """[(first step, (h, w), factor on the kernels), ...] for images (C, H, W) = `shape` in a run of so
-        many steps.
+        """Return [(first step, (h, w), factor on the kernels), ...] for a run of so many steps.
+
+        shape: of an image, (C, H, W).
         """
         found, share = [], 0.0
         for row in self.schedule:
@@ -314,7 +331,7 @@ class KernelRescaling(Method):
         return found
 
     def sizes(self, model, full, factor):
-        """The kernels' sizes in a phase: dict name -> size. full: their sizes on full-size images."""
+        """Return the kernels' sizes in a phase, name -> size; full: those on full-size images."""
         return {
             name: k if factor == 1 else scaled(model.get_submodule(name), k, factor)
             for name, k in full.items()
@@ -353,8 +370,9 @@ class KernelRescaling(Method):
         self.follow(run, run.schedule.planned)  # where a run ends early, by divergence
 
     def check(self, run):
-        """The sizes of all kernels that are to be rescaled. Raises `BadInput` or `NoEffect` where the
-        schedule cannot be followed.
+        """Return the sizes of all kernels that are to be rescaled.
+
+        Raises `BadInput` or `NoEffect` where the schedule cannot be followed.
         """
         model, (C, *side) = run.model, run.dataset.shape
         full, phases = (
@@ -364,15 +382,20 @@ class KernelRescaling(Method):
         starts = [start for start, *_ in phases] + [run.schedule.planned]
         if any(a >= b for a, b in itertools.pairwise(starts)):
             raise BadInput(
-                f"kernel rescaling: of {run.schedule.planned} steps a phase of the schedule gets none; train longer or with fewer phases"
+                f"kernel rescaling: of {run.schedule.planned} steps a phase of the schedule gets none; train "
+                f"longer or with fewer phases"
             )
         smaller = [self.sizes(model, full, factor) for *_, factor in phases]
         if self.kernels and all(sizes == full for sizes in smaller):
-            raise NoEffect(f"kernel rescaling: {type(model).__name__} has no kernel of at least {self.smallest} x {self.smallest} with "
-                           "stride 1 that the schedule changes; kernels=False resizes the images only")  # fmt: skip
+            least = f"{self.smallest} x {self.smallest}"
+            raise NoEffect(
+                f"kernel rescaling: {type(model).__name__} has no kernel of at least {least} with stride 1 "
+                "that the schedule changes; kernels=False resizes the images only"
+            )
         if not self.kernels and all(size == tuple(side) for _, size, _ in phases):
             raise NoEffect(
-                f"kernel rescaling: every phase of the schedule has images of full size, {side[0]} x {side[1]}"
+                f"kernel rescaling: every phase of the schedule has images of full size, {side[0]} x "
+                f"{side[1]}"
             )
         for (_, size, _), sizes in zip(phases, smaller, strict=True):
             twin = copy.deepcopy(model).cpu()
@@ -383,7 +406,8 @@ class KernelRescaling(Method):
                 models.fits(twin, type(model).__name__, len(run.dataset.names), (C, *size))
             except BadInput as error:
                 raise BadInput(
-                    f"kernel rescaling: {error}. A head on a flattened map, or fixed positions, tie a network to {side[0]} x {side[1]}: "
+                    f"kernel rescaling: {error}. A head on a flattened map, or fixed positions, tie a "
+                    f"network to {side[0]} x {side[1]}: "
                     "it needs global pooling; and a picture must not shrink to nothing on its way"
                 ) from error
         return full
@@ -416,7 +440,7 @@ class KernelRescaling(Method):
                 norms.append(self.restate(run, model, size))
 
         run.kind = "reconfigure"  # what is left of this step is none
-        run.restructure(change)  # also for the images alone: compiled graphs and FLOPs change
+        run.restructure(change)  # also for the images alone: compiled graphs change
         text = "; ".join(f"{n} {a} -> {b}" for n, (a, b) in done.items()) or "kernels as they were"
         sizes = {n: b for n, (_, b) in done.items()}
         run.log(

@@ -1,5 +1,4 @@
-"""Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): fp16 products, fp32 master weights, a scaled
-loss.
+"""Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): fp16 products, fp32 weights, a scaled loss.
 
 Half the bits halve the traffic, and processors with native 16-bit products do twice as many of them or more.
 fp16 has 10 bits of mantissa and a least positive number of 2^-24, so two things get lost without care: an
@@ -9,7 +8,8 @@ scaling; it still needs the master weights.
 
 Real speed comes from `Recipe.precision` (autocast). This module shows the numerics: it *emulates* fp16 by
 rounding, so that it runs anywhere; emulation costs time, so nothing is timed with it. The paper used constant
-scales; growing and backing off is the later scheme of NVIDIA and PyTorch."""
+scales; growing and backing off is the later scheme of NVIDIA and PyTorch.
+"""
 
 import math
 from dataclasses import dataclass
@@ -21,20 +21,27 @@ from effilib.errors import BadInput, NoEffect
 from effilib.methods import Info
 from effilib.training import Method
 
+__all__ = [
+    "INFO", "HalfBatchNorm2d", "HalfConv2d", "HalfLinear", "LossScaler", "MixedPrecision", "Round",
+    "emulate_fp16_", "round_to",
+]  # fmt: skip
+
 INFO = Info(
     name="Mixed precision",
     name_de="Halbierung der Bits",
     chapter="3.2",
     paper="Micikevicius et al. 2017, arXiv:1710.03740",
-    claim="Training with 16-bit products reaches fp32's accuracy with the same hyper-parameters; operations that are bound by bandwidth or "
-    "arithmetic run 2-6x faster on Volta.",
-    cost_model="Same FLOPs, half the bytes; products at the processor's 16-bit rate; weights are cast once a step.",
+    claim="Training with 16-bit products reaches fp32's accuracy with the same hyper-parameters; operations "
+    "that are bound by bandwidth or arithmetic run 2-6x faster on Volta.",
+    cost_model="Same FLOPs, half the bytes; products at the processor's 16-bit rate; weights are cast once a "
+    "step.",
 )
 
 
-def round_to(x, dtype=torch.float16):
-    """x (any shape, fp32) rounded to the nearest number of `dtype`, as fp32: overflow becomes inf, underflow
-    0.
+def round_to(x: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Return x rounded to the nearest numbers of `dtype`, in its own format.
+
+    x: any shape. Overflow becomes inf, underflow 0.
 
     >>> round_to(torch.tensor([1e6, 1e-9, 1.0005])).tolist()
     [inf, 0.0, 1.0009765625]
@@ -43,7 +50,7 @@ def round_to(x, dtype=torch.float16):
 
 
 class Round(torch.autograd.Function):
-    """Rounds a tensor going forward and its gradient coming back: what storing both in fp16 does.
+    """Round a tensor to fp16 going forward, and its gradient coming back.
 
     >>> x = torch.tensor(1.0005, requires_grad=True)
     >>> y = Round.apply(x)
@@ -62,7 +69,7 @@ class Round(torch.autograd.Function):
 
 
 class HalfConv2d(nn.Conv2d):
-    """fp16 operands, fp32 accumulation, fp16 result; the same for dX and dW.
+    """Convolve fp16 operands, summed in fp32, into an fp16 result; dX and dW alike.
 
     >>> y = HalfConv2d(1, 4, 3)(torch.rand(1, 1, 5, 5))
     >>> torch.equal(y, round_to(y))
@@ -74,7 +81,7 @@ class HalfConv2d(nn.Conv2d):
 
 
 class HalfLinear(nn.Linear):
-    """As `HalfConv2d`.
+    """Multiply as `HalfConv2d` does.
 
     >>> y = HalfLinear(8, 4)(torch.rand(1, 8))
     >>> torch.equal(y, round_to(y))
@@ -86,7 +93,7 @@ class HalfLinear(nn.Linear):
 
 
 class HalfBatchNorm2d(nn.BatchNorm2d):
-    """Reads and writes fp16, computes its statistics in fp32 (section 3.3).
+    """Read and write fp16, with statistics in fp32 (the paper's section 3.3).
 
     >>> y = HalfBatchNorm2d(4)(torch.rand(2, 4, 3, 3))
     >>> torch.equal(y, round_to(y))
@@ -97,20 +104,20 @@ class HalfBatchNorm2d(nn.BatchNorm2d):
         return Round.apply(super().forward(x))
 
 
-HALF = {nn.Conv2d: HalfConv2d, nn.Linear: HalfLinear, nn.BatchNorm2d: HalfBatchNorm2d}
-FULL = {half: full for full, half in HALF.items()}
+_HALF = {nn.Conv2d: HalfConv2d, nn.Linear: HalfLinear, nn.BatchNorm2d: HalfBatchNorm2d}
+_FULL = {half: full for full, half in _HALF.items()}
 
 
-def emulate_fp16_(model, on=True):
-    """Turn the convolutions, linear layers and BatchNorms of `model` into emulated fp16 (or back), in place.
+def emulate_fp16_(model: nn.Module, on: bool = True) -> int:
+    """Turn convolutions, linear layers and BatchNorms into emulated fp16, or back.
 
-    Parameters and names stay. Returns how many layers changed; raises `NoEffect` if none did.
+    In place; parameters and names stay. Returns how many layers changed; raises `NoEffect` if none did.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2))
     >>> emulate_fp16_(net), emulate_fp16_(net, on=False)
     (2, 2)
     """
-    kinds = HALF if on else FULL
+    kinds = _HALF if on else _FULL
     changed = [m for m in model.modules() if type(m) in kinds]
     for m in changed:
         m.__class__ = kinds[type(m)]
@@ -120,8 +127,9 @@ def emulate_fp16_(model, on=True):
 
 
 class LossScaler:
-    """The loss scale S: skip the step and shrink S where a gradient overflowed, grow S after `interval` clean
-    steps.
+    """Scale the loss by S; shrink S where a gradient overflowed, grow it else.
+
+    A step with an overflow is skipped; S grows after `interval` clean steps.
 
     scale: S at the beginning; a power of two costs no mantissa bits. growth = backoff = 1 keeps it constant,
     as the paper does. skip: whether a step with a non-finite gradient is left out.
@@ -136,35 +144,37 @@ class LossScaler:
     (0.5, 16.0)
     """
 
-    def __init__(self, scale=2.0**16, growth=2.0, backoff=0.5, interval=2000, skip=True):
-        self.S, self.growth, self.backoff, self.interval, self.skip = (
-            float(scale),
-            growth,
-            backoff,
-            interval,
-            skip,
-        )
+    def __init__(
+        self,
+        scale: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+        skip: bool = True,
+    ):
+        self.S, self.growth, self.backoff = float(scale), growth, backoff
+        self.interval, self.skip = interval, skip
         self.clean = self.skipped = 0
         self.finite = True
 
-    def scale(self, loss):
-        """S times the loss."""
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return S times the loss."""
         return self.S * loss
 
-    def unscale_(self, optimizer):
-        """g <- g / S, before anything looks at gradients (clipping, weight decay, a method)."""
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide gradients by S, before anything looks at them (clipping, weight decay, a method)."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
         self.finite = all(
             torch.isfinite(norm) for norm in torch._foreach_norm(grads, math.inf)
         )  # squares could overflow
 
-    def step(self, optimizer):
-        """The optimizer's step; none where a gradient overflowed and such steps are skipped."""
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer's step, unless a gradient overflowed and such steps are skipped."""
         if self.finite or not self.skip:
             optimizer.step()
 
-    def update(self):
+    def update(self) -> None:
         """Shrink S after an overflow, grow it after `interval` clean steps."""
         self.clean = self.clean + 1 if self.finite else 0
         if not self.finite:
@@ -173,22 +183,18 @@ class LossScaler:
         elif self.clean and self.clean % self.interval == 0:
             self.S *= self.growth
 
-    def state_dict(self):
-        """S and the counts, for a checkpoint."""
+    def state_dict(self) -> dict:
+        """Return S and the counts, for a checkpoint."""
         return {"S": self.S, "clean": self.clean, "skipped": self.skipped}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Go on from a `state_dict`."""
         self.S, self.clean, self.skipped = state["S"], state["clean"], state["skipped"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Method):
-    """Train in emulated fp16. Goes with `Recipe(precision="fp32")`; raises `BadInput` with any other.
-
-    master: keep weights and momentum in fp32, else they are rounded to fp16 after every step. scale: S at the
-    beginning (1 is no scaling). dynamic: skip overflowing steps, grow and back off; else S stays and every
-    step is taken as it comes.
+    """Train in emulated fp16; raises `BadInput` unless the precision is "fp32".
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -197,15 +203,15 @@ class MixedPrecision(Method):
     'S ended at 256, 0 steps were skipped'
     """
 
-    master: bool = True
-    scale: float = 2.0**16
-    dynamic: bool = True
+    master: bool = True  # keep weights and momentum in fp32; else they are rounded to fp16 after every step
+    scale: float = 2.0**16  # S at the beginning; 1 is no scaling
+    dynamic: bool = True  # skip overflowing steps, grow and back off; else S stays and every step is taken
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
 
     def on_fit_start(self, run):
         if run.precision not in ("fp32", "tf32"):
             raise BadInput(
-                f"mixed precision: fp16 is emulated in fp32, so it needs precision 'fp32', not {run.precision!r}"
+                f"mixed precision: fp16 is emulated, which needs precision 'fp32', not {run.precision!r}"
             )
         run.state[self] = {"layers": emulate_fp16_(run.model)}
         factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}

@@ -6,22 +6,23 @@ network should become wider or deeper. What is new in it is the use of the recen
 a penalty that removes all that is not needed tells where nothing was to spare.
 
 Pruning is PruneTrain's (chapter 6.1), growth Net2Net's (6.2), both exact here; the decision is
-`effilib.methods.decision.decide`. A run has two phases: SEARCH, at a constant learning rate and under the
-penalty, and FINAL, without either, the learning rate falling to 0."""
+`effilib.methods.decision.decide`, what is done to the network `effilib.methods.growth`. A run has two phases:
+SEARCH, at a constant learning rate and under the penalty, and FINAL, without either, the rate falling to 0.
+"""
 
 import copy
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from effilib import cost, models, surgery
+from effilib import models, surgery
 from effilib.errors import BadInput, choose
 from effilib.methods import Info, net2net
 from effilib.methods.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide
+from effilib.methods.growth import going, grow_, price, renewed, step_flops, strengths, validate
 from effilib.methods.prune_train import (
     PruneTrain,
     anything_dead,
@@ -35,138 +36,34 @@ from effilib.methods.prune_train import (
     weights,
 )
 from effilib.surgery import stages
-from effilib.training import Method, autocast, at_least_fp32
+from effilib.tasks import Task
+from effilib.training import History, Method, stream, train
+
+__all__ = ["GENTLE", "FromScratch", "PruneThenGrow", "decisions"]
 
 INFO = Info(
     name="Prune, then grow",
     name_de="Beschneiden, dann wachsen",
     chapter="II.9",
     paper="the thesis, 2019",
-    claim="A network that is pruned while it trains, and grows where little was pruned once training improves nothing, reaches the "
-    "baseline's accuracy in less time (aim here: 0.55 of it on 2 CPU cores).",
-    cost_model="Early steps cost what the small network costs; each growth adds its FLOPs to the steps that are left. Added are a pass "
-    "over the weights a step, a look at held-out images an epoch, and some milliseconds of surgery. All is held within a budget of FLOPs.",
+    claim="A network that is pruned while it trains, and grows where little was pruned once training "
+    "improves nothing, reaches the baseline's accuracy in less time (aim here: 0.55 of it on 2 CPU cores).",
+    cost_model="Early steps cost what the small network costs; each growth adds its FLOPs to the steps "
+    "that are left. Added are a pass over the weights a step, a look at held-out images an epoch, and some "
+    "milliseconds of surgery. All is held within a budget of FLOPs.",
 )
 
-GENTLE = PruneTrain(
-    weigh="norm", rule="readers", keep_scale=True
-)  # what lives keeps its scale: under BatchNorm that is its learning rate
+# What lives keeps its scale: under BatchNorm that is its learning rate.
+GENTLE = PruneTrain(weigh="norm", rule="readers", keep_scale=True)
 
 
-def price(steps, norm, lr, momentum=0.9, weight_decay=0.0):
-    """The penalty's coefficient under which an idle group of this norm is gone after so many steps:
-    `shrink_steps` solved for lambda.
+def decisions(history: History) -> tuple[tuple[int, str, str], ...]:
+    """Return what a run decided: (epoch, kind, stage), waiting left out.
 
-    >>> round(shrink_steps(norm=1.0, lam=price(steps=100, norm=1.0, lr=0.1), lr=0.1), 3)
-    100.0
-    """
-    decay = steps * lr * weight_decay / (1 - momentum)
-    return norm * (1 - momentum) / (steps * lr) * (decay / math.expm1(decay) if decay else 1.0)
-
-
-@torch.no_grad()
-def strengths(node, rule="union", weigh="equal"):
-    """(width,): the norm of each channel's strongest group, in the units that the penalty counts in.
-
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
-    >>> with torch.no_grad():
-    ...     net.features[0].weight[1] = net.features[4].weight[:, 1] = 0
-    >>> (strengths(surgery.trace(net)["features.0"]) > 0).tolist()
-    [True, False]
-    """
-    groups = weights(node.model, places([node], rule))
-    return torch.stack([(group_norms(*g) / group_weight(*g, weigh)).cpu() for g in groups]).amax(0)
-
-
-def going(now, before, epochs):
-    """(width,) bool: channels that will have shrunk to nothing within so many epochs if they go on as from
-    `before` to `now`.
-
-    >>> going(now=torch.tensor([0.1, 0.9]), before=torch.tensor([0.5, 1.0]), epochs=1).tolist()
-    [True, False]
-    """
-    return now < epochs * (before - now)
-
-
-def grow_(
-    model,
-    layout,
-    stage,
-    growth,
-    optimizer=None,
-    *,
-    factor=1.5,
-    multiple=16,
-    trunk=False,
-    breaker="pair",
-    x=None,
-    y=None,
-    generator=None,
-):
-    """Widen or deepen a stage (its number in the layout of `effilib.surgery.stages`), in place. Returns what
-    was done, in words.
-
-    "widen": every node inside of its residual paths (of a plain stage every node, with `trunk` the trunk too)
-    gets `factor` times its channels, rounded up to a multiple. "deepen": one more block at its end, or layer.
-    breaker: see `net2net.widen_`; "pair" is exact. x, y: a batch at the size that the network trains on, see
-    `net2net.deepen_` and `gradmax_`. Raises `BadInput` where it cannot be.
-
-    >>> net = build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
-    >>> layout = stages.find(net, (1, 8, 8))
-    >>> grow_(net, layout, 1, "widen"), grow_(net, layout, 1, "deepen")
-    (['stages.1.0.conv1 16 -> 32'], ['stages.1.1 added'])
-    """
-    choose("growth", growth, GROWTH)
-    if growth == "deepen":
-        return net2net.grow_(
-            model, optimizer, x, y, deeper=(stages.deepenable(model, layout, stage),), generator=generator
-        )
-    nodes = stages.widenable(surgery.trace(model), layout, stage, trunk)
-    if not nodes:
-        raise BadInput(f"{stages.names(layout)[stage]} has nothing that could become wider")
-    wider = tuple((n.name, math.ceil(factor * n.width / multiple) * multiple) for n in nodes)
-    return net2net.grow_(model, optimizer, x, y, wider=wider, breaker=breaker, generator=generator)
-
-
-def step_flops(model, size, batch_size):
-    """FLOPs of a training step on images (C, H, W) = `size`, counted without computing them.
-
-    >>> step_flops(nn.Conv2d(1, 2, 3), (1, 5, 5), batch_size=2)
-    1296
-    """
-    return cost.step_flops(copy.deepcopy(model).to("meta"), size, batch_size)
-
-
-@torch.no_grad()
-def validate(run, images, size):
-    """(mean cross entropy, accuracy in %) on the first images of the split that decides, resized as those of
-    the training are.
-
-    >>> from effilib.training import Run
-    >>> data = load("synthetic")
-    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
-    >>> loss, accuracy = validate(run, 20, (6, 6))
-    >>> 0 <= accuracy <= 100
-    True
-    """
-    model, part, loss, correct = run.model, run.decide[:images], 0.0, 0
-    model.eval()
-    with autocast(run.precision, run.device):
-        for x, y in run.dataset.batches(part):
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="bilinear", antialias=True)
-            logits = at_least_fp32(model(x.contiguous(memory_format=run.layout)))
-            loss += F.cross_entropy(logits, y, reduction="sum").double()
-            correct += (logits.argmax(1) == y).sum()
-    model.train()
-    return float(loss) / len(part), 100 * float(correct) / len(part)
-
-
-def plan(history):
-    """What a run decided, ((epoch, kind, stage), ...): `PruneThenGrow(plan=...)` does the same again.
+    `PruneThenGrow(plan=...)` does the same again.
 
     >>> action = {"epoch": 3, "kind": "widen", "stage": "stage 1", "reason": "it lost nothing"}
-    >>> plan(History(events=[{"method": "PruneThenGrow", "action": action}]))
+    >>> decisions(History(events=[{"method": "PruneThenGrow", "action": action}]))
     ((3, 'widen', 'stage 1'),)
     """
     events = [e["action"] for e in history.events if e["method"] == PruneThenGrow.__name__ and "action" in e]
@@ -177,18 +74,8 @@ def plan(history):
 class PruneThenGrow(Policy, Method):
     """Prune while training, then grow. Raises `BadInput` for a network that cannot be pruned or cannot grow.
 
-    mode and what else says when and where to grow: see `Policy`, whose settings are this method's. prune:
-    PruneTrain's settings (without `until`, `grow_batch` and the published mode). idle: share of the steps
-    after which the penalty has removed a channel that no gradient holds, at the full learning rate; 0: lambda
-    comes from PruneTrain's ratio. A ratio of 0 is no penalty. factor, trunk, breaker: see `grow_`. grace:
-    epochs in which newborn channels are neither penalised nor cut. search: share of the schedule that SEARCH
-    takes at most. budget: FLOPs of the whole run, looking at held-out images included, relative to the
-    baseline's: `baseline` FLOPs, or (0) those of the network as given, trained for the recipe's steps. The
-    run is shortened rather than exceed it. spend: lengthen it too, until the budget is spent. held: images
-    looked at after an epoch of SEARCH. plan: do not decide, do what another run did (`plan(history)`).
-
-    A method that resizes images comes before this one, says so by `phases(shape, steps)` as `KernelRescaling`
-    does, and leaves kernels.
+    When and where it grows: see `Policy`, whose settings are this method's. A method that resizes images
+    comes before this one, says so by `phases(shape, steps)` as `KernelRescaling` does, and leaves kernels.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
@@ -197,36 +84,41 @@ class PruneThenGrow(Policy, Method):
     '... growths; ... of the budget spent, ...% of it to look at held-out images'
     """
 
+    # PruneTrain without `until`, `at`, `grow_batch` and the published mode; with a ratio of 0 there is no
+    # penalty.
     prune: PruneTrain = GENTLE
+    # Share of the steps after which the penalty has removed a channel that no gradient holds, at the full
+    # learning rate; 0: lambda comes from PruneTrain's ratio.
     idle: float = 0.15
-    factor: float = 1.5
-    trunk: bool = False
-    breaker: str = "pair"
-    grace: int = 1
-    search: float = 0.6
+    factor: float = 1.5  # of the channels, by widening
+    trunk: bool = False  # widen the trunk of residual paths too
+    breaker: str = "pair"  # of symmetry, see `net2net.widen_`
+    grace: int = 1  # epochs in which newborn channels are neither penalised nor cut
+    search: float = 0.6  # share of the schedule that SEARCH takes at most
+    # FLOPs that the run may cost, looking at images included, relative to the network as given, trained for
+    # the recipe's steps on full-size images. With 1 growth may use what pruning and small images save.
     budget: float = 1.0
-    baseline: float = 0.0
-    spend: bool = False
-    held: int = 1000
-    plan: tuple | None = None
+    images: int = 1000  # looked at after an epoch of SEARCH
+    plan: tuple | None = None  # do not decide, do what another run did: `decisions(history)`
 
     def __post_init__(self):
         super().__post_init__()
         choose("symmetry breaker", self.breaker, (*net2net.BREAKERS, "gradmax"))
-        if self.prune.mode != "proximal" or self.prune.grow_batch or self.prune.until != 1:
+        p = self.prune
+        if p.mode != "proximal" or p.until != 1 or p.at or p.grow_batch:
             raise BadInput(
-                "PruneThenGrow: prune is PruneTrain in its proximal mode, without until and grow_batch"
+                "PruneThenGrow: prune is PruneTrain in its proximal mode, without until, at and grow_batch"
             )
         if (
             not 0 < self.search < 1
             or not 0 <= self.idle < 1
             or self.factor <= 1
             or self.budget <= 0
-            or self.baseline < 0
-            or self.held < 1
+            or self.images < 1
         ):
             raise BadInput(
-                "PruneThenGrow: search lies in (0, 1), idle in [0, 1), factor is above 1, budget above 0, held at least 1 image"
+                "PruneThenGrow: search lies in (0, 1), idle in [0, 1), factor is above 1, budget above 0, "
+                "at least 1 image is looked at"
             )
         if not 0 <= self.grace <= self.cooldown:
             raise BadInput(
@@ -253,12 +145,12 @@ class PruneThenGrow(Policy, Method):
         run.state[self] = {
             "lambda": None, "idle": math.inf, "pressed": 0.0, "final": None,  # penalty and schedule
             "budget": 0.0, "spent": 0.0, "looked": 0.0, "flops": {"structure": -1},
-            "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {}, "groups": {"epoch": None},
+            "layout": layout, "channels": stages.table(surgery.trace(model)), "newborn": {},
+            "groups": {"epoch": None},
             "epochs": [], "actions": [], "frozen": [],  # what the decision sees
             "sums": [0.0, 0.0, 0], "steps": {}, "batch": None, "size": shape[1:],  # of this epoch
         }  # fmt: skip
-        baseline = self.baseline or run.schedule.planned * self.step_cost(run, shape[1:])
-        run.state[self]["budget"] = self.budget * baseline
+        run.state[self]["budget"] = self.budget * run.schedule.planned * self.step_cost(run, shape[1:])
         self.fit_budget(run)
 
     def on_epoch_start(self, run):
@@ -276,7 +168,8 @@ class PruneThenGrow(Policy, Method):
             state["lambda"], state["idle"] = lam, steps / len(run.batches)
             run.log(
                 self,
-                f"lambda = {lam:.3g}: a channel that no gradient holds is gone after {state['idle']:.1f} epochs",
+                f"lambda = {lam:.3g}: a channel that no gradient holds is gone after {state['idle']:.1f} "
+                "epochs",
                 lam=lam,
             )
 
@@ -290,12 +183,8 @@ class PruneThenGrow(Policy, Method):
             state["pressed"] += run.lr / run.recipe.lr
             kappa = run.lr * state["lambda"] / (1 - run.recipe.momentum)
             for group, grown in self.groups(run):
-                shrink_(
-                    [group],
-                    kappa if grown is None else kappa * grown,
-                    self.prune.weigh,
-                    self.prune.keep_scale,
-                )
+                mine = kappa if grown is None else kappa * grown
+                shrink_([group], mine, self.prune.weigh, self.prune.keep_scale)
 
     def on_epoch_end(self, run):
         state = run.state[self]
@@ -314,10 +203,12 @@ class PruneThenGrow(Policy, Method):
         done = [a for a in state["actions"] if a[1] in GROWTH]
         if self.plan is not None and len(state["actions"]) < len([s for s in self.plan if s[1] != "wait"]):
             raise BadInput(
-                f"PruneThenGrow: the plan goes on after epoch {run.epoch}, where this run ends or its search was over"
+                f"PruneThenGrow: the plan goes on after epoch {run.epoch}, where this run ends or its search "
+                "was over"
             )
         total = state["spent"] + state["looked"]
-        text = f"{total / state['budget']:.3f} of the budget spent, {state['looked'] / max(total, 1):.1%} of it to look at held-out images"
+        text = f"{total / state['budget']:.3f} of the budget spent, {state['looked'] / max(total, 1):.1%} of "
+        "it to look at held-out images"
         with run.clock.paused():  # for the record
             found, layout = surgery.trace(run.model), state["layout"]
             nodes = {name: stages.members(found, layout, i) for i, name in enumerate(stages.names(layout))}
@@ -330,31 +221,23 @@ class PruneThenGrow(Policy, Method):
     def lr_at(self, run, position, planned):
         """Warmed up as the recipe says, constant in SEARCH, linearly to 0 in FINAL."""
         rise, state = run.recipe.warmup * planned, run.state[self]
-        final = (
-            self.search * planned if state["final"] is None else min(state["final"], self.search * planned)
-        )
+        final = min(self.search * planned, math.inf if state["final"] is None else state["final"])
         if position < rise:
             return run.recipe.lr * (position + 1) / (math.floor(rise) + 1)
         return run.recipe.lr * min(1.0, max(0.0, (planned - position) / (planned - max(final, rise))))
 
     @torch.no_grad()
     def coefficient(self, run):
-        """(lambda, steps after which it has removed a mean group that no gradient holds), from the first
-        batch.
-        """
+        """(lambda, steps after which it has removed a mean group that no gradient holds), from a batch."""
         groups = [g for g, _ in self.groups(run)]
-        norm = (
-            torch.cat([(group_norms(*g) / group_weight(*g, self.prune.weigh)).cpu() for g in groups])
-            .mean()
-            .item()
-        )
+        norms = [(group_norms(*g) / group_weight(*g, self.prune.weigh)).cpu() for g in groups]
+        norm = torch.cat(norms).mean().item()
         how = run.recipe.lr, run.recipe.momentum, run.recipe.weight_decay
         if not self.idle or not self.prune.ratio:
             lam = self.prune.price(run, groups)[0]
             return lam, shrink_steps(norm, lam, *how) if lam else math.inf
-        return run.ranks.agree(
-            price(self.idle * run.schedule.planned, norm, *how)
-        ), self.idle * run.schedule.planned
+        steps = self.idle * run.schedule.planned
+        return run.ranks.agree(price(steps, norm, *how)), steps
 
     def step_cost(self, run, size):
         """FLOPs of a step of the network as it is now, on images of a size. Never called within a step, where
@@ -367,27 +250,26 @@ class PruneThenGrow(Policy, Method):
             kept[_key(size)] = step_flops(run.model, (run.dataset.shape[0], *size), run.batches.batch_size)
         return kept[_key(size)]
 
-    def about(self, run, size):
-        """The same for what is to come: counted at the size of now, elsewhere in proportion to the pixels,
-        for counting takes time.
+    def scaled_cost(self, run, size):
+        """FLOPs of a step on images of a size: counted at the current one, for counting takes time, and
+        scaled by the number of pixels.
         """
         now = run.state[self]["size"]
         return self.step_cost(run, now) * math.prod(size) / math.prod(now)
 
-    def rest(self, run, step_cost, left):
-        """FLOPs of `left` steps over the rest of the schedule, looking at held-out images included.
-        step_cost: size -> FLOPs.
-        """
+    def rest(self, run, step_cost):
+        """FLOPs of the remaining steps, looking at images included. step_cost: size -> FLOPs of a step."""
         begin, end, shape = run.schedule.position, run.schedule.planned, run.dataset.shape
         resizer = next((m for m in run.methods if hasattr(m, "phases")), None)
-        phases = (
-            [(start, size) for start, size, *_ in resizer.phases(shape, end)] if resizer else [(0, shape[1:])]
-        )
+        phases = [(0, shape[1:])]
+        if resizer:
+            phases = [(start, size) for start, size, *_ in resizer.phases(shape, end)]
         search = end * self.search if run.state[self]["final"] is None else begin
         total = 0.0
         for (first, size), (last, _) in itertools.pairwise([*phases, (end, None)]):
             steps, looking = (
-                max(0.0, min(last, stop) - max(first, begin)) / (end - begin) * left for stop in (end, search)
+                max(0.0, min(last, stop) - max(first, begin)) / (end - begin) * (run.steps - run.step)
+                for stop in (end, search)
             )
             total += step_cost(tuple(size)) * (steps + looking * self.look_share(run))
         return total
@@ -396,15 +278,15 @@ class PruneThenGrow(Policy, Method):
         """What looking at held-out images adds to a step, relative to it: their forward pass, a third of a
         step, once an epoch.
         """
-        return min(self.held, len(run.decide)) / (3 * run.batches.batch_size * len(run.batches))
+        return min(self.images, len(run.decide)) / (3 * run.batches.batch_size * len(run.batches))
 
     def fit_budget(self, run):
-        """Shorten the run so that it stays within the budget; with `spend` lengthen it."""
+        """Shorten the run where the remaining steps would exceed the budget."""
         state, left = run.state[self], run.steps - run.step
-        unit = self.rest(run, partial(self.about, run), 1.0)
-        fits = max(1, int((state["budget"] - state["spent"] - state["looked"]) / unit))
-        if fits != left and (self.spend or fits < left):
-            run.replan(fits)
+        step = self.rest(run, partial(self.scaled_cost, run)) / left
+        affordable = max(1, int((state["budget"] - state["spent"] - state["looked"]) / step))
+        if affordable < left:
+            run.replan(affordable)
 
     # What is seen, decided and done at an epoch's end
 
@@ -412,7 +294,7 @@ class PruneThenGrow(Policy, Method):
         """Note the epoch: losses, and of every stage its widths, and what died of it."""
         state, before = run.state[self], run.kind
         run.kind = "validate"
-        loss, accuracy = run.ranks.agree(validate(run, self.held, state["size"]))
+        loss, accuracy = run.ranks.agree(validate(run, self.images, state["size"]))
         run.kind = before
         state["looked"] += self.look_share(run) * len(run.batches) * self.step_cost(run, state["size"])
         structure = surgery.trace(run.model)
@@ -422,14 +304,8 @@ class PruneThenGrow(Policy, Method):
         total, correct, n = (float(v) for v in state["sums"])
         correct, n = (sum(counts) for counts in zip(*run.ranks.gather((correct, n)), strict=True))
         batches = n / run.batches.batch_size
-        epoch = dict(
-            epoch=run.epoch,
-            train_loss=total / batches,
-            train_accuracy=100 * correct / n,
-            loss=loss,
-            accuracy=accuracy,
-        )
-        state["epochs"].append(asdict(Epoch(**epoch, stages=seen, size=state["size"])))
+        how = dict(train_loss=total / batches, train_accuracy=100 * correct / n, loss=loss, accuracy=accuracy)
+        state["epochs"].append(asdict(Epoch(epoch=run.epoch, **how, stages=seen, size=state["size"])))
 
     def stage(self, run, structure, number, name):
         """A stage as the decision sees it; the channels' table is brought up to date."""
@@ -440,10 +316,8 @@ class PruneThenGrow(Policy, Method):
         (birth, born), kept = state["newborn"].get(name, (None, 0)), 0
         for node in nodes:
             table = state["channels"][node.name]
-            alive, strength = (
-                live(node, rule=self.prune.rule),
-                strengths(node, self.prune.rule, self.prune.weigh),
-            )
+            alive = live(node, rule=self.prune.rule)
+            strength = strengths(node, self.prune.rule, self.prune.weigh)
             grown = self.grown(table, run.epoch)
             was, now = grown & torch.tensor(table["alive"]), grown & alive
             each = stages.flops(run.model, state["layout"], {*node.producers, *node.consumers}) / node.width
@@ -455,10 +329,16 @@ class PruneThenGrow(Policy, Method):
         own = {p for n in nodes for p in n.producers}
         penalised = total and state["lambda"]  # weight decay alone shrinks all channels and removes none
         return Stage(
-            name=name, depth=stages.depth(structure, state["layout"], number), widths=tuple(n.width for n in nodes),
-            live=tuple(sum(state["channels"][n.name]["alive"]) for n in nodes), lost=max(0.0, lost / total) if total else 0.0,
-            pending=leaving / total if penalised else 0.0, born=born, kept=kept, flops=stages.flops(run.model, state["layout"], own),
-        )  # fmt: skip
+            name=name,
+            depth=stages.depth(structure, state["layout"], number),
+            widths=tuple(n.width for n in nodes),
+            live=tuple(sum(state["channels"][n.name]["alive"]) for n in nodes),
+            lost=max(0.0, lost / total) if total else 0.0,
+            pending=leaving / total if penalised else 0.0,
+            born=born,
+            kept=kept,
+            flops=stages.flops(run.model, state["layout"], own),
+        )
 
     def grown(self, table, epoch):
         """(width,) bool: the channels that are not newborn in an epoch."""
@@ -476,10 +356,8 @@ class PruneThenGrow(Policy, Method):
                 mask = None if grown.all() else grown.to(run.device, torch.float32)
                 found += [(place, mask) for place in places([node], self.prune.rule)]
             state["groups"] = {"epoch": run.epoch, "places": sorted(found, key=lambda f: f[0][1])}
-        kept = state["groups"]["places"]
-        return list(
-            zip(weights(run.model, [place for place, _ in kept]), [mask for _, mask in kept], strict=True)
-        )
+        found, masks = zip(*state["groups"]["places"], strict=True)
+        return list(zip(weights(run.model, found), masks, strict=True))
 
     def trace(self, run):
         """The run so far, as the decision sees it; every growth is free as yet."""
@@ -492,24 +370,22 @@ class PruneThenGrow(Policy, Method):
             (e, Action(kind=kind, stage=stage, reason=reason)) for e, kind, stage, reason in state["actions"]
         )
         return Trace(
-            epochs=epochs, actions=actions, frozen=frozenset(tuple(f) for f in state["frozen"]), spent=state["spent"] + state["looked"],
-            projected=self.rest(run, partial(self.about, run), self.least(run)), budget=state["budget"], lam=state["lambda"],
-            idle=state["idle"], pressed=state["pressed"] / len(run.batches), images=min(self.held, len(run.decide)),
-            over=run.schedule.position >= self.search * run.schedule.planned, seed=run.seed,
-        )  # fmt: skip
-
-    def least(self, run):
-        """Steps that must still be affordable after a growth: those left of the recipe's, and all of
-        FINAL.
-        """
-        return max(
-            min(run.schedule.planned, run.steps) - run.step,
-            math.ceil((1 - self.search) * min(run.schedule.planned, run.steps)),
+            epochs=epochs,
+            actions=actions,
+            frozen=frozenset(tuple(f) for f in state["frozen"]),
+            spent=state["spent"] + state["looked"],
+            projected=self.rest(run, partial(self.scaled_cost, run)),
+            budget=state["budget"],
+            lam=state["lambda"],
+            idle=state["idle"],
+            pressed=state["pressed"] / len(run.batches),
+            images=min(self.images, len(run.decide)),
+            over=run.schedule.position >= self.search * run.schedule.planned,
+            seed=run.seed,
         )
 
     def prices(self, run, stage, growths):
-        """{"widen": FLOPs that it would add to the rest of the run, "deepen": ...} of a stage (its number),
-        of some growths.
+        """What some growths of a stage (its number) would add to the FLOPs of the remaining steps, by growth.
 
         Infinite where it cannot be, and behind the first that can be: only a choice at random looks further.
         """
@@ -518,50 +394,36 @@ class PruneThenGrow(Policy, Method):
             more = self.added(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
             if more is not None:
                 pixel = more * run.batches.batch_size / full
-                found[growth] = self.rest(
-                    run, lambda size, pixel=pixel: pixel * math.prod(size), self.least(run)
-                )
+                found[growth] = self.rest(run, lambda size, pixel=pixel: pixel * math.prod(size))
                 if self.where != "random":
                     break
         return found
 
     def added(self, model, layout, stage, growth, multiple=16):
         """FLOPs that a growth would add to an image's training step; None where it cannot be. Tried on a twin
-        without any numbers in it.
+        without numbers in it.
         """
         twin = copy.deepcopy(model).to("meta")
         before = {m: name for name, m in twin.named_modules()}
         try:
             with models.seeded(0):  # draws of constructors must not shift those of the run
-                self.enlarge(
-                    twin, layout, stage, growth, multiple, breaker="none", generator=torch.Generator()
-                )
+                how = dict(multiple=multiple, breaker="none", generator=torch.Generator())
+                self.enlarge(twin, layout, stage, growth, **how)
         except BadInput:
             return None
         return stages.flops(twin, stages.follow(layout, before, twin, stage)) - stages.flops(model, layout)
 
-    def enlarge(self, model, layout, stage, growth, multiple, optimizer=None, **kwargs):
+    def enlarge(self, model, layout, stage, growth, **kwargs):
         """`grow_` with this method's settings."""
-        return grow_(
-            model,
-            layout,
-            stage,
-            growth,
-            optimizer,
-            factor=self.factor,
-            multiple=multiple,
-            trunk=self.trunk,
-            **kwargs,
-        )
+        return grow_(model, layout, stage, growth, factor=self.factor, trunk=self.trunk, **kwargs)
 
     def decided(self, run):
         """The decision, or what the plan says."""
         if self.plan is None:
             trace = self.trace(run)
             action = decide(trace, self)
-            if (
-                action.kind in GROWTH
-            ):  # what growth costs takes time to find out, and tells nothing where there is none
+            # What growth costs takes time to find out, and tells nothing where there is none.
+            if action.kind in GROWTH:
                 gone, now = trace.frozen | set(action.freeze), trace.now
                 left = [[g for g in GROWTH if (s.name, g) not in gone] for s in now.stages]
                 priced = tuple(replace(s, **self.prices(run, i, left[i])) for i, s in enumerate(now.stages))
@@ -569,12 +431,8 @@ class PruneThenGrow(Policy, Method):
                     replace(trace, epochs=(*trace.epochs[:-1], replace(now, stages=priced))), self
                 )
             return action
-        steps = [s for s in self.plan if s[0] == run.epoch and s[1] != "wait"]
-        return (
-            Action(kind=steps[0][1], stage=steps[0][2], reason="as planned")
-            if steps
-            else Action(kind="wait", reason="as planned")
-        )
+        step = next((s for s in self.plan if s[0] == run.epoch and s[1] != "wait"), (run.epoch, "wait", ""))
+        return Action(kind=step[1], stage=step[2], reason="as planned")
 
     def act(self, run, action):
         """Carry an action out, with the cuts that are due, and note both."""
@@ -610,8 +468,10 @@ class PruneThenGrow(Policy, Method):
         owners = stages.owners(surgery.trace(model))
         done += prune_(model, optimizer, cuts=cuts, **how)
         if stage is not None:
-            done += self.enlarge(model, state["layout"], stage, action.kind, how["multiple"], optimizer, breaker=self.breaker, x=x, y=y,
-                                 generator=run.generator(self))  # fmt: skip
+            how = dict(multiple=how["multiple"], breaker=self.breaker, generator=run.generator(self))
+            done += self.enlarge(
+                model, state["layout"], stage, action.kind, optimizer=optimizer, x=x, y=y, **how
+            )
         state["layout"] = stages.follow(state["layout"], before, model, stage)
         state["channels"], new = stages.carry(
             state["channels"], owners, before, surgery.trace(model), cuts, run.epoch
@@ -622,3 +482,28 @@ class PruneThenGrow(Policy, Method):
 
 def _key(size):
     return f"{size[0]} x {size[1]}"
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """Train the network that `PruneThenGrow` ends with from new weights: (task, seed) -> `History`.
+
+    Finding it is not on the clock: the right network is taken as known. This is the control that asks whether
+    the way there is worth anything.
+
+    >>> t = task("smoke", "synthetic")
+    >>> FromScratch(PruneThenGrow(prune=replace(GENTLE, multiple=2)))(t, 0).steps
+    8
+    """
+
+    method: PruneThenGrow
+    _: KW_ONLY
+    start: tuple = ()  # settings of the network that the procedure starts from, as items
+    methods: tuple = ()  # take part in both trainings, such as a resizer
+
+    def __call__(self, task: Task, seed: int) -> History:
+        dataset = task.load()
+        model = task.build(dataset, seed, **dict(self.start))
+        train(model, dataset, task.recipe, [*self.methods, self.method], seed, evaluations=1)
+        again = renewed(model, stream(seed, "initial weights").initial_seed())
+        return train(again, dataset, task.recipe, self.methods, seed)

@@ -1,5 +1,4 @@
-"""PruneTrain (Lym et al. 2019, arXiv:1901.09290): prune channels while training, from the first step, and
-really take them out.
+"""PruneTrain (Lym et al. 2019, arXiv:1901.09290): prune channels while training, and really cut them out.
 
 A group-lasso penalty on whole channels drives the weights of some of them to zero; every few epochs the
 network is cut to the channels that live ("reconfigured"), so that the rest of the training is cheaper. The
@@ -8,7 +7,8 @@ penalty's coefficient comes from one number, the share r of the loss that it mak
 The published form adds the penalty to the loss and lets SGD follow its sub-gradient; weights then only come
 near zero, and a threshold decides. A proximal step (the default here) reaches exact zeros, and cuts are then
 exact. Physical cuts are at multiples that pay on the device: a CPU's convolutions work in blocks of 16
-channels, and a width of 31 is slower than 32."""
+channels, and a width of 31 is slower than 32.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,17 +19,40 @@ from effilib import surgery
 from effilib.convolution import probe
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.tasks import Task
+from effilib.training import History, Method, Run, train
+
+__all__ = [
+    "PruneTrain",
+    "Smaller",
+    "anything_dead",
+    "coefficient",
+    "group_lasso",
+    "group_norms",
+    "group_weight",
+    "kept",
+    "live",
+    "places",
+    "prune_",
+    "shrink_",
+    "shrink_steps",
+    "weights",
+]
+
+Place = tuple[str, int, int]  # a layer's name, the axis of its groups, neighbouring columns of a group
+Group = tuple[torch.Tensor, int, int]  # the same with the layer's weight
+Spare = dict[str, torch.Tensor]  # a node's name -> (width,) bool
 
 INFO = Info(
     name="PruneTrain",
     name_de="Beschneiden während des Trainings",
     chapter="6.1",
     paper="Lym et al. 2019, arXiv:1901.09290",
-    claim="Pruning channels by group lasso from the first step, and reconfiguring the network every few epochs, cuts training FLOPs of "
-    "ResNet-50 on ImageNet by 40 % and its training time by 39 %.",
-    cost_model="The penalty adds a pass over the weights per step; a layer's FLOPs shrink with the product of its live input and output "
-    "channels; a reconfiguration costs milliseconds. FLOPs become time only where the narrower layers run as efficiently.",
+    claim="Pruning channels by group lasso from the first step, and reconfiguring the network every few "
+    "epochs, cuts training FLOPs of ResNet-50 on ImageNet by 40 % and its training time by 39 %.",
+    cost_model="The penalty adds a pass over the weights per step; a layer's FLOPs shrink with the product "
+    "of its live input and output channels; a cut costs milliseconds. FLOPs become time only where "
+    "the narrower layers run as efficiently.",
 )
 
 THRESHOLD = 1e-4  # of the published form: a group is dead where all of its weights are smaller
@@ -38,9 +61,10 @@ PUBLISHED_LR_STEPS = 390 * (
 )  # sum of the learning rate over CIFAR's 182 epochs of 390 steps
 
 
-def group_norms(W, axis, per=1):
-    """Norms of the groups of W along `axis`: (n,). A group is what one channel owns, `per` neighbouring
-    columns of a linear layer.
+def group_norms(W: torch.Tensor, axis: int, per: int = 1) -> torch.Tensor:
+    """Return the norms of the groups of W along `axis`: (n,).
+
+    A group is what one channel owns: `per` neighbouring columns of a linear layer behind a flattened picture.
 
     >>> group_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
@@ -49,12 +73,12 @@ def group_norms(W, axis, per=1):
     return torch.linalg.vector_norm(W.reshape(W.shape[0] // per, -1), dim=1)
 
 
-def group_weight(W, axis, per=1, weigh="equal"):
-    """What the norms of a layer's groups count: 1; by "size" the root of a group's size (Yuan & Lin 2006); by
-    "norm" their mean.
+def group_weight(W: torch.Tensor, axis: int, per: int = 1, weigh: str = "equal") -> float | torch.Tensor:
+    """Return what the norms of a layer's groups count.
 
-    Small groups, as a classifier's columns, have small norms and die first where all count alike; by "norm"
-    every layer shrinks by the same share.
+    1; by "size" the root of a group's size (Yuan & Lin 2006); by "norm" their mean. Small groups, as a
+    classifier's columns, have small norms and die first where all count alike; by "norm" every layer shrinks
+    by the same share.
 
     >>> group_weight(torch.ones(2, 9), 0), group_weight(torch.ones(2, 9), 0, weigh="size")
     (1.0, 3.0)
@@ -64,8 +88,10 @@ def group_weight(W, axis, per=1, weigh="equal"):
     return (W.numel() // W.shape[axis] * per) ** 0.5 if weigh == "size" else 1.0
 
 
-def group_lasso(groups, eps=1e-8, weigh="equal"):
-    """G(W) = sum over all groups of sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side.
+def group_lasso(groups: list[Group], eps: float = 1e-8, weigh: str = "equal") -> torch.Tensor:
+    """Return G(W) = sum over all groups of sqrt(||W_g||^2 + eps).
+
+    Differentiable. groups: (W, axis, per) of each layer and side.
 
     >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     >>> group_lasso([(W, 0, 1)]).item()  # 5 + 1
@@ -74,9 +100,10 @@ def group_lasso(groups, eps=1e-8, weigh="equal"):
     return sum(group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
 
 
-def coefficient(ratio, loss, penalty):
-    """lambda = r L / (G (1 - r)): the penalty makes up the share r of the whole loss. loss, penalty: of the
-    first batch.
+def coefficient(ratio: float, loss: float, penalty: float) -> float:
+    """Return lambda = r L / (G (1 - r)), which makes the penalty's share r.
+
+    loss, penalty: L and G, of the first batch.
 
     >>> coefficient(0.2, loss=2.0, penalty=10.0)  # 0.05 x 10 is a fifth of 2 + 0.5
     0.05
@@ -85,11 +112,11 @@ def coefficient(ratio, loss, penalty):
 
 
 @torch.no_grad()
-def shrink_(groups, kappa, weigh="equal", keep_scale=False):
-    """The proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||) for every group, producers' rows first, then consumers' columns.
+def shrink_(groups: list[Group], kappa: float, weigh: str = "equal", keep_scale: bool = False) -> None:
+    """Take the proximal step: W_g <- W_g max(0, 1 - kappa / ||W_g||).
 
-    keep_scale: each layer is scaled back to the norm that it had, so that only the groups' shares of it
-    change.
+    For every group, in their order: producers' rows first, then consumers' columns. keep_scale: each layer is
+    scaled back to the norm that it had, so that only the groups' shares of it change.
 
     >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     >>> shrink_([(W, 0, 1)], kappa=2.5)
@@ -108,8 +135,12 @@ def shrink_(groups, kappa, weigh="equal", keep_scale=False):
         W.mul_(factor.view([-1 if a == axis else 1 for a in range(W.dim())]))
 
 
-def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
-    """Steps until a group of this norm without a gradient is gone: (1 - mu) / (eta wd) ln(1 + wd ||W|| / lambda).
+def shrink_steps(
+    norm: float, lam: float, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+) -> float:
+    """Return the steps until a group without a gradient is gone.
+
+    (1 - mu) / (eta wd) ln(1 + wd ||W|| / lambda); without weight decay (1 - mu) ||W|| / (eta lambda).
 
     >>> round(shrink_steps(norm=1.0, lam=0.1, lr=0.1), 6)
     10.0
@@ -121,12 +152,12 @@ def shrink_steps(norm, lam, lr, momentum=0.9, weight_decay=0.0):
     return float(torch.log1p(torch.tensor(decay * norm / rate, dtype=torch.double))) / decay
 
 
-def places(nodes, rule="union"):
-    """Where the groups of these nodes lie: (layer, axis, columns per channel), all producers' rows, then all
-    consumers' columns.
+def places(nodes: list[surgery.Node], rule: str = "union") -> list[Place]:
+    """Return where the groups of these nodes lie.
 
-    A network's input channels and its outputs belong to no node, so they are not penalised; nor are biases
-    and BatchNorms. rule: "readers" leaves the producers' rows out.
+    (layer, axis, columns a channel) of all producers' rows, then of all consumers' columns. A network's input
+    channels and its outputs belong to no node, so they are not penalised; nor are biases and BatchNorms.
+    rule: "readers" leaves the producers' rows out.
 
     >>> places(surgery.nodes(build("convnet", 4, (1, 8, 8), widths=(4, 8))))
     [('features.0', 0, 1), ('features.4', 0, 1), ('features.4', 1, 1), ('head', 1, 1)]
@@ -140,8 +171,8 @@ def places(nodes, rule="union"):
     return rows + [(name, 1, per) for node in nodes for name, per in node.consumers.items()]
 
 
-def weights(model, places):
-    """The groups at these places: (W, axis, columns per channel).
+def weights(model: torch.nn.Module, places: list[Place]) -> list[Group]:
+    """Return the groups at these places: (W, axis, columns a channel).
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> [(W.shape, axis) for W, axis, _ in weights(net, [("head", 1, 1)])]
@@ -151,16 +182,16 @@ def weights(model, places):
 
 
 @torch.no_grad()
-def live(node, threshold=0.0, rule="union"):
-    """(width,) bool: a channel lives if any producer writes it or any consumer reads it with a weight above
-    the threshold (union rule).
+def live(node: surgery.Node, threshold: float = 0.0, rule: str = "union") -> torch.Tensor:
+    """Return which channels of a node live: (width,) bool.
 
-    rule: by "readers" it lives if any consumer reads it. What nobody reads changes nothing, whatever is still
+    By the rule "union" a channel lives if any producer writes it or any consumer reads it with a weight above
+    the threshold; by "readers" if any consumer reads it. What nobody reads changes nothing, whatever is
     written.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> with torch.no_grad():
-    ...     net.features[0].weight[1:] = net.features[4].weight[:, 2:] = 0  # channel 1 is read, but not written
+    ...     net.features[0].weight[1:] = net.features[4].weight[:, 2:] = 0  # channel 1 is read, not written
     >>> live(surgery.trace(net)["features.0"]).tolist()
     [True, True, False, False]
     """
@@ -171,49 +202,49 @@ def live(node, threshold=0.0, rule="union"):
     return alive
 
 
-def kept(alive, multiple):
-    """Indices to keep: the living, filled up to a multiple with the first dead ones, never fewer than one
-    multiple.
+def kept(alive: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Return the indices to keep: the living, filled up to a multiple.
 
-    >>> kept(torch.tensor([False, True, False, True]), multiple=3).tolist()  # filled up with the first dead one
+    The first dead ones fill it up; never fewer than one multiple.
+
+    >>> kept(torch.tensor([False, True, False, True]), multiple=3).tolist()  # the first dead one comes too
     [0, 1, 3]
     """
     n = min(len(alive), multiple * max(1, -(-int(alive.sum()) // multiple)))
     return (~alive).int().argsort(stable=True)[:n].sort().values
 
 
-def stays(node, threshold=0.0, rule="union", spare=None):
-    """(width,) bool: the channels of a node that live, and those that are spared. spare: node's name ->
-    (width,) bool.
+def stays(
+    node: surgery.Node, threshold: float = 0.0, rule: str = "union", spare: Spare | None = None
+) -> torch.Tensor:
+    """Return which channels of a node live or are spared: (width,) bool.
 
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 8))
-    >>> with torch.no_grad():
-    ...     net.features[0].weight[1:] = net.features[4].weight[:, 1:] = 0
-    >>> node = surgery.trace(net)["features.0"]
-    >>> stays(node).tolist(), stays(node, spare={"features.0": torch.tensor([False, True])}).tolist()
-    ([True, False], [True, True])
+    spare: a node's name -> (width,) bool.
     """
     alive = live(node, threshold, rule)
     return alive | spare[node.name] if spare and node.name in spare else alive
 
 
-def dead_paths(structure, threshold=0.0, rule="union", spare=None):
-    """Residual paths through which nothing flows, because all channels of a node inside are dead.
-
-    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
-    >>> with torch.no_grad():
-    ...     zeroed = net.stages[0][1].conv1.weight.zero_(), net.stages[0][1].conv2.weight.zero_()
-    >>> [path.name for path in dead_paths(surgery.trace(net))]
-    ['stages.0.1']
-    """
-    return [
-        path for path in structure.paths
-        if any(not stays(node, threshold, rule, spare).any() for node in structure.inner(path)) and surgery.can_remove(path)
-    ]  # fmt: skip
+def dead_paths(
+    structure: surgery.Structure, threshold: float = 0.0, rule: str = "union", spare: Spare | None = None
+) -> list[surgery.Path]:
+    """Return the residual paths in which all channels of a node are dead."""
+    found = []
+    for path in structure.paths:
+        dead = any(not stays(node, threshold, rule, spare).any() for node in structure.inner(path))
+        if dead and surgery.can_remove(path):
+            found.append(path)
+    return found
 
 
-def anything_dead(model, threshold=0.0, multiple=1, rule="union", spare=None):
-    """Whether `prune_` would do anything.
+def anything_dead(
+    model: torch.nn.Module,
+    threshold: float = 0.0,
+    multiple: int = 1,
+    rule: str = "union",
+    spare: Spare | None = None,
+) -> bool:
+    """Return whether `prune_` would do anything.
 
     >>> anything_dead(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
     False
@@ -224,12 +255,21 @@ def anything_dead(model, threshold=0.0, multiple=1, rule="union", spare=None):
     return any(len(kept(stays(n, threshold, rule, spare), multiple)) < n.width for n in found.nodes)
 
 
-def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", spare=None, cuts=None):
-    """Cut the dead channels of `model`, and remove the residual paths that are dead as a whole. In place.
+def prune_(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    threshold: float = 0.0,
+    multiple: int = 1,
+    rule: str = "union",
+    spare: Spare | None = None,
+    cuts: dict[str, torch.Tensor] | None = None,
+) -> list[str]:
+    """Cut the dead channels of `model` in place.
 
-    spare: channels that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that
-    is cut. Exact for exact zeros (threshold 0). Returns what was done, in words; [] where nothing was dead
-    enough.
+    Residual paths that are dead as a whole are removed. Exact for exact zeros (threshold 0). spare: channels
+    that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut. Returns
+    what was done, in words; [] where nothing was dead enough.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> with torch.no_grad():
@@ -251,46 +291,29 @@ def prune_(model, optimizer=None, *, threshold=0.0, multiple=1, rule="union", sp
     return done
 
 
-def widths(model, rule="union"):
-    """Channels of every node, and how many of them live: dict name -> (width, live channels).
-
-    >>> widths(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
-    {'features.0': (4, 4), 'features.4': (8, 8)}
-    """
+def widths(model: torch.nn.Module, rule: str = "union") -> dict[str, tuple[int, int]]:
+    """Return the channels of every node, and how many live: (width, live)."""
     return {node.name: (node.width, int(live(node, rule=rule).sum())) for node in surgery.trace(model).nodes}
 
 
-def lr_steps(run, until=1.0):
-    """Sum of the learning rate over a share of the run's steps: how far a penalty shrinks groups, in units of
-    lambda / (1 - mu).
+def lr_steps(run: Run, until: float = 1.0) -> float:
+    """Return the sum of the learning rate over a share of the run's steps.
 
-    >>> from types import SimpleNamespace
-    >>> lr_steps(SimpleNamespace(planned=3, lr_at=Recipe(lr=0.5, warmup=0, schedule="constant").lr_at))
-    1.5
+    It is how far a penalty shrinks groups, in units of lambda / (1 - mu).
     """
-    return sum(
-        run.schedule.lr_at(step, run.schedule.planned)
-        for step in range(math.ceil(until * run.schedule.planned))
-    )
+    schedule = run.schedule
+    return sum(schedule.lr_at(step, schedule.planned) for step in range(math.ceil(until * schedule.planned)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTrain(Method):
-    """Penalise, and reconfigure every `every` epochs. Raises `NoEffect` if the network has no channels that
-    could be cut.
+    """Penalise channels, and cut out the dead ones every few epochs.
 
-    Published are the first four and `every` (10 epochs on CIFAR, 5 on ImageNet); what follows is for runs far
-    shorter than theirs. ratio: r, the penalty's share of the loss on the first batch. mode: "published"
-    (sub-gradient through the loss, and a threshold) or "proximal". rule: "union", or "readers", see `live`;
-    by readers only their columns are penalised. weigh: see `group_weight` ("equal", or "size", an option of
-    the authors' code). multiple: cuts leave multiples of it; "auto" is 16 on a CPU, 8 on CUDA. grow_batch:
-    enlarge the batch by how much smaller a step's activations have become, and the learning rate with it.
-
-    scale: factor on lambda. The penalty shrinks a group by lambda times the sum of the learning rate, so a
-    short run prunes nothing with the published lambda; "schedule" multiplies it by the published sum over
-    that of this run's steps under the penalty. until: share of the steps after which the penalty ends, so
-    that what is left recovers. keep_scale: see `shrink_`; without it a strong penalty also shrinks what
-    lives, and under BatchNorm smaller weights mean a larger effective learning rate.
+    Published are the first three and `every` (10 epochs on CIFAR, 5 on ImageNet), `mode` "published" and
+    `rule` "union"; the rest is for runs that are far shorter. `scale`: the penalty shrinks a group by lambda
+    times the sum of the learning rate, so that a short run prunes nothing with the published lambda;
+    "schedule" multiplies lambda by the published sum over that of this run's steps under the penalty.
+    Raises `NoEffect` if the network has no channels that could be cut.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))
@@ -299,16 +322,17 @@ class PruneTrain(Method):
     ('lambda = ... (ratio 0.3 on the first batch, times 1)', 2)
     """
 
-    ratio: float = 0.2
-    mode: str = "proximal"
-    rule: str = "union"
-    weigh: str = "equal"
-    keep_scale: bool = False
-    scale: float | str = 1.0
-    every: int = 1
-    multiple: int | str = "auto"
-    until: float = 1.0
-    grow_batch: bool = False
+    ratio: float = 0.2  # r, the penalty's share of the loss on the first batch
+    mode: str = "proximal"  # or "published": the sub-gradient through the loss, and a threshold
+    rule: str = "union"  # or "readers": only their columns are penalised and decide, see `live`
+    weigh: str = "equal"  # see `group_weight`; "size" is an option of the authors' code
+    keep_scale: bool = False  # see `shrink_`; else what lives shrinks too, and steps grow under BatchNorm
+    scale: float | str = 1.0  # factor on lambda, or "schedule"
+    every: int = 1  # epochs between reconfigurations
+    at: tuple[float, ...] = ()  # instead: the shares of a run's steps after which it is reconfigured
+    multiple: int | str = "auto"  # cuts leave multiples of it; "auto" is 16 on a CPU, 8 on CUDA
+    until: float = 1.0  # share of the steps after which the penalty ends, so that what is left recovers
+    grow_batch: bool = False  # by how much smaller a step's activations became, the learning rate with it
 
     def __post_init__(self):
         choose("mode", self.mode, ("proximal", "published"))
@@ -318,107 +342,103 @@ class PruneTrain(Method):
             raise BadInput(f"PruneTrain: the ratio is {self.ratio}, it must lie in [0, 1)")
         if isinstance(self.scale, str):
             choose("scale", self.scale, ("schedule",))
-        if (
-            not (self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0))
-            or self.every < 1
-        ):
-            raise BadInput(
-                "PruneTrain: multiple is a whole number above 0 or 'auto', every a whole number of epochs above 0"
-            )
+        whole = self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0)
+        if not whole or self.every < 1:
+            raise BadInput("PruneTrain: multiple is a whole number or 'auto', every of epochs, both above 0")
+        if not all(0 < share < 1 for share in self.at):
+            raise BadInput(f"PruneTrain: at is {self.at}, shares of the run's steps between 0 and 1")
+        if self.at and self.grow_batch:
+            raise BadInput("PruneTrain: a batch grows at an epoch's end, so grow_batch needs every, not at")
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if not surgery.trace(run.model).nodes:
             raise NoEffect(f"PruneTrain: {type(run.model).__name__} has no channels that could be cut")
-        run.state[self] = {
-            "lambda": None,
-            "history": [],
-            "activations": activations(run.model, run.dataset.shape),
-            "structure": -1,
-        }
+        start = activations(run.model, run.dataset.shape)
+        run.state[self] = {"lambda": None, "widths": [], "epochs": [], "activations": start, "structure": -1}
 
-    def groups(self, run):
+    def _groups(self, run):
         """The groups as they are now, found anew after every change of structure."""
         state = run.state[self]
         if state["structure"] != run.structures:
-            state["structure"], state["places"] = (
-                run.structures,
-                places(surgery.trace(run.model).nodes, self.rule),
-            )
+            nodes = surgery.trace(run.model).nodes
+            state["structure"], state["places"] = run.structures, places(nodes, self.rule)
         return weights(run.model, state["places"])
 
-    def loss_terms(self, run):
-        state, groups = run.state[self], self.groups(run)
+    def loss_terms(self, run: Run) -> torch.Tensor | None:
+        state, groups = run.state[self], self._groups(run)
         if state["lambda"] is None:
             state["lambda"], scale = self.price(run, groups)
-            run.log(
-                self,
-                f"lambda = {state['lambda']:.3g} (ratio {self.ratio:g} on the first batch, times {scale:.3g})",
-                lam=state["lambda"],
-            )
-        if self.mode == "published" and state["lambda"] and self.active(run):
+            why = f"ratio {self.ratio:g} on the first batch, times {scale:.3g}"
+            run.log(self, f"lambda = {state['lambda']:.3g} ({why})", lam=state["lambda"])
+        if self.mode == "published" and state["lambda"] and self._active(run):
             return state["lambda"] * group_lasso(groups, weigh=self.weigh)
 
     @torch.no_grad()
-    def price(self, run, groups):
-        """(lambda, the factor in it), from the first batch."""
+    def price(self, run: Run, groups: list[Group]) -> tuple[float, float]:
+        """Return (lambda, the factor in it), from the first batch."""
         scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until) if self.scale == "schedule" else self.scale
-        return run.ranks.agree(
-            scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
-        ), scale
+        lam = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
+        return run.ranks.agree(lam), scale
 
-    def blocks(self, run):
-        """The multiple that cuts leave on this device."""
+    def blocks(self, run: Run) -> int:
+        """Return the multiple that cuts leave on this device."""
         return {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
 
-    def active(self, run):
-        """Whether the penalty still acts."""
+    def _active(self, run):
         return run.schedule.position < self.until * run.schedule.planned
 
-    def on_step_end(self, run):
-        lam = run.state[self]["lambda"]
-        if self.mode == "proximal" and lam and self.active(run):
-            shrink_(self.groups(run), run.lr * lam / (1 - run.recipe.momentum), self.weigh, self.keep_scale)
+    def on_step_end(self, run: Run) -> None:
+        lam, schedule = run.state[self]["lambda"], run.schedule
+        if self.mode == "proximal" and lam and self._active(run):
+            shrink_(self._groups(run), run.lr * lam / (1 - run.recipe.momentum), self.weigh, self.keep_scale)
+        now = schedule.position + schedule.pace
+        if any(schedule.position < share * schedule.planned <= now for share in self.at):
+            run.level()  # in mid-epoch several processes are equal up to rounding only, and zeros decide
+            self._reconfigure(run)
+            self._note(run, now)
 
-    def on_epoch_end(self, run):
-        state = run.state[self]
-        if (run.epoch + 1) % self.every == 0 and run.step < run.steps:
-            threshold = THRESHOLD if self.mode == "published" else 0.0
-            how = dict(threshold=threshold, multiple=self.blocks(run), rule=self.rule)
-            if anything_dead(run.model, **how):
-                done = []
-                run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, **how)))
-                run.log(self, "; ".join(done), pruned=done)
-                self.enlarge(run, state)
-        with run.clock.paused():  # for the record
-            state["history"].append(widths(run.model, self.rule))
+    def on_epoch_end(self, run: Run) -> None:
+        if not self.at and (run.epoch + 1) % self.every == 0 and run.step < run.steps:
+            self._reconfigure(run)
+        self._note(run, run.schedule.position)
 
-    def enlarge(self, run, state):
-        """The published rule's aim: what the smaller network saves in memory, a larger batch takes up; lr
-        grows with it.
-        """
+    def _reconfigure(self, run):
+        """Cut what is dead."""
+        threshold = THRESHOLD if self.mode == "published" else 0.0
+        how = dict(threshold=threshold, multiple=self.blocks(run), rule=self.rule)
+        if anything_dead(run.model, **how):
+            done = []
+            run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, **how)))
+            run.log(self, "; ".join(done), pruned=done)
+            self._enlarge(run)
+
+    def _note(self, run, position):
+        """Note the widths, off the clock: they are for the record."""
+        with run.clock.paused():
+            run.state[self]["widths"].append(widths(run.model, self.rule))
+            run.state[self]["epochs"].append(run.recipe.epochs * position / run.schedule.planned)
+
+    def _enlarge(self, run):
+        """Let a larger batch take up the memory that the smaller network saves."""
         if self.grow_batch:
-            now = activations(run.model, run.dataset.shape)
-            factor = state["activations"] / now
-            size = int(factor * run.batches.batch_size) // 8 * 8  # whole multiples of 8 images
-            size = min(size, len(run.dataset.train))
-            if size > run.batches.batch_size:
-                before = run.batches.batch_size
+            state, now = run.state[self], activations(run.model, run.dataset.shape)
+            before, most = run.batches.batch_size, len(run.dataset.train)
+            size = min(int(state["activations"] / now * before) // 8 * 8, most)  # whole multiples of 8 images
+            if size > before:
                 run.grow_batch(size / before, size / before)
                 state["activations"] = now * size / before
-                run.log(
-                    self, f"batch {before} -> {size}, learning rate times {size / before:.3g}", batch=size
-                )
+                text = f"batch {before} -> {size}, learning rate times {size / before:.3g}"
+                run.log(self, text, batch=size)
 
-    def on_fit_end(self, run):
-        run.log(self, "widths by epoch", widths=run.state[self]["history"], lam=run.state[self]["lambda"])
+    def on_fit_end(self, run: Run) -> None:
+        state = run.state[self]
+        run.log(self, "widths", widths=state["widths"], epochs=state["epochs"], lam=state["lambda"])
 
 
-def activations(model, shape):
-    """Numbers that all convolutions and linear layers write for one image (C, H, W) = `shape`: what a step
-    keeps for backward, roughly.
+def activations(model: torch.nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return how many numbers all layers write for one image.
 
-    >>> activations(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))  # 4 x 64 + 8 x 16 + 4
-    388
+    Of convolutions and linear layers; shape: the image's (C, H, W). Roughly what a step keeps for backward.
     """
     total, hooks = [], []
     for m in model.modules():
@@ -427,3 +447,30 @@ def activations(model, shape):
     p = next(model.parameters())
     probe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), hooks)
     return sum(total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """Train from scratch a network that is cut before its first step.
+
+    For networks that have no settings of their own: (task, seed) -> `History`. widths: (node, width) of each
+    node; removed: residual paths that are taken out first.
+
+    >>> t = task("smoke", "synthetic")
+    >>> Smaller(widths=(("stem", 4),))(t, seed=0).structure["widths"][0]
+    4
+    """
+
+    widths: tuple[tuple[str, int], ...]
+    removed: tuple[str, ...] = ()
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train it at the task's length."""
+        dataset = task.load()
+        model = task.build(dataset, seed)
+        for path in self.removed:
+            surgery.remove_path_(surgery.trace(model).path(path))
+        found = surgery.trace(model)
+        for node, width in self.widths:
+            surgery.select_(found[node], range(width))
+        return train(model, dataset, task.recipe, (), seed)

@@ -1,9 +1,8 @@
-"""Standardization loss (Collins, Ballé & Shlens 2019, arXiv:1903.00925): BatchNorm's statistics as a loss
-instead of a layer.
+"""Standardization loss: BatchNorm's statistics as a loss instead of a layer.
 
-For each channel of a layer's pre-activations x, over the batch and all pixels, a term pulls mean and variance
-to 0 and 1: the Kullback-Leibler divergence of N(mu, sigma^2) from N(0, 1). Nothing is normalised, so nothing
-is left at test time.
+Collins, Ballé & Shlens 2019, arXiv:1903.00925. For each channel of a layer's pre-activations x, over the
+batch and all pixels, a term pulls mean and variance to 0 and 1: the Kullback-Leibler divergence of N(mu,
+sigma^2) from N(0, 1). Nothing is normalised, so nothing is left at test time.
 
 Written with `var_mean` and autograd the loss makes a step slower than the BatchNorm that it replaces.
 `Divergence` takes the moments from BatchNorm's own kernel and writes its gradient in one pass, a x + b with
@@ -11,7 +10,8 @@ one a and b per channel, which is what BatchNorm's kernel of eval mode computes:
 input's format, either memory format, CPU or CUDA."""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,16 +20,24 @@ from torch.autograd.function import once_differentiable
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
-from effilib.training import Method
+from effilib.training import History, Method, train
+
+__all__ = [
+    "Bias", "Divergence", "OtherNorm", "StandardizationLoss", "Standardized", "Unstandardized", "Watch",
+    "cnn", "collect_", "divergence", "divergence_of", "naive_divergence", "plain_", "pre_activations",
+    "replace_norms_", "standardize_",
+]  # fmt: skip
 
 INFO = Info(
     name="Standardization loss",
     name_de="Standardisierungsverlust",
     chapter="7.2",
     paper="Collins, Ballé & Shlens 2019, arXiv:1903.00925",
-    claim="Pulling the pre-activations to mean 0 and variance 1 by a loss needs 2.2 to 2.8 times fewer steps than no normalisation, "
-    "works for small batches, and leaves nothing behind at test time; BatchNorm with large batches needs fewer steps still.",
-    cost_model="Same products; per layer one pass over the pre-activations for the moments and one for the gradient, as BatchNorm has.",
+    claim="Pulling the pre-activations to mean 0 and variance 1 by a loss needs 2.2 to 2.8 times fewer "
+    "steps than no normalisation, works for small batches, and leaves nothing behind at test time; "
+    "BatchNorm with large batches needs fewer steps still.",
+    cost_model="Same products; per layer one pass over the pre-activations for the moments and one for the "
+    "gradient, as BatchNorm has.",
 )
 
 EPS = 1e-5  # in the logarithm, as BatchNorm's: a dead channel has variance 0
@@ -37,19 +45,21 @@ NARROW = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def divergence_of(mean, var, eps=0.0):
-    """D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation. mean, var: (C,), biased
-    variances.
+def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """Return D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation.
 
-    >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # the second channel's mean is off by 1
+    mean, var: (C,), biased variances. eps: in the logarithm.
+
+    >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # the second mean is off by 1
     0.5
     """
     return 0.5 * (mean * mean + var - torch.log(var + eps) - 1).sum()
 
 
-def naive_divergence(x, eps=EPS, *, bias=None):
-    """The same of activations x: (N, C, ...), by autograd: the oracle, and what a first implementation would
-    be. In 32 bits or more.
+def naive_divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the same of activations x: (N, C, ...), by autograd: the slow oracle.
+
+    In 32 bits or more.
 
     >>> naive_divergence(torch.tensor([[1.0], [-1.0]]), eps=0.0).item()  # mean 0, variance 1
     0.0
@@ -61,8 +71,9 @@ def naive_divergence(x, eps=EPS, *, bias=None):
 
 @functools.lru_cache
 def _held(channels, device, narrow):
-    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32. They
-    are never read.
+    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32.
+
+    They are never read.
     """
     return (
         (torch.zeros(channels, device=device), torch.ones(channels, device=device))
@@ -72,7 +83,9 @@ def _held(channels, device, narrow):
 
 
 class Divergence(torch.autograd.Function):
-    """`naive_divergence` in one pass forward and one backward: with n values a channel,
+    """Compute `naive_divergence` in one pass forward and one backward.
+
+    With n values a channel,
 
     dD/dx = (mu + (x - mean(x)) (1 - 1 / (sigma^2 + eps))) / n,  dD/dbias = mu = mean(x) + bias
 
@@ -106,12 +119,12 @@ class Divergence(torch.autograd.Function):
         return dx, mu * g if ctx.needs_input_grad[1] else None, None
 
 
-def divergence(x, eps=EPS, *, bias=None):
-    """D of the pre-activations x + bias: a scalar of 32 bits or more, summed over the channels. x: (N, C) or
-    (N, C, H, W); bias: (C,).
+def divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return D of the pre-activations x + bias, summed over the channels.
 
-    Source: the paper, section 3; it is the sum over channels that lambda multiplies. eps: in the logarithm
-    only. Raises `BadInput` where a channel has fewer than two values, for these have no variance.
+    x: (N, C) or (N, C, H, W); bias: (C,). A scalar of 32 bits or more. Source: the paper, section 3; it is
+    the sum over channels that lambda multiplies. eps: in the logarithm only. Raises `BadInput` where a
+    channel has fewer than two values, for these have no variance.
 
     >>> x = 2 * torch.randn(8, 3, 4, 4) + 1
     >>> torch.allclose(divergence(x), naive_divergence(x))
@@ -119,19 +132,20 @@ def divergence(x, eps=EPS, *, bias=None):
     """
     if x.dim() < 2 or x.numel() < 2 * x.shape[1]:
         raise BadInput(
-            f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a channel are needed"
+            f"standardization loss: pre-activations of shape {tuple(x.shape)} have no variance: 2 values a "
+            "channel are needed"
         )
     return Divergence.apply(x, bias, eps)
 
 
 class Bias(nn.Module):
-    """Adds a bias per channel, (C,): what stands where a BatchNorm was, in the end.
+    """Add a bias per channel, (C,): what stands where a BatchNorm was, in the end.
 
     >>> Bias(torch.tensor([1.0, 2.0]))(torch.zeros(1, 2, 1, 1)).flatten().tolist()
     [1.0, 2.0]
     """
 
-    def __init__(self, bias):
+    def __init__(self, bias: torch.Tensor):
         super().__init__()
         self.bias = bias
 
@@ -140,18 +154,17 @@ class Bias(nn.Module):
 
 
 class Standardized(Bias):
-    """Stands where a BatchNorm stood: adds a bias (C,) and, in training, notes the divergence of what it lets
-    through.
+    """Add a bias (C,) and, in training, note the divergence of the sum.
 
-    The notes wait in `terms` (a layer that is used twice has two) until `collect_` takes them. measure:
-    `divergence`, or the naive one.
+    It stands where a BatchNorm stood. The notes wait in `terms` (a layer that is used twice has two) until
+    `collect_` takes them. measure: `divergence`, or the naive one.
 
     >>> layer, x = Standardized(3), torch.randn(8, 3, 4, 4)
     >>> torch.equal(layer(x), x), len(layer.terms)
     (True, 1)
     """
 
-    def __init__(self, channels, eps=EPS, measure=divergence):
+    def __init__(self, channels: int, eps: float = EPS, measure: Callable = divergence):
         super().__init__(nn.Parameter(torch.zeros(channels)))
         self.eps, self.measure, self.terms = eps, measure, []
 
@@ -162,9 +175,10 @@ class Standardized(Bias):
 
 
 class Watch:
-    """The same for a network without BatchNorm: a forward hook on a layer whose output is a pre-activation.
+    """Note the divergence of a layer's output, by a forward hook.
 
-    The network goes on with a copy, for a ReLU in place would change what the gradient needs.
+    For networks without BatchNorm. The network goes on with a copy, for a ReLU in place would change what the
+    gradient needs.
 
     >>> layer = nn.Linear(2, 3)
     >>> watch = Watch(layer)
@@ -173,7 +187,7 @@ class Watch:
     1
     """
 
-    def __init__(self, layer, eps=EPS):
+    def __init__(self, layer: nn.Module, eps: float = EPS):
         self.eps, self.terms = eps, []
         self.handle = layer.register_forward_hook(self.hook)
 
@@ -185,9 +199,10 @@ class Watch:
         return output
 
 
-def collect_(sources):
-    """Sum of the divergences that `Standardized` and `Watch` noted since the last call, and forget them. None
-    if there are none.
+def collect_(sources: Iterable) -> torch.Tensor | None:
+    """Return the sum of the divergences noted since the last call, and forget them.
+
+    sources: `Standardized` layers and `Watch`es. None if there is nothing.
 
     >>> layer = Standardized(3)
     >>> y = layer(torch.randn(8, 3, 4, 4))
@@ -200,13 +215,14 @@ def collect_(sources):
     return torch.stack(terms).sum() if terms else None
 
 
-def replace_norms_(model, make, optimizer=None):
-    """Replace each BatchNorm of `model` by `make(norm)`, in place; a shared one stays shared. Returns dict
-    name -> new module.
+def replace_norms_(
+    model: nn.Module, make: Callable, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, nn.Module]:
+    """Replace each BatchNorm of `model` by `make(norm)`, in place.
 
-    The function changes. A parameter `bias` or `weight` of the new module takes the value of the old one,
-    where both have it; the optimizer follows, the new ones without momentum. Raises `NoEffect` where there is
-    no BatchNorm.
+    Returns dict name -> new module; a shared one stays shared. The function changes. A parameter `bias` or
+    `weight` of the new module takes the value of the old one, where both have it; the optimizer follows, the
+    new ones without momentum. Raises `NoEffect` where there is no BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(replace_norms_(net, lambda norm: nn.GroupNorm(1, norm.num_features)))
@@ -241,12 +257,17 @@ def _device(norm, model):
     )
 
 
-def standardize_(model, optimizer=None, *, eps=EPS, measure=divergence):
-    """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics. Returns dict name ->
-    layer.
+def standardize_(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    eps: float = EPS,
+    measure: Callable = divergence,
+) -> dict[str, nn.Module]:
+    """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics.
 
-    Scale and running statistics are dropped, so this is for networks before their training. Raises `NoEffect`
-    without BatchNorm.
+    Returns dict name -> layer. Scale and running statistics are dropped, so this is for networks before their
+    training. Raises `NoEffect` without BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(standardize_(net)), type(net.features[1]).__name__
@@ -255,9 +276,10 @@ def standardize_(model, optimizer=None, *, eps=EPS, measure=divergence):
     return replace_norms_(model, lambda norm: Standardized(norm.num_features, eps, measure), optimizer)
 
 
-def plain_(model):
-    """Replace every `Standardized` by the bias that it adds, the same Parameter: outputs stay the same, bit
-    for bit. Returns how many.
+def plain_(model: nn.Module) -> int:
+    """Replace every `Standardized` by the bias that it adds.
+
+    The same Parameter: outputs stay the same, bit for bit. Returns how many were replaced.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> layers = standardize_(net)
@@ -275,10 +297,10 @@ def plain_(model):
     return len(made)
 
 
-def pre_activations(model):
-    """The layers of a network without BatchNorm that the loss watches: convolutions and linear layers, but
-    not the last, the classifier.
+def pre_activations(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a network without BatchNorm that the loss watches.
 
+    Convolutions and linear layers, but not the last, the classifier:
     dict name -> layer. Raises `NoEffect` if none is left.
 
     >>> list(pre_activations(build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=False)))
@@ -287,20 +309,20 @@ def pre_activations(model):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if len(layers) < 2:
         raise NoEffect(
-            f"standardization loss: {type(model).__name__} has no convolution or linear layer before its last one"
+            f"standardization loss: {type(model).__name__} has no convolution or linear layer before its "
+            "last one"
         )
     return dict(list(layers.items())[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StandardizationLoss(Method):
-    """Add lambda times the divergence of every layer's pre-activations to the loss; BatchNorm, if there is
-    any, is removed.
+    """Add lambda times the divergence of every layer's pre-activations to the loss.
 
-    A network without BatchNorm is watched at its convolutions and linear layers, but for the last. At the end
-    the layers are plain: a bias where a BatchNorm stood. lam: lambda; what counts is lambda times the number
-    of channels in all (the paper: 56 for three small layers, about 0.03 for ResNet-50). Raises `NoEffect` if
-    nothing can be watched.
+    BatchNorm, if there is any, is removed. A network without BatchNorm is watched at its convolutions and
+    linear layers, but for the last. At the end the layers are plain: a bias where a BatchNorm stood. lam:
+    lambda; what counts is lambda times the number of channels in all (the paper: 56 for three small layers,
+    about 0.03 for ResNet-50). Raises `NoEffect` if nothing can be watched.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -330,8 +352,9 @@ class StandardizationLoss(Method):
         )
 
     def sources(self, run):
-        """Where the divergences are noted, kept on the model: modules and hooks do not belong into a
-        checkpoint.
+        """Return where the divergences are noted.
+
+        They are kept on the model: modules and hooks do not belong into a checkpoint.
         """
         return run.model.__dict__.setdefault("_standardization", [])
 
@@ -357,8 +380,9 @@ class StandardizationLoss(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNorm(Method):
-    """The controls: every BatchNorm becomes a bias ("none") or a GroupNorm ("group"). groups: at most so
-    many, of equal size.
+    """Train with a bias ("none") or a GroupNorm ("group") in every BatchNorm's place: the controls.
+
+    groups: at most so many, of equal size.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -381,3 +405,46 @@ class OtherNorm(Method):
         found = {}
         run.restructure(lambda model, optimizer: found.update(replace_norms_(model, make, optimizer)))
         run.log(self, f"{len(found)} BatchNorms are now: {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstandardized:
+    """Train on images in [0, 1] that are not standardised, as in the paper's table.
+
+    A network without normalisation starts badly there, which is the point. For `Arm.fit`: (task, seed) ->
+    `History`.
+
+    >>> Unstandardized(methods=(OtherNorm(kind="none"),))(task("smoke", "synthetic").at(0.5), seed=0).steps
+    4
+    """
+
+    methods: tuple = ()
+
+    def __call__(self, task, seed: int) -> History:
+        dataset = task.load()
+        channels = dataset.shape[0]
+        dataset = replace(dataset, mean=(0.0,) * channels, std=(1.0,) * channels)
+        return train(task.build(dataset, seed), dataset, task.recipe, self.methods, seed)
+
+
+def cnn(classes: int, channels: int = 1) -> nn.Sequential:
+    """Return the paper's MNIST network with BatchNorm.
+
+    5x5 convolutions of stride 2 to 32, 16 and 8 channels, ReLU, a linear classifier. BatchNorm shifts and
+    does not scale, as in the paper. Images of 28 to 32 pixels end as 4 x 4 maps; others are pooled to that.
+
+    >>> cnn(10)(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+    layers, c = [], channels
+    for width in (32, 16, 8):
+        norm = nn.BatchNorm2d(width)
+        norm.weight.requires_grad_(False)
+        layers += [nn.Conv2d(c, width, 5, stride=2, padding=2, bias=False), norm, nn.ReLU(inplace=True)]
+        c = width
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * c, classes))
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+    nn.init.zeros_(model[-1].bias)
+    return model

@@ -1,14 +1,17 @@
-"""Stochastic pooling (Zeiler & Fergus 2013, arXiv:1301.3557) and S3Pool (Zhai et al. 2017, arXiv:1611.05138).
+"""Pool at random: stochastic pooling and S3Pool.
 
-Both regularise where layers pool: from each window one activation is drawn instead of the largest one
-(stochastic pooling), or rows and columns are dropped at random instead of every second one (S3Pool). In eval
-mode both are deterministic. Neither makes a step cheaper; what they can save is images, or steps to the same
-accuracy.
+Zeiler & Fergus 2013, arXiv:1301.3557; Zhai et al. 2017, arXiv:1611.05138. Both regularise where layers pool:
+from each window one activation is drawn instead of the largest one (stochastic pooling), or rows and columns
+are dropped at random instead of every second one (S3Pool). In eval mode both are deterministic. Neither makes
+a step cheaper; what they can save is images, or steps to the same accuracy.
 
 Drawn by the inverse of the distribution function, one random number a window and no `unfold`: with the
 window's elements a_0 ... a_(K-1) >= 0 and their running sums c_r, the place r is taken where c_(r-1) <= u
-c_(K-1) < c_r. An element of 0 is therefore never drawn, and padding, which is 0, can't be either."""
+c_(K-1) < c_r. An element of 0 is therefore never drawn, and padding, which is 0, can't be either.
+"""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -21,16 +24,24 @@ from torch.nn.modules.utils import _pair
 
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import History, Method, Run, evaluate
+
+__all__ = [
+    "AveragePool2d", "Draw", "S3Pool2d", "StochasticPool2d", "StochasticPooling", "TrainingAccuracy", "draw",
+    "expected", "replace_pools_", "training_accuracy",
+]  # fmt: skip
 
 INFO = Info(
     name="Stochastic pooling",
     name_de="Stochastisches Pooling",
     chapter="5.1",
     paper="Zeiler & Fergus 2013, arXiv:1301.3557; S3Pool: Zhai et al. 2017, arXiv:1611.05138",
-    claim="Drawing the pooled activation at random, in proportion to its size, closes the gap between training and test error where "
-    "images are few, without a hyper-parameter.",
-    cost_model="Same products; a pooling layer costs 2-3 times max pooling's time. It pays only if fewer images or fewer steps suffice.",
+    claim="Drawing the pooled activation at random, in proportion to its size, closes the gap between "
+    "training and "
+    "test error where images are few, without a hyper-parameter.",
+    cost_model="Same products; a pooling layer costs 2-3 times max pooling's time. It pays only if fewer "
+    "images or "
+    "fewer steps suffice.",
 )
 
 CHUNK = 2**17  # windows at a time: what is computed in between stays in the processor's cache
@@ -38,12 +49,7 @@ CHUNK = 2**17  # windows at a time: what is computed in between stays in the pro
 
 @dataclass(frozen=True)
 class Geometry:
-    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0: `size` in, `out` out, as
-    `max_pool2d` has them.
-
-    >>> [Geometry((5, 5), (2, 2), (2, 2), (0, 0), (1, 1), ceil).out for ceil in (False, True)]
-    [(2, 2), (3, 3)]
-    """
+    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0, with the shapes of `max_pool2d`."""
 
     size: tuple
     kernel: tuple
@@ -66,7 +72,8 @@ class Geometry:
             sizes.append(out - (self.ceil and (out - 1) * s >= n + p))
         if min(sizes) < 1:
             raise BadInput(
-                f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by {self.padding}"
+                f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by "
+                f"{self.padding}"
             )
         return tuple(sizes)
 
@@ -99,14 +106,14 @@ class Geometry:
         return [x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w - 1) + 1 : sw] for i, j in corners]
 
 
-def draw(a, u):
+def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw an element of each window with the probabilities p_r = a_r / sum a.
 
     a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a
     float; r = K for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan
     or infinite.
 
-    >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 lies above 1 / 4
+    >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 > 1 / 4
     >>> element.item(), number.item()
     (3.0, 1.0)
     """
@@ -114,17 +121,17 @@ def draw(a, u):
     t = u * c[-1]
     s, r = a[0], 0
     for k, c_k in enumerate(c):
-        passed = torch.ge(
-            t, c_k, out=torch.empty_like(t)
-        )  # 1 or 0 as floats: booleans, and `where`, are several times slower
+        # 1 or 0 as floats: booleans, and `where`, are several times slower
+        passed = torch.ge(t, c_k, out=torch.empty_like(t))
         s = torch.lerp(s, a[k + 1], passed) if k + 1 < len(a) else s  # exact at both ends
         r = passed.add_(r)
     return s, r
 
 
-def expected(a):
-    """Probability weighting, sum_r p_r a_r: what eval mode computes. a: K tensors >= 0; 0 for windows of
-    zeros.
+def expected(a: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of the draws, sum_r p_r a_r: what eval mode computes.
+
+    a: K tensors >= 0; 0 for windows of zeros.
 
     >>> expected([torch.tensor(1.0), torch.tensor(3.0)]).item()  # 1/4 x 1 + 3/4 x 3
     2.5
@@ -137,13 +144,7 @@ def expected(a):
 
 
 def uniform(shape, device, generator=None):
-    """16 random bits per number, as int16: four times as fast as 32. `(bits + 32768.5) / 65536` is uniform in
-    (0, 1).
-
-    >>> u = (uniform((4, 1000), "cpu", torch.Generator().manual_seed(0)) + 32768.5) / 65536
-    >>> round(u.mean().item(), 1)
-    0.5
-    """
+    """16 random bits a number, as int16: four times as fast as 32. (bits + 32768.5) / 65536 is in (0, 1)."""
     n = torch.Size(shape).numel()
     source = generator.device if generator is not None else device
     bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=source).random_(
@@ -153,9 +154,7 @@ def uniform(shape, device, generator=None):
 
 
 def _flat(x):
-    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side in memory comes
-    last.
-    """
+    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side comes last."""
     n, c = x.shape[:2]
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return x.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)
@@ -167,11 +166,13 @@ def _precise(dtype):
 
 
 class Draw(torch.autograd.Function):
-    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only, the probabilities count
-    as constants.
+    """`draw` on (B, H, W, C), in chunks; the gradient goes to the drawn place only.
+
+    The probabilities count as constants.
 
     >>> geometry = Geometry((2, 2), (2, 2), (2, 2), (0, 0), (1, 1), ceil=False)
-    >>> Draw.apply(torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1), geometry, None).item()  # zeros are never drawn
+    >>> x = torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1)
+    >>> Draw.apply(x, geometry, None).item()  # zeros are never drawn
     5.0
     """
 
@@ -217,11 +218,7 @@ def _scatter(dx, ds, places, geometry, tiles=False):
 
 
 def chunks(shape):
-    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C).
-
-    >>> len(chunks((4, 1000, 1000, 1))), len(chunks((4, 10, 10, 1)))
-    (4, 1)
-    """
+    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C)."""
     size = max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
     return [slice(i, i + size) for i in range(0, max(1, shape[0]), size)]
 
@@ -250,14 +247,16 @@ class StochasticPool2d(nn.MaxPool2d):
                 f"stochastic pooling: padding {padding} is more than half of the kernel size {kernel_size}"
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
         flat, back = _flat(x)
         if x.numel() and flat.detach().amin() < 0:
             name = f" {self.layer}" if self.layer else ""
             raise BadInput(
-                f"stochastic pooling{name}: probabilities need activations >= 0, the least is {flat.amin():.3g}; pool after the ReLU"
+                f"stochastic pooling{name}: probabilities need activations >= 0, the least is "
+                f"{flat.amin():.3g}; "
+                "pool after the ReLU"
             )
         parts = (self.kernel_size, self.stride, self.padding, self.dilation)
         geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
@@ -268,12 +267,7 @@ class StochasticPool2d(nn.MaxPool2d):
 
 
 class Maximum(torch.autograd.Function):
-    """max(a, b); the gradient goes to a where they are equal, as in max pooling. PyTorch's own takes several
-    times as long backward.
-
-    >>> Maximum.apply(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])).tolist()
-    [2.0, 5.0]
-    """
+    """max(a, b), with the gradient for a where they are equal; PyTorch's own is several times as slow."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -288,12 +282,7 @@ class Maximum(torch.autograd.Function):
 
 
 def pick(n, grid, keep, generator=None):
-    """Of the starts 0 ... n - 1, cut into grids, the sorted random choice of `keep` per `grid` (fewer in a
-    smaller last grid).
-
-    >>> (pick(6, 2, 1) // 2).tolist()  # one of each two
-    [0, 1, 2]
-    """
+    """A sorted random choice of `keep` per `grid` of 0 ... n - 1 (fewer in a smaller last grid)."""
     chosen = []
     for o in range(0, n, grid):
         here = min(grid, n - o)
@@ -324,7 +313,7 @@ class S3Pool2d(nn.MaxPool2d):
         if grid is not None and any(grid < s or grid % s for s in _pair(self.stride)):
             raise BadInput(f"S3Pool: grid {grid} is no multiple of the stride {self.stride}")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
         parts = (self.kernel_size, self.stride, self.padding, self.dilation)
@@ -336,19 +325,15 @@ class S3Pool2d(nn.MaxPool2d):
         parts = [flat[i] for i in chunks((len(flat), *geometry.size, flat.shape[-1]))]
         return back(torch.cat([self.reduce(y, geometry, starts) for y in parts]))
 
-    def starts(self, out, stride):
+    def starts(self, out: int, stride: int) -> torch.Tensor:
         """Where windows begin along an axis: a random choice of `out` places, in eval mode all of them."""
         grid = self.grid or stride
-        return (
-            pick(out * stride, grid, grid // stride, self.generator)
-            if self.training
-            else torch.arange(out * stride)
-        )
+        if not self.training:
+            return torch.arange(out * stride)
+        return pick(out * stride, grid, grid // stride, self.generator)
 
-    def reduce(self, y, geometry, starts):
-        """Maxima of y: (B, H, W, C) along rows, then columns, at these starts only: their cross product is
-        separable.
-        """
+    def reduce(self, y: torch.Tensor, geometry: Geometry, starts: list[torch.Tensor]) -> torch.Tensor:
+        """Maxima of y: (B, H, W, C) along rows, then columns: windows are separable."""
         for dim in (1, 2):
             kernel, padding, last = geometry.kernel[dim - 1], geometry.padding[dim - 1], y.shape[dim] - 1
             # windows that reach beyond the image see its border again, which changes no maximum
@@ -357,11 +342,10 @@ class S3Pool2d(nn.MaxPool2d):
         if self.training:
             return y
         (h, w), (sh, sw) = geometry.out, geometry.stride
-        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean(
-            (2, 4)
-        )  # only after both: a mean and a maximum do not commute
+        # only after both: a mean and a maximum do not commute
+        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean((2, 4))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, grid={self.grid}"
 
 
@@ -372,18 +356,18 @@ class AveragePool2d(nn.MaxPool2d):
     1.0
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
 
 
 KINDS = ("stochastic", "s3", "average")
 
 
-def replace_pools_(model, make):
-    """Replace each `nn.MaxPool2d` of `model` by `make(pool, name)`, in place; a shared one stays shared.
-    Returns how many.
+def replace_pools_(model: nn.Module, make: Callable[[nn.MaxPool2d, str], nn.Module]) -> int:
+    """Replace each `nn.MaxPool2d` by `make(pool, name)`, in place. Returns how many.
 
-    Raises `NoEffect` where there is none, and `BadInput` naming a layer that returns indices.
+    A shared one stays shared. Raises `NoEffect` where there is none, and `BadInput` naming a layer that
+    returns indices.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> replace_pools_(net, lambda pool, name: AveragePool2d(pool.kernel_size))
@@ -396,26 +380,26 @@ def replace_pools_(model, make):
             if isinstance(pool, nn.MaxPool2d):
                 if pool.return_indices:
                     raise BadInput(
-                        f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to give"
+                        f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to "
+                        "give"
                     )
                 made.setdefault(pool, None)
                 made[pool] = made[pool] or make(pool, name).train(pool.training)
                 setattr(parent, child, made[pool])
     if not made:
         raise NoEffect(
-            f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d can't be replaced)"
+            f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d "
+            "can't be "
+            "replaced)"
         )
     return len(made)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticPooling(Method):
-    """Train with every `nn.MaxPool2d` replaced. The layers stay in the model: in eval mode they weigh by
-    probability.
+    """Train with every `nn.MaxPool2d` replaced; in eval mode the layers weigh by probability.
 
-    kind: "stochastic", "s3", or "average", the control. grid: of S3Pool, in pixels per stride step: 2 keeps
-    half of each grid of twice the stride; 1 is the weakest distortion. Raises `NoEffect` for a model without
-    such a layer.
+    Raises `NoEffect` for a model without such a layer.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -424,27 +408,53 @@ class StochasticPooling(Method):
     '1 pooling layers are now stochastic'
     """
 
-    kind: str = "stochastic"
-    grid: int = 2
+    kind: str = "stochastic"  # or "s3"; or "average", the control
+    grid: int = 2  # of S3Pool, in strides: 2 keeps half of each grid of twice the stride, 1 distorts least
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         choose("kind of pooling", self.kind, KINDS)
         generator = run.generator(self, share=True)
 
         def make(pool, name):
             parts = (pool.kernel_size, pool.stride, pool.padding)
+            same = dict(ceil_mode=pool.ceil_mode, generator=generator)
             if self.kind == "stochastic":
-                return StochasticPool2d(
-                    *parts, pool.dilation, ceil_mode=pool.ceil_mode, generator=generator, layer=name
-                )
+                return StochasticPool2d(*parts, pool.dilation, **same, layer=name)
             if self.kind == "s3":
-                grid = self.grid * max(_pair(pool.stride))
-                return S3Pool2d(
-                    *parts, pool.dilation, ceil_mode=pool.ceil_mode, grid=grid, generator=generator
-                )
+                return S3Pool2d(*parts, pool.dilation, **same, grid=self.grid * max(_pair(pool.stride)))
             if _pair(pool.dilation) != (1, 1):
                 raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
 
         run.state[self] = {"layers": replace_pools_(run.model, make)}
         run.log(self, f"{run.state[self]['layers']} pooling layers are now {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingAccuracy(Method):
+    """Note the accuracy on the training images in eval mode at the end, off the clock.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1), [TrainingAccuracy()])
+    >>> training_accuracy(history) == evaluate(net, data, "train")[1]
+    True
+    """
+
+    images: int = 1000  # at most: the first ones
+
+    def on_fit_end(self, run: Run) -> None:
+        with run.clock.paused():
+            few = run.dataset.limit(min(self.images, len(run.dataset.train)))
+            accuracy = evaluate(run.model, few, "train", run.precision)[1]
+        run.log(self, f"{accuracy:.2f} % of the training images", training_accuracy=accuracy)
+
+
+def training_accuracy(history: History) -> float:
+    """Return what `TrainingAccuracy` noted, in %; nan where it did not.
+
+    >>> training_accuracy(History())
+    nan
+    """
+    noted = [e["training_accuracy"] for e in history.events if "training_accuracy" in e]
+    return noted[-1] if noted else math.nan

@@ -3,7 +3,7 @@
 The thesis names this chapter by one word. It is taken to mean the use of wavelets that saves training time:
 the first layers work on a quarter of the pixels (as in Fujieda et al. 2018, arXiv:1805.08620, and Williams &
 Li 2018, who feed sub-bands to a network). Wavelet pooling (Williams & Li, ICLR 2018) is here too; the
-wavelet-like auto-encoder has a module of its own.
+wavelet-like auto-encoder and bands that are computed once have modules of their own.
 
 A one-level transform is a pair of matrices: bands = T_h x T_w^T, where T has a low and a high half of rows,
 and x = S_h bands S_w^T with S the inverse of T. For Haar it comes to sums and differences of 2 x 2 pixels,
@@ -12,7 +12,7 @@ ten lines. Bands are ordered A, H, V, D as PyWavelets has them: A low both ways;
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,28 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from effilib.convolution import probe
-from effilib.data import Batches, Dataset, Split
+from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
 from effilib.training import Method
+
+__all__ = [
+    "FrontEnd", "WaveletPool2d", "WaveletStem", "analysis", "butterfly", "first_convolution", "flip_bands",
+    "haar", "haar_matrix", "inverse_haar", "keep_sizes_", "matrices", "moments", "space_to_depth",
+    "synthesis", "wavelet_pool", "wavelet_stem_",
+]  # fmt: skip
 
 INFO = Info(
     name="Wavelets",
     name_de="Wavelets",
     chapter="7.3",
     paper="Chen et al. 2018 (WAE), arXiv:1712.07493; Williams & Li, ICLR 2018 (wavelet pooling)",
-    claim="A network that reads wavelet sub-bands at half the resolution needs a fraction of the time; the learned variant (WAE) ran "
-    "VGG16's inference 3.13 times faster on a CPU at 0.22 points more top-5 error.",
-    cost_model="Layers before the first halving work on a quarter of the pixels; the stem reads 4 times the channels; Haar itself is 4 "
-    "additions a pixel.",
+    claim="A network that reads wavelet sub-bands at half the resolution needs a fraction of the time; the "
+    "learned variant (WAE) ran VGG16's inference 3.13 times faster on a CPU at 0.22 points more top-5 "
+    "error.",
+    cost_model="Layers before the first halving work on a quarter of the pixels; the stem reads 4 times "
+    "the channels; Haar itself is 4 additions a pixel.",
 )
 
 # Low-pass filters (analysis, synthesis), in PyWavelets' order; high-pass ones follow from them by alternating
@@ -62,8 +69,8 @@ BANDS = ("A", "H", "V", "D")
 # The transform
 
 
-def even(x):
-    """x: (..., H, W) with its last row and column repeated where their number is odd.
+def even(x: torch.Tensor) -> torch.Tensor:
+    """Repeat the last row and column of x: (..., H, W) where their number is odd.
 
     >>> even(torch.ones(1, 1, 3, 5)).shape
     torch.Size([1, 1, 4, 6])
@@ -72,9 +79,10 @@ def even(x):
     return F.pad(x, (0, width % 2, 0, height % 2), mode="replicate") if height % 2 or width % 2 else x
 
 
-def butterfly(x):
-    """Twice the Haar bands, exact for integers: (N, C, H, W), H and W even -> (N, 4C, H/2, W/2), the C
-    channels of A, then H, V, D.
+def butterfly(x: torch.Tensor) -> torch.Tensor:
+    """Return twice the Haar bands of x: (N, C, H, W) -> (N, 4C, H/2, W/2).
+
+    Exact for integers; H and W are even. First the C channels of A, then H, V, D.
 
     >>> butterfly(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [10, -4, -2, 0]
@@ -84,8 +92,10 @@ def butterfly(x):
     return torch.cat([s + t, s - t, u + v, u - v], 1)
 
 
-def haar(x):
-    """The four Haar bands of x: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Orthonormal: energy is kept.
+def haar(x: torch.Tensor) -> torch.Tensor:
+    """Return the Haar bands of x: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)).
+
+    Orthonormal: energy is kept.
 
     >>> haar(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).flatten().tolist()
     [5.0, -2.0, -1.0, 0.0]
@@ -93,24 +103,23 @@ def haar(x):
     return butterfly(even(x)) / 2
 
 
-def inverse_haar(bands):
-    """(N, 4C, h, w) -> (N, C, 2h, 2w).
+def inverse_haar(bands: torch.Tensor) -> torch.Tensor:
+    """Rebuild an image from its Haar bands: (N, 4C, h, w) -> (N, C, 2h, 2w).
 
     >>> inverse_haar(torch.tensor([5.0, -2.0, -1.0, 0.0]).view(1, 4, 1, 1)).flatten().tolist()
     [1.0, 2.0, 3.0, 4.0]
     """
     A, H, V, D = bands.chunk(4, 1)
-    rows = [
-        torch.stack([A + s * H + V + s * D, A + s * H - V - s * D], -1).flatten(-2) for s in (1, -1)
-    ]  # even and odd rows
+    both = (1, -1)  # even and odd rows
+    rows = [torch.stack([A + s * H + V + s * D, A + s * H - V - s * D], -1).flatten(-2) for s in both]
     return torch.stack(rows, -2).flatten(-3, -2) / 2
 
 
 @functools.lru_cache
-def matrices(wavelet, n):
-    """(T, S): analysis and synthesis of n (even) values in float64, (n, n), periodic. Rows of T: n/2 low-pass
-    ones, then high-pass ones.
+def matrices(wavelet: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (T, S): the matrices of analysis and synthesis of n (even) values.
 
+    float64, (n, n), periodic. Rows of T: n/2 low-pass ones, then high-pass ones.
     y[k] = sum_j h[j] x[2k + L/2 - j mod n] with the filter h of length L: PyWavelets' mode "periodization".
 
     >>> T, S = matrices("bior4.4", 8)
@@ -127,12 +136,11 @@ def matrices(wavelet, n):
     return T, torch.linalg.inv(T)
 
 
-def analysis(x, wavelet="haar"):
-    """One level of a wavelet transform, every channel by itself: (N, C, H, W) -> (N, 4C, ceil(H/2),
-    ceil(W/2)), bands A, H, V, D.
+def analysis(x: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
+    """Compute one level of a wavelet transform, every channel by itself.
 
-    wavelet: one of `FILTERS`. Odd sizes are padded by one. Borders are periodic, except that Haar never
-    reaches over one.
+    (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), bands A, H, V, D. wavelet: one of `FILTERS`. Odd sizes are
+    padded by one. Borders are periodic, except that Haar never reaches over one.
 
     >>> analysis(torch.ones(1, 3, 8, 8), "db2").shape
     torch.Size([1, 12, 4, 4])
@@ -148,8 +156,8 @@ def analysis(x, wavelet="haar"):
     return torch.cat([A, H, V, D], 1)
 
 
-def synthesis(bands, wavelet="haar"):
-    """The inverse of `analysis`: (N, 4C, h, w) -> (N, C, 2h, 2w).
+def synthesis(bands: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
+    """Invert `analysis`: (N, 4C, h, w) -> (N, C, 2h, 2w).
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.allclose(synthesis(analysis(x, "db2"), "db2"), x, atol=1e-5)
@@ -164,12 +172,11 @@ def synthesis(bands, wavelet="haar"):
         return rows @ both @ columns.T
 
 
-def flip_bands(bands, wavelet="haar"):
-    """The bands of the mirrored image, from those of the image: every band mirrored, V and D, high along the
-    width, negated.
+def flip_bands(bands: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
+    """Return the bands of the mirrored image, from those of the image.
 
-    Exact for Haar and an even width; raises `BadInput` for longer filters, whose bands do not lie
-    symmetrically: mirror the image.
+    Every band is mirrored; V and D, high along the width, are negated. Exact for Haar and an even width;
+    raises `BadInput` for longer filters, whose bands do not lie symmetrically: mirror the image.
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.equal(flip_bands(haar(x)), haar(x.flip(-1)))
@@ -183,12 +190,11 @@ def flip_bands(bands, wavelet="haar"):
     return torch.cat([A, H, -V, -D], 1)
 
 
-def wavelet_pool(x, wavelet="haar"):
-    """Wavelet pooling (Williams & Li 2018): two levels, the finest details dropped, the rest rebuilt. (N, C,
-    H, W) -> (N, C, H/2, W/2).
+def wavelet_pool(x: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
+    """Pool x: (N, C, H, W) -> (N, C, H/2, W/2) by wavelets (Williams & Li 2018).
 
-    By perfect reconstruction that is the first level's A, so the second level is not computed. For Haar it is
-    twice average pooling.
+    Two levels, the finest details dropped, the rest rebuilt. By perfect reconstruction that is the first
+    level's A, so the second level is not computed. For Haar it is twice average pooling.
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.allclose(wavelet_pool(x), 2 * F.avg_pool2d(x, 2))
@@ -198,13 +204,13 @@ def wavelet_pool(x, wavelet="haar"):
 
 
 class WaveletPool2d(nn.Module):
-    """`wavelet_pool` as a layer, in place of a 2 x 2 pooling.
+    """Apply `wavelet_pool`, in place of a 2 x 2 pooling.
 
     >>> WaveletPool2d("db2")(torch.rand(1, 3, 8, 8)).shape
     torch.Size([1, 3, 4, 4])
     """
 
-    def __init__(self, wavelet="haar"):
+    def __init__(self, wavelet: str = "haar"):
         super().__init__()
         self.wavelet = choose("wavelet", wavelet, FILTERS)
 
@@ -220,9 +226,10 @@ class WaveletPool2d(nn.Module):
 KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
-def space_to_depth(x):
-    """The four pixels of each 2 x 2 as channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)), ordered (row,
-    column, C), channels last.
+def space_to_depth(x: torch.Tensor) -> torch.Tensor:
+    """Make the four pixels of each 2 x 2 channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)).
+
+    Ordered (row, column, C), channels last in memory.
 
     >>> space_to_depth(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [1, 2, 3, 4]
@@ -232,8 +239,8 @@ def space_to_depth(x):
     return pixels.permute(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * c).permute(0, 3, 1, 2)
 
 
-def haar_matrix(channels):
-    """The orthogonal matrix (4C, 4C) that takes the channels of `space_to_depth` to those of `haar`.
+def haar_matrix(channels: int) -> torch.Tensor:
+    """Return the orthogonal matrix (4C, 4C) from the channels of `space_to_depth` to those of `haar`.
 
     >>> M = haar_matrix(1)
     >>> (M @ torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
@@ -244,8 +251,9 @@ def haar_matrix(channels):
 
 
 def split(x, kind, wavelet="haar"):
-    """What the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)); "strided"
-    reads x itself.
+    """Return what the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)).
+
+    "strided" reads x itself.
 
     >>> [split(torch.rand(1, 3, 8, 8), kind).shape[1:] for kind in ("bands", "low")]
     [torch.Size([12, 4, 4]), torch.Size([3, 4, 4])]
@@ -257,9 +265,12 @@ def split(x, kind, wavelet="haar"):
     return wavelet_pool(x, wavelet) if kind == "low" else analysis(x, wavelet)
 
 
-def moments(dataset, kind, wavelet="haar", images=2000):
-    """(mean, std) per channel of what `split` makes of the first training images, (C',): the first ones are
-    stratified.
+def moments(
+    dataset: Dataset, kind: str, wavelet: str = "haar", images: int = 2000
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (mean, std) per channel of what a stem of this kind reads, (C',) each.
+
+    From the first training images, which are stratified.
 
     >>> mean, std = moments(load("synthetic"), "bands")
     >>> mean.shape, (std > 0).all().item()
@@ -270,20 +281,20 @@ def moments(dataset, kind, wavelet="haar", images=2000):
 
 
 class FrontEnd(nn.Module):
-    """Stands where the network's first convolution stood: images -> bands of mean 0 and variance 1 -> that
-    convolution, half as large.
+    """Read bands of mean 0 and variance 1 by a convolution half as large.
 
-    x: (N, C, H, W). conv: reads what `split` makes of x. mean, std: of those channels on the training set.
-    Haar and the standardisation are one small product behind space-to-depth: strided sums of 3 channels are
-    not vectorised.
+    It stands where the network's first convolution stood. x: (N, C, H, W). conv: reads what `split` makes of
+    x. mean, std: of those channels on the training set. Haar and the standardisation are one small product
+    behind space-to-depth: strided sums of 3 channels are not vectorised.
 
-    >>> front = FrontEnd(nn.Conv2d(4, 8, 3, padding=1), "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
+    >>> conv = nn.Conv2d(4, 8, 3, padding=1)
+    >>> front = FrontEnd(conv, "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
     >>> x = torch.rand(2, 1, 8, 8)
     >>> front(x).shape, torch.allclose(front.bands(x), haar(x), atol=1e-6)
     (torch.Size([2, 8, 4, 4]), True)
     """
 
-    def __init__(self, conv, kind, wavelet, mean, std):
+    def __init__(self, conv: nn.Conv2d, kind: str, wavelet: str, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
         self.conv, self.kind, self.wavelet = conv, kind, wavelet
         self.direct = kind == "bands" and wavelet == "haar"
@@ -293,16 +304,16 @@ class FrontEnd(nn.Module):
 
     @property
     def out_channels(self):
-        """Channels that it writes."""
+        """Return how many channels it writes."""
         return self.conv.out_channels
 
     @property
     def in_channels(self):
-        """Channels that its convolution reads."""
+        """Return how many channels its convolution reads."""
         return self.conv.in_channels
 
     def bands(self, x):
-        """What the convolution reads."""
+        """Return what the convolution reads."""
         if self.kind == "strided":
             return x
         x = space_to_depth(x) if self.direct else split(x, self.kind, self.wavelet)
@@ -318,9 +329,10 @@ class FrontEnd(nn.Module):
         return f"kind={self.kind}, wavelet={self.wavelet}"
 
 
-def first_convolution(model, shape):
-    """(name, layer) of the convolution that reads the image, found by a forward pass on zeros of `shape` (C,
-    H, W).
+def first_convolution(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, nn.Conv2d]:
+    """Return (name, layer) of the convolution that reads the image.
+
+    Found by a forward pass on zeros of `shape` (C, H, W).
 
     >>> first_convolution(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))[0]
     'features.0'
@@ -332,14 +344,16 @@ def first_convolution(model, shape):
     first = model.get_submodule(convs[0])
     if first.in_channels != shape[0] or first.groups != 1:
         raise BadInput(
-            f"wavelet: the first convolution, {convs[0]}, does not read the image of {shape[0]} channels: {first}"
+            f"wavelet: the first convolution, {convs[0]}, does not read the image of {shape[0]} channels: "
+            f"{first}"
         )
     return convs[0], first
 
 
 def sizes(model, shape):
-    """(name, (H, W) that it reads) of all convolutions and pooling layers, in the order of the forward pass
-    on zeros of `shape`.
+    """Return (name, (H, W) that it reads) of all convolutions and pooling layers.
+
+    In the order of a forward pass on zeros of `shape`.
 
     >>> sizes(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     [('features.0', (8, 8)), ('features.3', (8, 8)), ('features.4', (4, 4))]
@@ -357,13 +371,12 @@ def sizes(model, shape):
     return order
 
 
-def keep_sizes_(model, shape, after=None):
-    """Take out the network's first halving, wherever the map that it reads is read with stride 2: later
-    layers keep their sizes.
+def keep_sizes_(model: nn.Module, shape: tuple[int, int, int], after: str | None = None) -> list[str]:
+    """Take out the network's first halving, so that later layers keep their sizes.
 
-    A convolution (a shortcut's too) or an overlapping pooling gets stride 1, a 2 x 2 pooling goes. after: the
-    name of a layer whose own stride does not count. Returns the names. Raises `NoEffect` where no layer
-    halves.
+    Wherever the map that it reads is read with stride 2: a convolution (a shortcut's too) or an overlapping
+    pooling gets stride 1, a 2 x 2 pooling goes. after: the name of a layer whose own stride does not count.
+    Returns the names. Raises `NoEffect` where no layer halves.
 
     >>> keep_sizes_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     ['features.3']
@@ -375,7 +388,8 @@ def keep_sizes_(model, shape, after=None):
     ]
     if not halving:
         raise NoEffect(
-            f"wavelet: no layer of {type(model).__name__} has a stride of 2 to be taken out; push the network down a scale instead"
+            f"wavelet: no layer of {type(model).__name__} has a stride of 2 to be taken out; push the "
+            "network down a scale instead"
         )
     changed = [n for n, size in halving if size == halving[0][1]]
     for name in changed:
@@ -389,8 +403,9 @@ def keep_sizes_(model, shape, after=None):
 
 
 class Passed(nn.MaxPool2d):
-    """Where a pooling was taken out: nothing is done. A `MaxPool2d` of one pixel, so that stages can still be
-    told apart.
+    """Do nothing, where a pooling was taken out.
+
+    A `MaxPool2d` of one pixel, so that stages can still be told apart.
 
     >>> Passed(1)(torch.tensor([1.0, 2.0])).tolist()
     [1.0, 2.0]
@@ -401,26 +416,26 @@ class Passed(nn.MaxPool2d):
 
 
 def wavelet_stem_(
-    model,
-    dataset,
-    optimizer=None,
+    model: nn.Module,
+    dataset: Dataset,
+    optimizer: torch.optim.Optimizer | None = None,
     *,
-    kind="bands",
-    wavelet="haar",
-    keep=True,
-    standardize=True,
-    generator=None,
-):
-    """Put a `FrontEnd` in place of the first convolution, in place. Returns a dict: the stem's name, what it
-    reads, strides taken out.
+    kind: str = "bands",
+    wavelet: str = "haar",
+    keep: bool = True,
+    standardize: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict:
+    """Put a `FrontEnd` in place of the first convolution, in place.
 
-    kind: "bands"; or, the controls, "low" (A alone), "space-to-depth" or "strided" (the image, at stride 2).
-    The new convolution has the old one's output channels and He initialisation from `generator`. keep: later
-    maps keep their sizes. If the old convolution had an even stride, the bands take the place of a factor 2
-    of it, and a kernel above 3 is halved (7 x 7 pixels lie in about 3 x 3 bands); else the network's next
-    halving goes. Without `keep` the whole network works at half its sizes. standardize: give every channel
-    mean 0 and variance 1, with moments of the training images of `dataset`. Raises `NoEffect` where there is
-    no stride to take out, `BadInput` if the network cannot take the smaller maps.
+    Returns a dict: the stem's name, what it reads, strides taken out. kind: "bands"; or, the controls, "low"
+    (A alone), "space-to-depth" or "strided" (the image, at stride 2). The new convolution has the old one's
+    output channels and He initialisation from `generator`. keep: later maps keep their sizes. If the old
+    convolution had an even stride, the bands take the place of a factor 2 of it, and a kernel above 3 is
+    halved (7 x 7 pixels lie in about 3 x 3 bands); else the network's next halving goes. Without `keep` the
+    whole network works at half its sizes. standardize: give every channel mean 0 and variance 1, with moments
+    of the training images of `dataset`. Raises `NoEffect` where there is no stride to take out, `BadInput` if
+    the network cannot take the smaller maps.
 
     >>> data = load("synthetic")
     >>> wavelet_stem_(build("convnet", data.classes, data.shape, widths=(4, 8)), data)
@@ -463,17 +478,18 @@ def wavelet_stem_(
         sizes(model, dataset.shape)
     except Exception as error:  # whatever a user's own code raises
         raise BadInput(
-            f"wavelet: {type(model).__name__} cannot take maps of half the size ({error}); the network is spoilt now"
+            f"wavelet: {type(model).__name__} cannot take maps of half the size ({error}); the network is "
+            "spoilt now"
         ) from error
     return {"stem": name, "kernel": k, "channels": len(mean), "strides taken out": removed}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletStem(Method):
-    """Train with a front end of wavelet bands, or one of its controls: `wavelet_stem_` before the first step.
-    It stays in the model.
+    """Train with a front end of wavelet bands, or one of its controls.
 
-    The transform follows augmentation, so crops and flips are the images' own.
+    `wavelet_stem_` before the first step; it stays in the model. The transform follows augmentation, so crops
+    and flips are the images' own.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -487,11 +503,8 @@ class WaveletStem(Method):
     standardize: bool = True
 
     def on_fit_start(self, run):
-        done, how = (
-            {},
-            dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep, standardize=self.standardize),
-        )
-        how["generator"] = run.generator(self)
+        done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep)
+        how |= dict(standardize=self.standardize, generator=run.generator(self))
         run.restructure(
             lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how))
         )
@@ -501,102 +514,3 @@ class WaveletStem(Method):
             self,
             f"{done['stem']} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}",
         )
-
-
-# Precomputed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Bands(Dataset):
-    """A data set whose images are Haar bands: x is (N, H/2, W/2, 4C) int16, twice the bands and exact; mean
-    and std are per band.
-
-    padded: bands of the training images padded for crops, (N, (H + 2p)/2, (W + 2p)/2, 4C). pad: largest shift
-    in band pixels, each two image pixels: crops by odd numbers of pixels do not exist here.
-
-    >>> bands = precompute(load("synthetic"))
-    >>> type(bands).__name__, bands.shape, bands.train.x.dtype
-    ('Bands', (4, 4, 4), torch.int16)
-    """
-
-    padded: torch.Tensor
-
-    def shuffled(self, batch_size, generator, *, augmentation="auto"):
-        return BandBatches(self, batch_size, generator, augmentation=augmentation)
-
-    def limit(self, images):
-        return replace(super().limit(images), padded=self.padded[:images])
-
-    def to(self, device):
-        return replace(super().to(device), padded=self.padded.to(device))
-
-
-class BandBatches(Batches):
-    """`Batches` of bands: cut from the padded ones, mirrored with the signs of V and D.
-
-    >>> batches = precompute(load("synthetic")).shuffled(32, torch.Generator().manual_seed(0))
-    >>> type(batches).__name__, next(iter(batches))[0].shape
-    ('BandBatches', torch.Size([32, 4, 4, 4]))
-    """
-
-    def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
-        super().__init__(
-            replace(dataset, pad=0), batch_size, generator, augmentation="none"
-        )  # nothing is padded here
-        self.dataset = dataset
-        self.pad = dataset.pad if augmentation != "none" else 0
-        self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
-        if augmentation.startswith("crop") and not dataset.pad:
-            raise BadInput(
-                f"{dataset.name}: these bands were made without padding and cannot be cropped; choose augmentation auto or none"
-            )
-        self.padded = dataset.padded if self.pad else dataset.train.x
-        self.pixels = self.padded.reshape(-1, self.padded.shape[-1])
-
-    def cut(self, index, dy, dx, mirrored):
-        x = super().cut(index, dy, dx, mirrored)
-        if not self.flip:
-            return x
-        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std)
-        )
-        V = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) >= x.shape[1] // 2  # V and D
-        change = mirrored.view(-1, 1, 1, 1) & V
-        return torch.where(change, -x - 2 * mean / std, x)
-
-
-def precompute(dataset):
-    """`Bands` of a data set: the transform is linear and commutes with crops by even numbers of pixels, so it
-    is done once.
-
-    Haar only, whose bands can be mirrored. Images of odd size get a last row or column more, as `haar` does.
-    Evaluation sees what `haar` makes of the images; the bands are standardised with moments of the training
-    images.
-
-    >>> data = load("synthetic")
-    >>> bands = precompute(data)
-    >>> pixels = data.train.x[:1].permute(0, 3, 1, 2).float()
-    >>> torch.equal(bands.train.x[:1].permute(0, 3, 1, 2) / 2, haar(pixels))
-    True
-    """
-    pad = (dataset.pad + 1) // 2  # in band pixels
-
-    def bands(x, p=0):  # (N, H, W, C) uint8 -> (N, h, w, 4C) int16, in parts: memory
-        parts = []
-        for part in x.split(1000):
-            image = part.permute(0, 3, 1, 2).float()
-            image = F.pad(even(image), [2 * p] * 4, mode="reflect") if p else even(image)
-            parts.append(butterfly(image.to(torch.int16)).permute(0, 2, 3, 1).contiguous())
-        return torch.cat(parts)
-
-    splits = {
-        n: Split(x=bands(s.x), y=s.y)
-        for n in ("train", "decide", "validation", "test")
-        for s in [getattr(dataset, n)]
-    }
-    values = splits["train"].x[:2000].double() / 255
-    mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2)).clamp_min(1e-3)
-    kept = {k: getattr(dataset, k) for k in ("name", "names", "flip", "note")}
-    padded = bands(dataset.train.x, pad) if pad else splits["train"].x
-    return Bands(**splits, **kept, mean=tuple(mean.tolist()), std=tuple(std.tolist()), pad=pad, padded=padded)

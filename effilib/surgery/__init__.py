@@ -18,6 +18,7 @@ from effilib.surgery.operations import (
 )
 
 __all__ = [
-    "CONVS", "NORMS", "Node", "Path", "Structure", "adopt_", "append_block_", "can_remove", "checked", "copies", "forget_",
-    "insert_layer_", "nodes", "remove_block_", "remove_layer_", "remove_path_", "replace_", "select_", "trace", "unknown",
+    "CONVS", "NORMS", "Node", "Path", "Structure", "adopt_", "append_block_", "can_remove", "checked",
+    "copies", "forget_", "insert_layer_", "nodes", "remove_block_", "remove_layer_", "remove_path_",
+    "replace_", "select_", "trace", "unknown",
 ]  # fmt: skip

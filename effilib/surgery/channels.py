@@ -8,6 +8,7 @@ forward pass symbolically (torch.fx); what it does not know it refuses, with the
 `effilib.surgery` changes them."""
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,26 +18,31 @@ from torch import fx, nn
 from effilib.errors import BadInput, choose
 from effilib.models import Block, Constant, Gone
 
+__all__ = ["CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "nodes", "trace", "unknown"]
+
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 LAYERS = (*CONVS, *NORMS, Constant)
 
 # What acts on each channel by itself: channels may be dropped or doubled before it as well as after it.
 ELEMENTWISE = {
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid,
-    F.hardtanh, F.softplus, F.dropout, F.dropout2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.abs, torch.sqrt, torch.exp,
-    torch.clamp, operator.neg, operator.pow, "relu", "relu_", "sigmoid", "tanh", "abs", "sqrt", "exp", "clamp", "clamp_", "pow",
-    "contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type",
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Dropout, nn.Dropout2d,
+    nn.AlphaDropout, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish,
+    F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus, F.dropout, F.dropout2d,
+    torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.abs, torch.sqrt, torch.exp, torch.clamp,
+    operator.neg, operator.pow, "relu", "relu_", "sigmoid", "tanh", "abs", "sqrt", "exp", "clamp", "clamp_",
+    "pow", "contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type",
 }  # fmt: skip
 SPATIAL = {
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d,
-    nn.ReplicationPad2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, torch.max_pool2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample,
+    nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, torch.max_pool2d,
 }  # fmt: skip
 BINARY = {
-    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.itruediv,
-    torch.add, torch.sub, torch.mul, torch.div, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_",
+    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
+    operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, "add", "add_", "sub", "sub_", "mul",
+    "mul_", "div", "div_",
 }  # fmt: skip
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 REDUCTIONS = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
@@ -64,11 +70,11 @@ class Node:
     modules: dict = field(default_factory=dict, repr=False)  # name -> module when it was traced
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The first producer's name."""
         return self.producers[0]
 
-    def layer(self, name, model=None):
+    def layer(self, name: str, model: nn.Module | None = None) -> nn.Module:
         """The module of that name: of the traced model, or of another with the same names."""
         return (model or self.model).get_submodule(name)
 
@@ -79,7 +85,8 @@ class Node:
                 or "none"
             )
 
-        text = f"{self.name}: {self.width} channels; from {', '.join(self.producers)}; BatchNorm {listed(self.bns)}"
+        text = f"{self.name}: {self.width} channels; from {', '.join(self.producers)}"
+        text += f"; BatchNorm {listed(self.bns)}"
         return f"{text}; to {listed(self.consumers)}" + (f"; fixed: {self.why}" if self.why else "")
 
 
@@ -99,14 +106,14 @@ class Path:
     shortcut: list
 
     @property
-    def in_place(self):
+    def in_place(self) -> bool:
         """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not
         tell, only ours is sure.
         """
         return not isinstance(self.model.get_submodule(self.name), Block)
 
     @property
-    def convs(self):
+    def convs(self) -> list:
         """Names of its convolutions and linear layers."""
         return [n for n in self.layers if isinstance(self.model.get_submodule(n), CONVS)]
 
@@ -135,14 +142,14 @@ class Structure:
                 return checked(node)
         raise BadInput(unknown("channel node", name, [n.name for n in self.nodes]))
 
-    def path(self, name):
+    def path(self, name: str) -> Path:
         """The residual path of the block `name`."""
         for path in self.paths:
             if path.name == name:
                 return path
         raise BadInput(unknown("residual path", name, [p.name for p in self.paths]))
 
-    def inner(self, path):
+    def inner(self, path: Path) -> list:
         """The nodes that lie wholly inside a path."""
         return [n for n in self.nodes if set(n.producers) | set(n.consumers) <= set(path.layers)]
 
@@ -150,7 +157,7 @@ class Structure:
         return "\n".join(map(str, [*self.nodes, *self.refused]))
 
 
-def unknown(kind, name, choices):
+def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     """The sentence that refuses a name and lists the choices.
 
     >>> print(unknown("layer", "stem1", ["stem", "head"]))
@@ -251,7 +258,7 @@ def _follow(model):
             opaque[tracer.failed] = f"{tracer.failed} cannot be followed ({reason})"
 
 
-def trace(model):
+def trace(model: nn.Module) -> Structure:
     """Find the channel nodes and residual paths of `model`: a `Structure`.
 
     Input channels and outputs of the network are never nodes. Raises `BadInput` if the forward pass as a
@@ -278,7 +285,7 @@ def trace(model):
     return Structure([n for n in nodes if not n.why], [n for n in nodes if n.why], _paths(model, graph))
 
 
-def nodes(model):
+def nodes(model: nn.Module) -> list[Node]:
     """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there
     are none.
 
@@ -553,7 +560,7 @@ def _paths(model, graph):
     return found
 
 
-def checked(node):
+def checked(node: Node) -> Node:
     """The node, if it can be changed and the network still is what it was traced in; else `BadInput`.
 
     >>> net = build("convnet", 10, (3, 32, 32), widths=(4, 8))
@@ -563,7 +570,7 @@ def checked(node):
     >>> net.features[4] = nn.Conv2d(4, 8, 1)
     >>> checked(node)
     Traceback (most recent call last):
-    effilib.errors.BadInput: the network has changed since the node of features.0 was found (features.4): trace it again
+    effilib.errors.BadInput: the network has changed since the node of features.0 was found ...
     """
     if node.why:
         raise BadInput(f"the channels of {node.name} cannot be changed: {node.why}")

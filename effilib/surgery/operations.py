@@ -11,13 +11,28 @@ bound to the new ones with its state. In mid-training all of it goes through `ru
 """
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from effilib.errors import BadInput
 from effilib.models import Block, Constant, Gone
-from effilib.surgery.channels import CONVS, NORMS, checked, trace, unknown
+from effilib.surgery.channels import CONVS, NORMS, Node, Path, checked, trace, unknown
+
+__all__ = [
+    "adopt_",
+    "append_block_",
+    "can_remove",
+    "copies",
+    "forget_",
+    "insert_layer_",
+    "remove_block_",
+    "remove_layer_",
+    "remove_path_",
+    "replace_",
+    "select_",
+]
 
 # How an optimizer's state follows a gradient that is s times as large: as s to this power.
 POWERS = {
@@ -35,7 +50,9 @@ POWERS = {
 # Parameters and what an optimizer knows of them.
 
 
-def replace_(module, name, change, optimizer=None):
+def replace_(
+    module: nn.Module, name: str, change: Callable, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Put a new Parameter in place of `module.name`, in its optimizer's group and place too, without a
     gradient.
 
@@ -69,7 +86,8 @@ def _power(optimizer, key):
         return 0  # it gathers gradients that were divided by their size
     if key not in POWERS:
         raise BadInput(
-            f"{type(optimizer).__name__} keeps {key!r}, and surgery does not know how it scales; known: {', '.join(POWERS)}"
+            f"{type(optimizer).__name__} keeps {key!r}, and surgery does not know how it scales; "
+            f"known: {', '.join(POWERS)}"
         )
     return POWERS[key]
 
@@ -86,7 +104,7 @@ def _like(t, old):
     return t.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def forget_(optimizer, parameters):
+def forget_(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
     """Take parameters out of an optimizer, with their state.
 
     >>> layer = nn.Linear(2, 3)
@@ -103,7 +121,9 @@ def forget_(optimizer, parameters):
             del optimizer.state[p]
 
 
-def adopt_(optimizer, parameters, like):
+def adopt_(
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], like: nn.Parameter
+) -> None:
     """Put new parameters into the optimizer's group of `like`, right behind it; SGD's momentum begins at 0.
 
     >>> old, new = nn.Linear(2, 3), nn.Linear(3, 3)
@@ -124,7 +144,7 @@ def adopt_(optimizer, parameters, like):
             return
 
 
-def copies(model, ema):
+def copies(model: nn.Module, ema: nn.Module | None) -> list[nn.Module]:
     """The model and, if there is one, its running average, which may be wrapped.
 
     >>> net = nn.Linear(1, 1)
@@ -139,7 +159,14 @@ def copies(model, ema):
 
 
 @torch.no_grad()
-def select_(node, index, optimizer=None, *, share=None, ema=None):
+def select_(
+    node: Node,
+    index: Sequence[int] | torch.Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    share: torch.Tensor | None = None,
+    ema: nn.Module | None = None,
+) -> None:
     """Give a node the channels `index` of its old ones: without repeats it is pruned, with repeats widened.
     In place.
 
@@ -168,7 +195,8 @@ def select_(node, index, optimizer=None, *, share=None, ema=None):
         raise BadInput(f"{node.name}: the index must be a list of at least one whole number")
     if not 0 <= int(index.min()) <= int(index.max()) < node.width:
         raise BadInput(
-            f"{node.name}: the index runs from {index.min()} to {index.max()}, but there are channels 0 to {node.width - 1}"
+            f"{node.name}: the index runs from {index.min()} to {index.max()}, "
+            f"but there are channels 0 to {node.width - 1}"
         )
     index = index.long()
     if share is None:
@@ -227,7 +255,7 @@ def _resize(m, side, size):
 # Blocks and layers.
 
 
-def can_remove(path):
+def can_remove(path: Path) -> bool:
     """Whether the constant that a dead residual path adds has somewhere to go.
 
     >>> can_remove(trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))).path("stages.0.0"))
@@ -246,7 +274,9 @@ def _norm(path):
 
 
 @torch.no_grad()
-def remove_path_(path, optimizer=None, *, ema=None):
+def remove_path_(
+    path: Path, optimizer: torch.optim.Optimizer | None = None, *, ema: nn.Module | None = None
+) -> None:
     """Remove a residual path: its block becomes its shortcut plus the constant that the path's last BatchNorm
     (or bias) adds.
 
@@ -266,7 +296,8 @@ def remove_path_(path, optimizer=None, *, ema=None):
     norm = _norm(path)
     if not can_remove(path):
         raise BadInput(
-            f"residual path {path.name} adds a constant, and its sum is in place: it cannot be removed exactly"
+            f"residual path {path.name} adds a constant, and its sum is in place: "
+            "it cannot be removed exactly"
         )
     gone = [p for n in path.layers for p in model.get_submodule(n).parameters()]
     if not path.in_place and shift is not None:
@@ -295,7 +326,7 @@ class Nothing(nn.Module):
     tensor([1., 1.])
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> float:
         return 0.0
 
 
@@ -319,7 +350,14 @@ def _sequential(model, name):
     return holder, place
 
 
-def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
+def append_block_(
+    model: nn.Module,
+    name: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    ema: nn.Module | None = None,
+) -> str:
     """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale: the function
     is kept exactly.
 
@@ -365,7 +403,13 @@ def append_block_(model, name, optimizer=None, *, generator=None, ema=None):
     return f"{name.rpartition('.')[0]}.{place + 1}"
 
 
-def remove_block_(model, name, optimizer=None, *, ema=None):
+def remove_block_(
+    model: nn.Module,
+    name: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    ema: nn.Module | None = None,
+) -> None:
     """Take the block `name` out of its Sequential: exact where its residual path adds nothing and its
     shortcut is the identity.
 
@@ -390,7 +434,15 @@ def remove_block_(model, name, optimizer=None, *, ema=None):
 
 
 @torch.no_grad()
-def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None):
+def insert_layer_(
+    model: nn.Module,
+    after: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    mean: torch.Tensor | None = None,
+    var: torch.Tensor | None = None,
+    ema: nn.Module | None = None,
+) -> str:
     """Put an identity layer (3x3 convolution, BatchNorm, ReLU) behind the ReLU `after` in a Sequential
     (Net2Deeper).
 
@@ -440,7 +492,13 @@ def insert_layer_(model, after, optimizer=None, *, mean=None, var=None, ema=None
     return f"{after.rpartition('.')[0]}.{place + 1}".lstrip(".")
 
 
-def remove_layer_(model, name, optimizer=None, *, ema=None):
+def remove_layer_(
+    model: nn.Module,
+    name: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    ema: nn.Module | None = None,
+) -> None:
     """Take the convolution `name`, with the BatchNorm and ReLU behind it, out of its Sequential.
 
     Exact where it is the identity. Raises `BadInput` if it changes the number of channels or the size. Trace

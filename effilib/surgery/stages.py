@@ -13,11 +13,29 @@ from effilib import surgery
 from effilib.convolution import probe
 from effilib.errors import BadInput
 from effilib.models import Constant
+from effilib.surgery.channels import Node, Structure
+
+__all__ = [
+    "ALWAYS",
+    "carry",
+    "deepenable",
+    "depth",
+    "find",
+    "flops",
+    "follow",
+    "members",
+    "names",
+    "owners",
+    "paths",
+    "stage_of",
+    "table",
+    "widenable",
+]
 
 ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the start
 
 
-def find(model, shape):
+def find(model: nn.Module, shape: tuple[int, int, int]) -> dict:
     """The layout of a network on images (C, H, W) = `shape`.
 
     >>> layout = find(build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1)), (1, 8, 8))
@@ -42,7 +60,7 @@ def find(model, shape):
     return layout
 
 
-def names(layout):
+def names(layout: dict) -> list[str]:
     """What the stages are called, in the order of the forward pass.
 
     >>> names(find(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8)))
@@ -65,7 +83,7 @@ def _sizes(model, shape):
     return found
 
 
-def stage_of(node, layout):
+def stage_of(node: Node, layout: dict) -> int | None:
     """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its
     path.
 
@@ -76,7 +94,7 @@ def stage_of(node, layout):
     return next((layout["of"][p] for p in node.producers if p in layout["of"]), None)
 
 
-def members(structure, layout, stage):
+def members(structure: Structure, layout: dict, stage: int) -> list[Node]:
     """The nodes of a stage (its number).
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
@@ -86,7 +104,7 @@ def members(structure, layout, stage):
     return [n for n in structure.nodes if stage_of(n, layout) == stage]
 
 
-def paths(structure, layout, stage):
+def paths(structure: Structure, layout: dict, stage: int) -> list:
     """The residual paths of a stage.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
@@ -96,7 +114,7 @@ def paths(structure, layout, stage):
     return [p for p in structure.paths if layout["of"].get(p.convs[-1]) == stage]
 
 
-def depth(structure, layout, stage):
+def depth(structure: Structure, layout: dict, stage: int) -> int:
     """Residual paths of a stage; of a plain one its layers.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
@@ -106,7 +124,7 @@ def depth(structure, layout, stage):
     return len((paths if layout["holders"][stage] else members)(structure, layout, stage))
 
 
-def widenable(structure, layout, stage, trunk=False):
+def widenable(structure: Structure, layout: dict, stage: int, trunk: bool = False) -> list[Node]:
     """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of
     a plain stage all.
 
@@ -121,7 +139,7 @@ def widenable(structure, layout, stage, trunk=False):
     return [n for n in nodes if n.name in inner]
 
 
-def deepenable(model, layout, stage):
+def deepenable(model: nn.Module, layout: dict, stage: int) -> str:
     """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises
     `BadInput` if nowhere.
 
@@ -152,7 +170,7 @@ def deepenable(model, layout, stage):
     )
 
 
-def follow(layout, before, model, stage=None):
+def follow(layout: dict, before: dict, model: nn.Module, stage: int | None = None) -> dict:
     """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong
     to `stage`.
 
@@ -171,7 +189,7 @@ def follow(layout, before, model, stage=None):
     return {**layout, "of": of}
 
 
-def table(structure):
+def table(structure: Structure) -> dict:
     """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its
     strength.
 
@@ -184,7 +202,7 @@ def table(structure):
     }
 
 
-def owners(structure):
+def owners(structure: Structure) -> dict:
     """Producer -> its node's name.
 
     >>> owners(surgery.trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))))
@@ -193,7 +211,9 @@ def owners(structure):
     return {p: n.name for n in structure.nodes for p in n.producers}
 
 
-def carry(channels, owners, before, structure, cuts, epoch):
+def carry(
+    channels: dict, owners: dict, before: Structure, structure: Structure, cuts: dict, epoch: int
+) -> tuple:
     """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and
     `follow`; structure: of now.
 
@@ -226,7 +246,7 @@ def carry(channels, owners, before, structure, cuts, epoch):
     return found, new
 
 
-def flops(model, layout, layers=None):
+def flops(model: nn.Module, layout: dict, layers: dict | None = None) -> float:
     """Products of layers (names; default: all), for one image, in a training step: 6 x weights x pixels.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))

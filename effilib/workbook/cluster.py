@@ -1,14 +1,15 @@
-"""Notebooks over machines: `jobs.run_one`, with the workers of a dask scheduler to execute the notebooks.
+"""Notebooks over machines: `jobs.start_one`, with the workers of a dask scheduler to execute them.
 
 No files are shared. A notebook travels with its parameters, the user's own files behind them, the records
-that it may read and the seeds that earlier runs of it finished. It is executed in a folder of the worker's
-that is deleted afterwards, and what it wrote comes back, finished seeds as soon as they are there, so that
-they outlive their worker. Data sets that have a name are found by the worker (its own `EFFILIB_DATA`). All
-the rest of a job, its report for one, happens at the caller's.
+that it may read and the cells of a comparison that earlier runs of it finished. It is executed in a folder of
+the worker's that is deleted afterwards, and what it wrote comes back, finished cells as soon as they are
+there, so that they outlive their worker. Data sets that have a name are found by the worker (its own
+`EFFILIB_DATA`). Reports are rendered where the command was typed.
 
 The caller gives out the places, not the scheduler: so it knows at any time which notebook is on which worker,
-one whose worker dies runs again elsewhere with the seeds that it had finished, and no second notebook gets
-onto a machine that measures."""
+one whose worker dies runs again elsewhere with the cells that it had finished, and no second notebook gets
+onto a machine that measures.
+"""
 
 import contextlib
 import functools
@@ -22,14 +23,18 @@ import threading
 import uuid
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import effilib
 from effilib import paths, provenance
 from effilib.errors import BadInput
 from effilib.workbook import jobs
+
+__all__ = ["Place", "inputs", "pack", "unpack", "versions"]
 
 RUNS = 3  # of a notebook whose workers die
 LOOK = 0.5  # seconds between two looks at the workers
@@ -55,16 +60,16 @@ class Place:
     number: int
 
 
-# ---------------------------------------------------------------------------------------------------- at the
-# caller's
+# At the caller's
 
 
 @contextlib.contextmanager
-def connect(scheduler, planned, say):
-    """The workers of the dask scheduler at an address as a `Cluster`, once there are any.
+def connect(scheduler: str, planned: list[jobs.Job], say: Callable[[str], None]) -> Iterator["Cluster"]:
+    """Yield the workers of the dask scheduler at an address, once there are any.
 
     planned: the jobs to come. say: hears of workers that come and go. Raises `BadInput` if there is no
-    scheduler, or no worker fits."""
+    scheduler, or no worker fits.
+    """
     try:
         from distributed import Client
     except ImportError:
@@ -82,11 +87,11 @@ def connect(scheduler, planned, say):
 
 
 class Cluster(futures.Executor):
-    """An executor: `submit(run_one, job)` waits for a place, in a thread, and calls `run_one` with an
-    `execute` that uses it.
+    """An executor: `submit(start_one, job)` waits for a place and executes the notebook there.
 
     shared: may several notebooks be on one machine at the same time? Else that is prevented, so that times
-    count."""
+    count.
+    """
 
     def __init__(self, client, planned, say):
         self.client, self.say, self.scheduler = client, say, client.scheduler.address
@@ -101,25 +106,24 @@ class Cluster(futures.Executor):
         self.waiting = set()  # numbers of the jobs that wait for one
         self._begin()
 
-    def submit(self, run_one, job):
-        """Run a job once there is a place for it. Returns its future."""
-        future, number = futures.Future(), len(self.threads)
-        self.threads.append(
-            threading.Thread(target=self._run, args=(future, run_one, job, number), daemon=True)
-        )
-        self.threads[-1].start()
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> futures.Future:
+        """Call `fn(job, execute=...)` once there is a place for the job. Returns its future."""
+        (job,), future, number = args, futures.Future(), len(self.threads)
+        thread = threading.Thread(target=self._run, args=(future, fn, job, number), daemon=True)
+        self.threads.append(thread)
+        thread.start()
         return future
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Wait until all jobs have ended, which they do when their run gives up its results folder."""
         for thread in self.threads:
             thread.join()
 
-    def _run(self, future, run_one, job, number):
+    def _run(self, future, start_one, job, number):
         try:
             self._take(job, number)
             future.set_running_or_notify_cancel()
-            future.set_result(run_one(job, execute=functools.partial(self._execute, number)))
+            future.set_result(start_one(job, execute=functools.partial(self._execute, number)))
         except BaseException as error:
             future.set_exception(error)
         finally:
@@ -141,25 +145,25 @@ class Cluster(futures.Executor):
         if not machines:
             raise BadInput(refused[0] if refused else f"the workers of {self.scheduler} left at once")
         self.shared = max(machines.values()) > 1
-        at_a_time = f"{machines.total()} at a time on {len(machines)} machine{'s' * (len(machines) > 1)} of {self.scheduler}"
-        self.say(
-            at_a_time + ("; some share a machine, so there are no verdicts on times" if self.shared else "")
-        )
+        where = f"{len(machines)} machine{'s' * (len(machines) > 1)} of {self.scheduler}"
+        shared = "; some share a machine, so there are no verdicts on times" if self.shared else ""
+        self.say(f"{machines.total()} at a time on {where}{shared}")
 
     def _workers(self):
-        """What the scheduler says of its workers: dict address -> dict. Raises `SchedulerLost`."""
+        """What the scheduler says of its workers: dict address -> dict. Raises `SchedulerLost`.
+
+        It is asked itself: `Client.scheduler_info` may be a copy, and empty while it is refreshed.
+        """
         with contextlib.suppress(Exception):  # a connection breaks in many ways
             if self.client.status == "running":
-                return self.client.scheduler_info(n_workers=-1)["workers"]
+                return self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
         raise self._lost()
 
     def _lost(self):
         return SchedulerLost(f"the dask scheduler at {self.scheduler} went away")
 
     def _look(self):
-        """Note which workers came and went. Returns, and says, why new ones cannot be used. Raises
-        `SchedulerLost`.
-        """
+        """Note which workers came and went. Returns, and says, why new ones cannot be used."""
         from effilib import clock  # brings torch, which a worker need not hold
 
         refused = []
@@ -187,9 +191,7 @@ class Cluster(futures.Executor):
         return refused
 
     def _refusal(self, address):
-        """Why a worker cannot be used, "" if it can. It is sent those of the user's own files that it has not
-        got.
-        """
+        """Why a worker cannot be used, "" if it can. It is sent the user's own files that it lacks."""
         try:
             lacks = self.client.run(check, versions(), self.files, workers=[address])[address]
             if isinstance(lacks, str):
@@ -197,7 +199,8 @@ class Cluster(futures.Executor):
             found = {name: jobs.listing(Path(name)) for name in lacks}
             size = sum(size for files in found.values() for _, size, _ in files)
             if size > LIMIT:
-                return f"has no {' and no '.join(lacks)}, too much to be sent ({size / 1e6:,.0f} MB): put a copy there, at the same path"
+                much = f"too much to be sent ({size / 1e6:,.0f} MB)"
+                return f"has no {' and no '.join(lacks)}, {much}: put a copy there, at the same path"
             if found:
                 sent = {
                     f"{self.files[name]}/{below}": Path(name).parent / below
@@ -210,9 +213,7 @@ class Cluster(futures.Executor):
         return ""
 
     def _take(self, job, number):
-        """Wait for a place, in the order of the numbers, and take it; or until the job is no longer
-        wanted.
-        """
+        """Wait for a place, in the order of the numbers, and take it; or until nobody wants the job."""
         with self.changed:
             self.waiting.add(number)
             try:
@@ -244,9 +245,7 @@ class Cluster(futures.Executor):
     # Executing
 
     def _execute(self, number, job):
-        """What `jobs.execute` does, on a worker; on another one if that dies. Raises `Interrupted` and
-        `SchedulerLost`.
-        """
+        """Do on a worker what `jobs.execute` does; on another one if that dies."""
         lost = []
         while number in self.taken:
             place = self.taken[number]
@@ -262,8 +261,9 @@ class Cluster(futures.Executor):
         raise jobs.Interrupted
 
     def _attempt(self, job, place):
-        """Have a worker execute a notebook, and fetch what it wrote. Returns the reason of a failure, or None
-        if the worker is lost.
+        """Have a worker execute a notebook, and fetch what it wrote.
+
+        Returns the reason of a failure, or None if the worker is lost.
         """
         from distributed import KilledWorker
 
@@ -273,7 +273,7 @@ class Cluster(futures.Executor):
 
         def heard(event):
             with contextlib.suppress(OSError):  # it comes again at the end
-                keep_seeds(job, event[1]["seeds"])
+                keep_cells(job, event[1]["cells"])
 
         try:
             self.client.subscribe_topic(name, heard)
@@ -297,7 +297,7 @@ class Cluster(futures.Executor):
                 self._wait()
             if task.cancelled():  # not by us
                 raise self._lost()
-            reason, written, seeds = task.result(timeout=FETCH)
+            reason, written, finished = task.result(timeout=FETCH)
         except (KilledWorker, TimeoutError):
             return None
         except Exception as error:
@@ -308,20 +308,21 @@ class Cluster(futures.Executor):
             with contextlib.suppress(Exception):  # there may be no task, or no connection
                 task.cancel()
                 self.client.unsubscribe_topic(name)
-        keep_seeds(job, seeds)
+        keep_cells(job, finished)
         unpack(written, job.partial)
         return reason
 
 
-def inputs(job):
-    """What a notebook finds on its worker: itself, what is recorded, the results of its series, its finished
-    seeds. Name -> file.
+def inputs(job: jobs.Job) -> dict[str, Path]:
+    """Return what a notebook finds on its worker: name -> file.
+
+    That is itself, what is recorded, the results of its series, its finished cells.
 
     >>> from effilib.workbook.runner import plan
     >>> "02_overview.ipynb" in inputs(plan(["02"], preset="smoke")[0])
     True
     """
-    results, recorded, notes = job.folder.parent, paths.recorded(), job.folder / ".seeds" / job.name
+    results, recorded, notes = job.folder.parent, paths.recorded(), job.folder / ".cells" / job.name
     found = [file for name in ("record.json", "history.csv") for file in job.folder.glob(f"*/{name}")]
     found += [results / name for name in notes.read_text().splitlines()] if notes.exists() else []
     return {
@@ -335,19 +336,17 @@ def inputs(job):
     }
 
 
-def keep_seeds(job, archive):
-    """Put finished seeds into the caller's cache, and note to which notebook they belong, for its next
-    run.
-    """
+def keep_cells(job, archive):
+    """Put finished cells into the caller's cache, and note whose they are, for the notebook's next run."""
     names = unpack(archive, job.folder.parent)
-    notes = job.folder / ".seeds" / job.name
+    notes = job.folder / ".cells" / job.name
     notes.parent.mkdir(exist_ok=True)
     with notes.open("a") as file:
         file.writelines(f"{name}\n" for name in names)
 
 
-def pack(files):
-    """Files as a compressed archive in memory, without those that are not, or no longer, there.
+def pack(files: dict[str, Path]) -> bytes:
+    """Return files as a compressed archive, without those that are not there.
 
     >>> unpack(pack({"a.txt": paths.write("b.txt", "abc"), "gone.txt": Path("gone.txt")}), Path("mine"))
     ['a.txt']
@@ -360,7 +359,7 @@ def pack(files):
     return archive.getvalue()
 
 
-def unpack(archive, folder):
+def unpack(archive: bytes, folder: Path) -> list[str]:
     """Write the files of an archive below a folder, each atomically. Returns their names.
 
     >>> unpack(pack({"below/a.txt": paths.write("b.txt", "abc")}), Path("mine"))
@@ -375,14 +374,12 @@ def unpack(archive, folder):
         return packed.namelist()
 
 
-# -------------------------------------------------------------------------------------------------------- on
-# a worker
+# On a worker
 
 
 @functools.cache  # what a process has loaded does not change with the files
-def versions():
-    """What must be the same on all machines: name -> version; of effilib its code, whatever it says of
-    itself.
+def versions() -> dict[str, str]:
+    """Return what must be the same on all machines: name -> version, for effilib its code.
 
     >>> sorted(versions())
     ['effilib', 'torch']
@@ -403,9 +400,7 @@ def check(wanted, files, dask_worker):
 
 
 def _copy(name, digest, worker):
-    """Where this worker has a user's file or folder: at the same path, or among those that it was sent; None
-    if nowhere.
-    """
+    """Where this worker has a user's file: at the same path, or among those sent; None if nowhere."""
     path, sent = Path(name), Path(worker.local_directory, "effilib", digest, Path(name).name)
     with contextlib.suppress(OSError):
         if path.exists() and provenance.digest(name, jobs.listing(path)) == digest:
@@ -419,11 +414,11 @@ def keep_files(archive, dask_worker):
 
 
 def on_worker(job, files, archive, gpu):
-    """Execute a notebook here. Returns the reason of its failure, what it wrote, and the seeds that it
-    finished.
+    """Execute a notebook here. Returns the reason of its failure, what it wrote, and its finished cells.
 
     files: parameter -> path and digest of the user's own file behind it. archive: `inputs`. gpu: it gets one
-    of this worker's for itself."""
+    of this worker's for itself.
+    """
     from distributed import get_worker
 
     worker, name = get_worker(), get_worker().get_current_task()
@@ -435,10 +430,7 @@ def on_worker(job, files, archive, gpu):
         )
         unpack(archive, here)
         parameters, results = dict(job.parameters), here / "results"
-        for parameter, (
-            path,
-            digest,
-        ) in files.items():  # the same name on every worker, for seeds are found by it
+        for parameter, (path, digest) in files.items():  # one name on every worker: cells are found by it
             link = here / "home" / parameter / Path(path).name
             link.parent.mkdir(parents=True)
             link.symlink_to(_copy(path, digest, worker))
@@ -459,12 +451,12 @@ def on_worker(job, files, archive, gpu):
             environment={**job.environment, **places, **({} if job.shared else _all_cores(worker))},
         )
         job.partial.mkdir(parents=True)
-        sent = set(_seeds(results))
+        sent = set(_finished(results))
 
         def wanted():
-            new = {seed: file for seed, file in _seeds(results).items() if seed not in sent}
+            new = {cell: file for cell, file in _finished(results).items() if cell not in sent}
             if new:
-                worker.log_event(name, {"seeds": pack(new)})
+                worker.log_event(name, {"cells": pack(new)})
                 sent.update(new)
             task = worker.state.tasks.get(name)  # it is cancelled if the caller goes away
             return (
@@ -483,23 +475,18 @@ def on_worker(job, files, archive, gpu):
         written = {
             str(file.relative_to(job.partial)): file for file in job.partial.rglob("*") if file.is_file()
         }
-        return (
-            reason,
-            pack(written),
-            pack({seed: file for seed, file in _seeds(results).items() if seed not in given}),
-        )
+        new = {cell: file for cell, file in _finished(results).items() if cell not in given}
+        return reason, pack(written), pack(new)
 
 
-def _seeds(results):
+def _finished(results):
     """What `compare` keeps below a folder of results: name -> file."""
     return {str(file.relative_to(results)): file for file in (results / "cache").rglob("[!.]*.json")}
 
 
 @contextlib.contextmanager
 def _gpu(worker):
-    """A GPU for one notebook, as CUDA_VISIBLE_DEVICES names it: of those that this worker sees, one that no
-    other notebook has.
-    """
+    """A GPU that no other notebook of this worker has, as CUDA_VISIBLE_DEVICES names it."""
     free = _gpus(int(worker.state.total_resources["GPU"]))
     mine = free.get()
     try:
@@ -518,9 +505,7 @@ def _gpus(number):
 
 
 def _all_cores(worker):
-    """Environment in which dask's default of one thread for each library is taken back: a notebook has this
-    machine for itself.
-    """
+    """Environment without dask's default of one thread a library: a notebook has this machine for itself."""
     import dask
 
     default = dask.config.get("distributed.nanny.pre-spawn-environ", {}) if worker.nanny else {}

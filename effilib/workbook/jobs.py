@@ -6,9 +6,13 @@ the end. A failed run is kept too, with a report of how far it came: in the note
 nothing better, else in `failed/<notebook>`; `run.json` tells that the last run failed, and why. An
 interrupted run leaves only its finished seeds.
 
+While a report is rendered the next notebook may start and import, but not measure: at its cell tagged
+`parameters` it waits until the report is written.
+
 Whatever a notebook starts carries its `EFFILIB_OUT` in the environment, and is killed by that mark when the
 notebook ends, however it ends. A job goes on only while its run holds the results folder. On another machine
-a notebook is executed by `effilib.workbook.cluster`; all the rest of a job happens here."""
+a notebook is executed by `effilib.workbook.cluster`; all the rest of a job happens here.
+"""
 
 import contextlib
 import ctypes
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +33,11 @@ from effilib import paths
 from effilib.errors import BadInput
 from effilib.workbook import report
 
+__all__ = ["Job", "Outcome", "executed", "hold", "listing", "saved", "sentence"]
+
 TICK = 0.2  # seconds between two looks at what runs
 GIVEN_UP = "its results folder was given up"
+SOCKETS = 60  # bytes of a folder's path, beyond which a socket in it has no address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +45,8 @@ class Job:
     """One notebook to run, and where its results go.
 
     >>> folder = Path("results/mine")
-    >>> job = Job(notebook=Path("02_x.ipynb"), folder=folder, parameters={}, preset="smoke", dataset="mnist5k", timeout=60)
+    >>> what = dict(parameters={}, preset="smoke", dataset="mnist5k", timeout=60)
+    >>> job = Job(notebook=Path("02_x.ipynb"), folder=folder, **what)
     >>> job.name, str(job.results)
     ('02_x', 'results/mine/02_x')
     """
@@ -77,23 +86,26 @@ class Job:
         return self.folder / ".old" / self.name
 
     @property
+    def gate(self):
+        """File that is locked while a report of this series is rendered."""
+        return self.folder / ".rendering"
+
+    @property
     def recorded(self):
         """Folder of the recorded results of the same preset and data set."""
         return paths.recorded() / f"{self.preset}-{self.dataset}" / self.name
 
     @property
-    def files(self):
-        """The user's own files and folders behind the parameters, such as the mine.py of DIR/mine.py:net:
-        dict parameter -> path.
-        """
+    def files(self) -> dict[str, Path]:
+        """The user's own files behind the parameters, such as the mine.py of DIR/mine.py:net."""
         texts = {name: value for name, value in self.parameters.items() if isinstance(value, str)}
         found = {
             name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()
         }
         return {name: path for name, path in found.items() if path.is_absolute() and path.exists()}
 
-    def held(self):
-        """Does the run that this job belongs to still hold the results folder?"""
+    def held(self) -> bool:
+        """Return whether the run that this job belongs to still holds the results folder."""
         try:
             return (self.folder / ".running").read_text() == self.token
         except OSError:
@@ -102,8 +114,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended: "complete", "up to date", "failed" or "interrupted"; of the latter two the
-    reason in one sentence.
+    """How one notebook ended: complete, up to date, failed or interrupted; and why.
+
+    shared: something else was measured on its machine at the same time.
 
     >>> Outcome("02_x", "failed", "its kernel was killed").status
     'failed'
@@ -113,10 +126,24 @@ class Outcome:
     status: str
     reason: str = ""
     seconds: float = 0.0
+    shared: bool = False
 
 
-def listing(path):
-    """What can be seen of a file, or of all files in a folder, without reading them: names, sizes and times.
+@dataclass(frozen=True)
+class Ran:
+    """A notebook that was executed, or needs only its report: where it lies, and why it failed.
+
+    >>> Ran(Path("results/mine/02_x"), "its kernel was killed", 3.0).failure
+    'its kernel was killed'
+    """
+
+    place: Path
+    failure: str
+    seconds: float
+
+
+def listing(path: Path) -> list[tuple[str, int, int]]:
+    """Return the names, sizes and times of a file, or of all files in a folder.
 
     >>> [(name, size) for name, size, _ in listing(paths.write("a.txt", "abc"))]
     [('a.txt', 3)]
@@ -129,8 +156,8 @@ def listing(path):
     ]
 
 
-def saved(file):
-    """The JSON object in a file; an empty one where there is none, or where it is damaged.
+def saved(file: str | Path) -> dict:
+    """Return the JSON object in a file; an empty one where there is none, or a damaged one.
 
     >>> saved("missing.json")
     {}
@@ -144,8 +171,10 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def hold(folder):
-    """Hold a results folder: yields the token that jobs look for. Raises `BadInput` if another run holds it.
+def hold(folder: Path) -> Iterator[str]:
+    """Hold a results folder: yields the token that jobs look for.
+
+    Raises `BadInput` if another run holds it.
 
     >>> with hold(paths.make("mine")) as token:
     ...     Path("mine/.running").read_text() == token
@@ -173,29 +202,27 @@ def hold(folder):
                 file.write_text("")
 
 
-# ------------------------------------------------------------------------------------------------------
-# executing
+# Executing
 
 
-def execute(job, wanted=None):
-    """Execute a notebook in a child process, into `job.partial`. Returns the reason of its failure, "" if
-    there is none.
+def execute(job: Job, wanted: Callable[[], bool] | None = None) -> str:
+    """Execute a notebook in a child process, into `job.partial`.
 
-    wanted: does anybody wait for it still? By default, as long as its run holds the results folder. Raises
-    `Interrupted` if not."""
+    wanted: does anybody wait for it still? By default, as long as its run holds the results folder. Returns
+    the reason of its failure, "" if there is none. Raises `Interrupted` if nobody wants it any more.
+    """
     wanted = wanted or job.held
+    gate = "" if job.shared else str(job.gate)
     request = json.dumps(
-        [str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout]
+        [str(job.notebook), str(job.partial / "notebook.ipynb"), job.parameters, job.timeout, gate]
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="effilib-") as sockets,
-        (job.partial / "process.log").open("wb") as log,
-    ):
+    with _short_folder() as sockets, (job.partial / "process.log").open("wb") as log:
         environment = {
             **os.environ,
             **job.environment,
             "EFFILIB_OUT": str(job.partial),
             "JUPYTER_RUNTIME_DIR": sockets,
+            "IPYTHONDIR": os.path.join(sockets, "ipython"),  # the user's profile is for the user's sessions
         }
         if job.shared:
             environment["EFFILIB_SHARED"] = "1"
@@ -228,9 +255,23 @@ def execute(job, wanted=None):
     return reason or ("its process ended badly" if process.returncode else "")
 
 
-def end(out):
-    """Kill all processes whose `EFFILIB_OUT` is `out`: the child, its kernel, and what the notebook
-    started.
+@contextlib.contextmanager
+def _short_folder():
+    """A temporary folder for sockets, whose addresses must be short: not in TMPDIR where that is long."""
+    short = [None] if len(tempfile.gettempdir()) <= SOCKETS else ["/tmp", "/var/tmp", "/dev/shm", None]
+    for place in short:
+        if place is None or os.access(place, os.W_OK):
+            with tempfile.TemporaryDirectory(
+                prefix="effilib-", dir=place, ignore_cleanup_errors=True
+            ) as folder:
+                yield folder
+            return
+
+
+def end(out: Path) -> None:
+    """Kill all processes whose `EFFILIB_OUT` is `out`.
+
+    They are the child, its kernel, and what the notebook started.
     """
     import psutil
 
@@ -248,62 +289,93 @@ def end(out):
         psutil.wait_procs(found, timeout=1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# one job
+# One job
 
 
-def run_one(job, execute=execute):
-    """Run one notebook, put its results in place and render its report. Returns its `Outcome`.
+def run_one(job: Job, execute: Callable[[Job], str] = execute) -> Outcome:
+    """Run one notebook, put its results in place and render its report.
 
     execute: what executes it into `job.partial` and returns the reason of its failure. Whatever the notebook
-    does, nothing is raised; but OSError where the results cannot be written, on a full disk for one.
-    `run.json` is written last: without it, or with another key in it, the notebook runs again. If only the
-    report is missing, it is rendered and nothing is executed."""
+    does, nothing is raised; except OSError where the results cannot be written, such as on a full disk.
+    """
+    ran = start_one(job, execute)
+    return ran if isinstance(ran, Outcome) else finish(job, ran)
+
+
+def start_one(job: Job, execute: Callable[[Job], str] = execute) -> Ran | Outcome:
+    """Execute one notebook and put its results in place; `finish` does the rest.
+
+    If only the report is missing, nothing is executed. `run.json` is written last: without it, or with
+    another key in it, the notebook runs again. An `Outcome` is the end of an interrupted job.
+    """
     from effilib import clock  # brings torch, for which the child process need not wait
 
     if not job.held():
         return Outcome(job.name, "interrupted", GIVEN_UP)
     _tidy(job)
-    place, failure = job.results, ""
-    before = saved(place / "run.json").get("seconds", 0) if executed(job) else 0
-
-    def state(reason):
-        status, spent = "failed" if reason else "complete", round(before + seconds(), 1)
-        return {
-            "status": status,
-            "reason": reason,
-            "seconds": spent,
-            "key": job.key,
-            "date": clock.date(),
-            "executed": not failure,
-        }
-
+    if executed(job):
+        return Ran(job.results, "", saved(job.results / "run.json").get("seconds", 0))
     with clock.elapsed() as seconds:
-        if not executed(job):
-            try:
-                job.partial.mkdir(parents=True)
-                failure = execute(job)
-                if not failure and not _complete(job.partial):
-                    failure = "it wrote no complete record.json: its last cell, tagged `record`, does that"
-                paths.write(
-                    job.partial / "run.json",
-                    state(failure or "its report was not rendered; the next call does that"),
-                )
-                place = _put(job, failure)
-            except Interrupted:
-                return Outcome(job.name, "interrupted", GIVEN_UP)
-            finally:
-                shutil.rmtree(job.partial, ignore_errors=True)
-        reason = _render(job, place, failure)
-    kept = "" if place == job.results else " (the earlier result is kept; see failed/ for this run)"
-    last = state(reason + kept if reason else "")
-    paths.write(job.results / "run.json", last)
-    return Outcome(job.name, last["status"], reason, last["seconds"])
+        try:
+            job.partial.mkdir(parents=True)
+            failure = execute(job)
+            if not failure and not _complete(job.partial):
+                failure = "it wrote no complete record.json: its last cell, tagged `record`, does that"
+            reason = failure or "its report was not rendered; the next call does that"
+            _note(job, job.partial, Ran(job.partial, failure, seconds()), reason)
+            return Ran(_put(job, failure), failure, seconds())
+        except Interrupted:
+            return Outcome(job.name, "interrupted", GIVEN_UP)
+        finally:
+            shutil.rmtree(job.partial, ignore_errors=True)
 
 
-def executed(job):
-    """Is there a complete record of this very job, with a report or without? Times from a shared machine do
-    not do if it runs alone.
+def finish(job: Job, ran: Ran) -> Outcome:
+    """Render the report of an executed notebook, and bring the index of its folder up to date.
+
+    Raises OSError where the results cannot be written.
+    """
+    from effilib import clock
+
+    with clock.elapsed() as seconds, _locked(job.gate):
+        reason = _render(job, ran.place, ran.failure)
+        kept = "" if ran.place == job.results else " (the earlier result is kept; see failed/ for this run)"
+        ran = Ran(ran.place, ran.failure, ran.seconds + seconds())
+        _note(job, job.results, ran, reason + kept if reason else "")
+        with contextlib.suppress(OSError):  # a full disk ends no series; it is said at its end
+            report.index(job.folder)
+    shared = bool(saved(job.results / "record.json").get("shared_machine"))
+    return Outcome(job.name, "failed" if reason else "complete", reason, ran.seconds, shared and not reason)
+
+
+def _note(job, folder, ran, reason):
+    """Write `run.json`: how the last run of a notebook ended."""
+    from effilib import clock
+
+    state = {
+        "status": "failed" if reason else "complete",
+        "reason": reason,
+        "seconds": round(ran.seconds, 1),
+        "key": job.key,
+        "date": clock.date(),
+        "executed": not ran.failure,
+    }
+    paths.write(folder / "run.json", state)
+
+
+@contextlib.contextmanager
+def _locked(file):
+    """Hold a file's lock, where there are locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX)
+        yield
+
+
+def executed(job: Job) -> bool:
+    """Return whether there is a complete record of this very job, with a report or without.
+
+    Times from a shared machine do not do if it runs alone.
 
     >>> from effilib.workbook.runner import plan
     >>> executed(plan(["02"], preset="smoke")[0])
@@ -323,9 +395,7 @@ def _complete(folder):
 
 
 def _tidy(job):
-    """Take up what a killed run left: its processes, its half result, and the folders that it was about to
-    exchange.
-    """
+    """Take up what a killed run left: processes, a half result, folders about to be exchanged."""
     end(job.partial)
     shutil.rmtree(job.partial, ignore_errors=True)
     if job.old.exists() and not job.results.exists():
@@ -337,11 +407,8 @@ def _tidy(job):
 
 
 def _put(job, reason):
-    """Put a finished run in its place, which is never that of a complete result if it failed. Returns the
-    place.
-    """
-    # Nobody shall take the record of a failed run for a result, and nobody needs the log of one that went
-    # well.
+    """Put a finished run in its place, never that of a complete result if it failed. Returns the place."""
+    # The record of a failed run is no result, and nobody needs the log of one that went well.
     (job.partial / ("record.json" if reason else "process.log")).unlink(missing_ok=True)
     if not saved(job.partial / "notebook.ipynb"):  # half-written, on a full disk for one
         (job.partial / "notebook.ipynb").unlink(missing_ok=True)
@@ -358,9 +425,7 @@ def _put(job, reason):
 
 
 def _render(job, place, reason):
-    """Write the report of a finished run. Returns the reason of its failure, which may be that there is no
-    report.
-    """
+    """Write the report of a finished run. Returns the reason of its failure, or of having no report."""
     executed = place / "notebook.ipynb"
     if not executed.exists():
         shutil.copyfile(job.notebook, executed)
@@ -372,8 +437,8 @@ def _render(job, place, reason):
     return reason
 
 
-def sentence(error):
-    """An exception as one short line.
+def sentence(error: BaseException) -> str:
+    """Return an exception as one short line.
 
     >>> sentence(OSError(28, "No space left on device")), sentence(ValueError("no such thing"))
     ('No space left on device', 'ValueError: no such thing')
@@ -387,27 +452,29 @@ def _line(text):
     return line if len(line) <= 300 else line[:299] + "…"
 
 
-# ------------------------------------------------------------------------------------------------- the child
-# process
+# The child process
 
 
-def _child(notebook, output, parameters, timeout):
-    """Execute one notebook in this process; standard output carries the reason if it fails, and nothing
-    else.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: end when the runner ends, however that happens
+def _child(notebook, output, parameters, timeout, gate):
+    """Execute one notebook in this process; only the reason of a failure goes to standard output."""
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: end when the runner ends, however that happens
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     with os.fdopen(os.dup(1), "w") as answer:
-        os.dup2(2, 1)  # what else is printed, by the kernel for one, goes to the log
-        answer.write(_papermill(notebook, output, parameters, timeout))
+        os.dup2(2, 1)  # what else is printed, such as by the kernel, goes to the log
+        answer.write(_papermill(notebook, output, parameters, timeout, gate))
 
 
-def _papermill(notebook, output, parameters, timeout):
+def _papermill(notebook, output, parameters, timeout, gate):
     """Execute a notebook. Returns "" or the reason of its failure in one line."""
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    with report.light_imports():
+        import papermill
+        from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    def wait(cell, cell_index):
+        """Measure nothing while a report is rendered."""
+        if gate and "parameters" in cell.metadata.get("tags", []):
+            with contextlib.suppress(OSError), open(gate) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
 
     settings = dict(
         kernel_name="python3",
@@ -415,6 +482,7 @@ def _papermill(notebook, output, parameters, timeout):
         kernel_manager_class=_kernel(),
         start_timeout=180,
         iopub_timeout=60,
+        on_cell_start=wait,
     )
     try:
         papermill.execute_notebook(
@@ -437,14 +505,11 @@ def _kernel():
     from jupyter_client import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
-        """This very interpreter as a kernel, whatever kernels are installed; over Unix sockets: no ports, no
-        other users.
-        """
+        """This very interpreter as a kernel, over Unix sockets: no ports, no other users."""
 
         def __init__(self, **settings):
-            sockets = os.path.join(
-                os.environ["JUPYTER_RUNTIME_DIR"], "kernel"
-            )  # by default all kernels would meet at one address
+            # by default all kernels would meet at one address
+            sockets = os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], "kernel")
             super().__init__(**settings, transport="ipc", ip=sockets)
 
         def format_kernel_cmd(self, extra_arguments=None):

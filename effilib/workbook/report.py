@@ -2,60 +2,69 @@
 
 Every page is a single file without scripts and without remote addresses: pictures are data URIs, formulas are
 MathML. How the pages look is in `pages/`, whose templates escape what comes from records and errors; here is
-what they say."""
+what they say.
+"""
+
+from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import html as markup
 import io
 import math
+import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import effilib
 from effilib import paths
 from effilib.errors import BadInput
+from effilib.workbook import series
 
-# ---------------------------------------------------------------------------------------------------- the
-# scoreboard
+__all__ = ["index", "light_imports", "mathml", "render", "scoreboard_rows", "speedup"]
 
-SCHEMA = 1
-BADGES = {  # verdict or status -> tone (its colour in style.css), symbol
-    "faster at equal accuracy": ("good", "✓"),
-    "faster but less accurate": ("mixed", "±"),
+# The scoreboard
+
+BADGES = {  # how a verdict or status begins -> tone (its colour in style.css), symbol
+    "faster": ("good", "✓"),
     "slower": ("bad", "▼"),
-    "no speed-up": ("none", "="),
-    "inconclusive": ("none", "?"),
-    "target missed": ("bad", "✗"),
+    "no difference": ("none", "="),
+    "undecided": ("none", "?"),
+    "depends on the budget": ("mixed", "±"),
+    "out of reach": ("bad", "✗"),
+    "diverged": ("bad", "✗"),
+    "saturated": ("none", "~"),
     "smoke: not a measurement": ("none", "○"),
     "shared machine: no verdict": ("none", "○"),
+    "stalls": ("none", "○"),
+    "illustration": ("none", "○"),
+    "too few held-out images": ("none", "○"),
+    series.OLDER: ("none", "○"),
     "failed": ("failed", "✗"),
     "unreadable": ("failed", "✗"),
     "not run": ("none", "○"),
 }
 SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
-SHARED = "Shared machine: other notebooks ran at the same time, so there is no verdict on times."
-
-RECORD_TEXT = (
-    "chapter",
-    "title",
-    "title_de",
-    "paper",
-    "claim",
-    "preset",
-    "dataset",
-    "network",
-    "commit",
-    "date",
-    "caption",
+SHARED = "Shared machine: something else was measured at the same time, so there is no verdict on times."
+HOLM = (
+    "★ marks what is still significant when all {} tests of this page are judged together "
+    "(Holm's correction at 5 %)."
 )
-VERDICT_TEXT = ("arm", "against", "quantity", "verdict", "claim_reproduced", "text")
-VERDICT_NUMBERS = ("ratio", "low", "high", "n", "accuracy_difference", "accuracy_low")
+
+RECORD_TEXT = ("chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "commit")
+RECORD_TEXT = (*RECORD_TEXT, "date", "caption")
+VERDICT_TEXT = ("arm", "against", "verdict", "aim_verdict", "text", "kind", "cost")
+VERDICT_NUMBERS = ("ratio", "low", "high", "n", "lengths", "points", "points_low", "points_high", "aim", "p")
 EMPTY = {
     **dict.fromkeys(("notebook", "status", "reason", "report", *RECORD_TEXT, "machine", *VERDICT_TEXT), ""),
-    **dict.fromkeys((*VERDICT_NUMBERS, "seconds")),
-    "shared_machine": False,
+    **dict.fromkeys((*VERDICT_NUMBERS, "seconds", "range", "survives")),
+    **dict.fromkeys(("shared_machine", "older"), False),
 }
 UNEXPECTED = (
     TypeError,
@@ -65,13 +74,14 @@ UNEXPECTED = (
 )  # what values of the wrong type raise here
 
 
-def scoreboard_rows(folder, notebooks=()):
-    """What is known about each notebook of a folder of results, in the order of the chapters.
+def scoreboard_rows(folder: str | Path, notebooks: Any = ()) -> list[dict]:
+    """Return what is known about each notebook of a folder of results, by chapter.
 
     folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`. notebooks:
-    names that get a row even where nothing was run, such as `["02_overview", ...]`. Returns a list of flat
-    dicts with the same keys, ready for `pandas.DataFrame`. `status` is "complete", "failed", "unreadable" or
-    "not run", and `reason` says why it is not complete. Nothing that a file contains raises.
+    names that get a row even where nothing was run. Returns flat dicts with the same keys, ready for
+    `pandas.DataFrame`. `status` is "complete", "failed", "unreadable" or "not run", and `reason` says why it
+    is not complete; `survives` whether a verdict survives Holm's correction over all rows. Nothing that a
+    file contains raises.
 
     >>> rows = scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])
     >>> rows[0]["chapter"], rows[0]["status"]
@@ -79,43 +89,55 @@ def scoreboard_rows(folder, notebooks=()):
     """
     folder = Path(folder)
     found = {file.parent.name for name in ("record.json", "run.json") for file in folder.glob(f"*/{name}")}
-    return [_row(folder / name) for name in sorted(found | set(notebooks), key=_chapter_order)]
+    rows = [_row(folder / name) for name in sorted(found | set(notebooks), key=_chapter_order)]
+    series.mark_survivors(rows)
+    return rows
 
 
-def table(rows):
-    """Rows of the scoreboard as a `pandas.DataFrame` of ready text, for a notebook to show.
+def speedup(row: dict) -> str:
+    """Return a row's measured ratio as text, "" where there is none.
 
-    >>> table(scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])).loc[0, "verdict"]
-    'not run'
-    """
-    import pandas  # a runner that only renders need not wait for it
-
-    return pandas.DataFrame(
-        {
-            "chapter": row["chapter"],
-            "method": row["title"],
-            "speed-up": speedup(row) or row["text"] or "—",
-            "accuracy difference": "—"
-            if row["accuracy_difference"] is None
-            else f"{row['accuracy_difference']:+.2f} points",
-            "verdict": row["verdict"] or ("—" if row["status"] == "complete" else row["status"]),
-            "claim reproduced": row["claim_reproduced"] or "—",
-            "machine": row["machine"] or "—",
-        }
-        for row in rows
-    )
-
-
-def speedup(row):
-    """A row's measured ratio as text: "1.34x [1.29, 1.40]", or "" where there is none.
-
-    >>> speedup({"ratio": 1.342, "low": 1.291, "high": 1.4})
+    >>> speedup({"ratio": 1.342, "low": 1.291, "high": 1.4, "kind": "gap"})
     '1.34x [1.29, 1.40]'
+    >>> speedup({"ratio": 0.41, "low": None, "high": None, "kind": "at most"})
+    'at most 0.41x'
     """
     if row["ratio"] is None:
         return ""
+    bound = f"{row['kind']} " if row["kind"].startswith("at ") else ""
     interval = "" if None in (row["low"], row["high"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['ratio']:.2f}x{interval}"
+    return f"{bound}{row['ratio']:.2f}x{interval}"
+
+
+def _conditions(row):
+    """Under what a ratio was measured, a line each."""
+    lines = []
+    if row["range"]:
+        low, high = row["range"]
+        digits = 0 if high - low >= 2 else 1
+        lines.append(f"at {low:.{digits}f}–{high:.{digits}f} % accuracy")
+    if row["ratio"] is None and row["text"]:
+        lines.append(row["text"])
+    elif row["n"]:
+        lines.append(
+            f"n = {row['n']} × {row['lengths']}" + (f", {row['cost']}" if row["cost"] != "seconds" else "")
+        )
+    if row["arm"]:
+        lines.append(row["arm"] + (f" against {row['against']}" if row["against"] else ""))
+    return lines
+
+
+def _points(row):
+    """Accuracy above the baseline's at equal cost, and its interval; empty where unknown."""
+    if row["points"] is None:
+        return []
+    values = [row["points"], row["points_low"], row["points_high"]]
+    mean, low, high = (None if v is None else f"{v:+.2f}".replace("-", "−") for v in values)
+    return [f"{mean} points"] + ([f"[{low}, {high}]"] if low and high else [])
+
+
+def _aim(row):
+    return f"aim {row['aim']:g}x: {row['aim_verdict']}" if row["aim"] is not None else ""
 
 
 def _chapter_order(name):
@@ -144,34 +166,33 @@ def _row(folder):
 
 
 def _unexpected(error):
-    return (
-        str(error) if isinstance(error, BadInput) else f"record.json does not hold what was expected: {error}"
-    )
+    if isinstance(error, BadInput):
+        return str(error)
+    return f"record.json does not hold what was expected: {error}"
 
 
 def _read(folder):
-    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result,
-    whatever lies there.
-    """
+    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result."""
     run, record = _json(folder / "run.json"), _json(folder / "record.json")
     if run is None and record is None:
         return {"status": "not run", "reason": "not run"}
     if run is not None and run.get("status") != "complete":
-        return {
-            "status": "failed",
-            "reason": _text(run.get("reason")) or "no reason given",
-            "date": _text(run.get("date")),
-        }
+        reason = _text(run.get("reason")) or "no reason given"
+        return {"status": "failed", "reason": reason, "date": _text(run.get("date"))}
     if record is None:
         raise BadInput("record.json is missing, though the run ended well")
-    if record.get("schema") != SCHEMA:
-        raise BadInput(f"record.json has schema {record.get('schema')!r}; this effilib reads schema {SCHEMA}")
+    if record.get("schema") not in (1, series.SCHEMA):
+        raise BadInput(
+            f"record.json has schema {record.get('schema')!r}; this effilib reads schema {series.SCHEMA}"
+        )
     if record.get("status") != "complete":
-        return {
-            "status": "failed",
-            "reason": "record.json does not say complete: the notebook did not reach its end",
-        }
-    return {"status": "complete", **_facts(record), **_verdict(record.get("headline") or {})}
+        reason = "record.json does not say complete: the notebook did not reach its end"
+        return {"status": "failed", "reason": reason}
+    return {
+        "status": "complete",
+        **_facts(record),
+        **_verdict(record.get("headline") or {}, series.older(record)),
+    }
 
 
 def _json(file):
@@ -192,14 +213,21 @@ def _facts(record):
     }
 
 
-def _verdict(verdict):
-    """A record's headline, or one of its verdicts, as plain columns: text, and finite numbers or None."""
-    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT} | {
-        key: _number(verdict.get(key)) for key in VERDICT_NUMBERS
-    }
+def _verdict(verdict, older=False):
+    """A record's headline, or one of its verdicts, as plain columns: text, and finite numbers or None.
+
+    Of an older protocol there is no verdict, and no ratio that could be compared, but what was said of it.
+    """
+    if older:
+        text = _text(verdict.get("text")) if verdict.get("ratio") else ""
+        return {"older": True, "verdict": series.OLDER, "text": text} if verdict else {}
+    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT}
+    row |= {key: _number(verdict.get(key)) for key in VERDICT_NUMBERS}
+    row["range"] = verdict.get("range") and [float(a) for a in verdict["range"]]
     if any(row[key] is not None and row[key] <= 0 for key in ("ratio", "low", "high")):
         raise BadInput(f"record.json has a speed-up that is not a positive factor: {speedup(row)}")
-    return row | {"n": row["n"] and int(row["n"])}
+    whole = {key: row[key] and int(row[key]) for key in ("n", "lengths")}
+    return row | whole | {"p": None if row["p"] is None else min(max(row["p"], 0.0), 1.0)}
 
 
 def _text(value):
@@ -210,29 +238,35 @@ def _number(value):
     return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
-def index(folder):
-    """Write `<folder>/index.html`, the scoreboard of the notebooks that were run into `folder`. Returns its
-    path.
+def index(folder: str | Path) -> Path:
+    """Write `<folder>/index.html`, the scoreboard of the notebooks run into it.
+
+    Beside each of its figures it shows the recorded one. Returns its path.
 
     >>> "No notebook has been run" in index(".").read_text()
     True
     """
     folder = Path(folder)
-    rows = scoreboard_rows(folder)
+    rows, recorded = scoreboard_rows(folder), series.recorded()
     for row in rows:
         row |= _badge(row) | {"thumbnail": _thumbnail(folder / row["notebook"] / "figure.png")}
+        row["recorded"] = _recorded(recorded.get(row["notebook"]), row["date"], folder)
     counts = [row["status"] for row in rows]
+    tests = sum(row["survives"] is not None for row in rows)
     content = _page(
         "index.html",
         title="Time-efficient training of CNNs",
         facts=[
             *_distinct(rows, "dataset", "preset", "machine"),
             *_date(max((row["date"] for row in rows), default="")),
+            *_commits(rows),
         ]
         or [folder.name],
         complete=counts.count("complete"),
         failed=counts.count("failed") + counts.count("unreadable"),
         notes=_warnings(rows),
+        holm=HOLM.format(tests) if any(row["survives"] for row in rows) else "",
+        with_recorded=any(row["recorded"] for row in rows),
         ticks=_place(rows),
         rows=rows,
     )
@@ -240,8 +274,26 @@ def index(folder):
 
 
 def _badge(row):
-    tone, symbol = BADGES.get(row["verdict"] or row["status"], ("none", "·"))
+    word = row["verdict"] or row["status"]
+    tone, symbol = next((badge for begin, badge in BADGES.items() if word.startswith(begin)), ("none", "·"))
     return {"tone": tone, "symbol": symbol}
+
+
+def _recorded(records, date, folder, width=320):
+    """What was recorded of a chapter, to stand beside a new run; None if nothing was, or this very run."""
+    record = (records or [{}])[-1]
+    said = series.say(record) or _text(record.get("caption"))
+    if not said or record.get("date") == date:
+        return None
+    report, link = record["folder"] / "report.html", ""
+    with contextlib.suppress(ValueError):  # another drive
+        link = Path(os.path.relpath(report, folder)).as_posix() if report.exists() else ""
+    return {
+        "text": said,
+        "from": ", ".join(_text(record.get(key)) for key in ("preset", "dataset")),
+        "thumbnail": "" if series.older(record) else _thumbnail(record["folder"] / "figure.png", width),
+        "link": link,
+    }
 
 
 def _warnings(rows):
@@ -261,29 +313,39 @@ def _date(date):
     return [date[:16].replace("T", " ") + " UTC"] if date else []
 
 
+def _commits(rows):
+    """The commit that everything was measured with, or how many; "+" means changed files."""
+    found = {row["commit"][:10] for row in rows if row["commit"]}
+    return [f"commit {found.pop()}" if len(found) == 1 else f"{len(found)} commits"] if found else []
+
+
 def _place(rows, width=200, margin=14, limit=32):
-    """Give each row with a ratio its place on a log axis that all rows share, in pixels. Returns the axis'
-    ticks.
-    """
+    """Give each row with a ratio its place on a log axis that all share, in pixels. Returns its ticks."""
     values = [row[key] for row in rows for key in ("ratio", "low", "high") if row[key]]
     low, high = max(min(values, default=1) / 1.1, 1 / limit), min(max(values, default=1) * 1.1, limit)
     low, high = math.log2(min(low, 0.45)), math.log2(max(high, 2.2))
 
     def x(value):
-        return value and round(
-            margin + (width - 2 * margin) * (min(max(math.log2(value), low), high) - low) / (high - low), 1
-        )
+        place = (min(max(math.log2(value), low), high) - low) / (high - low) if value else None
+        return place if place is None else round(margin + (width - 2 * margin) * place, 1)
 
     for row in rows:
         row["plot"] = row["ratio"] and {key: x(row[key]) for key in ("ratio", "low", "high")}
     step = 1 if high - low < 4 else 2  # labels need 40 pixels
-    return [
-        {"value": 2.0**power, "x": x(2.0**power)} for power in range(-10, 11, step) if low <= power <= high
-    ]
+    powers = [power for power in range(-10, 11, step) if low <= power <= high]
+    return [{"value": 2.0**power, "x": x(2.0**power)} for power in powers]
 
 
 def _thumbnail(file, width=320):
     """A picture as a small data URI; "" where there is none or it is damaged."""
+    try:
+        return _shrunk(str(file), Path(file).stat().st_mtime_ns, width)
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(256)  # an index is written after every notebook
+def _shrunk(file, changed, width):
     from PIL import Image  # comes with matplotlib
 
     try:
@@ -300,8 +362,19 @@ def _thumbnail(file, width=320):
 
 def _page(template, **content):
     """Fill a template of `pages/`. Whatever is not marked as HTML is escaped."""
-    import jinja2
     from markupsafe import Markup
+
+    style = Markup(_source("style.css"))
+    return (
+        _templates()
+        .get_template(template)
+        .render(style=style, kind=template.split(".")[0], version=effilib.__version__, **content)
+    )
+
+
+@functools.cache
+def _templates():
+    import jinja2
 
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("effilib.workbook", "pages"),
@@ -309,33 +382,56 @@ def _page(template, **content):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = Markup(_source("style.css"))
-    return pages.get_template(template).render(
-        style=style, kind=template.split(".")[0], version=effilib.__version__, **content
-    )
+    pages.globals |= {"conditions": _conditions, "points": _points, "aim": _aim}
+    return pages
 
 
 def _source(name):
     return resources.files("effilib.workbook").joinpath("pages", name).read_text()
 
 
-# -------------------------------------------------------------------------------------------------------- one
-# report
+# One report
 
 
-def render(notebook, html, record=None, failure=None):
-    """Write an executed notebook as one HTML file that opens offline, can be mailed and needs no script.
+@contextlib.contextmanager
+def light_imports() -> Iterator[None]:
+    """Import Jupyter's libraries without a grammar of web addresses.
+
+    jsonschema, which they validate with, compiles it for a check that no notebook needs; that takes 0.8 s.
+
+    >>> with light_imports():
+    ...     import nbformat
+    >>> sys.modules.get("rfc3987_syntax", "as before") is None
+    False
+    """
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
+
+
+def render(
+    notebook: str | Path, html: str | Path, record: dict | None = None, failure: str | None = None
+) -> Path:
+    """Write an executed notebook as one HTML file that opens offline and needs no script.
 
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
     there is one. failure: why the run failed; shown on top, and then even an unreadable notebook gives a
     page. Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no failure was given.
 
     >>> from nbformat import v4, write
-    >>> write(v4.new_notebook(cells=[v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]), "norms.ipynb")
+    >>> cells = [v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]
+    >>> write(v4.new_notebook(cells=cells), "norms.ipynb")
     >>> "<msup>" in render("norms.ipynb", "report.html").read_text()
     True
     """
-    import nbformat
+    with light_imports():
+        import nbformat
 
     html = Path(html).absolute()
     try:
@@ -352,7 +448,7 @@ def render(notebook, html, record=None, failure=None):
     try:
         row |= {"title": heading or row["title"], **_facts(record or {})}
         notes = [_text(note) for note in (record or {}).get("notes") or []]
-        verdicts = [EMPTY | _verdict(verdict) for verdict in _verdicts(record or {})]
+        verdicts = [EMPTY | _verdict(verdict, series.older(record)) for verdict in _verdicts(record or {})]
     except UNEXPECTED as error:
         warnings.append(_unexpected(error))
     # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a
@@ -370,6 +466,7 @@ def render(notebook, html, record=None, failure=None):
         notes=notes,
         ticks=_place(verdicts),
         verdicts=[verdict | _badge(verdict) for verdict in verdicts],
+        recorded=_recorded(series.recorded().get(html.parent.name), row["date"], html.parent, width=640),
         cells=cells,
         failing_cell='id="failing-cell"' in cells,
     )
@@ -378,20 +475,23 @@ def render(notebook, html, record=None, failure=None):
 
 def _run_facts(row):
     seconds = [f"{row['seconds']:.0f} s"] if row["seconds"] else []
-    commit = [f"commit {row['commit'][:10]}"] if row["commit"] else []
-    return [*_distinct([row], "dataset", "preset", "machine"), *_date(row["date"]), *seconds, *commit]
+    return [
+        *_distinct([row], "dataset", "preset", "machine"),
+        *_date(row["date"]),
+        *seconds,
+        *_commits([row]),
+    ]
 
 
 def _verdicts(record):
-    """Every arm's verdict; of a record without that list its headline; of a chapter that measures nothing
-    none.
-    """
+    """Every arm's verdict; of a record without that list its headline; none of one that judges nothing."""
     return record.get("verdicts") or [headline for headline in [record.get("headline")] if headline]
 
 
 def _take_heading(notebook, chapter):
-    """Remove and return the notebook's first heading, which the page's header shows; remove papermill's,
-    which the banner replaces.
+    """Remove and return the notebook's first heading, which the page's header shows.
+
+    Papermill's own goes too: the banner stands for it.
     """
     notebook.cells = [
         cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
@@ -405,23 +505,16 @@ def _take_heading(notebook, chapter):
 
 
 def _cells(notebook, folder, up):
-    """The cells of a notebook as HTML. folder: where relative pictures in its prose are looked for. up: the
-    way to other reports.
-    """
+    """The cells as HTML. folder: where relative pictures are looked for. up: the way to other reports."""
     from markupsafe import Markup
-    from nbconvert import HTMLExporter  # takes a second to import
-    from nbconvert.preprocessors import TagRemovePreprocessor
+
+    with light_imports():
+        from nbconvert import HTMLExporter
+        from nbconvert.preprocessors import TagRemovePreprocessor
     from traitlets.config import Config
 
-    kinds = [
-        "text/html",
-        "text/markdown",
-        "image/svg+xml",
-        "text/latex",
-        "image/png",
-        "image/jpeg",
-        "text/plain",
-    ]  # no scripts, no widgets
+    kinds = ["text/html", "text/markdown", "image/svg+xml", "text/latex"]  # no scripts, no widgets
+    kinds += ["image/png", "image/jpeg", "text/plain"]
     exporter = HTMLExporter(
         template_name="basic",
         raw_template=_source("cells.html"),
@@ -448,9 +541,7 @@ def _cells(notebook, folder, up):
 
 
 def _offline(html, up):
-    """Take out of a notebook's HTML what runs or loads: scripts, frames, remote pictures and styles. Tables
-    get a box to scroll in.
-    """
+    """Take out what runs or loads: scripts, frames, remote pictures, styles. Tables get a box to scroll."""
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
@@ -493,11 +584,9 @@ def _offline_style(css):
     return re.sub(r"""(?i)@import[^;]*;?|url\(\s*['"]?(?!data:|#|['"])[^)]*\)""", "", css)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# formulas
+# Formulas
 
-# Code comes first, so that a dollar sign in it is never taken for a formula; so does a dollar sign that is
-# escaped.
+# Code comes first, so that a dollar sign in it is never taken for a formula; so does an escaped one.
 FORMULA = re.compile(
     r"""
       (?P<fence>^[ \t>]*(?P<marks>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t>]*(?P=marks)|\Z))
@@ -515,9 +604,7 @@ HIDDEN = "\ue000{}\ue001"  # private characters, which Markdown leaves alone
 
 
 def _hide_formulas(text, formulas):
-    """Replace each formula of a Markdown text by a placeholder, lest underscores and backslashes be taken for
-    Markdown.
-    """
+    """Replace each formula of a Markdown text by a placeholder: its underscores are no Markdown."""
 
     def hide(match):
         if match["fence"] or match["span"] or match["escaped"]:
@@ -554,16 +641,7 @@ REWRITES = (  # what latex2mathml does not know, in words that it does
     (rf"{BIG}\\[lr]?vert", r"\1|"),
     (r"\\mathbb\s*\{?1\}?", "\U0001d7d9"),
 )
-CHILDREN = {
-    "mfrac": 2,
-    "msub": 2,
-    "msup": 2,
-    "mover": 2,
-    "munder": 2,
-    "mroot": 2,
-    "msubsup": 3,
-    "munderover": 3,
-}
+CHILDREN = dict(mfrac=2, msub=2, msup=2, mover=2, munder=2, mroot=2, msubsup=3, munderover=3)
 LIMITS = {
     "max",
     "min",
@@ -575,9 +653,10 @@ LIMITS = {
 }  # what stands under them in a display
 
 
-def mathml(latex, display=False):
-    """LaTeX -> MathML, as a block of its own if `display`. What can't be converted is shown as code, never
-    lost.
+def mathml(latex: str, display: bool = False) -> str:
+    """Return LaTeX as MathML, as a block of its own if `display`.
+
+    What can't be converted is shown as code, never lost.
 
     >>> mathml("x^2")
     '<math display="inline" alttext="x^2"><mrow><msup><mi>x</mi><mn>2</mn></msup></mrow></math>'
@@ -601,9 +680,7 @@ def mathml(latex, display=False):
 
 
 def _mend(element, display):
-    """Correct what latex2mathml writes and browsers show badly. Raises ValueError where a formula was not
-    understood.
-    """
+    """Correct what browsers show badly of latex2mathml. Raises ValueError where a formula is not whole."""
     text = element.text or ""
     if len(element) != CHILDREN.get(element.tag, len(element)) or "\\" in text or element.get("linebreak"):
         raise ValueError(f"<{element.tag}> is not whole")
@@ -611,10 +688,8 @@ def _mend(element, display):
         element.tag = "mrow"
     if display and element.tag in ("msub", "msup") and element[0].text in LIMITS:
         element.tag = {"msub": "munder", "msup": "mover"}[element.tag]
-    if element.tag == "mo" and text in (
-        "‖",
-        "|",
-    ):  # norms: no space inside, and tall only where \left or \big asks for it
+    # norms: no space inside, and tall only where \left or \big asks for it
+    if element.tag == "mo" and text in ("‖", "|"):
         element.attrib.update(lspace="0", rspace="0", stretchy=element.get("stretchy", "false"))
     if element.tag == "mover" and element[1].text == "\u2015":  # \overline: few fonts stretch the bar
         element.tag = "mrow"

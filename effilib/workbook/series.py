@@ -1,24 +1,58 @@
 """The series: its chapters in order, what each attacks, and what was recorded of it."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from effilib import paths, provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "ATTACKS",
+    "CHAPTERS",
+    "OLDER",
+    "SCHEMA",
+    "Chapter",
+    "chapter",
+    "drawn",
+    "headlines",
+    "mark_survivors",
+    "older",
+    "picture",
+    "readme_table",
+    "recorded",
+    "runs",
+    "say",
+    "update",
+    "update_picture",
+    "update_runs",
+    "with_table",
+]
+
+SCHEMA = 2  # of `notebook.Book.record`: speed-up at equal accuracy, from curves
+OLDER = "older protocol"  # a record of schema 1: time to one target accuracy
+JUDGED = ("faster", "slower", "no difference", "undecided", "depends on the budget")  # by one test each
+ENVIRONMENT = ("notebook", "preset", "dataset", "network", "machine", "threads", "torch", "commit", "date")
 
 ATTACKS = {  # training time = steps x images per step x operations per image x seconds per operation
     "operations": "seconds per operation",
     "arithmetic": "operations per image",
     "images": "images needed",
     "structure": "operations per image, by another network",
-    "steps": "steps to the target",
+    "steps": "steps to the same accuracy",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A chapter: notebook's stem, number in the thesis, titles, the module with its method, and the factor of
-    time it attacks.
+    """A chapter: its notebook, number, titles, module, and the factor of time it attacks.
 
     >>> CHAPTERS[0].number, CHAPTERS[0].title, CHAPTERS[0].exists
     ('2', 'Where training time goes', True)
@@ -44,130 +78,59 @@ class Chapter:
         return (paths.notebooks() / f"{self.stem}.ipynb").is_file()
 
 
-def _chapter(stem, number, title, title_de, module="", attacks=""):
-    return Chapter(stem=stem, number=number, title=title, title_de=title_de, module=module, attacks=attacks)
+CHAPTERS = tuple(
+    Chapter(**dict(zip(("stem", "number", "title", "title_de", "module", "attacks"), row, strict=False)))
+    for row in (
+        ("02_overview", "2", "Where training time goes", "Überblick"),
+        ("03_1_convolution_cost", "3.1", "What a convolution costs", "Kosten einer Faltung"),
+        ("03_2_mixed_precision", "3.2", "Mixed precision",
+         "Halbierung der Bits", "mixed_precision", "operations"),
+        ("03_3_dynamic_fixed_point", "3.3", "Dynamic fixed point",
+         "Dynamisches Festkomma", "dynamic_fixed_point", "operations"),
+        ("03_4_approximate_tensor_operations", "3.4", "Approximate tensor operations",
+         "Approximative Tensoroperationen", "column_row_sampling", "arithmetic"),
+        ("04_1_activation_gradient_pruning", "4.1", "Pruning the activation gradient",
+         "Verdünnung des Aktivierungsgradienten", "gradient_pruning", "arithmetic"),
+        ("04_2_gradient_approximation", "4.2", "Gradient approximation",
+         "Gradientenapproximation", "gradient_approximation", "arithmetic"),
+        ("05_1_stochastic_pooling", "5.1", "Stochastic pooling",
+         "Stochastisches Pooling", "stochastic_pooling", "images"),
+        ("05_2_structure_and_strength", "5.2", "Structure and strength of filters",
+         "Struktur und Stärke von Filtern", "structure_and_strength", "images"),
+        ("06_1_prune_train", "6.1", "PruneTrain",
+         "Beschneiden während des Trainings", "prune_train", "structure"),
+        ("06_2_net2net", "6.2", "Net2Net", "Net2Net", "net2net", "steps"),
+        ("06_3_kernel_rescaling", "6.3", "Kernel rescaling",
+         "Skalierung der Filter", "kernel_rescaling", "arithmetic"),
+        ("06_4_layer_replacement", "6.4", "Resource-aware layer replacement",
+         "Ressourcenbewusste Schichten", "layer_replacement", "structure"),
+        ("07_1_tree_cnn", "7.1", "Tree-CNN", "Tree-CNN", "tree_cnn", "structure"),
+        ("07_2_standardization_loss", "7.2", "Standardization loss",
+         "Standardisierungsverlust", "standardization_loss", "operations"),
+        ("07_3_wavelet", "7.3", "Wavelets", "Wavelets", "wavelet", "arithmetic"),
+        ("08_practical_setting", "II.8", "Setting of the practical part", "Rahmen des praktischen Teils"),
+        ("09_prune_then_grow", "II.9", "Prune while training, then grow",
+         "Beschneiden, dann wachsen", "prune_then_grow", "structure"),
+        ("10_comparison", "10", "Every method side by side", "Vergleich"),
+        ("11_speed_run", "11", "The speed run", "Schnelllauf", "speed_run", "steps"),
+    )
+)  # fmt: skip
 
 
-CHAPTERS = (
-    _chapter("02_overview", "2", "Where training time goes", "Überblick"),
-    _chapter("03_1_convolution_cost", "3.1", "What a convolution costs", "Kosten einer Faltung"),
-    _chapter(
-        "03_2_mixed_precision",
-        "3.2",
-        "Mixed precision",
-        "Halbierung der Bits",
-        "mixed_precision",
-        "operations",
-    ),
-    _chapter(
-        "03_3_dynamic_fixed_point",
-        "3.3",
-        "Dynamic fixed point",
-        "Dynamisches Festkomma",
-        "dynamic_fixed_point",
-        "operations",
-    ),
-    _chapter(
-        "03_4_approximate_tensor_operations",
-        "3.4",
-        "Approximate tensor operations",
-        "Approximative Tensoroperationen",
-        "column_row_sampling",
-        "arithmetic",
-    ),
-    _chapter(
-        "04_1_activation_gradient_pruning",
-        "4.1",
-        "Pruning the activation gradient",
-        "Verdünnung des Aktivierungsgradienten",
-        "gradient_pruning",
-        "arithmetic",
-    ),
-    _chapter(
-        "04_2_gradient_approximation",
-        "4.2",
-        "Gradient approximation",
-        "Gradientenapproximation",
-        "gradient_approximation",
-        "arithmetic",
-    ),
-    _chapter(
-        "05_1_stochastic_pooling",
-        "5.1",
-        "Stochastic pooling",
-        "Stochastisches Pooling",
-        "stochastic_pooling",
-        "images",
-    ),
-    _chapter(
-        "05_2_structure_and_strength",
-        "5.2",
-        "Structure and strength of filters",
-        "Struktur und Stärke von Filtern",
-        "structure_and_strength",
-        "images",
-    ),
-    _chapter(
-        "06_1_prune_train",
-        "6.1",
-        "PruneTrain",
-        "Beschneiden während des Trainings",
-        "prune_train",
-        "structure",
-    ),
-    _chapter("06_2_net2net", "6.2", "Net2Net", "Net2Net", "net2net", "steps"),
-    _chapter(
-        "06_3_kernel_rescaling",
-        "6.3",
-        "Kernel rescaling",
-        "Skalierung der Filter",
-        "kernel_rescaling",
-        "arithmetic",
-    ),
-    _chapter(
-        "06_4_layer_replacement",
-        "6.4",
-        "Resource-aware layer replacement",
-        "Ressourcenbewusste Schichten",
-        "layer_replacement",
-        "structure",
-    ),
-    _chapter("07_1_tree_cnn", "7.1", "Tree-CNN", "Tree-CNN", "tree_cnn", "structure"),
-    _chapter(
-        "07_2_standardization_loss",
-        "7.2",
-        "Standardization loss",
-        "Standardisierungsverlust",
-        "standardization_loss",
-        "operations",
-    ),
-    _chapter("07_3_wavelet", "7.3", "Wavelets", "Wavelets", "wavelet", "arithmetic"),
-    _chapter("08_practical_setting", "II.8", "Setting of the practical part", "Rahmen des praktischen Teils"),
-    _chapter(
-        "09_prune_then_grow",
-        "II.9",
-        "Prune while training, then grow",
-        "Beschneiden, dann wachsen",
-        "prune_then_grow",
-        "structure",
-    ),
-    _chapter("10_comparison", "10", "Every method side by side", "Vergleich"),
-)
-
-
-def chapter(stem):
-    """The chapter of a notebook, also of one that a user added to the folder.
+def chapter(stem: str) -> Chapter:
+    """Return the chapter of a notebook, also of one that a user added.
 
     >>> chapter("06_1_prune_train").title_de
     'Beschneiden während des Trainings'
     """
-    return next((c for c in CHAPTERS if c.stem == stem), None) or _chapter(
-        stem, stem.split("_")[0], stem.replace("_", " "), ""
-    )
+    found = next((c for c in CHAPTERS if c.stem == stem), None)
+    return found or Chapter(stem=stem, number=stem.split("_")[0], title=stem.replace("_", " "), title_de="")
 
 
-def recorded():
-    """The committed record of every chapter: dict stem -> list of records, newest last.
+def recorded() -> dict[str, list[dict]]:
+    """Return the committed records of every chapter: stem -> records, the one that stands for it last.
+
+    A record of this protocol comes after an older one, a larger preset after a smaller one; then dates count.
 
     >>> "03_2_mixed_precision" in recorded()
     True
@@ -177,12 +140,123 @@ def recorded():
         record = paths.read_json(file)
         if isinstance(record, dict) and record.get("status") == "complete":
             found.setdefault(file.parent.name, []).append(record | {"folder": file.parent})
-    return {stem: sorted(records, key=lambda r: r.get("date", "")) for stem, records in found.items()}
+    return {stem: sorted(records, key=_rank) for stem, records in found.items()}
 
 
-def readme_table():
-    """The README's table of chapters, in Markdown: it comes from here and from the methods' `INFO`, never
-    typed.
+def _rank(record):
+    size = {"quick": 1, "study": 2, "full": 3}.get(record.get("preset"), 0)
+    return not older(record), size, str(record.get("date", ""))
+
+
+def older(record: dict) -> bool:
+    """Return whether a record was measured under an older protocol: its figures mean something else.
+
+    >>> older({"schema": 1}), older({"schema": SCHEMA})
+    (True, False)
+    """
+    return record.get("schema") != SCHEMA
+
+
+def say(record: dict) -> str:
+    """Return a record's headline in a line; "" for a chapter that judges nothing.
+
+    >>> say({"schema": 2, "headline": {"text": "1.38x [1.31, 1.45] at 78-86 %, n=5x3", "verdict": "faster"}})
+    '1.38x [1.31, 1.45] at 78-86 %, n=5x3: faster'
+    >>> say({"schema": 1, "headline": {"text": "1.57x [1.40, 1.77], n=5 pairs", "verdict": "faster"}})
+    'older protocol'
+    """
+    head = record.get("headline")
+    if not isinstance(head, dict):
+        return ""
+    return OLDER if older(record) else f"{head.get('text', '')}: {head.get('verdict', '')}"
+
+
+def mark_survivors(rows: list[dict]) -> None:
+    """Give each row its "survives": whether its test survives Holm's correction over all of them.
+
+    None where there is no test: without p, of an older protocol, or where the verdict is withheld.
+
+    >>> rows = [dict(verdict="faster", p=p) for p in (0.01, 0.2, 0.03)] + [dict(verdict=OLDER, p=0.01)]
+    >>> mark_survivors(rows)
+    >>> [row["survives"] for row in rows]
+    [True, False, False, None]
+    """
+    tests = [row for row in rows if row["p"] is not None and str(row["verdict"]).startswith(JUDGED)]
+    for row in rows:
+        row["survives"] = None
+    if tests:
+        from effilib.statistics import Verdict, holm  # brings scipy, which not all who read a title need
+
+        any_ = dict(arm="", against="", verdict="", ratio=None, low=None, high=None, kind="", range=None)
+        found = holm([Verdict(**any_, n=0, lengths=0, p=row["p"]) for row in tests])
+        for row, judged in zip(tests, found, strict=True):
+            row["survives"] = judged.survives
+
+
+def headlines() -> list[dict]:
+    """Return what stands for each chapter that has a verdict, in order, as `figures.scoreboard` draws it.
+
+    survives: whether the verdict survives Holm's correction over all of this protocol. older: measured under
+    an older one, so that it has no verdict here.
+
+    >>> row = headlines()[0]
+    >>> row["chapter"], row["title"]
+    ('3.2', 'Mixed precision')
+    """
+    found, rows = recorded(), []
+    for c in CHAPTERS:
+        record = found.get(c.stem, [{}])[-1]
+        if head := record.get("headline"):
+            old, names = older(record), ("arm", "against", "ratio", "low", "high")
+            row = dict(chapter=c.number, title=c.title, preset=record["preset"], dataset=record["dataset"])
+            row |= {"older": old, **{name: head.get(name) for name in names}}
+            if old:
+                text = head["text"].split(", n=")[0] if head.get("ratio") else ""
+                row |= dict(verdict=OLDER, text=text, cost="seconds", kind="gap", p=None)
+            else:
+                row |= {name: head.get(name) for name in ("verdict", "text", "cost", "kind", "p")}
+            rows.append(row)
+    mark_survivors(rows)
+    return rows
+
+
+def runs() -> pd.DataFrame:
+    """Return every run of every record of this protocol, with its environment: what `all.csv` holds.
+
+    A row is one of its history.csv: an evaluation; the last one of a training is its end, which is judged.
+
+    >>> list(runs().columns[:4]), list(runs().columns[-2:])
+    (['notebook', 'preset', 'dataset', 'network'], ['accuracy', 'flops'])
+    """
+    import pandas as pd
+
+    from effilib.results import COLUMNS
+
+    frames = [pd.DataFrame(columns=[*ENVIRONMENT, *COLUMNS])]
+    for record in itertools.chain(*recorded().values()):
+        file = record["folder"] / "history.csv"
+        if not older(record) and file.exists():
+            machine = record.get("machine") or {}
+            history = pd.read_csv(file)
+            own = {"notebook": record["folder"].name, "machine": machine.get("device")}
+            for i, name in enumerate(ENVIRONMENT):
+                history.insert(i, name, own.get(name, record.get(name, machine.get(name))))
+            frames.append(history)
+    return pd.concat([f for f in frames if len(f)] or frames, ignore_index=True)
+
+
+def update_runs() -> Path:
+    """Write `all.csv` beside the records. Returns its path.
+
+    >>> update_runs().name
+    'all.csv'
+    """
+    table = runs().to_csv(index=False, float_format="%.6g")
+    return paths.write(paths.recorded() / "all.csv", table)
+
+
+def readme_table() -> str:
+    """Return the README's table of chapters, from here and from the methods' `INFO`, never typed.
 
     >>> print(readme_table().splitlines()[0])
     | chapter | notebook | attacks | source | recorded |
@@ -191,16 +265,14 @@ def readme_table():
     found = recorded()
     for c in CHAPTERS:
         name = f"[{c.title}](notebooks/{c.stem}.ipynb)" if c.exists else f"{c.title} (to come)"
-        head = (found.get(c.stem, [{}])[-1] or {}).get("headline")
-        result = f"{head['text']}: {head['verdict']}" if head else ""
-        rows.append(
-            f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {c.info.paper if c.info else ''} | {result} |"
-        )
+        result = say(found.get(c.stem, [{}])[-1])
+        paper = c.info.paper if c.info else ""
+        rows.append(f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {paper} | {result} |")
     return "\n".join(rows)
 
 
-def with_table(readme):
-    """The README's text with its table of chapters brought up to date.
+def with_table(readme: str) -> str:
+    """Return the README's text with its table of chapters brought up to date.
 
     >>> text = with_table("before <!-- chapters --> old <!-- /chapters --> after")
     >>> "old" in text, text.endswith("<!-- /chapters --> after")
@@ -211,36 +283,8 @@ def with_table(readme):
     return f"{head}{begin}\n{readme_table()}\n{end}{rest.split(end)[1]}"
 
 
-def headlines():
-    """What was recorded last of every chapter, in order, where a verdict came of it: plain values for
-    `figures.scoreboard`.
-
-    >>> row = headlines()[0]
-    >>> row["chapter"], row["title"]
-    ('3.2', 'Mixed precision')
-    """
-    found, rows = recorded(), []
-    for c in CHAPTERS:
-        record = found.get(c.stem, [{}])[-1]
-        if record.get("headline"):
-            head = {
-                k: record["headline"].get(k)
-                for k in ("arm", "against", "quantity", "ratio", "low", "high", "verdict", "text")
-            }
-            rows.append(
-                {
-                    "chapter": c.number,
-                    "title": c.title,
-                    "preset": record.get("preset"),
-                    "dataset": record.get("dataset"),
-                    **head,
-                }
-            )
-    return rows
-
-
-def picture():
-    """The scoreboard's file among the recorded results, which the README shows.
+def picture() -> Path:
+    """Return the scoreboard's file among the recorded results, which the README shows.
 
     >>> picture().name
     'scoreboard.png'
@@ -248,9 +292,8 @@ def picture():
     return paths.recorded() / "scoreboard.png"
 
 
-def drawn(file):
-    """The digest of the `headlines` that a picture shows, which `update_picture` writes into it; "" where
-    there is none.
+def drawn(file: str | Path) -> str:
+    """Return the digest of the `headlines` that a picture shows; "" where there is none.
 
     >>> drawn("nowhere.png")
     ''
@@ -259,14 +302,13 @@ def drawn(file):
 
     try:
         with Image.open(file) as image:
-            return image.info.get("Description", "")
+            return str(image.info.get("Description", ""))
     except OSError:
         return ""
 
 
-def update_picture():
-    """Draw the scoreboard anew where it shows other results than the recorded ones. Returns whether it was
-    drawn.
+def update_picture() -> bool:
+    """Draw the scoreboard anew where other results are recorded than it shows.
 
     >>> update_picture() and update_picture()  # the second time there is nothing to do
     False
@@ -281,18 +323,20 @@ def update_picture():
     return True
 
 
-def update_readme():
-    """Bring the checkout's README up to date: its table of chapters, and its picture.
+def update() -> None:
+    """Bring all that is made from the records up to date: README, scoreboard, `all.csv`.
 
-    >>> update_readme()  # python -m effilib.workbook.series
+    >>> update()  # python -m effilib.workbook.series
     >>> with_table(text := (paths.root() / "README.md").read_text()) == text
     True
     """
     file = paths.root() / "README.md"
     if file.exists():
         paths.write(file, with_table(file.read_text(encoding="utf-8")))
+    if paths.recorded().exists():
         update_picture()
+        update_runs()
 
 
 if __name__ == "__main__":  # python -m effilib.workbook.series
-    update_readme()
+    update()

@@ -66,31 +66,38 @@ def did(kind, name, epoch):
 
 
 QUIET, BUSY = [stage("a"), stage("b")], [stage("a", 0.1), stage("b", 0.2)]
+WIDENED = (did("widen", "b", 3),)
+BETTER = [40] * 4 + [60] * 4  # accuracies since
 TABLE = {
     "all shrinking: keep shrinking": (trace(BUSY), "shrink", ""),
-    "predicted to shrink: keep shrinking": (trace([stage("a", 0.0, 0.3), stage("b", 0.0, 0.2)]), "shrink", ""),
-    "one stage saturated, the others shrink: widen it": (trace([stage("a", 0.2), stage("b"), stage("c", 0.1)]), "widen", "b"),
+    "predicted to shrink: keep shrinking": (
+        trace([stage("a", 0.0, 0.3), stage("b", 0.0, 0.2)]), "shrink", ""),
+    "one stage saturated, the others shrink: widen it": (
+        trace([stage("a", 0.2), stage("b"), stage("c", 0.1)]), "widen", "b"),
     "between the two rates: left alone": (trace([stage("a", 0.01), stage("b", 0.012)]), "wait", ""),
     "nothing pruned: widen the later stage, where pixels are few": (trace(QUIET), "widen", "b"),
-    "nothing pruned: widen where it costs least": (trace([stage("a", widen=1.0), stage("b", widen=2.0)]), "widen", "a"),
+    "nothing pruned: widen where it costs least": (
+        trace([stage("a", widen=1.0), stage("b", widen=2.0)]), "widen", "a"),
     "the stage whose channels live rather than the half-dead one": (
         trace([stage("a", widths=(32,), live=(32,)), stage("b", widths=(32,), live=(16,))]), "widen", "a"),
     "no growth tried yet elsewhere: round robin": (
-        trace(QUIET, accuracy=[40, 40, 50, 50, 60, 60, 60, 60], actions=(did("widen", "b", 3),)), "widen", "a"),
-    "widening brought nothing: deepen there": (trace(QUIET, actions=(did("widen", "b", 3),)), "deepen", "b"),
+        trace(QUIET, accuracy=[40, 40, 50, 50, 60, 60, 60, 60], actions=WIDENED), "widen", "a"),
+    "widening brought nothing: deepen there": (trace(QUIET, actions=WIDENED), "deepen", "b"),
     "widening brought much: widen again": (
-        trace([stage("a")], accuracy=[40, 40, 40, 40, 60, 60, 60, 60], actions=(did("widen", "a", 3),)), "widen", "a"),
+        trace([stage("a")], accuracy=BETTER, actions=(did("widen", "a", 3),)), "widen", "a"),
     "newborns were pruned again: deepen there": (
-        trace([stage("a"), stage("b", born=16, kept=8)], accuracy=[40] * 4 + [60] * 4, actions=(did("widen", "b", 3),)), "deepen", "b"),
+        trace([stage("a"), stage("b", born=16, kept=8)], accuracy=BETTER, actions=WIDENED), "deepen", "b"),
     "most newborns live: widen again": (
-        trace([stage("b", born=16, kept=9)], accuracy=[40] * 4 + [60] * 4, actions=(did("widen", "b", 3),)), "widen", "b"),
+        trace([stage("b", born=16, kept=9)], accuracy=BETTER, actions=WIDENED), "widen", "b"),
     "deepening brought nothing either: stop": (
-        trace([stage("a")], actions=(did("deepen", "a", 3),), frozen=frozenset({("a", "widen")})), "stop", ""),
+        trace([stage("a")], actions=(did("deepen", "a", 3),), frozen=frozenset({("a", "widen")})),
+        "stop", ""),
     "cannot become wider: deepen": (trace([stage("a", widen=math.inf)]), "deepen", "a"),
     "cannot grow at all: stop": (trace([stage("a", widen=math.inf, deepen=math.inf)]), "stop", ""),
     "over-fitting: stop": (trace(QUIET, train_accuracy=75.0), "stop", ""),
     "all training images are right: stop": (trace(QUIET, accuracy=95.0, train_accuracy=99.9), "stop", ""),
-    "over-fitting, but still shrinking loss: wait": (trace(QUIET, [2.0, 1.5, 1.2, 1.0], train_accuracy=75.0), "wait", ""),
+    "over-fitting, but still shrinking loss: wait": (
+        trace(QUIET, [2.0, 1.5, 1.2, 1.0], train_accuracy=75.0), "wait", ""),
     "budget spent: stop": (trace(QUIET, spent=100.0), "stop", ""),
     "no growth fits the budget: stop": (trace(QUIET, spent=50.0, projected=49.5), "stop", ""),
     "the cheaper growth fits the budget": (
@@ -98,10 +105,12 @@ TABLE = {
     "no penalty: wait": (trace(QUIET, lam=0.0, idle=math.inf), "wait", ""),
     "a penalty that had no time to act: wait": (trace(QUIET, pressed=1.9), "wait", ""),
     "still improving: wait": (trace(QUIET, [2.0, 1.8, 1.6, 1.4]), "wait", ""),
-    "validation loss flat, training loss falling fast: wait": (trace(QUIET, train_loss=[2.0 * 0.9**i for i in range(8)]), "wait", ""),
+    "validation loss flat, training loss falling fast: wait": (
+        trace(QUIET, train_loss=[2.0 * 0.9**i for i in range(8)]), "wait", ""),
     "the last action is recent: wait": (trace(BUSY, actions=(did("widen", "a", 6),)), "wait", ""),
     "as many growths as allowed: stop": (
-        trace(QUIET, [2.0, *[1.0] * 19], actions=tuple(did("widen", "a", e) for e in (2, 5, 8, 11))), "stop", ""),
+        trace(QUIET, [2.0, *[1.0] * 19], actions=tuple(did("widen", "a", e) for e in (2, 5, 8, 11))),
+        "stop", ""),
     "the search's share is over: stop": (trace(QUIET, [2.0, 1.8], over=True), "stop", ""),
     "stopped is stopped: wait": (trace(QUIET, actions=(did("stop", "", 3),), over=True), "wait", ""),
 }  # fmt: skip
@@ -119,8 +128,8 @@ def test_the_table(name):
 def test_the_reason_has_the_numbers_in_it():
     reason = decide(trace(QUIET)).reason
     assert (
-        reason
-        == "2 epochs improved the validation loss by less than 2.0%; b lost 0.0% of its channels in 2 epochs, 0.0% are going"
+        reason == "2 epochs improved the validation loss by less than 2.0%; b lost 0.0% of its channels in 2 "
+        "epochs, 0.0% are going"
     )
     assert (
         "widening it brought +0.0 points, less than 0.5"
@@ -156,7 +165,8 @@ def test_the_other_order_deepens_first_and_widens_where_that_brought_nothing():
 
 
 @pytest.mark.parametrize(("losses", "patience", "tau", "expected"), [
-    ([1.0], 1, 0.0, False), ([1.0, 1.0], 1, 0.0, True), ([1.0, 0.999], 1, 0.0, False), ([1.0, 0.999], 1, 0.01, True),
+    ([1.0], 1, 0.0, False), ([1.0, 1.0], 1, 0.0, True),
+    ([1.0, 0.999], 1, 0.0, False), ([1.0, 0.999], 1, 0.01, True),
     ([2.0, 1.0, 1.5, 1.2], 2, 0.0, True), ([2.0, 1.0, 1.5, 0.9], 2, 0.05, False), ([1.0, 1.0], 2, 0.0, False),
 ])  # fmt: skip
 def test_flat(losses, patience, tau, expected):
@@ -243,7 +253,8 @@ def test_settings_that_cannot_be_are_bad_input():
 share = st.floats(0, 1)
 positive = st.floats(0, 20) | st.just(math.inf)
 stages_ = st.lists(
-    st.builds(stage, st.just("x"), share, share, widen=positive, deepen=positive, born=st.integers(0, 16), kept=st.integers(0, 16)),
+    st.builds(stage, st.just("x"), share, share, widen=positive, deepen=positive,
+              born=st.integers(0, 16), kept=st.integers(0, 16)),
     min_size=1, max_size=3,
 )  # fmt: skip
 
@@ -259,13 +270,16 @@ def traces(draw):
         for e in sorted(epochs)
     )
     return trace(
-        kept, losses, draw(st.floats(0, 100)), draw(st.floats(0, 100)), actions=actions, spent=draw(positive), projected=draw(positive),
-        budget=draw(st.floats(0, 40)), lam=draw(st.sampled_from((0.0, 1e-3))), pressed=draw(st.floats(0, 4)),
+        kept, losses, draw(st.floats(0, 100)), draw(st.floats(0, 100)), actions=actions,
+        spent=draw(positive), projected=draw(positive), budget=draw(st.floats(0, 40)),
+        lam=draw(st.sampled_from((0.0, 1e-3))), pressed=draw(st.floats(0, 4)),
     )  # fmt: skip
 
 
-policies = st.builds(Policy, mode=st.sampled_from(MODES), where=st.sampled_from(("pruned", "random")), pressure=st.booleans(),
-                     cooldown=st.integers(1, 3), order=st.permutations(GROWTH))  # fmt: skip
+policies = st.builds(
+    Policy, mode=st.sampled_from(MODES), where=st.sampled_from(("pruned", "random")), pressure=st.booleans(),
+    cooldown=st.integers(1, 3), order=st.permutations(GROWTH),
+)  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)

@@ -108,14 +108,14 @@ def test_overflowed_and_zero_gradients_are_left_as_they_are():
     assert torch.equal(prune(x[:1], threshold(x[:1], 0.0), g()), x[:1])  # p = 0 is the identity
 
 
-@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("s", [0.0, 0.1, 0.25, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("zeros", [0.3, 0.6, 0.9])
 def test_the_lognormal_threshold_hits_the_share_of_zeros_where_the_normal_one_misses_it(s, zeros):
     x = (s * torch.randn(200_000, generator=g())).exp() * torch.randn(200_000, generator=g(1)).sign()
     tau = lognormal_threshold(x, zeros)
     assert (prune(x, tau, g(2)) == 0).float().mean().item() == pytest.approx(zeros, abs=0.015)
-    u = (math.log(tau) - x.abs().log().mean().item()) / x.abs().log().std().item()
-    assert lognormal_zeros(u, s) == pytest.approx(zeros, abs=0.01)
+    u = (math.log(tau) - x.abs().log().mean().item()) / max(x.abs().log().std().item(), 1e-6)
+    assert lognormal_zeros(u, max(s, 1e-6)) == pytest.approx(zeros, abs=0.01)
     if s == 2:
         normal = (prune(x, threshold(x, 0.9), g(2)) == 0).float().mean().item()
         assert normal == pytest.approx(0.79, abs=0.015)  # 0.54 for normal gradients
@@ -137,6 +137,20 @@ def test_the_fifo_prunes_nothing_until_it_is_full_and_then_with_the_mean_of_earl
     assert state["error"] == pytest.approx(abs(2 / 8 - 1), rel=1e-4)
     own = Pruner(0.9, fifo=0)
     assert torch.equal(own(x, own.new_state(), g(2)), prune(x, threshold(x, 0.9), g(2)))
+
+
+@pytest.mark.parametrize("fifo", [0, 2])
+def test_a_gradient_that_overflows_is_passed_on_and_leaves_no_trace_in_the_record(fifo):
+    pruner, x, generator = Pruner(0.9, fifo=fifo, every=1), torch.randn(2000, generator=g()), g(1)
+    state = pruner.new_state()
+    for _ in range(3):
+        pruner(x, state, generator)
+    before = {**state, "taus": list(state["taus"])}
+    bad = x.index_fill(0, torch.tensor([7]), math.inf)
+    assert pruner(bad, state, generator)[7] == math.inf
+    assert state == before | {"calls": 4}
+    assert (pruner(x, state, generator) == 0).any()  # the next batch is pruned again
+    assert all(math.isfinite(state[k]) for k in ("zeros", "error", "cosine"))
 
 
 # Placement

@@ -4,6 +4,7 @@ schedule, resuming, refusals.
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from effilib import models
-from effilib.chapters.kernel_rescaling import law_error, smooth_image, smooth_kernel
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.kernel_rescaling import (
@@ -71,6 +71,38 @@ def own():
 
 def resnet18():
     return models.build("torchvision.models:resnet18", 4, (3, 32, 32))
+
+
+def smooth_kernel(n, generator):
+    """A kernel without sharp edges, (1, 1, n, n): a raised cosine times a random plane."""
+    u = (2 * torch.arange(n, dtype=torch.double) + 1) / n - 1
+    window = (1 + torch.cos(math.pi * u)) / 2
+    a = torch.randn(3, generator=generator, dtype=torch.double)
+    plane = 1 + 0.3 * (a[0] * u[:, None] + a[1] * u)
+    return ((0.5 + a[2].abs()) * window[:, None] * window * plane)[None, None]
+
+
+def smooth_image(n, generator, waves=8, longest=3):
+    """Random waves, (1, 1, n, n), at most `longest` of them over a side."""
+    u = (torch.arange(n, dtype=torch.double) + 0.5) / n
+    f = torch.randint(-longest, longest + 1, (waves, 2), generator=generator).double()
+    phase, a = (torch.rand(waves, generator=generator, dtype=torch.double) for _ in range(2))
+    angle = 2 * math.pi * (f[:, :1, None] * u[:, None] + f[:, 1:, None] * u + phase[:, None, None])
+    return ((0.5 + a)[:, None, None] * torch.cos(angle)).sum(0)[None, None]
+
+
+def law_error(n, k, amplitude=True, seed=0):
+    """How far conv(resize(x), W') is from resize(conv(x, W)), relative."""
+    g = gen(seed)
+    x, W, inside = smooth_image(12 * n, g), smooth_kernel(n, g), slice(2 * k, -2 * k)  # borders see zeros
+
+    def conv(x, W):
+        k = W.shape[-1]
+        return F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), W)
+
+    left = conv(resize(x, (12 * k, 12 * k)), rescale_kernel(W, k, amplitude))[..., inside, inside]
+    right = resize(conv(x, W), (12 * k, 12 * k))[..., inside, inside]
+    return float((left - right).norm() / right.norm())
 
 
 # Resizing
@@ -241,7 +273,8 @@ def test_what_is_left_alone():
 
 
 @pytest.mark.parametrize(("k", "factor", "size"), [
-    (5, 0.5, 3), (5, 0.75, 3), (5, 6 / 7, 5), (7, 0.5, 3), (7, 0.75, 5), (11, 0.5, 5), (5, 0.1, 3), (5, 1.5, 7),
+    (5, 0.5, 3), (5, 0.75, 3), (5, 6 / 7, 5), (7, 0.5, 3), (7, 0.75, 5), (11, 0.5, 5), (5, 0.1, 3),
+    (5, 1.5, 7),
 ])  # fmt: skip
 def test_kernels_stay_odd_and_at_least_3(k, factor, size):
     assert scaled(nn.Conv2d(1, 1, k), k, factor) == size
@@ -256,9 +289,13 @@ def test_patches_follow_by_whole_pixels():
 
 
 @pytest.mark.parametrize(("conv", "size", "padding"), [
-    (nn.Conv2d(2, 3, 5, padding=2), 7, (3, 3)), (nn.Conv2d(2, 3, 5), 3, (0, 0)), (nn.Conv2d(2, 3, 7, padding=3, dilation=1), 3, (1, 1)),
-    (nn.Conv2d(2, 3, 5, padding="same"), 9, "same"), (nn.Conv2d(2, 4, 5, padding=2, padding_mode="reflect", groups=2), 3, (1, 1)),
-    (nn.Conv2d(2, 3, 5, padding="same", padding_mode="circular"), 7, "same"), (nn.Conv2d(2, 3, 7, 2, padding=3), 5, (2, 2)),
+    (nn.Conv2d(2, 3, 5, padding=2), 7, (3, 3)),
+    (nn.Conv2d(2, 3, 5), 3, (0, 0)),
+    (nn.Conv2d(2, 3, 7, padding=3, dilation=1), 3, (1, 1)),
+    (nn.Conv2d(2, 3, 5, padding="same"), 9, "same"),
+    (nn.Conv2d(2, 4, 5, padding=2, padding_mode="reflect", groups=2), 3, (1, 1)),
+    (nn.Conv2d(2, 3, 5, padding="same", padding_mode="circular"), 7, "same"),
+    (nn.Conv2d(2, 3, 7, 2, padding=3), 5, (2, 2)),
     (nn.Conv2d(2, 3, 5, padding=4, dilation=2), 3, (2, 2)),
 ])  # fmt: skip
 def test_padding_follows_the_kernel(conv, size, padding):
@@ -289,7 +326,7 @@ def test_a_rescaled_layer_obeys_the_law():
     x = smooth_image(60, gen()).repeat(1, 2, 1, 1)
     model = nn.Sequential(nn.Conv2d(2, 4, 5, padding=2)).double()
     with torch.no_grad():
-        model[0].weight.copy_(smooth_kernel(5, gen(1), channels=8).view(4, 2, 5, 5))
+        model[0].weight.copy_(torch.cat([smooth_kernel(5, gen(i)) for i in range(8)]).view(4, 2, 5, 5))
     right = resize(model(x), (84, 84)).detach()
     rescale_(model, 7)
     left = model(resize(x, (84, 84))).detach()
@@ -450,10 +487,9 @@ class Look(Method):
     def on_batch(self, run, x, y):
         stem = run.model.get_submodule("stem")
         momentum = run.optimizer.state[stem.weight]["momentum_buffer"]
-        self.seen.append(
-            dict(size=tuple(x.shape[2:]), kernel=stem.kernel_size[0], momentum=float(momentum.abs().sum()), lr=run.lr,
-                 layout=x.is_contiguous(memory_format=torch.channels_last), dtype=x.dtype, stride=stem.stride[0])
-        )  # fmt: skip
+        now = dict(size=tuple(x.shape[2:]), kernel=stem.kernel_size[0], lr=run.lr, dtype=x.dtype)
+        now |= dict(momentum=float(momentum.abs().sum()), stride=stem.stride[0])
+        self.seen.append({**now, "layout": x.is_contiguous(memory_format=torch.channels_last)})
         return x, y
 
 

@@ -16,18 +16,11 @@ from torch.testing import assert_close
 from effilib import cost, data, models, surgery
 from effilib.errors import BadInput
 from effilib.methods.decision import GROWTH, MODES
-from effilib.methods.prune_then_grow import (
-    PruneThenGrow,
-    going,
-    grow_,
-    plan,
-    price,
-    step_flops,
-    strengths,
-    validate,
-)
+from effilib.methods.growth import going, grow_, price, renewed, step_flops, strengths, validate
+from effilib.methods.prune_then_grow import FromScratch, PruneThenGrow, decisions
 from effilib.methods.prune_train import PruneTrain, shrink_steps
 from effilib.surgery import stages
+from effilib.tasks import task
 from effilib.training import Method, Recipe, evaluate, train
 from tests.common import both, equal, exactly, g, images, resumed_and_whole, shake, step
 
@@ -91,13 +84,21 @@ class Resize(Method):
         return [(0, (shape[1] // 2, shape[2] // 2), 1.0), (round(self.at * steps), shape[1:], 1.0)]
 
     def size(self, run):
-        return [s for start, s, _ in self.phases(run.dataset.shape, run.schedule.planned) if start <= run.schedule.position][-1]
+        return [
+            s
+            for start, s, _ in self.phases(run.dataset.shape, run.schedule.planned)
+            if start <= run.schedule.position
+        ][-1]
 
     def on_batch(self, run, x, y):
         return F.interpolate(x, self.size(run), mode="bilinear", antialias=True), y
 
     def on_step_end(self, run):
-        if run.schedule.position < round(self.at * run.schedule.planned) <= run.schedule.position + run.schedule.pace:
+        if (
+            run.schedule.position
+            < round(self.at * run.schedule.planned)
+            <= run.schedule.position + run.schedule.pace
+        ):
             run.restructure(lambda model, optimizer: None)
 
 
@@ -277,18 +278,18 @@ def test_training_accuracy_and_losses_are_means_over_the_epoch():
 
 def test_the_same_seed_and_plan_give_the_same_weights():
     models_, histories = [], []
-    chosen = method(prune=HARD, spend=True)
+    chosen = method(prune=HARD)
     for m in (chosen, None):
         model = network()
-        steps = m or replace(chosen, plan=json.loads(json.dumps(plan(histories[0]))))
+        steps = m or replace(chosen, plan=json.loads(json.dumps(decisions(histories[0]))))
         histories.append(train(model, DATA, RECIPE, [steps]))
         models_.append(model)
     assert len(actions(histories[0])) > 0
     assert equal(*models_)
     assert histories[0].flops == histories[1].flops
-    assert plan(histories[1]) == plan(histories[0])
+    assert decisions(histories[1]) == decisions(histories[0])
     other = network()
-    without = [s for s in plan(histories[0]) if s[1] not in GROWTH]
+    without = [s for s in decisions(histories[0]) if s[1] not in GROWTH]
     train(other, DATA, RECIPE, [replace(chosen, plan=without)])
     assert models.describe(other)["blocks"] != models.describe(models_[0])["blocks"]
 
@@ -306,9 +307,7 @@ def test_a_plan_that_cannot_be_followed_is_bad_input():
 
 @pytest.mark.parametrize("make", [network, vgg])
 def test_a_resumed_run_ends_as_the_whole_one(make, tmp_path):
-    chosen = method(
-        prune=HARD, plan=((0, "widen", "stage 2"), (2, "deepen", "stage 2"), (4, "stop", "")), spend=True
-    )
+    chosen = method(prune=HARD, plan=((0, "widen", "stage 2"), (2, "deepen", "stage 2"), (4, "stop", "")))
     (resumed, a), (whole, b) = resumed_and_whole(make, DATA, RECIPE, [chosen], tmp_path / "run.pt")
     assert equal(resumed, whole)
     assert told(a) == told(b)
@@ -350,7 +349,7 @@ def test_the_penalty_ends_and_the_learning_rate_falls_with_the_search():
             lrs[run.step] = run.lr
 
     recipe = replace(RECIPE, warmup=0.125)
-    chosen = method(plan=((3, "stop", ""),), spend=False, budget=10.0)
+    chosen = method(plan=((3, "stop", ""),), budget=10.0)
     train(network(), DATA, recipe, [chosen, Look()])
     per = len(lrs) // 8
     assert all(lrs[s] == recipe.lr for s in range(per, 4 * per))
@@ -371,17 +370,14 @@ def test_dead_channels_are_cut_and_the_run_costs_less():
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_run_is_shortened_or_lengthened_to_its_budget(share):
-    baseline = RECIPE.epochs * PER_EPOCH * step_flops(network(), SHAPE, 32)
-    for spend in (False, True):
-        history = train(
-            network(), DATA, RECIPE, [method(budget=share, baseline=baseline, spend=spend, growths=0)]
-        )
+def test_a_run_is_shortened_to_its_budget_which_scales_with_its_length(share):
+    for epochs in (4, 8):
+        chosen = method(budget=share, growths=0, prune=replace(GENTLE, ratio=0.0))
+        history = train(network(), DATA, replace(RECIPE, epochs=epochs), [chosen])
         trained, looked, budget = spent(history)
-        assert budget == share * baseline
-        assert trained + looked <= budget
-        if spend or share < 1:
-            assert trained + looked > 0.9 * budget
+        assert budget == share * epochs * PER_EPOCH * step_flops(network(), SHAPE, 32)
+        assert 0.9 * budget < trained + looked <= budget
+        assert history.steps < epochs * PER_EPOCH
         assert history.rows[-1]["step"] == history.steps
 
 
@@ -510,18 +506,35 @@ def test_a_growth_is_priced_by_what_a_step_then_costs(make, number, growth):
     assert 3 * more == step_flops(model, SHAPE, 3) - before > 0
 
 
-def test_a_resized_run_is_lengthened_to_its_budget():
-    history = train(network(), DATA, RECIPE, [Resize(), method(budget=1.0, spend=True, growths=0)])
-    trained, looked, budget = spent(history)
-    assert 0.9 * budget < trained + looked <= budget
-    assert history.steps > RECIPE.epochs * PER_EPOCH
+def test_the_control_trains_the_final_network_from_new_weights():
+    t = task("smoke", "synthetic").but(epochs=4, precision="fp32")
+    chosen, scratch = (
+        method(plan=((1, "deepen", "stage 3"),)),
+        FromScratch(method(plan=((1, "deepen", "stage 3"),))),
+    )
+    model = t.build(t.load(), 0)
+    train(model, t.load(), t.recipe, [chosen], 0)
+    history = scratch(t, 0)
+    assert history.structure == models.describe(model) != models.describe(t.build(t.load(), 0))
+    assert history.steps == t.recipe.epochs * (128 // 32)
+    assert not history.events
+
+
+def test_renewed_weights_are_those_of_a_fresh_network():
+    new, old = (models.build("resnet", 4, SHAPE, seed=s, blocks=([4, 0], 1, 1)) for s in (3, 0))
+    assert equal(renewed(old, 3), new)
+    assert not equal(old, new)
 
 
 def test_settings_that_cannot_be_are_bad_input():
     for settings, message in [
-        (dict(mode="sometimes"), "unknown mode 'sometimes'"), (dict(breaker="magic"), "unknown symmetry breaker"),
-        (dict(prune=PruneTrain(mode="published")), "proximal mode"), (dict(search=1.0), r"search lies in \(0, 1\)"),
-        (dict(grace=5), "at most the cool-down"), (dict(factor=1.0), "factor is above 1"),
-    ]:  # fmt: skip
+        (dict(mode="sometimes"), "unknown mode 'sometimes'"),
+        (dict(breaker="magic"), "unknown symmetry breaker"),
+        (dict(prune=PruneTrain(mode="published")), "proximal mode"),
+        (dict(prune=PruneTrain(at=(0.5,))), "proximal mode"),
+        (dict(search=1.0), r"search lies in \(0, 1\)"),
+        (dict(grace=5), "at most the cool-down"),
+        (dict(factor=1.0), "factor is above 1"),
+    ]:
         with pytest.raises(BadInput, match=message):
             PruneThenGrow(**settings)

@@ -220,7 +220,8 @@ def test_by_readers_a_channel_lives_that_is_read_and_what_is_cut_changes_nothing
 
 
 @pytest.mark.parametrize(("alive", "multiple", "expected"), [
-    ([1, 0, 1, 0, 1, 0, 0, 0], 1, [0, 2, 4]), ([1, 0, 1, 0, 1, 0, 0, 0], 4, [0, 1, 2, 4]), ([0] * 8, 4, [0, 1, 2, 3]),
+    ([1, 0, 1, 0, 1, 0, 0, 0], 1, [0, 2, 4]), ([1, 0, 1, 0, 1, 0, 0, 0], 4, [0, 1, 2, 4]),
+    ([0] * 8, 4, [0, 1, 2, 3]),
     ([1] * 5 + [0] * 3, 4, list(range(8))), ([0, 1], 16, [0, 1]), ([0, 0, 1], 1, [2]),
 ])  # fmt: skip
 def test_cuts_leave_whole_multiples_and_every_live_channel(alive, multiple, expected):
@@ -400,6 +401,28 @@ def test_schedule_scales_by_the_sum_of_the_learning_rate():
     assert seen["steps"] == pytest.approx(0.5 * (len(DATA.train) // 32))
 
 
+def test_cuts_come_at_shares_of_a_run_of_any_length():
+    how = dict(scale="schedule", weigh="norm", keep_scale=True, rule="readers", multiple=2)
+    method = PruneTrain(ratio=0.5, until=0.5, at=(0.3, 0.5), **how)
+    for epochs in (1.5, 4):
+        recipe = Recipe(epochs=epochs, batch_size=16, lr=0.1)
+        history = train(network(widths=(8, 8, 8), blocks=(1, 1, 1)), DATA, recipe, [method])
+        cuts = [e["step"] + 1 for e in history.events if e.get("pruned")]
+        assert cuts
+        assert set(cuts) <= {math.ceil(share * history.steps) for share in method.at}
+        last = history.events[-1]
+        ends = [min(i, epochs) for i in range(1, math.ceil(epochs) + 1)]
+        assert last["epochs"] == pytest.approx(
+            sorted(
+                [
+                    *ends,
+                    *(c * epochs / history.steps for c in (math.ceil(s * history.steps) for s in method.at)),
+                ]
+            )
+        )
+        assert len(last["widths"]) == len(last["epochs"])
+
+
 def test_the_batch_grows_with_what_was_pruned():
     model = network(widths=(8, 8, 8), blocks=(1, 1, 1))
     history = train(model, DATA, LONG, [PruneTrain(scale=100.0, weigh="size", multiple=2, grow_batch=True)])
@@ -453,9 +476,22 @@ def test_settings_that_cannot_be_are_bad_input():
         PruneTrain(rule="writers")
     with pytest.raises(BadInput, match="unknown weighing"):
         PruneTrain(weigh="mass")
+    with pytest.raises(BadInput, match="shares of the run"):
+        PruneTrain(at=(0.5, 1.0))
+    with pytest.raises(BadInput, match="grow_batch needs every"):
+        PruneTrain(at=(0.5,), grow_batch=True)
 
 
 def test_a_network_without_channels_to_cut_is_no_effect():
     model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 4))
     with pytest.raises(NoEffect, match="PruneTrain: Sequential has no channels"):
         train(model, DATA, RECIPE, [PruneTrain()])
+
+
+def test_a_users_network_is_cut_before_its_first_step():
+    node, *_ = surgery.nodes(network())
+    whole, small = pt.Smaller(widths=()), pt.Smaller(widths=((node.name, 2),), removed=("stages.1.0",))
+    data = TASK.load()
+    assert small(TASK, 0).flops < whole(TASK, 0).flops
+    assert small(TASK, 0).structure["widths"][0] == 2
+    assert whole(TASK, 0).accuracy == train(TASK.build(data, 0), data, TASK.recipe).accuracy

@@ -21,6 +21,7 @@ from effilib.methods.standardization_loss import (
     StandardizationLoss,
     Standardized,
     Watch,
+    cnn,
     collect_,
     divergence,
     divergence_of,
@@ -395,3 +396,15 @@ def test_the_controls_replace_every_batchnorm(kind):
 def test_info_says_what_it_is():
     assert INFO.chapter == "7.2"
     assert "1903.00925" in INFO.paper
+
+
+# The paper's network
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (9, 1)])
+def test_the_papers_network(size, channels):
+    model = cnn(10, channels)
+    assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.num_features for m in norms] == [32, 16, 8]
+    assert not any(m.weight.requires_grad for m in norms)

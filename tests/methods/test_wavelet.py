@@ -32,12 +32,12 @@ from effilib.methods.wavelet import (
     inverse_haar,
     keep_sizes_,
     matrices,
-    precompute,
     space_to_depth,
     synthesis,
     wavelet_pool,
     wavelet_stem_,
 )
+from effilib.methods.wavelet_bands import precompute
 from effilib.training import Recipe, train
 
 WAVELETS = pytest.mark.parametrize("name", FILTERS)

@@ -124,6 +124,12 @@ def test_stages_cost_what_they_compute():
     assert staged < joint
 
 
+def test_it_trains_in_double_precision():
+    recipe = replace(RECIPE, epochs=0.5, precision="fp64")
+    history = train(network(), DATA, recipe, [WaveletAutoEncoder()], evaluations=1)
+    assert 0 < history.events[-1]["energy_share"] < 1
+
+
 def test_bad_settings_and_other_networks_are_errors():
     with pytest.raises(BadInput, match="not a WAE"):
         train(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), DATA, RECIPE, [WaveletAutoEncoder()])

@@ -1,0 +1,54 @@
+"""Chapters 5.1 and 5.2 train a plain network: which one, and the learning rates that were tuned for it.
+
+The task's ResNet has no pooling layer between its stages and needs its BatchNorm, so that neither chapter can
+use it. Every arm was tuned by itself, with as many runs as the baseline: `python -m
+effilib.chapters.convnet_tuning study cifar10` runs what is missing in `results/recorded/tuning` and prints
+the outcome, which stands in `LR`.
+"""
+
+import statistics as stats
+import sys
+from dataclasses import replace
+
+from effilib import tuning
+from effilib.experiment import Arm
+from effilib.tasks import Task, task
+
+NETWORK = "convnet"
+WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
+LRS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+# preset -> arm -> the rate with the best mean accuracy over lengths and seeds
+LR = {"quick": {}, "study": {}}
+
+
+def network(task: Task, bn: bool) -> dict:
+    """Return the settings of the network with or without BatchNorm; a user's own is as it is."""
+    return {"bn": bn} if task.network in WITH_BN else {}
+
+
+def arm(task: Task, name: str, role: str, methods: tuple = (), *, bn: bool = False) -> Arm:
+    """Return an arm at its tuned learning rate; at the task's in another network, which nobody tuned."""
+    rates = LR["study" if task.preset in ("study", "full") else "quick"]
+    changes = (
+        {"lr": rates[name]} if task.network == NETWORK and name in rates and "lr" not in task.given else {}
+    )
+    return Arm(name=name, role=role, methods=methods, changes=changes, network=network(task, bn))
+
+
+def sweep(task: Task, arms: list[Arm], **options) -> dict[str, float]:
+    """Run what is missing of arms x rates at the task's lengths. Returns arm -> its best learning rate."""
+    found = {}
+    for a in arms:
+        rows = tuning.sweep(task, a, [{"lr": lr} for lr in LRS], name=NETWORK, **options)
+        rates = {lr: [r["accuracy"] for r in rows if r["setting"]["lr"] == lr] for lr in LRS}
+        found[a.name] = max(LRS, key=lambda lr, rates=rates: stats.fmean(rates[lr]))
+    return found
+
+
+if __name__ == "__main__":
+    from effilib.chapters import stochastic_pooling, structure_and_strength
+
+    base = task(*sys.argv[1:3], NETWORK)
+    for chapter in (stochastic_pooling, structure_and_strength):
+        arms = [replace(a, changes={}) for a in chapter.tuned(base)]
+        print(sweep(base.sized(chapter.SIZES), arms))

@@ -1,0 +1,149 @@
+"""Haar bands that are computed once for a whole data set, and the training on them.
+
+The transform is linear and commutes with crops by even numbers of pixels; mirrored bands are those of the
+mirrored image but for the signs of V and D.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effilib import models
+from effilib.clock import elapsed
+from effilib.data import Batches, Dataset, Split
+from effilib.errors import BadInput
+from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
+from effilib.training import History, stream, train
+
+__all__ = ["BandBatches", "Bands", "Precomputed", "precompute"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bands(Dataset):
+    """Hold a data set whose images are Haar bands.
+
+    x is (N, H/2, W/2, 4C) int16, twice the bands and exact; mean and std are per band. padded: bands of the
+    training images padded for crops, (N, (H + 2p)/2, (W + 2p)/2, 4C). pad: largest shift in band pixels, each
+    two image pixels: crops by odd numbers of pixels do not exist here.
+
+    >>> bands = precompute(load("synthetic"))
+    >>> type(bands).__name__, bands.shape, bands.train.x.dtype
+    ('Bands', (4, 4, 4), torch.int16)
+    """
+
+    padded: torch.Tensor
+
+    def shuffled(self, batch_size, generator, *, augmentation="auto"):
+        return BandBatches(self, batch_size, generator, augmentation=augmentation)
+
+    def limit(self, images):
+        return replace(super().limit(images), padded=self.padded[:images])
+
+    def to(self, device):
+        return replace(super().to(device), padded=self.padded.to(device))
+
+
+class BandBatches(Batches):
+    """Iterate over batches of bands, cut from the padded ones, mirrored with the signs of V and D.
+
+    >>> batches = precompute(load("synthetic")).shuffled(32, torch.Generator().manual_seed(0))
+    >>> type(batches).__name__, next(iter(batches))[0].shape
+    ('BandBatches', torch.Size([32, 4, 4, 4]))
+    """
+
+    def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
+        unpadded = replace(dataset, pad=0)
+        super().__init__(unpadded, batch_size, generator, augmentation="none")
+        self.dataset = dataset
+        self.pad = dataset.pad if augmentation != "none" else 0
+        self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        if augmentation.startswith("crop") and not dataset.pad:
+            raise BadInput(
+                f"{dataset.name}: these bands were made without padding and cannot be cropped; choose "
+                "augmentation auto or none"
+            )
+        self.padded = dataset.padded if self.pad else dataset.train.x
+        self.pixels = self.padded.reshape(-1, self.padded.shape[-1])
+
+    def cut(self, index, dy, dx, mirrored):
+        x = super().cut(index, dy, dx, mirrored)
+        if not self.flip:
+            return x
+        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std)
+        )
+        V = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) >= x.shape[1] // 2  # V and D
+        change = mirrored.view(-1, 1, 1, 1) & V
+        return torch.where(change, -x - 2 * mean / std, x)
+
+
+def precompute(dataset: Dataset) -> Bands:
+    """Return the `Bands` of a data set.
+
+    Haar only, whose bands can be mirrored. Images of odd size get a last row or column more, as `haar` does.
+    Evaluation sees what `haar` makes of the images; the bands are standardised with moments of the training
+    images.
+
+    >>> data = load("synthetic")
+    >>> bands = precompute(data)
+    >>> pixels = data.train.x[:1].permute(0, 3, 1, 2).float()
+    >>> torch.equal(bands.train.x[:1].permute(0, 3, 1, 2), butterfly(pixels))
+    True
+    """
+    pad = (dataset.pad + 1) // 2  # in band pixels
+
+    def bands(x, p=0):  # (N, H, W, C) uint8 -> (N, h, w, 4C) int16, in parts: memory
+        parts = []
+        for part in x.split(1000):
+            image = part.permute(0, 3, 1, 2).float()
+            image = F.pad(even(image), [2 * p] * 4, mode="reflect") if p else even(image)
+            parts.append(butterfly(image.to(torch.int16)).permute(0, 2, 3, 1).contiguous())
+        return torch.cat(parts)
+
+    splits = {
+        n: Split(x=bands(s.x), y=s.y)
+        for n in ("train", "decide", "validation", "test")
+        for s in [getattr(dataset, n)]
+    }
+    values = splits["train"].x[:2000].double() / 255
+    mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2)).clamp_min(1e-3)
+    kept = {k: getattr(dataset, k) for k in ("name", "names", "flip", "note")}
+    padded = bands(dataset.train.x, pad) if pad else splits["train"].x
+    return Bands(**splits, **kept, mean=tuple(mean.tolist()), std=tuple(std.tolist()), pad=pad, padded=padded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precomputed:
+    """Train on bands that were computed once, on the clock. For `Arm.fit`: (task, seed) -> `History`.
+
+    >>> Precomputed()(task("smoke", "synthetic").at(0.5), seed=0).steps
+    4
+    """
+
+    def __call__(self, task, seed: int) -> History:
+        dataset = task.load()
+        with elapsed() as seconds:
+            bands = precompute(dataset)
+            once = seconds()
+        model = task.build(dataset, seed)
+        keep_sizes_(model, dataset.shape, after=first_convolution(model, dataset.shape)[0])
+        _stem_for_(model, bands.shape, seed)
+        kinds = {"precompute": {"count": 1, "seconds": once}}
+        before = History(seconds=once, raw_seconds=once, kinds=kinds)
+        return before + train(model, bands, task.recipe, (), seed)
+
+
+def _stem_for_(model, shape, seed):
+    """Give our networks a first convolution for `shape` (C, H, W): bands need no front end where the data are
+    bands.
+    """
+    name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    conv = models.conv3x3(shape[0], old.out_channels, bias=old.bias is not None)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=stream(seed, "stem"))
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, conv)
