@@ -1,6 +1,6 @@
 # make report    create .venv, install, run the series (preset quick) and say where the report lies
 # make test      all tests, the notebooks through nbval included
-# make lab       JupyterLab on notebooks/        make lint   ruff        make bench   benchmarks
+# make lab       JupyterLab on notebooks/        make lint   ruff, pyright        make bench   benchmarks
 # ARGS="..."     goes to the command: make report ARGS="-p dataset fashion_mnist"
 
 PYTHON ?= python3
@@ -18,6 +18,7 @@ lab: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check effilib tests
+	$(BIN)/pyright
 
 bench: .venv/installed
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -230,7 +230,8 @@ class Book:
             "commit": provenance.commit(),
             "date": clock.date(),
             "duration_s": round(clock.now() - self.begun, 1),
-            "shared_machine": experiment.shared_machine(),
+            "shared_machine": experiment.shared_machine()
+            or any(x["shared"] for c in compared for x in c.cells),
             "headline": main.record() if main else None,
             "verdicts": [v.record() for v in found],
             "caption": caption,

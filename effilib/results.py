@@ -32,7 +32,7 @@ __all__ = ["COSTS", "Comparison", "compare"]
 
 COSTS = ("seconds", "flops", "images")
 EQUAL_COST = {"seconds": "time", "images": "images"}
-COLUMNS = ["comparison", "arm", "role", "seed", "length", "step", "seconds", "accuracy", "flops"]
+COLUMNS = ["comparison", "arm", "role", "seed", "length", "step", "seconds", "accuracy", "flops", "images"]
 
 
 def compare(
@@ -125,18 +125,15 @@ class Comparison:
         seen).
         """
         choose("cost", cost, (*COSTS, "raw_seconds"))
-        name = (
-            "images"
-            if cost == "images" and self.task.axis == "images"
-            else "seen"
-            if cost == "images"
-            else cost
-        )
-        runs = [self.histories(arm, length) for length in self.lengths]
         return [
-            Length(costs=tuple(float(getattr(h, name)) for h in r), accuracies=tuple(h.accuracy for h in r))
-            for r in runs
+            Length(costs=tuple(self._cost(h, cost) for h in runs), accuracies=tuple(h.accuracy for h in runs))
+            for runs in (self.histories(arm, length) for length in self.lengths)
         ]
+
+    def _cost(self, history, cost):
+        """What a training cost; images are different ones where lengths are numbers of images."""
+        seen = cost == "images" and self.task.axis != "images"
+        return float(getattr(history, "seen" if seen else cost))
 
     def ratio(self, arm: str, cost: str = "seconds") -> Ratio | None:
         """Return the arm's speed-up at equal accuracy; None where a run diverged or cost nothing."""
@@ -312,12 +309,13 @@ class Comparison:
         """Return one row per evaluation: what `history.csv` holds.
 
         The last row of a training is its end: what is judged. length is the baseline's, by which cells are
-        paired.
+        paired. images: different ones where lengths are numbers of images, else those seen.
         """
         rows = []
         for c in self.cells:
             for arm in self.arms:
                 h = c["arms"][arm.name]
+                costs = {k: self._cost(h, k) for k in COSTS}
                 same = {
                     "comparison": self.title,
                     "arm": arm.name,
@@ -326,14 +324,11 @@ class Comparison:
                     "length": c["length"],
                 }
                 for row in h.rows[:-1]:
-                    flops = h.flops * row["step"] / h.steps
-                    rows.append(
-                        {**same, **{k: row[k] for k in ("step", "seconds", "accuracy")}, "flops": flops}
-                    )
+                    now = {k: row[k] for k in ("step", "seconds", "accuracy")}
+                    spent = {k: costs[k] * row["step"] / h.steps for k in ("flops", "images")}
+                    rows.append({**same, **now, **spent})
                 accuracy = math.nan if h.diverged or not h.rows else h.accuracy
-                rows.append(
-                    {**same, "step": h.steps, "seconds": h.seconds, "accuracy": accuracy, "flops": h.flops}
-                )
+                rows.append({**same, "step": h.steps, "accuracy": accuracy, **costs})
         return pd.DataFrame(rows, columns=COLUMNS)
 
     def notes(self) -> list[str]:

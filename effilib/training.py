@@ -242,10 +242,14 @@ class Run:
         return (self.own if share else self.generators)[method]
 
     def log(self, method: Method, text: str, **values) -> None:
-        """Note what a method did, for the history: a sentence and plain values."""
-        self.events.append(
-            {"step": self.step, "epoch": self.epoch, "method": type(method).__name__, "text": text, **values}
-        )
+        """Note what a method did, for the history: a sentence and values.
+
+        Tensors, arrays and their scalars become plain numbers and lists. Raises `BadInput` for what no file
+        could hold.
+        """
+        name = type(method).__name__
+        values = {k: _plain(v, f"{name}: run.log(..., {k}=...)") for k, v in values.items()}
+        self.events.append({"step": self.step, "epoch": self.epoch, "method": name, "text": text, **values})
 
     def call(self, hook: str) -> None:
         """Call a hook of every method that has it; its time is its own segment."""
@@ -391,6 +395,26 @@ class Run:
         for hook in self._hooks["on_step_end"]:
             hook(self)
         return tuple(x.shape)
+
+
+def _plain(value, what):
+    """A value as numbers, words, None, and lists, tuples and dicts of these; `what` names it in the error."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {_plain(k, what): _plain(v, what) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [_plain(v, what) for v in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return value
+    raise BadInput(
+        f"{what} is or holds an object of type {type(value).__name__}, which no history can hold: give"
+        " numbers, words, None, tensors, arrays, and lists, tuples and dicts of these"
+    )
 
 
 @dataclass

@@ -2,7 +2,10 @@
 bit-equal.
 """
 
+import collections
 import contextlib
+import enum
+import importlib
 import json
 import os
 import resource
@@ -13,6 +16,7 @@ import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -191,7 +195,8 @@ def same_run(a, b):
 
     assert rows(history) == rows(reference)
     assert [r["seconds"] for r in history.rows] == sorted(r["seconds"] for r in history.rows)
-    assert history.raw_seconds == pytest.approx(sum(k["seconds"] for k in history.kinds.values()))
+    assert history.seconds == pytest.approx(sum(k["seconds"] for k in history.kinds.values()))
+    assert history.seconds <= history.raw_seconds
 
 
 # Killed and resumed
@@ -378,6 +383,238 @@ def test_all_that_differs_is_named(written):
         train(network(), DATA, RECIPE, [], 5, checkpoint=written)
 
 
+# What edited code, or a network of other strides, makes of a run.
+OWN = """
+from dataclasses import dataclass
+import own_helper
+from effilib.training import Method
+
+@dataclass(frozen=True)
+class Own(Method):
+    def on_epoch_end(self, run):
+        run.log(self, own_helper.word())
+"""
+
+
+def test_an_interrupted_run_does_not_go_on_with_edited_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(word="a", comment=""):
+        (tmp_path / "own_method.py").write_text(OWN + comment)
+        (tmp_path / "own_helper.py").write_text(f"def word():\n    return {word!r}\n")
+        for name in ("own_method", "own_helper"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("own_method").Own()
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), DATA, RECIPE, [load(), Stop(9)], checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(
+        BadInput, match=r"run\.pt was written by other code: .* was edited since; undo that, "
+    ):
+        train(network(), DATA, RECIPE, [load("other"), Stop(9, done=[1])], checkpoint=path)
+    assert path.read_bytes() == before
+    again = [load(comment="# a comment\n"), Stop(9, done=[1])]
+    assert train(network(), DATA, RECIPE, again, checkpoint=path).steps == STEPS
+    for name in ("own_method", "own_helper"):
+        sys.modules.pop(name)
+
+
+def test_a_network_of_other_strides_is_another_one(tmp_path):
+    def net(stride):
+        with models.seeded(0):
+            return nn.Sequential(
+                nn.Conv2d(1, 4, 3, stride), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+            )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net(1), DATA, RECIPE, [Stop(9)], checkpoint=tmp_path / "run.pt")
+    with pytest.raises(BadInput, match="belongs to another run: other network; delete it"):
+        train(net(2), DATA, RECIPE, [Stop(9, done=[1])], checkpoint=tmp_path / "run.pt")
+
+
+class Classic(Method):
+    """A method that is no dataclass, with a function and an own object as settings."""
+
+    def __init__(self, rate, act=torch.tanh, size=2):
+        self.rate, self.act, self.own = rate, act, Amount(size)
+
+    def on_after_backward(self, run):
+        run.model.head.bias.grad += self.rate * self.act(run.model.head.bias.grad) * self.own.size
+
+
+class Amount:
+    def __init__(self, size):
+        self.size = size
+
+
+def test_a_plain_class_with_functions_as_settings_is_known_again(tmp_path):
+    def start(done, path=tmp_path / "run.pt", **settings):
+        model = network()
+        method = Classic(**{"rate": 0.1, **settings})
+        return model, train(model, DATA, RECIPE, [method, Stop(9, done=done)], checkpoint=path)
+
+    with pytest.raises(KeyboardInterrupt):
+        start([])
+    for settings in ({"rate": 0.2}, {"act": torch.sigmoid}, {"act": lambda x: x}, {"size": 3}):
+        with pytest.raises(BadInput, match="belongs to another run: other methods;"):
+            start([1], **settings)
+    with pytest.raises(
+        BadInput, match=r"\[0\]\.act is <object object>, which has no name that stays the same"
+    ):
+        start([1], act=object())
+    same_run(start([1]), start([1], None))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_losses_since_the_last_evaluation_are_resumed(precision, tmp_path):
+    @dataclass(frozen=True)
+    class Losses(Method):
+        seen: list = field(default_factory=list, compare=False, hash=False)
+
+        def on_step_end(self, run):
+            self.seen.append(run.loss.item())
+
+    def start(stop, path=None):
+        look = Losses()
+        recipe = replace(RECIPE, precision=precision)
+        return look.seen, train(network(), DATA, recipe, [look, stop], checkpoint=path)
+
+    losses, whole = start(Stop(10**9))
+    assert [r["step"] for r in whole.rows] == [5, 11, 16]  # epochs end after 4, 8 and 12
+    for row, (begin, end) in zip(whole.rows, [(0, 5), (5, 11), (11, 16)], strict=True):
+        assert row["train_loss"] == pytest.approx(sum(losses[begin:end]) / (end - begin), rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        start(Stop(9), tmp_path / "run.pt")
+    _, resumed = start(Stop(9, done=[1]), tmp_path / "run.pt")
+    assert [r["train_loss"] for r in resumed.rows] == [r["train_loss"] for r in whole.rows]
+
+
+class Held:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"a": 1, "seen": np.zeros(3)}, "ndarray in run.state[self]['seen']"),
+        ({"seen": collections.deque([1])}, "deque in run.state[self]['seen']"),
+        ({"act": lambda x: x}, "function in run.state[self]['act']"),
+        ({"own": Held()}, "Held in run.state[self]['own']"),
+        ({"deep": [1, {"x": (torch.ones(1), Held())}]}, "Held in run.state[self]['deep'][1]['x'][1]"),
+        ({"generator": torch.Generator()}, "Generator in run.state[self]['generator']"),
+        (collections.deque(), "deque in run.state[self]"),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_named_at_the_first_save(state, words, tmp_path):
+    @dataclass(frozen=True)
+    class Keeps(Method):
+        def on_fit_start(self, run):
+            run.state[self] = state
+
+    methods = [Noise(), Keeps()]
+    with pytest.raises(BadInput) as error:
+        train(network(), DATA, RECIPE, methods, checkpoint=tmp_path / "run.pt")
+    said = f"Keeps keeps an object of type {words}, which a checkpoint cannot hold: use tensors, numbers, "
+    assert str(error.value).startswith(said)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+    assert train(network(), DATA, RECIPE, methods).steps == STEPS  # without a checkpoint it may
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (torch.tensor(2.5, requires_grad=True), 2.5),
+        (torch.ones(2, dtype=torch.bfloat16), [1.0, 1.0]),
+        (np.arange(4).reshape(2, 2), [[0, 1], [2, 3]]),
+        ({"a": (torch.tensor(1), [np.float64(2)]), np.int32(4): None}, {"a": (1, [2.0]), 4: None}),
+        (Level.HIGH, 3),
+        ("word", "word"),
+        (collections.OrderedDict(a=np.str_("b")), {"a": "b"}),
+    ],
+)
+def test_what_a_method_logs_is_plain_from_then_on_and_survives_files(value, plain, tmp_path):
+    @dataclass(frozen=True)
+    class Logs(Method):
+        def on_epoch_end(self, run):
+            run.log(self, "an epoch", value=value)
+            event = run.events[-1]
+            assert event["value"] == plain
+            assert type(event["value"]) is type(plain)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), DATA, RECIPE, [Logs(), Stop(9)], checkpoint=tmp_path / "run.pt")
+    history = train(network(), DATA, RECIPE, [Logs(), Stop(9, done=[1])], checkpoint=tmp_path / "run.pt")
+    assert [e["value"] for e in history.events] == [plain] * 4
+    json.dumps(history.events)
+
+
+def test_what_is_logged_is_what_it_was_then():
+    @dataclass(frozen=True)
+    class Logs(Method):
+        def on_fit_start(self, run):
+            run.state[self] = []
+
+        def on_epoch_end(self, run):
+            run.state[self].append(run.epoch)
+            run.log(self, "epochs", epochs=run.state[self])
+
+    events = train(network(), DATA, RECIPE, [Logs()]).events
+    assert [e["epochs"] for e in events] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(Held(), "Held"), ({"a": [Held()]}, "Held"), ({1, 2}, "set"), (b"x", "bytes"), (1j, "complex"),
+     (torch.float16, "dtype"), (lambda: 1, "function"), (collections.deque(), "deque")],
+)  # fmt: skip
+def test_what_no_history_can_hold_is_refused_where_it_is_logged(value, kind):
+    done = []
+
+    @dataclass(frozen=True)
+    class Logs(Method):
+        def on_step_end(self, run):
+            done.append(run.step)
+            run.log(self, "x", other=1, value=value)
+
+    words = (
+        rf"Logs: run\.log\(\.\.\., value=\.\.\.\) is or holds an object of type {kind}, which no history can"
+    )
+    with pytest.raises(BadInput, match=words):
+        train(network(), DATA, RECIPE, [Logs()])
+    assert done == [0]
+
+
+def test_a_state_of_all_plain_kinds_is_resumed_as_it_was(tmp_path):
+    plain = {
+        "tensors": [torch.arange(3), torch.ones(2, dtype=torch.float64)], "words": ("a", b"b", None, True),
+        "numbers": {1: 2.5, "nan": float("inf")}, "sets": {1, 2}, "ordered": collections.OrderedDict(a=1),
+    }  # fmt: skip
+
+    @dataclass(frozen=True)
+    class Keeps(Method):
+        def on_fit_start(self, run):
+            run.state[self] = plain
+
+        def on_fit_end(self, run):
+            assert str(run.state[self]) == str(plain)
+            assert (run.state[self] is not plain) == run.resumed
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), DATA, RECIPE, [Keeps(), Stop(9)], checkpoint=tmp_path / "run.pt")
+    history = train(network(), DATA, RECIPE, [Keeps(), Stop(9, done=[1])], checkpoint=tmp_path / "run.pt")
+    assert history.steps == STEPS
+
+
 def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_layers_that_were_inserted(
     tmp_path,
 ):
@@ -483,7 +720,7 @@ def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path)
             torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
         )  # moves the BatchNorms' statistics
     checkpoint.save_model(tmp_path / "net.pt", model, name, 4, shape)
-    loaded = checkpoint.load_model(tmp_path / "net.pt")
+    loaded = checkpoint.load_model(tmp_path / "net.pt", name)
     assert loaded is not model
     assert equal(loaded, model)
     assert torch.load(tmp_path / "net.pt", weights_only=True)["architecture"]["network"] == name
@@ -494,7 +731,7 @@ def test_a_restructured_network_is_saved_and_built_anew(tmp_path):
     for case, name in (("surgery", "resnet"), ("a user's", "tests.common:Users")):
         model, _ = run(case)
         checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
-        loaded = checkpoint.load_model(tmp_path / "net.pt")
+        loaded = checkpoint.load_model(tmp_path / "net.pt", name)
         assert equal(loaded, model)
         assert torch.allclose(outputs(loaded), outputs(model), atol=1e-6)
 
@@ -502,7 +739,8 @@ def test_a_restructured_network_is_saved_and_built_anew(tmp_path):
 MINE = """
 from torch import nn
 def net(classes, channels={channels}):
-    return nn.Sequential(nn.Conv2d(1, channels, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * channels, classes))
+    maps = nn.Sequential(nn.Conv2d(1, channels, 3), nn.ReLU())
+    return nn.Sequential(*maps, nn.Flatten(), nn.Linear(36 * channels, classes))
 """
 
 
@@ -512,16 +750,56 @@ def test_a_users_own_network_is_saved_and_loaded_by_its_path(tmp_path):
     name = f"{file}:net"
     model = models.build(name, 4, (1, 8, 8), seed=1)
     checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
-    assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model))
-    file.write_text(file.read_text().replace("width=3", "width=11"))
-    assert torch.equal(
-        outputs(checkpoint.load_model(tmp_path / "net.pt")), outputs(model)
-    )  # widths follow the file that was saved
-    file.write_text(file.read_text().replace("width, 3)", "width, 5, padding=1)"))
-    with pytest.raises(BadInput, match=r"net\.pt: the weights do not fit network .*mine\.py:net"):
+    assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt", name)), outputs(model))
+    for new, words in (("width, 5, padding=1)", "the weights do not fit network"), (None, "cannot import")):
+        other = tmp_path / f"{len(words)}.py"  # a file is loaded once
+        if new:
+            other.write_text(file.read_text().replace("width, 3)", new))
+        checkpoint.save_model(tmp_path / "net.pt", model, f"{other}:net", 4, (1, 8, 8))
+        with pytest.raises(BadInput, match=words):
+            checkpoint.load_model(tmp_path / "net.pt", f"{other}:net")
+
+
+def test_widths_follow_the_file_that_was_saved(tmp_path):
+    narrow, wide = (tmp_path / f"{name}.py" for name in ("narrow", "wide"))
+    for file, width in ((narrow, 3), (wide, 11)):
+        file.write_text(MINE.format(channels=width).replace(f"channels={width}", f"width={width}"))
+        file.write_text(file.read_text().replace("channels", "width"))
+    model = models.build(f"{narrow}:net", 4, (1, 8, 8), seed=1)
+    checkpoint.save_model(tmp_path / "net.pt", model, f"{wide}:net", 4, (1, 8, 8))
+    assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt", f"{wide}:net")), outputs(model))
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:call", "EVIL:net"])
+def test_a_file_cannot_name_what_is_called(name, tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w')\ndef net(classes): pass\n")
+    name = name.replace("EVIL", str(tmp_path / "evil.py"))
+    content = {
+        "architecture": {
+            "network": name,
+            "classes": f"touch {tmp_path / 'called'}",
+            "shape": [1, 8, 8],
+            "settings": {},
+        },
+        "model": {},
+    }
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(
+        BadInput, match=f"holds a network that {name} makes, which would be imported and called"
+    ):
         checkpoint.load_model(tmp_path / "net.pt")
-    file.unlink()
-    with pytest.raises(BadInput, match="cannot import"):
+    with pytest.raises(BadInput, match=f"holds a network that {name} makes, not resnet"):
+        checkpoint.load_model(tmp_path / "net.pt", "resnet")
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [{}, [], None, {"network": ["resnet"], "classes": 4, "shape": [1, 8, 8], "settings": {}}],
+)
+def test_a_file_that_describes_no_network_is_bad_input(architecture, tmp_path):
+    torch.save({"architecture": architecture, "model": {}}, tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=r"net\.pt is not a checkpoint of a network"):
         checkpoint.load_model(tmp_path / "net.pt")
 
 

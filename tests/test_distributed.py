@@ -20,7 +20,7 @@ from effilib import distributed, models, paths
 from effilib.data import Batches, synthetic
 from effilib.distributed import ALONE, Ranks
 from effilib.errors import BadInput, NoEffect
-from effilib.experiment import Arm, compare
+from effilib.experiment import Arm
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
@@ -29,6 +29,7 @@ from effilib.methods.prune_train import PruneTrain
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
+from effilib.results import compare
 from effilib.tasks import task
 from effilib.training import Method, Recipe, train
 from effilib.workbook.train_command import methods as all_methods
@@ -122,8 +123,8 @@ def outcome(make, methods, **options):
     events = [{k: v for k, v in e.items() if k != "seconds"} for e in history.events]
     rows = [{k: v for k, v in r.items() if k != "seconds"} for r in history.rows]
     return {
-        "model": model.state_dict(), "structure": history.structure, "events": events, "rows": rows, "flops": history.flops,
-        "steps": history.steps, "test": history.test_accuracy,
+        "model": model.state_dict(), "structure": history.structure, "events": events, "rows": rows,
+        "flops": history.flops, "steps": history.steps, "test": history.test_accuracy,
     }  # fmt: skip
 
 
@@ -276,7 +277,7 @@ def torchrun(folder, *words, restarts=0):
         *words,
     ]
     environment = {**os.environ, "PYTHONPATH": str(paths.root()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
@@ -346,7 +347,7 @@ def test_what_cannot_work_is_refused_by_all_processes(found):
         "other seeds": "process 1 does not train what process 0 does: other seed",
         "one image": "a batch of 1 cannot be shared among 2 processes",
         "sync_bn": "sync_bn needs CUDA",
-        "unused": "over several processes every parameter must take part in every step: spare.weight does not",
+        "unused": "every parameter must take part in every step: spare.weight does not",
         "another run's": "alone.pt belongs to another run: other number of processes",
         "compare": "arms are measured in one process; over several only train() works",
     }

@@ -1,43 +1,61 @@
 """What notebooks call first and last: in real kernels, started by papermill and by nbclient."""
 
 import json
+import math
 import os
+import re
+import tempfile
+import textwrap
+from dataclasses import dataclass
 
 import nbclient
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from effilib import notebook, paths
+from effilib import figures, notebook, paths
 from effilib.errors import BadInput
-from effilib.experiment import Arm, compare
+from effilib.experiment import Arm
+from effilib.results import COLUMNS, compare
 from effilib.statistics import SHARED, SMOKE
 from effilib.training import History
 
 NAME = "03_2_mixed_precision"
-PARAMETERS = 'preset = "smoke"\ndataset = "synthetic"\nnetwork = ""\nseeds = 0\ndevice = "cpu"\nwidths = [8, 16]  # of its own'
+PARAMETERS = """
+preset = "smoke"
+dataset = "synthetic"
+network = ""
+seeds = 0
+device = "cpu"
+widths = [8, 16]  # of its own
+"""
 START = f"""
 from effilib import Arm, compare, figures, notebook
-book = notebook.start("{NAME}", preset=preset, dataset=dataset, network=network, seeds=seeds, device=device, widths=widths)
+given = dict(preset=preset, dataset=dataset, network=network, seeds=seeds, device=device)
+book = notebook.start("{NAME}", **given, widths=widths)
 book.settings()
 """
 RUN = """
-found = compare(book.task, [Arm(name="base", role="baseline"), Arm(name="short", changes={"epochs": 1})], title="two arms")
-figure = figures.accuracy_over_time(found)
-book.show(figure, "What to see.")
+arms = [Arm(name="base", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
+found = compare(book.task, arms, aim=1.1, title="two arms")
+book.show(figures.curves(found), "What to see.")
 """
 RECORD = """
-record = book.record(found, figure=figure, caption="What figure.png shows.", notes=["A note."])
+record = book.record(found, caption="What figure.png shows.", notes=["A note."])
+[0.6000000238418579, {"a": 1 / 3}]
 """
 SCHEMA = {
-    "schema", "status", "notebook", "chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "parameters",
-    "machine", "commit", "date", "duration_s", "shared_machine", "headline", "verdicts", "caption", "notes",
+    "schema", "status", "notebook", "chapter", "title", "title_de", "paper", "claim", "preset", "dataset",
+    "network", "parameters", "task", "machine", "commit", "date", "duration_s", "shared_machine", "headline",
+    "verdicts", "caption", "notes",
 }  # fmt: skip
 HEADLINE = {
-    "arm", "against", "quantity", "ratio", "low", "high", "n", "accuracy_difference", "accuracy_low", "verdict", "claim_reproduced", "text"
+    "arm", "against", "cost", "kind", "ratio", "low", "high", "range", "n", "lengths", "points", "p", "aim",
+    "aim_verdict", "verdict", "text",
 }  # fmt: skip
 
 
@@ -46,6 +64,9 @@ def results(tmp_path, monkeypatch):
     for name in ("EFFILIB_OUT", "EFFILIB_SHARED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path)
+    )  # what else is measured on this machine is not seen
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(paths.root()), os.environ.get("PYTHONPATH", "")]))
     return tmp_path / "results"
 
@@ -97,25 +118,30 @@ def test_papermill_runs_a_notebook_with_parameters_into_the_folder_it_is_told(tm
     assert record["parameters"] == dict(
         preset="smoke", dataset="synthetic", network="", seeds=2, device="cpu", widths=[4]
     )
-    assert (record["schema"], record["status"], record["notebook"], record["chapter"]) == (
-        1,
-        "complete",
-        NAME,
-        "3.2",
-    )
+    assert (record["schema"], record["status"], record["notebook"]) == (2, "complete", NAME)
+    assert record["chapter"] == "3.2"
     assert record["paper"] == "Micikevicius et al. 2017, arXiv:1710.03740"
     assert set(record["headline"]) >= HEADLINE
-    assert record["headline"]["verdict"] == SMOKE
+    assert (record["headline"]["verdict"], record["headline"]["aim"]) == (SMOKE, 1.1)
     assert record["verdicts"] == [record["headline"]]
     assert "A note." in record["notes"]
     history = pd.read_csv(tmp_path / "out" / "history.csv")
-    assert set(zip(history.arm, history.seed, strict=True)) == {
-        (a, s) for a in ("base", "short") for s in (0, 1)
+    assert list(history) == COLUMNS
+    assert set(history.comparison) == {"two arms"}
+    cells = set(zip(history.arm, history.length, history.seed, strict=True))
+    assert cells == {
+        (a, n, s) for a in ("base", "narrow") for n, s in ((0.5, 0), (0.5, 1), (1.0, 100), (1.0, 101))
     }
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     shown = nbformat.read(tmp_path / "out.ipynb", 4)
     text = str([o for c in shown.cells if c.cell_type == "code" for o in c.outputs])
-    for words in ("not a measurement", "two arms: 4 of 4", "*What to see.*", "image/png", "synthetic"):
+    for words in (
+        "not a measurement",
+        "two arms: 8 of 8",
+        "*What to see.*",
+        "image/png",
+        "[0.6, {'a': 0.333333}]",
+    ):
         assert words in text
 
 
@@ -186,51 +212,73 @@ def test_results_that_cannot_be_written_are_bad_input(tmp_path, monkeypatch):
         start()
 
 
-def test_the_settings_name_what_was_resolved(monkeypatch):
-    table = start(seeds=3).settings()
-    said = dict(zip(table.index, table[""], strict=True))
+def settings(book, **changes):
+    table = book.settings(book.task.but(**changes)) if changes else book.settings()
+    return dict(zip(table.index, table[""], strict=True))
+
+
+def test_the_settings_name_what_was_resolved():
+    said = settings(start(seeds=3))
     assert said["preset"] == "smoke (not a measurement)"
     assert said["data"].startswith("synthetic (1, 8, 8), 128 train / ")
     assert "resnet" in said["network"]
-    assert said["seeds"] == "3"
+    assert said["seeds a length"] == 3
+    assert said["lengths"] == "1, 2 epochs"
+    assert said["recipe"].startswith("batch 32, lr 0.1, weight decay 0.0005, linear, ")
     assert f"{torch.get_num_threads()} threads" in said["machine"]
     assert said["results"] == f"results/play/{NAME}"
     assert "channels_last" in said["recipe"]
 
 
+def test_the_settings_say_what_is_tuned_for_each_length():
+    tuned = {1.0: {"lr": 0.3, "weight_decay": 1e-3}, 2.0: {"lr": 0.2}}
+    said = settings(start(), tuned=tuned)
+    assert said["lengths"] == "1 (lr 0.3, weight decay 0.001), 2 (lr 0.2, weight decay 0.0005) epochs"
+    assert said["recipe"].startswith("batch 32, linear, ")
+    said = settings(start(), axis="images", lengths=(0.5, 1.0))
+    assert said["lengths"] == "64, 128 training images, with as many updates"
+
+
 # The record
 
 
-def fixed(seconds):
-    def fit(task, seed):
-        row = {"lr": 0.1, "train_loss": 1.0, "loss": 1.0}
-        points = [(0, 10.0), (10, 90.0), (20, 90.0)]
+@dataclass(frozen=True)
+class Made:
+    """A run that takes no time: 85 % after 10 s times its length, a point and a half an e-fold."""
+
+    seconds: float
+    diverges: bool = False
+
+    def __call__(self, task, seed):
+        share, noise = task.recipe.epochs / 2, 0.1 * (seed % 3 - 1)
+        end = math.nan if self.diverges else 85 + 5 * math.log(share) + noise
+        evaluations = [] if self.diverges else [(10, 40.0), (20, end)]
         rows = [
-            {"step": s, "epoch": s / 10, "seconds": seconds * (100 + seed) * s, "accuracy": a, **row}
-            for s, a in points
+            {
+                "step": s,
+                "epoch": s / 10,
+                "seconds": self.seconds * share * s / 20,
+                "accuracy": a,
+                "lr": 0.1,
+                "loss": 1.0,
+            }
+            for s, a in evaluations
         ]
-        kinds = {"step": {"count": 20, "seconds": seconds, "median": seconds / 20}}
+        took = self.seconds * share
         return History(
-            rows=rows,
-            steps=20,
-            seconds=seconds,
-            raw_seconds=seconds,
-            timed=20,
-            kinds=kinds,
-            flops=1e9,
-            test_accuracy=90.0,
-        )
-
-    return fit
+            rows=rows, steps=20, seconds=took, raw_seconds=took, flops=1e9 * share, final=end,
+            test_accuracy=end, held_out=1000, classes=4, majority=25.0, diverged=self.diverges,
+        )  # fmt: skip
 
 
-def compared(book, *, illustration=False, names=("base", "fast", "small")):
+def compared(book, *, names=("base", "fast", "small"), title="made", last=Made(20.0), **given):
+    fits = dict(zip(names, (Made(10.0), Made(5.0), last), strict=True))
+    roles = ("baseline", "method", "control")
     arms = [
-        Arm(name=n, role=r, fit=fixed(s))
-        for n, r, s in zip(names, ("baseline", "method", "control"), (10.0, 5.0, 20.0), strict=True)
+        Arm(name=n, role=r, fit=f, lengths=(0.5, 1.0)) for (n, f), r in zip(fits.items(), roles, strict=True)
     ]
-    task = book.task.but(preset="quick", target=60.0)
-    return compare(task, arms, seeds=5, illustration=illustration, title="made")
+    task = book.task.but(preset="quick", lengths=(0.5, 1.0), seeds=3)
+    return compare(task, arms, title=title, **given)
 
 
 def figure():
@@ -239,22 +287,53 @@ def figure():
 
 def test_the_headline_is_the_first_method_or_the_arm_that_is_named():
     book = start()
-    found = compared(book)
+    found = compared(book, aim=1.5)
     record = book.record(found, figure=figure(), caption="c")
     assert record["headline"]["arm"] == "fast"
     assert record["headline"]["ratio"] == pytest.approx(2.0)
-    assert [v["arm"] for v in record["verdicts"]] == ["fast", "small"]
+    assert (record["headline"]["aim"], record["headline"]["aim_verdict"]) == (1.5, "met")
+    assert [(v["arm"], v["verdict"]) for v in record["verdicts"]] == [("fast", "faster"), ("small", "slower")]
     assert book.record(found, figure=figure(), caption="c", headline="small")["headline"]["arm"] == "small"
+    with pytest.raises(BadInput, match=r"unknown arm with a verdict 'smal'.*did you mean 'small'"):
+        book.record(found, figure=figure(), caption="c", headline="smal")
+
+
+def test_without_a_figure_the_curves_of_the_headlines_comparison_are_drawn(monkeypatch):
+    drawn, book = [], start()
+    monkeypatch.setattr(
+        figures, "curves", lambda *given, **named: drawn.append((*given, named["cost"])) or figure()
+    )
+    shown = compared(book, illustration=True, names=("a", "b", "c"), title="shown")
+    judged = compared(book)
+    book.record([shown, judged], caption="c")
+    book.record(judged, caption="c", headline="small")
+    book.record(shown, caption="c")
+    assert [(c.title, arm, cost) for c, arm, cost in drawn] == [
+        ("made", None, "seconds"), ("made", "small", "seconds"), ("shown", None, "seconds")
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match="a record without a comparison needs a figure"):
+        book.record(caption="c")
+
+
+def test_comparisons_of_a_record_have_titles_of_their_own():
+    book = start()
+    again = compared(book, names=("a", "b", "c"))
+    with pytest.raises(BadInput, match="need titles of their own, got made, made"):
+        book.record([compared(book), again], figure=figure(), caption="c")
+    assert not list(book.folder.iterdir())
 
 
 def test_illustrations_are_recorded_without_verdicts_and_several_comparisons_together():
     book = start()
-    shown, judged = compared(book, illustration=True, names=("a", "b", "c")), compared(book)
+    shown, judged = compared(book, illustration=True, names=("a", "b", "c"), title="shown"), compared(book)
     record = book.record([shown, judged], figure=figure(), caption="c")
     assert [v["arm"] for v in record["verdicts"]] == ["fast", "small"]
     history = pd.read_csv(book.folder / "history.csv")
-    assert set(history.arm) == {"a", "b", "c", "base", "fast", "small"}
-    assert len(history) == 6 * 5 * 3
+    assert set(zip(history.comparison, history.arm, strict=True)) == {
+        *(("shown", arm) for arm in "abc"), *(("made", arm) for arm in ("base", "fast", "small"))
+    }  # fmt: skip
+    assert len(history) == 6 * 2 * 3 * 2  # arms, lengths, seeds, evaluations
+    assert record["notes"].count(record["notes"][0]) == 1  # what is true of both is said once
 
 
 def test_a_notebook_that_compares_nothing_has_a_record_too():
@@ -276,13 +355,18 @@ def test_a_record_keeps_what_a_notebook_gives_it_besides():
 
 def test_a_record_is_plain_json_without_nan():
     book = start()
-    book.record(compared(book), figure=figure(), caption="ü")
+    found = compared(book, last=Made(20.0, diverges=True))
+    kept = {"share": math.nan, "mask": torch.tensor([1.0, math.inf]), 3: np.float64(0.5)}
+    returned = book.record(found, figure=figure(), caption="ü", kept=kept)
 
     def refuse(word):
         raise AssertionError(word)
 
     record = json.loads((book.folder / "record.json").read_text(), parse_constant=refuse)
+    assert record == returned
     assert record["caption"] == "ü"
+    assert record["kept"] == {"share": None, "mask": [1.0, None], "3": 0.5}
+    assert (record["verdicts"][1]["verdict"], record["verdicts"][1]["ratio"]) == ("diverged", None)
 
 
 def test_the_record_comes_last_so_that_what_fails_before_leaves_none():
@@ -323,6 +407,16 @@ def test_a_shared_machine_is_in_the_record(monkeypatch):
 # What is shown
 
 
+def cells(frame):
+    """A table's texts, row by row."""
+    rows = notebook.table_html(frame).split("<tr>")[1:]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def column(name, values):
+    return [row[-1] for row in cells(pd.DataFrame({name: values}))[1:]]
+
+
 def test_tables_show_numbers_and_words_and_nothing_that_is_markup():
     html = notebook.table_html(
         pd.DataFrame({"x": [1234.5678, float("nan")], "<b>": ["<script>", "a" * 100]}, index=["one", "two"])
@@ -334,6 +428,51 @@ def test_tables_show_numbers_and_words_and_nothing_that_is_markup():
     assert "<b>" not in html
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("accuracy %", [84.916, 8.0, math.nan], ["84.92", "8.00", "–"]),
+        ("x by FLOPs", [1.0, 1.3777, 0.5], ["1.00", "1.38", "0.50"]),
+        ("speed-up", [1, 1.3777], ["1.00", "1.38"]),
+        ("low", [0.9349, None], ["0.93", "–"]),
+        ("points at equal time", [0.0, -1.256, 2.0], ["+0.00", "-1.26", "+2.00"]),
+        ("ms", [12.3456, 1234.5, 0.0123], ["12.3", "1,234.5", "0.0123"]),
+        ("s", [0.012345, 0.02], ["0.0123", "0.0200"]),
+        ("lr", [0.1, np.float32(0.6), 5e-4], ["0.1", "0.6", "0.0005"]),
+        ("FLOPs", [1.23456e12, 2e12], ["1.23e12", "2e12"]),
+        ("images", [50_000, 128, 7], ["50,000", "128", "7"]),
+        ("data points", [100, 3], ["100", "3"]),
+        ("x", [0.001, 0.25], ["0.001", "0.25"]),  # not a factor
+        ("ratio", [math.inf, -math.inf, 2.0], ["∞", "-∞", "2"]),
+        ("reached", [True, False], ["True", "False"]),
+        ("weights", [[0.6000000238418579, 1.0], (1 / 3,)], ["[0.6, 1]", "(0.3333,)"]),
+        ("what", ["1.234567", 1.234567, 3, None], ["1.234567", "1.235", "3", "–"]),
+        ("tensor", [torch.tensor(0.6), torch.tensor([1, 2])], ["0.6", "[1, 2]"]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_numbers_have_sensible_digits(name, values, expected):
+    assert (
+        column(name, pd.Series(values, dtype=object if name in ("what", "tensor", "weights") else None))
+        == expected
+    )
+
+
+def test_index_levels_are_named_and_said_once():
+    index = pd.MultiIndex.from_tuples([("a", 0.5), ("a", 1.0), ("b", 0.5)], names=["arm", "length"])
+    assert cells(pd.DataFrame({"s": [1, 2, 3]}, index=index)) == [
+        ["arm", "length", "s"], ["a", "0.5", "1"], ["", "1", "2"], ["b", "0.5", "3"]
+    ]  # fmt: skip
+
+
+def test_a_comparisons_table_can_be_read():
+    rows = cells(compared(start(), aim=1.1).table())
+    found = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert found["fast"]["speed-up"] == "2.00"
+    assert found["base"]["low"] == "–"
+    assert re.fullmatch(r"\+\d\.\d\d", found["fast"]["points at equal time"])
+
+
 def test_the_source_of_functions_and_the_facts_of_a_method_are_shown():
     from effilib.methods import mixed_precision as mp
 
@@ -343,3 +482,47 @@ def test_the_source_of_functions_and_the_facts_of_a_method_are_shown():
     table = notebook.header(mp.INFO)
     assert table.loc["paper", ""] == mp.INFO.paper
     assert "cost model" in table.index
+
+
+def one_line():
+    """Return three."""
+    return 3
+
+
+def documented(x):
+    """Return x.
+
+    Some words.
+
+    >>> documented(3)
+    3
+
+    More words.
+    """
+    return x
+
+
+class Nested:
+    """A class.
+
+    >>> Nested().method()
+    1
+    """
+
+    def method(self):
+        """Return one.
+
+        >>> for i in range(3):
+        ...     pass
+        """
+        return 1
+
+
+def test_examples_are_left_out_of_what_is_shown():
+    assert notebook.source(one_line).data == 'def one_line():\n    """Return three."""\n    return 3'
+    assert notebook.source(documented).data == (
+        'def documented(x):\n    """Return x.\n\n    Some words.\n\n    More words.\n    """\n    return x'
+    )
+    method = 'def method(self):\n    """Return one."""\n    return 1'
+    nested = 'class Nested:\n    """A class."""\n\n' + textwrap.indent(method, "    ")
+    assert notebook.source(Nested, Nested.method).data == f"{nested}\n\n{method}"

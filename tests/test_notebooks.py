@@ -1,6 +1,4 @@
-"""What every notebook of the series must keep to, and that plain papermill and Jupyter run them from any
-folder.
-"""
+"""What every notebook must keep to, and that plain papermill and Jupyter run them from any folder."""
 
 import ast
 import json
@@ -65,31 +63,109 @@ def test_it_has_one_parameters_cell_of_plain_literals(file):
 @each
 def test_it_starts_its_book_by_its_own_name_and_ends_in_its_record(file):
     cells = code(file)
-    starts = [c for c in cells if "notebook.start(" in c.source]
-    assert len(starts) == 1
-    assert f'notebook.start("{file.stem}"' in starts[0].source
+    starts = [n for c in cells for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Call)]
+    starts = [n for n in starts if ast.unparse(n.func) == "notebook.start"]
+    assert [n.args[0].value for n in starts] == [file.stem]
     assert [i for i, c in enumerate(cells) if "record" in tags(c)] == [len(cells) - 1]
     assert "book.record(" in cells[-1].source
 
 
-@each
-def test_its_cells_are_short_and_define_nothing(file):
-    for cell in code(file):
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 15, cell.source
-        kinds = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While)
-        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, kinds)], (
-            f"a loop or class moves to effilib: {cell.source}"
-        )
+LINES, LONG, DEFINED = 15, 110, 8  # lines of a cell, characters of a line, lines of a function
+IMPORTS = {
+    "effilib", "torch", "pandas", "numpy", "math", "statistics", "dataclasses", "copy", "itertools",
+    "functools",
+}  # fmt: skip
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def nodes(source, *kinds):
+    return [n for n in ast.walk(ast.parse(source)) if isinstance(n, kinds)]
+
+
+def calls(node):
+    """Names of what is called inside, methods by their last name."""
+    called = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+    return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
+
+
+def training_loops(source):
+    """Loops that take optimizer steps, by themselves or by a function beside them."""
+
+    def trains(node):
+        return {"backward", "step"} <= calls(node)
+
+    steps = {f.name for f in nodes(source, ast.FunctionDef) if trains(f)}
+    return [loop for loop in nodes(source, *LOOPS) if trains(loop) or calls(loop) & steps]
+
+
+def imported(source):
+    """Modules that are imported, by their whole names."""
+    names = [a.name for n in nodes(source, ast.Import) for a in n.names]
+    return names + [f"{n.module}.{a.name}" for n in nodes(source, ast.ImportFrom) for a in n.names]
+
+
+def broken_rules(source):
+    """What a cell does that a cell of a notebook does not, in words."""
+    lines = [line for line in source.splitlines() if line.strip()]
+    functions = nodes(source, ast.FunctionDef, ast.AsyncFunctionDef)
+    rules = {
+        f"more than {LINES} lines": len(lines) > LINES,
+        f"a line of more than {LONG} characters": any(len(line) > LONG for line in lines),
+        "a class": nodes(source, ast.ClassDef),
+        f"a function of more than {DEFINED} lines": any(
+            f.end_lineno - f.lineno >= DEFINED for f in functions
+        ),
+        "a training loop": training_loops(source),
+        "another import": [n for n in imported(source) if n.split(".")[0] not in IMPORTS],
+    }
+    return [rule for rule, broken in rules.items() if broken]
 
 
 @each
-def test_it_imports_only_effilib(file):
-    for cell in code(file):
-        for node in ast.walk(ast.parse(cell.source)):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert all(n.split(".")[0] == "effilib" for n in names), names
+def test_its_cells_are_for_reading_and_playing(file):
+    broken = {c.source: broken_rules(c.source) for c in code(file)}
+    assert not {source: rules for source, rules in broken.items() if rules}
+
+
+@pytest.mark.parametrize(
+    ("source", "rules"),
+    [
+        ("\n".join(["x = 1"] * 15), []),
+        ("\n\n".join(["x = 1"] * 16), ["more than 15 lines"]),
+        (f"x = {'1' * 110}", ["a line of more than 110 characters"]),
+        ("class A: pass", ["a class"]),
+        ("def f(x):\n" + "    x += 1\n" * 7, []),
+        ("def f(x):\n" + "    x += 1\n" * 8, ["a function of more than 8 lines"]),
+        ("import torch.nn.functional as F\nfrom math import pi", []),
+        ("import os", ["another import"]),
+        ("for s in (1, 2):\n    (s * loss).backward()\noptimizer.step()", []),
+        ("for x, y in batches:\n    loss(x, y).backward()\n    optimizer.step()", ["a training loop"]),
+        ("while True:\n    loss().backward(), optimizer.step()", ["a training loop"]),
+        (
+            "def step():\n    loss().backward()\n    optimizer.step()\n[step() for _ in range(9)]",
+            ["a training loop"],
+        ),
+    ],
+)
+def test_the_rules_find_what_breaks_them(source, rules):
+    assert broken_rules(source) == rules
+
+
+@each
+def test_a_methods_notebook_shows_its_source_and_its_curves(file):
+    sources = "\n".join(c.source for c in code(file))
+    if series.chapter(file.stem).module:
+        assert "notebook.source(" in sources
+        assert "figures.curves(" in sources
+
+
+DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workbook", "matplotlib", "pandas")
+TRAINS = sorted(p for f in ("chapters", "methods") for p in (paths.root() / "effilib" / f).glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("file", TRAINS, ids=lambda f: f"{f.parent.name}.{f.stem}")
+def test_what_trains_imports_nothing_that_draws_or_tabulates(file):
+    assert not [n for n in imported(file.read_text(encoding="utf-8")) if n.startswith(DRAWS)]
 
 
 @each

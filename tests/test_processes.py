@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from effilib import distributed
 from effilib.distributed import processes
 from effilib.distributed.processes import WorkerFailed
-from effilib.errors import BadInput
+from effilib.errors import BadInput, NoEffect
 
 # What the processes do; they import it from this file
 
@@ -47,6 +49,49 @@ def misbehave(rank, folder, how):
 def hang(rank, folder):
     note(folder)
     time.sleep(120)
+
+
+class Holds(Exception):
+    """An error that cannot be sent to another process."""
+
+    def __init__(self, words):
+        super().__init__(words)
+        self.lock = threading.Lock()
+
+
+class Takes(Exception):
+    """An error that can be sent, but not made anew there."""
+
+    def __init__(self, words, more):
+        super().__init__(words)
+
+
+def fail(error):
+    raise error
+
+
+def asks(rank):
+    """What each kind of question comes to on this rank: (type of the error, its words), or the answer."""
+    ranks, found = distributed.ranks(), {}
+    questions = {
+        "answer": lambda: ranks.first(lambda: ["right", rank]),
+        "holds": lambda: ranks.first(lambda: fail(Holds("no such file"))),
+        "takes": lambda: ranks.first(lambda: fail(Takes("no such thing", 1))),
+        "bad input": lambda: ranks.first(lambda: fail(BadInput("lr is 0"))),
+        "no effect": lambda: ranks.first(lambda: fail(NoEffect("no layer"))),
+        "system": lambda: ranks.first(lambda: fail(FileNotFoundError(2, "not there", "x"))),
+        "no words": lambda: ranks.first(lambda: fail(AssertionError())),
+        "result": lambda: ranks.first(threading.Lock),
+        "agree": lambda: ranks.agree(threading.Lock()),
+        "gather": lambda: ranks.gather(threading.Lock() if rank else 1),
+        "then": lambda: ranks.gather(rank),
+    }
+    for name, question in questions.items():
+        try:
+            found[name] = question()
+        except Exception as error:
+            found[name] = type(error).__name__, str(error)
+    return found
 
 
 def left(folder):
@@ -92,6 +137,24 @@ def test_a_rank_that_fails_ends_all_with_one_sentence(tmp_path, how, words):
     assert not left(tmp_path)
 
 
+def test_an_error_or_answer_that_cannot_be_sent_is_the_same_sentence_on_all_ranks():
+    first, second = processes.run(asks, 2, silence=10)
+    assert first["answer"] == second["answer"] == ["right", 0]
+    assert first["then"] == second["then"] == [0, 1]  # they still speak with each other
+    lock = "a lock cannot be sent to other processes: cannot pickle '_thread.lock' object"
+    words = {
+        "holds": "no such file", "takes": "no such thing", "bad input": "lr is 0", "no effect": "no layer",
+        "system": "[Errno 2] not there: 'x'", "result": lock, "agree": lock, "gather": lock,
+    }  # fmt: skip
+    for found in (first, second):
+        assert {name: found[name][1] for name in words} == words
+        assert found["bad input"][0] == "BadInput"
+        assert found["no effect"][0] == "NoEffect"
+    assert first["holds"][0] == "Holds"  # where it happened it is the error itself
+    assert second["holds"][0] == second["takes"][0] == "RuntimeError"
+    assert second["no words"] == ("RuntimeError", "AssertionError")
+
+
 def test_what_takes_too_long_is_ended(tmp_path):
     with pytest.raises(WorkerFailed, match="took longer than 6 s and were ended; not done: rank 0"):
         processes.run(hang, 1, tmp_path, timeout=6)
@@ -117,7 +180,7 @@ def test_the_processes_end_with_their_caller_however_it_ends(tmp_path):
     """Killed outright, ended by a signal, interrupted by Ctrl-C: three callers at once, to save their
     imports.
     """
-    modules = os.pathsep.join([str(Path(processes.__file__).parents[1]), str(Path(__file__).parent)])
+    modules = os.pathsep.join([str(Path(processes.__file__).parents[2]), str(Path(__file__).parent)])
     callers = {}
     for end in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / end.name

@@ -1,6 +1,4 @@
-"""The README says what is true: its table of chapters and picture, its commands and code, a sentence for each
-dependency.
-"""
+"""The README says what is true: its table and picture, commands and code, a sentence for each dependency."""
 
 import os
 import re
@@ -12,7 +10,7 @@ import pytest
 import yaml
 
 import effilib
-from effilib import paths, provenance, statistics
+from effilib import paths, provenance, statistics, training
 from effilib.workbook import series
 
 README = (paths.root() / "README.md").read_text()
@@ -37,7 +35,17 @@ def test_it_is_read_in_five_minutes():
 
 def test_it_explains_every_verdict():
     section = README.split("## How to read a verdict")[1].split("\n## ")[0]
-    words = ("FASTER", "LESS_ACCURATE", "SLOWER", "NONE", "INCONCLUSIVE", "MISSED")
+    words = (
+        "FASTER",
+        "SLOWER",
+        "NO_DIFFERENCE",
+        "UNDECIDED",
+        "DEPENDS",
+        "OUT_OF_REACH",
+        "SATURATED",
+        "DIVERGED",
+    )
+    words += ("MET", "MISSED", "NOT_DECIDED")
     assert not [word for word in words if getattr(statistics, word) not in section]
 
 
@@ -57,6 +65,24 @@ def test_its_code_runs_as_it_stands(code, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"fewer images|^[\d.]+ [\d.]+$", done.stdout, re.M), done.stdout
+
+
+def test_it_names_every_hook():
+    named = README.split("with hooks: `")[1].split("`")[0].replace("\n", " ").split(", ")
+    assert named == training.HOOKS
+
+
+def test_its_table_of_modules_is_the_tree():
+    rows = re.findall(
+        r"^\| ((?:`[\w/]+`(?:, )?)+) \|", README.split("## The library")[1].split("\n## ")[0], re.M
+    )
+    named = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
+    package = paths.root() / "effilib"
+    there = {f.stem for f in package.glob("*.py")} | {
+        f"{f.parent.name}/" for f in package.glob("*/__init__.py")
+    }
+    small = {"__init__", "__main__", "errors", "paths", "progress", "provenance"}
+    assert named == there - small
 
 
 def test_its_method_is_thirty_lines():

@@ -4,6 +4,8 @@ import base64
 import html as markup
 import io
 import re
+import subprocess
+import sys
 from urllib.parse import urlparse
 
 import nbformat
@@ -13,7 +15,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from effilib import paths
+from effilib import paths, statistics
 from effilib.errors import BadInput
 from effilib.workbook import report
 from tests.browser import complaints, keep
@@ -50,28 +52,32 @@ REMOTE = """<style>@import "https://example.org/a.css"; p {background: url(https
 <img src="https://example.org/c.png" onerror="alert(1)"><b style="background: url(https://example.org/d.png)">kept</b>"""
 
 
-# ------------------------------------------------------------------------------------------------ sample data
+# Sample data
 
 
-def verdict(word="faster at equal accuracy", ratio=1.34, **changes):
+def verdict(word="faster", ratio=1.34, **changes):
     low, high = (None, None) if ratio is None else (ratio * 0.96, ratio * 1.04)
-    row = {
-        "arm": "method",
-        "against": "baseline",
-        "quantity": "time to target",
-        "ratio": ratio,
-        "low": low,
-        "high": high,
-        "n": 5,
-    }
-    row |= {
-        "accuracy_difference": -0.1,
-        "accuracy_low": -0.4,
-        "verdict": word,
-        "claim_reproduced": "no",
-        "text": "the text",
-    }
+    row = {"arm": "method", "against": "baseline", "ratio": ratio, "low": low, "high": high, "kind": "gap"}
+    row |= {"n": 5, "lengths": 3, "range": None if ratio is None else [78.2, 86.1], "cost": "seconds"}
+    row |= {"points": -0.1, "points_low": -0.4, "points_high": 0.2, "p": None if ratio is None else 0.001}
+    row |= {"verdict": word, "aim": 1.2, "aim_verdict": "met", "text": "the text", "notes": []}
     return row | changes
+
+
+OLD = {"ratio": 1.5, "low": 1.4, "high": 1.6, "n": 5, "quantity": "time to target", "claim_reproduced": "yes"}
+OLD |= {
+    "verdict": "faster but less accurate",
+    "accuracy_difference": -4.9,
+    "text": "1.50x [1.40, 1.60], n=5 pairs",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded(tmp_path_factory, monkeypatch):
+    """What is recorded stands beside new results: here only what a test puts there."""
+    place = tmp_path_factory.mktemp("recorded")
+    monkeypatch.setattr(paths, "recorded", lambda: place)
+    return place
 
 
 def record(name, headline, **changes):
@@ -102,7 +108,7 @@ def record(name, headline, **changes):
         "notes": [],
         "shared_machine": False,
     }
-    return {"schema": 1, "status": "complete", **text, **rest, **changes}
+    return {"schema": 2, "status": "complete", **text, **rest, **changes}
 
 
 def put(folder, name, content=None, run=None, figure=True, page=True):
@@ -143,7 +149,7 @@ def assert_self_contained(path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ formulas
+# Formulas
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_formula_not_understood_is_shown_as_code(latex):
     assert report.mathml(latex) == f'<code class="latex">{markup.escape(latex)}</code>'
 
 
-# ------------------------------------------------------------------------------------------------ one report
+# One report
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +215,8 @@ def executed(tmp_path_factory):
         ),
         new_code_cell("import warnings\nwarnings.warn('a warning')\nprint('plain \\x1b[31mred\\x1b[0m <b>')"),
         new_code_cell(
-            "from IPython.display import HTML, Javascript, Math\ndisplay(Math(r'\\frac{a}{b}'), Javascript('alert(1)'))"
+            "from IPython.display import HTML, Javascript, Math\n"
+            "display(Math(r'\\frac{a}{b}'), Javascript('alert(1)'))"
         ),
         new_code_cell(f"HTML({REMOTE!r})"),
         new_code_cell("secret = 1", metadata={"tags": ["remove-input"]}),
@@ -224,7 +231,7 @@ def executed(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rendered(executed, tmp_path_factory):
     page = tmp_path_factory.mktemp("quick-mnist5k") / "03_2_mixed_precision" / "report.html"
     page.parent.mkdir()
@@ -267,7 +274,9 @@ def test_report_header(rendered):
     header = page.header.get_text(" ", strip=True)
     for part in ("mnist5k", "quick", "2-core CPU", "2026-11-24 04:00 UTC", "No compiler was found."):
         assert part in header
-    for part in ("faster at equal accuracy", "1.34x [1.29, 1.39]", "slower", "0.70x"):
+    for part in ("faster", "1.34x [1.29, 1.39]", "at 78–86 % accuracy", "n = 5 × 3", "slower", "0.70x"):
+        assert part in header
+    for part in ("aim 1.2x: met", "at equal time −0.10 points [−0.40, +0.20]"):
         assert part in header
     assert len(page.select(".verdicts svg")) == 2
 
@@ -366,7 +375,7 @@ def test_report_with_a_record_of_wrong_types(executed, tmp_path):
     assert "record.json does not hold what was expected" in page.select_one(".notice").get_text()
 
 
-# ------------------------------------------------------------------------------------------------ scoreboard
+# Scoreboard
 
 
 @pytest.fixture
@@ -389,17 +398,17 @@ def folder(tmp_path):
     put(
         folder,
         "03_2_mixed_precision",
-        record("03_2_mixed_precision", verdict(claim_reproduced="yes")),
+        record("03_2_mixed_precision", verdict()),
         run=done,
     )
     put(
         folder,
         "05_1_stochastic_pooling",
-        record("05_1_stochastic_pooling", verdict("target missed", None, text="4 of 5 reached")),
+        record("05_1_stochastic_pooling", verdict("diverged", None, text="2 of 15 runs diverged")),
     )
     failed = done | {"status": "failed", "reason": f"cell 9: {NASTY}"}
     put(folder, "06_1_prune_train", record("06_1_prune_train", verdict()), run=failed, figure=False)
-    put(folder, "06_2_net2net", '{"schema": 1, "status": "comp', run=done, page=False)
+    put(folder, "06_2_net2net", '{"schema": 2, "status": "comp', run=done, page=False)
     put(
         folder,
         "07_1_tree_cnn",
@@ -454,7 +463,9 @@ def test_rows(folder):
         "3",
         '"text"',
         "{}",
-        '{"schema": 1, "status": "complete", "machine": 3}',
+        '{"schema": 2, "status": "complete", "machine": 3}',
+        '{"schema": 1, "status": "complete", "headline": 3}',
+        '{"schema": 2, "status": "complete", "headline": {"range": 3}}',
         "\x00\xff",
         "NaN",
     ],
@@ -486,18 +497,19 @@ def test_index(folder):
         "10",
     ]  # by chapter, not by success
     text = {chapter: row.get_text(" ", strip=True) for chapter, row in rows.items()}
-    for part in (
-        "faster at equal accuracy",
+    parts = (
+        "faster ★",
         "1.34x [1.29, 1.39]",
-        "n = 5 pairs",
-        "\u22120.10 points",
-        "yes",
-        "A. Author 2019",
-    ):
+        "at 78–86 % accuracy",
+        "n = 5 × 3",
+        "−0.10 points",
+        "aim 1.2x: met",
+    )
+    for part in (*parts, "A. Author 2019"):
         assert part in text["3.2"]
     assert rows["3.2"].svg
     assert "— Where the time goes." in text["2"]
-    assert "4 of 5 reached" in text["5.1"]
+    assert "2 of 15 runs diverged" in text["5.1"]
     assert not rows["5.1"].svg
     assert NASTY in rows["6.1"].get_text()
     assert "1.34x" not in text["6.1"]
@@ -510,7 +522,9 @@ def test_index(folder):
         "2026-11-24 04:00 UTC",
         "4 complete",
         "5 failed",
-        "1.34x [1.29, 1.40]",
+        "1.38x [1.31, 1.45]",
+        "★ marks what is still significant when all 2 tests",
+        "commit abc1234",
     ):
         assert part in header
     assert "not a measurement" not in header
@@ -542,7 +556,7 @@ def test_thumbnail(tmp_path):
 
 
 def test_index_escapes_everything(tmp_path):
-    headline = verdict(NASTY, arm=NASTY, against=NASTY, quantity=NASTY, text=NASTY, claim_reproduced=NASTY)
+    headline = verdict(NASTY, arm=NASTY, against=NASTY, cost=NASTY, text=NASTY, aim_verdict=NASTY, kind=NASTY)
     texts = dict.fromkeys(
         ("title", "title_de", "paper", "claim", "preset", "dataset", "caption", "date", "chapter"), NASTY
     )
@@ -580,13 +594,81 @@ def test_extreme_ratios_stay_on_the_axis(tmp_path):
     assert all(0 <= float(dot["cx"]) <= 200 for dot in page("circle"))
 
 
-def test_table(folder):
-    frame = report.table(report.scoreboard_rows(folder, ["03_3_dynamic_fixed_point"]))
-    rows = frame.set_index("chapter")
-    assert rows.loc["3.2", "speed-up"] == "1.34x [1.29, 1.39]"
-    assert rows.loc["5.1", "speed-up"] == "4 of 5 reached"
-    assert rows.loc["3.3", "verdict"] == "not run"
-    assert rows.loc["6.1", "verdict"] == "failed"
+def test_an_older_protocol_is_named_and_in_no_correction(tmp_path):
+    put(tmp_path, "03_2_x", record("03_2_x", OLD, schema=1))
+    put(tmp_path, "03_3_y", record("03_3_y", OLD | {"ratio": None, "text": "0 of 5 reached"}, schema=1))
+    put(tmp_path, "04_1_z", record("04_1_z", verdict(p=0.04)))
+    rows = {row["notebook"]: row for row in report.scoreboard_rows(tmp_path)}
+    assert rows["04_1_z"]["survives"] is True  # it is the only test
+    assert [rows[name]["survives"] for name in ("03_2_x", "03_3_y")] == [None, None]
+    page = soup(report.index(tmp_path))
+    old, older, new = (row.get_text(" ", strip=True) for row in page.select("tbody tr"))
+    assert "older protocol" in old
+    assert "1.50x [1.40, 1.60], n=5 pairs" in old
+    assert "less accurate" not in old
+    assert "older protocol" in older
+    assert "0 of 5" not in older
+    assert "faster ★" in new
+    assert len(page("svg")) == 1
+    nbformat.write(new_notebook(), tmp_path / "n.ipynb")
+    content = record("03_2_x", OLD, schema=1)
+    header = soup(report.render(tmp_path / "n.ipynb", tmp_path / "03_2_x" / "report.html", content)).header
+    assert "older protocol" in header.get_text()
+    assert "less accurate" not in header.get_text()
+
+
+def test_holms_correction(tmp_path):
+    for name, p, word in (("04_1", 0.01, "faster"), ("04_2", 0.03, "slower"), ("04_3", 0.04, "undecided")):
+        put(tmp_path, name, record(name, verdict(word, p=p)))
+    put(tmp_path, "04_4", record("04_4", verdict("shared machine: no verdict", p=1e-9)))
+    put(tmp_path, "04_5", record("04_5", verdict("out of reach: at most 0.41x", kind="at most", p=None)))
+    rows = report.scoreboard_rows(tmp_path)
+    assert [row["survives"] for row in rows] == [True, False, False, None, None]
+    page = soup(report.index(tmp_path))
+    assert [("★" in row.get_text()) for row in page.select("tbody tr")] == [True, False, False, False, False]
+    assert "all 3 tests of this page" in page.header.get_text()
+
+
+def test_a_run_has_the_recorded_figure_beside_its_own(tmp_path, nothing_recorded):
+    runs = tmp_path / "results" / "quick-mnist5k"
+    for name in ("03_2_x", "03_3_y", "04_1_z"):
+        put(runs, name, record(name, verdict(ratio=1.1)))
+    said = {"text": "1.38x [1.31, 1.45] at 78-86 %, n=5x3, 2-core CPU", "verdict": "faster"}
+    then = dict(preset="study", dataset="cifar10", date="2026-12-01T00:00:00+00:00")
+    place = put(nothing_recorded / "study-cifar10", "03_2_x", record("03_2_x", verdict(**said), **then))
+    put(nothing_recorded / "study-cifar10", "03_3_y", record("03_3_y", OLD, schema=1, **then))
+    page = soup(report.index(runs))
+    new, old, without = page.select("tbody tr")
+    recorded = new.select_one("td[data-label=Recorded]")
+    assert recorded.img["src"].startswith(PICTURE)
+    assert "study, cifar10: 1.38x [1.31, 1.45] at 78-86 %, n=5x3, 2-core CPU: faster" in recorded.get_text()
+    assert (runs / recorded.a["href"]).resolve() == (place / "report.html").resolve()
+    assert "older protocol" in old.select_one("td[data-label=Recorded]").get_text()
+    assert not old.select("td[data-label=Recorded] img")
+    assert without.select_one("td[data-label=Recorded]").get_text() == "—"
+
+    nbformat.write(new_notebook(), tmp_path / "n.ipynb")
+    content = record("03_2_x", verdict(ratio=1.1))
+    page = soup(report.render(tmp_path / "n.ipynb", runs / "03_2_x" / "report.html", content))
+    assert "1.38x [1.31, 1.45]" in page.select_one(".recorded").get_text()
+    assert page.select_one(".recorded img")["src"].startswith(PICTURE)
+    # The recorded results themselves are not beside themselves.
+    page = soup(report.index(nothing_recorded / "study-cifar10"))
+    assert not page.select("td[data-label=Recorded]")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind", "text"),
+    [
+        (0.41, "at most", "at most 0.41x"),
+        (1.7, "at least", "at least 1.70x"),
+        (None, "saturated", "the text"),
+    ],
+)
+def test_a_bound_is_called_one(tmp_path, ratio, kind, text):
+    bound = verdict("out of reach", ratio, kind=kind, low=None, high=None, range=None, p=None)
+    put(tmp_path, "03_2_x", record("03_2_x", bound))
+    assert text in soup(report.index(tmp_path)).tbody.get_text(" ", strip=True)
 
 
 def test_verdicts_differ_without_colour():
@@ -596,8 +678,27 @@ def test_verdicts_differ_without_colour():
     assert all(f".{tone}" in css for tone, _ in report.BADGES.values())
 
 
-# ------------------------------------------------------------------------------------------------ a real
-# browser
+def test_every_verdict_has_a_badge():
+    words = (
+        "FASTER", "SLOWER", "NO_DIFFERENCE", "UNDECIDED", "DEPENDS", "OUT_OF_REACH", "DIVERGED", "SATURATED",
+        "SMOKE", "SHARED",
+    )  # fmt: skip
+    for word in words:
+        row = {"verdict": f"{getattr(statistics, word)}: and more", "status": "complete"}
+        assert report._badge(row)["symbol"] != "·", word
+
+
+def test_imports_without_a_grammar_leave_no_trace():
+    code = "import sys; from effilib.workbook import report\n"
+    code += "with report.light_imports():\n    import nbconvert\n"
+    code += "print('rfc3987_syntax' in sys.modules, 'jsonschema' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True"]
+
+
+# A real browser
 
 
 @pytest.mark.parametrize("width", [390, 1024, 1280])

@@ -459,10 +459,10 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
     (tmp_path / "README.md").write_text("before\n<!-- chapters -->\n<!-- /chapters -->\nafter\n")
     write_notebook(notebooks / "03_2_mixed_precision.ipynb")
     which = {"preset": "quick", "notebooks": notebooks}
-    with pytest.raises(
-        BadInput,
-        match="holds no complete result of 03_2_mixed_precision: effilib run 03_2_mixed_precision --preset quick",
-    ):
+    missing = (
+        "holds no complete result of 03_2_mixed_precision: effilib run 03_2_mixed_precision --preset quick"
+    )
+    with pytest.raises(BadInput, match=missing):
         runner.keep(**which)
     assert run(preset="quick") == 0
     assert runner.keep(**which) == [tmp_path / "recorded" / "quick-mnist5k" / "03_2_mixed_precision"]

@@ -1,6 +1,4 @@
-"""Chapter 3.3: exactness of integer products, overflow on purpose, the integer route timed at GEMM and layer
-level, and the arms.
-"""
+"""Chapter 3.3: what is trained, and the integer route checked and timed at GEMM and layer level."""
 
 import statistics as stats
 
@@ -8,7 +6,6 @@ import pandas as pd
 import torch
 
 from effilib import figures
-from effilib.chapters.products import formats, layer_times, say_conv
 from effilib.clock import interleaved, steady_memory
 from effilib.convolution import Convolution
 from effilib.cost import Conv
@@ -24,8 +21,11 @@ from effilib.methods.dynamic_fixed_point import (
     quantise,
 )
 from effilib.models import stream
+from effilib.tasks import Task
+from effilib.timing import formats, layer_times, say_conv
 
 BITS = (16, 14, 10, 8, 6)
+SECONDS = {"smoke": 0.5, "quick": 0.7}  # for a table's rounds
 LONG = 2**17  # int8 sums of that many products still fit into int32
 GEMMS = {
     "smoke": ((64, 64, 64),),
@@ -45,14 +45,14 @@ LAYERS = {
 NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
 # An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a
 # narrower network on smaller batches.
-RUNS = {
-    "quick": dict(epochs=0.6, widths=NARROW, batch_size=32, lr=0.1, evaluations=5),
-    "study": dict(epochs=1, evaluations=5),
+SIZES = {
+    "quick": dict(epochs=0.8, widths=NARROW, batch_size=32, lr=0.1),
+    "study": dict(epochs=1.2),
 }
 GRID = {
-    "quick": RUNS["quick"] | dict(epochs=0.4, evaluations=1, seeds=1),
-    "study": dict(epochs=1, evaluations=1, seeds=2),
-    "full": dict(evaluations=1, seeds=3),
+    "quick": SIZES["quick"] | dict(epochs=0.4),
+    "study": dict(epochs=0.5),
+    "full": dict(epochs=2),
 }
 
 
@@ -158,7 +158,9 @@ def gemm_table(preset, device="cpu"):
                 torch._int_mm(p, q) for p, _ in pa for q, _ in pb
             ]
             functions[f"{name}, whole"] = lambda a=a, b=b, bits=bits: _whole(a, b, bits)
-        times = interleaved(functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=4)
+        times = interleaved(
+            functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=SECONDS.get(preset, 4)
+        )
         ms = {n: 1e3 * stats.median(t) for n, t in times.items()}
         rows[f"{M} x {K} x {N}"] = {n: f"{t:.2f} ms, {ms['fp32'] / t:.2f}x" for n, t in ms.items()}
     return pd.DataFrame(rows).T.rename_axis("M x K x N: time, speed-up over fp32")
@@ -172,30 +174,21 @@ def _whole(a, b, bits):
 
 
 def layer_table(preset, device="cpu"):
-    """(table, times): forward and backward pass of single layers: fp32, bf16, and the integer route with 8
-    and 14 bits.
-    """
+    """Forward and backward pass of single layers in ms: fp32, bf16, the integer route with 8 and 14 bits."""
     convs = {say_conv(c): c for c in LAYERS.get(preset, LAYERS["study"])}
     chains = {"forward": 2304, "dX": 2304, "dW": 2304}
     integer = {f"DFP-{bits}": fixed_point(bits, lambda: chains) for bits in (8, 14)}
-    few = dict(repeats=2, seconds=1) if preset == "smoke" else dict(repeats=9, seconds=6)
-    found = {
-        p: layer_times(convs, integer if p == "fp32" else {}, precision=p, device=device, **few)
-        for p in formats(device)
-    }
-    rows, times = {}, {}
-    for name in convs:
-        cases = {p: found[p][name, "exact"] for p in reversed(formats(device))}
-        cases |= {n: found["fp32"][name, n] for n in integer}
-        reference = sum(cases["fp32"].values())
-        times[name] = {n: sum(t.values()) for n, t in cases.items()}
-        for n, t in cases.items():
-            rows[name, n] = {
-                "forward ms": t["forward"],
-                "backward ms": t["backward"],
-                "speed-up over fp32": f"{reference / sum(t.values()):.2f}x",
-            }
-    return pd.DataFrame(rows).T.rename_axis(["layer", "arithmetic"]), times
+    few = dict(repeats=2, seconds=1) if preset == "smoke" else dict(repeats=9, seconds=SECONDS.get(preset, 4))
+    found = [
+        layer_times(convs, integer if p == "fp32" else {}, precision=p, device=device, **few).rename(
+            index={"exact": p}
+        )
+        for p in reversed(formats(device))
+    ]
+    table = pd.concat(found).loc[list(convs)].rename_axis(["layer", "arithmetic"])
+    whole = table.sum(axis=1)
+    table["x over fp32"] = whole.xs("fp32", level=1).reindex(table.index, level=0) / whole
+    return table
 
 
 def parts_figure(preset, device="cpu"):
@@ -222,7 +215,9 @@ def parts_figure(preset, device="cpu"):
             torch._int_mm(p, o) for p, _ in a for o, _ in b
         ]
         functions[name, "product and sums"] = lambda a=patches, b=weights: chained_mm(a, b, 2304)
-    times = interleaved(functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=5)
+    times = interleaved(
+        functions, repeats=3 if preset == "smoke" else 15, device=device, seconds=SECONDS.get(preset, 4)
+    )
     ms, parts = {k: 1e3 * stats.median(t) for k, t in times.items()}, {}
     for (name, part), t in ms.items():
         if part == "product and sums":
@@ -231,83 +226,46 @@ def parts_figure(preset, device="cpu"):
             parts.setdefault(name, {})[part] = t
     order = ("rounding", "splitting", "gathering patches", "product", "adding up, checking, scaling")
     parts = {n: {p: row[p] for p in order if p in row} for n, row in parts.items()}
-    figure = figures.shares(parts)
-    figure.axes[0].set_xlabel(f"ms, forward pass, {say_conv(c)}, batch {c.N}")
+    figure = figures.shares(parts, xlabel=f"ms, forward pass, {say_conv(c)}, batch {c.N}")
     return figure, (
-        "Integer products alone are fast. What surrounds them, one pass over the operands after the other, is what a fused kernel would "
-        "have to hide; without one the layer takes as long as these bars, whatever its products cost."
+        "Where the forward pass of one layer spends its time. What surrounds the integer products, one pass "
+        "over the operands after the other, is what a fused kernel would have to hide."
     )
 
 
-def arms():
-    """The verdict arms: fp32, the authors' 14 of 16 bits, and bf16, to which this format lost in the end."""
+def arms(task: Task) -> list[Arm]:
+    """Return fp32, the authors' 14 of 16 bits, and bf16, to which this format lost in the end.
+
+    All take the same steps, so that their curves cover the same accuracies.
+    """
     return [
         Arm(name="fp32", role="baseline", changes={"precision": "fp32"}),
-        Arm(name="DFP-14", methods=(DynamicFixedPoint(),), changes={"precision": "fp32"}),
-        Arm(name="bf16", role="control", changes={"precision": "bf16"}),
+        Arm(
+            name="DFP-14",
+            methods=(DynamicFixedPoint(),),
+            changes={"precision": "fp32"},
+            lengths=task.lengths,
+        ),
+        Arm(name="bf16", role="control", changes={"precision": "bf16"}, lengths=task.lengths),
     ]
 
 
-def grid(preset):
-    """Accuracy over bits; and rounding, exponents and master weights where bits are few."""
+def grid(task: Task) -> list[Arm]:
+    """Return numbers of bits; and rounding, exponents and master weights where bits are few."""
     fp32 = {"precision": "fp32"}
-
-    def arm(name, **settings):
-        return Arm(name=name, methods=(DynamicFixedPoint(**settings),), changes=fp32)
-
-    found = [Arm(name="fp32", role="baseline", changes=fp32), *(arm(f"{b} bits", bits=b) for b in BITS)]
-    if preset == "smoke":
-        found = [found[0], found[2], found[-1]]
-    found.append(arm("6 bits, an exponent a channel", bits=6, exponents="channel"))
-    found.append(arm("6 bits, stochastic rounding", bits=6, rounding="stochastic"))
-    if preset in ("study", "full"):
-        found.append(arm("6 bits, both", bits=6, exponents="channel", rounding="stochastic"))
-        found.append(arm("5 bits", bits=5))
-        found.append(arm("4 bits", bits=4))
-    found.append(arm("10 bits, no master weights", bits=10, master=False))
-    return found
-
-
-def notes(history):
-    """Of a run: how many int32 chains were shortened after an overflow, and the shortest."""
-    shortened = next((e["shortened"] for e in history.events if "shortened" in e), None)
-    if shortened is None:
-        return {"chains shortened": "", "shortest chain": ""}
-    return {"chains shortened": len(shortened), "shortest chain": min(shortened.values(), default=2304)}
-
-
-def cliff_figure(comparison):
-    """(figure, caption): accuracy over bits, fp32 as a line."""
-    figure, axes = figures.new(width=7.5, height=3.6)
-    plain = {
-        a.methods[0].bits: a for a in comparison.arms if a.methods and a.name == f"{a.methods[0].bits} bits"
-    }
-    bits = sorted(plain)
-    means = {b: stats.mean(h.accuracy for h in comparison.histories(plain[b].name)) for b in bits}
-    axes.plot(
-        bits, [means[b] for b in bits], "o-", color=figures.COLOURS[0], label="one exponent a tensor, nearest"
-    )
-    for b in bits:
-        accuracies = [h.accuracy for h in comparison.histories(plain[b].name)]
-        axes.plot([b] * len(accuracies), accuracies, ".", color=figures.COLOURS[0], alpha=0.5)
-    others = [a for a in comparison.arms if a.methods and a not in plain.values()]
-    for i, a in enumerate(others):
-        accuracy = stats.mean(h.accuracy for h in comparison.histories(a.name))
-        axes.plot(
-            a.methods[0].bits, accuracy, "^s*dv"[i % 5], color=figures.COLOURS[1 + i % 5], ms=8, label=a.name
-        )
-    base = stats.mean(h.accuracy for h in comparison.histories(comparison.baseline))
-    axes.axhline(base, color="black", lw=0.8, ls="--", label="fp32")
-    axes.set_xticks(bits)
-    axes.set_xlabel("bits of an integer")
-    axes.set_ylabel("final validation accuracy (%)")
-    axes.legend(fontsize=8)
-    worst = min(bits, key=lambda b: means[b])
-    return figure, (
-        f"Accuracy over the number of bits; dashed: fp32. The largest distance is {base - means[worst]:.1f} points at {worst} bits. "
-        + (
-            "One seed: an illustration."
-            if len(comparison.blocks) == 1
-            else f"{len(comparison.blocks)} seeds."
-        )
-    )
+    settings = {f"{b} bits": dict(bits=b) for b in BITS}
+    if task.preset in ("smoke", "quick"):
+        settings = {n: settings[n] for n in ("14 bits", "6 bits")}
+    settings["6 bits, stochastic rounding"] = dict(bits=6, rounding="stochastic")
+    if task.preset in ("study", "full"):
+        settings["6 bits, an exponent a channel"] = dict(bits=6, exponents="channel")
+        settings["6 bits, both"] = dict(bits=6, exponents="channel", rounding="stochastic")
+        settings["5 bits"], settings["4 bits"] = dict(bits=5), dict(bits=4)
+        settings["10 bits, no master weights"] = dict(bits=10, master=False)
+    return [
+        Arm(name="fp32", role="baseline", changes=fp32),
+        *(
+            Arm(name=n, methods=(DynamicFixedPoint(**how),), changes=fp32, lengths=task.lengths)
+            for n, how in settings.items()
+        ),
+    ]

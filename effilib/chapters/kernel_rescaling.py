@@ -11,11 +11,11 @@ from effilib.tasks import Task
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
 SIZES = {
-    "quick": dict(images=2500, epochs=2),
+    "quick": dict(images=2000, epochs=2),
     "study": dict(epochs=3),  # 5x5 kernels cost about twice as much an epoch
 }
 FEW = {  # of the second run, images alone on the tuned network
-    "quick": dict(lengths=(1.0,), seeds=1, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=2000, epochs=2),
     "study": dict(lengths=(0.5, 1.0), seeds=3),
 }
 ONCE = {  # of what is only shown: one run an arm
@@ -84,7 +84,7 @@ def grid(task: Task) -> list[Arm]:
         m = method(task, dataset, kernels=False, schedule=schedule)
         sides = ", ".join(str(min(size)) for _, size, _ in m.phases(dataset.shape, 1))
         shares = ", ".join(f"{100 * row[0]:.0f}" for row in schedule)
-        found.append(Arm(name=f"{sides} px ({shares} %)", methods=(m,)))
+        found.append(Arm(name=f"{sides} px ({shares} %)", methods=(m,), lengths=task.lengths))
     return found
 
 
@@ -93,15 +93,14 @@ def with_patches(task: Task) -> Task:
     return task.but(network="resnet", widths={"widths": (32, 64), "blocks": (1, 1), "patch": PATCH})
 
 
-def patch_arms() -> list[Arm]:
+def patch_arms(task: Task) -> list[Arm]:
     """Return images halved for half of the steps, patches as they are or PI-resized to half."""
     how = dict(schedule=((0.5, 0.5), (0.5, 1.0)), multiple=PATCH // 2)
-    same, resized = (KernelRescaling(**how, kernels=k) for k in (False, True))
-    return [
-        Arm(name=FULL, role="baseline"),
-        Arm(name=f"images halved, patches of {PATCH} px", role="control", methods=(same,)),
-        Arm(name=f"images halved, patches PI-resized to {PATCH // 2} px", methods=(resized,)),
-    ]
+    names = f"images halved, patches of {PATCH} px", f"images halved, patches PI-resized to {PATCH // 2} px"
+    found = [Arm(name=FULL, role="baseline")]
+    for name, k in zip(names, (False, True), strict=True):
+        found.append(Arm(name=name, methods=(KernelRescaling(**how, kernels=k),), lengths=task.lengths))
+    return found
 
 
 def shrunk(dataset: Dataset, size: tuple[int, int]) -> Dataset:

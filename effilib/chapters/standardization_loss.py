@@ -1,6 +1,7 @@
 """Chapter 7.2: what is trained: the paper's MNIST table, and kinds of normalisation by batch size."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -79,12 +80,16 @@ def arm(task: Task, kind: str, batch: int, role: str = "method", normalized: boo
 
 
 def arms(task: Task, batch: int = JUDGED) -> list[Arm]:
-    """Return all kinds, nothing first; the two without a BatchNorm where the network has none."""
+    """Return all kinds, nothing first; the two without a BatchNorm where the network has none.
+
+    Of one length there is no curve: then all have as many updates.
+    """
     normalized = any(isinstance(m, NORMS) for m in task.build(task.load()).modules())
     roles = {NONE: "baseline", SL: "method"} | ({BN: "control", GN: "control"} if normalized else {})
     if task.preset == "quick" and batch == JUDGED:
         roles.pop(GN, None)  # three arms are what there is time for
-    return [arm(task, kind, batch, role, normalized) for kind, role in roles.items()]
+    own = task.lengths if len(task.lengths) == 1 else ()
+    return [replace(arm(task, kind, batch, role, normalized), lengths=own) for kind, role in roles.items()]
 
 
 def at_batch(task: Task, batch: int = JUDGED) -> Task:
@@ -116,10 +121,10 @@ def paper_task(task: Task) -> Task:
 def paper_arms(task: Task) -> list[Arm]:
     """Return the paper's three arms, lambda being 1, and in the large presets other values of lambda."""
     roles = {NONE: "baseline", BN: "control", SL: "method"}
-    found = [
-        Arm(name=kind, role=role, fit=Unstandardized(methods=methods(kind, 1.0)))
-        for kind, role in roles.items()
-    ]
+    wanted = {kind: (role, methods(kind, 1.0)) for kind, role in roles.items()}
     for lam in LAMBDAS if task.preset in ("study", "full") else ():
-        found.append(Arm(name=f"{SL}, lambda = {lam:g}", fit=Unstandardized(methods=methods(SL, lam))))
-    return found
+        wanted[f"{SL}, lambda = {lam:g}"] = "method", methods(SL, lam)
+    return [
+        Arm(name=name, role=role, fit=Unstandardized(methods=what), lengths=task.lengths)
+        for name, (role, what) in wanted.items()
+    ]

@@ -10,7 +10,7 @@ from effilib.tasks import Task
 # paper: no augmentation, and no BatchNorm in the judged arms.
 SIZES = {
     "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
-    "quick": dict(axis="images", images=1024, lengths=(0.25, 1.0), epochs=7.5),
+    "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=3.75, batch_size=32),
     "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
     "full": dict(axis="images", images=50_000, lengths=(0.02, 0.1, 1.0), epochs=20),
 }
@@ -18,14 +18,15 @@ SIZES = {preset: {**changes, "augmentation": "none"} for preset, changes in SIZE
 # With BatchNorm, and in the short presets only a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
-    "quick": SIZES["quick"] | dict(lengths=(0.25,), seeds=1),
+    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1),
     "study": SIZES["study"],
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
-    "quick": dict(images=256, epochs=30, seeds=1),
-    "study": dict(images=1024, epochs=100),
+    "smoke": dict(images=64, epochs=2),
+    "quick": dict(images=128, epochs=30, batch_size=32, seeds=1),
+    "study": dict(images=512, epochs=200),
     "full": dict(images=1000, epochs=250),
 }
 TIME = {preset: {**changes, "augmentation": "none"} for preset, changes in TIME.items()}
@@ -38,14 +39,22 @@ KINDS = {
 }
 
 
-def arms(task: Task, *, bn: bool = False) -> list[Arm]:
-    """Return the four kinds of pooling, the baseline first."""
-    return [
-        convnet.arm(task, kind + ", BatchNorm" * bn, role, (*methods, TrainingAccuracy()), bn=bn)
-        for kind, (role, methods) in KINDS.items()
-    ]
+def arms(task: Task) -> list[Arm]:
+    """Return the judged arms, without BatchNorm: max pooling first; S3Pool where there is time for it."""
+    short = task.preset not in ("study", "full")
+    return [_arm(task, kind) for kind in KINDS if not (short and kind == "S3Pool")]
+
+
+def grid(task: Task) -> list[Arm]:
+    """Return all kinds of pooling in a network with BatchNorm."""
+    return [_arm(task, kind, bn=True) for kind in KINDS]
 
 
 def tuned(task: Task) -> list[Arm]:
-    """Return the arms whose learning rate was tuned: all."""
-    return [*arms(task), *arms(task, bn=True)]
+    """Return the arms whose learning rate was tuned: all, with BatchNorm and without."""
+    return [_arm(task, kind, bn=bn) for bn in (False, True) for kind in KINDS]
+
+
+def _arm(task, kind, *, bn=False):
+    role, methods = KINDS[kind]
+    return convnet.arm(task, kind + ", BatchNorm" * bn, role, (*methods, TrainingAccuracy()), bn=bn)

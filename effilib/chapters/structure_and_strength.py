@@ -5,11 +5,11 @@ from effilib.experiment import Arm
 from effilib.methods.structure_and_strength import STRUCTURES, StructureAndStrength
 from effilib.tasks import Task
 
-# Lengths are shares of the images at equal numbers of updates: what structure saves is labelled images. Numbers of
-# images are multiples of the batch, so that an epoch leaves none out.
+# Lengths are shares of the images at equal numbers of updates: what structure saves is labelled images.
+# Numbers of images are multiples of the batch, so that an epoch leaves none out.
 SIZES = {
     "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
-    "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=5),
+    "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=3.125, batch_size=32),
     "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
     "full": dict(axis="images", images=50_000, lengths=(0.01, 0.1, 1.0), epochs=20),
 }
@@ -23,11 +23,11 @@ GRID = {
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=128, epochs=40, seeds=1),
+    "quick": dict(images=128, epochs=25, batch_size=32, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=500, epochs=500),
 }
-PATCHES = {"smoke": 500, "quick": 1000, "study": 5000, "full": 20_000}  # a layer's filters are learned from
+PATCHES = {"smoke": 500, "quick": 600, "study": 5000, "full": 20_000}  # a layer's filters are learned from
 TRAINED = {"all": "all weights", "strength": "strength only"}
 BASE, PAPER, START = "random, all weights", "dictionary, strength only", "kmeans, all weights"
 
@@ -54,7 +54,11 @@ def grid(task: Task) -> list[Arm]:
             method = StructureAndStrength(
                 structure=structure, train=train, scope=scope(task), patches=PATCHES[task.preset]
             )
-            found.append(convnet.arm(task, name, "baseline" if name == BASE else "method", () if name == BASE else (method,)))
+            found.append(
+                convnet.arm(
+                    task, name, "baseline" if name == BASE else "method", () if name == BASE else (method,)
+                )
+            )
     return [*found, *([control(task)] if control(task).name not in [a.name for a in found] else [])]
 
 

@@ -57,8 +57,11 @@ def arms(task: Task, dataset: Dataset, kinds: tuple[str, ...] = (BANDS, S2D)) ->
         JOINT: dict(fit=AutoEncoder()),
         STAGED: dict(fit=AutoEncoder(stages=THREE_STAGES)),
     }
-    found = [Arm(name=FULL, role="baseline")]
-    return found + [Arm(name=k, role="control" if k in CONTROLS else "method", **made[k]) for k in kinds]
+    found, own = [Arm(name=FULL, role="baseline")], task.lengths if len(task.lengths) == 1 else ()
+    for kind in kinds:  # of one length there is no curve: then all have as many epochs
+        role = "control" if kind in CONTROLS else "method"
+        found.append(Arm(name=kind, role=role, lengths=own, **made[kind]))
+    return found
 
 
 def wider(task: Task, dataset: Dataset) -> dict:

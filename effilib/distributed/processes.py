@@ -7,7 +7,8 @@ each process ends by itself: its standard input is a pipe whose other end only t
 the kernel sends it a signal as well.
 
 Nothing heavy is imported here at the top, so that a new process watches over its caller before it does
-anything else."""
+anything else.
+"""
 
 import contextlib
 import ctypes
@@ -20,15 +21,19 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from effilib.errors import BadInput
 
+__all__ = ["WorkerFailed", "end", "run"]
+
 START = 120  # seconds that all processes together may need for their imports
 SILENCE = 20  # seconds without a message after which a rank gives up on another
-# seconds after the first failure in which the others' reports are gathered: the first to be seen need not be
-# the cause
-GRACE = 1.0
+GRACE = (
+    1.0  # seconds after the first failure in which others report: the first to be seen need not be the cause
+)
 LOST = (
     "closed by peer",
     "reset by peer",
@@ -49,7 +54,14 @@ class WorkerFailed(RuntimeError):
     """
 
 
-def run(function, n, *args, timeout=600, silence=SILENCE, threads=1):
+def run(
+    function: Callable[..., Any],
+    n: int,
+    *args,
+    timeout: float = 600,
+    silence: float = SILENCE,
+    threads: int = 1,
+) -> list:
     """Call `function(rank, *args)` in `n` processes and return the list of their results, by rank.
 
     function: one that can be imported (not defined in a notebook). args and results are pickled. Inside,
@@ -65,7 +77,8 @@ def run(function, n, *args, timeout=600, silence=SILENCE, threads=1):
         function, "__qualname__", "<"
     ):
         raise BadInput(
-            f"{getattr(function, '__qualname__', function)} cannot be sent to other processes: put it into a file and import it"
+            f"{getattr(function, '__qualname__', function)} cannot be sent to other processes: put it into a"
+            " file and import it"
         )
     try:
         request = pickle.dumps((function, args))
@@ -86,7 +99,7 @@ def run(function, n, *args, timeout=600, silence=SILENCE, threads=1):
             end(processes)
 
 
-def end(processes):
+def end(processes: Sequence[subprocess.Popen]) -> None:
     """Kill processes, each with all that it has started, and wait until they are gone.
 
     >>> sleeper = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
@@ -187,8 +200,7 @@ def _read(file):
     return pickle.loads(file.read_bytes())
 
 
-# ---------------------------------------------------------------------------------------------- in the new
-# process
+# In the new process
 
 
 def _end_with_caller():
@@ -213,7 +225,7 @@ def _child(folder, rank):
     _end_with_caller()
     try:
         call, (function, args) = _read(folder / "call"), _read(folder / "function")
-        with joined(folder / "store", rank, **call):
+        with _joined(folder / "store", rank, **call):
             result = function(rank, *args)
         _report(folder / f"done-{rank}", result)
     except BaseException as error:
@@ -226,9 +238,10 @@ def _child(folder, rank):
 
 
 @contextlib.contextmanager
-def joined(store, rank, n, silence, threads):
-    """Inside, this process is rank `rank` of `n` in `torch.distributed`, over gloo; the ranks meet at the
-    file `store`.
+def _joined(store: Path | str, rank: int, n: int, silence: float, threads: int) -> Iterator[None]:
+    """Inside, this process is rank `rank` of `n` in `torch.distributed`, over gloo.
+
+    store: the file at which the ranks meet.
     """
     import torch
     import torch.distributed as dist

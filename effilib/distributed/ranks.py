@@ -10,10 +10,13 @@ is decided by rank 0 (`agree`, `first`), and only rank 0 writes.
 
 import atexit
 import os
+import pickle
 import platform
 import threading
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +24,20 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from effilib.errors import BadInput
+from effilib.errors import BadInput, NoEffect
+
+if TYPE_CHECKING:
+    from effilib.data import Batches
+
+__all__ = ["ALONE", "Ranks", "gpu", "ranks", "several", "sync_"]
+
+T = TypeVar("T")
 
 
-def several():
-    """Whether this process was started as one of several: by `torchrun`, or by anything that sets the same
-    variables.
+def several() -> bool:
+    """Return whether this process was started as one of several.
+
+    By `torchrun`, or by anything that sets the same variables.
 
     >>> several()
     False
@@ -34,9 +45,10 @@ def several():
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def gpu():
-    """The GPU of this process: "cuda", or with several processes on a machine one for each. Raises `BadInput`
-    if there are too few.
+def gpu() -> str:
+    """Return the GPU of this process: "cuda", or one for each of several processes on a machine.
+
+    Raises `BadInput` if there are too few.
 
     >>> gpu()
     'cuda'
@@ -46,16 +58,17 @@ def gpu():
     mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if mine >= there:
         raise BadInput(
-            f"process {mine} of this machine has no GPU of its own, there are {there}: start as many processes as GPUs"
+            f"process {mine} of this machine has no GPU of its own, there are {there}: start as many"
+            " processes as GPUs"
         )
     return f"cuda:{mine}"
 
 
-def ranks(device="cpu"):
-    """The `Ranks` that train together on data on `device`. At its first call with several processes they
-    meet: NCCL on GPUs, else gloo.
+def ranks(device: torch.device | str = "cpu") -> "Ranks":
+    """Return the `Ranks` that train together on data on `device`.
 
-    Raises `BadInput` if two processes would use the same GPU.
+    At its first call with several processes they meet: NCCL on GPUs, else gloo. Raises `BadInput` if two
+    processes would use the same GPU.
 
     >>> ranks() == ALONE
     True
@@ -81,9 +94,30 @@ def ranks(device="cpu"):
         places = _ranks().gather((platform.node(), str(torch.device(device))))
         if cuda and len(set(places)) < len(places):
             raise BadInput(
-                f"several processes on {device}: each needs a GPU of its own, e.g. dataset.to(effilib.distributed.gpu())"
+                f"several processes on {device}: each needs a GPU of its own, e.g."
+                " dataset.to(effilib.distributed.gpu())"
             )
     return _ranks()
+
+
+def _pack(value):
+    """A value as bytes: what it cannot be sent for is noticed before anybody waits."""
+    try:
+        return None, pickle.dumps(value)
+    except Exception as error:  # of many kinds
+        raise TypeError(f"a {type(value).__name__} cannot be sent to other processes: {error}") from error
+
+
+def _failure(error):
+    """What another process needs to raise `error` too: an exception itself may be one that cannot be sent."""
+    return type(error).__name__, str(error)
+
+
+def _unpack(packed):
+    kind, content = packed
+    if kind is None:
+        return pickle.loads(content)
+    raise {"BadInput": BadInput, "NoEffect": NoEffect}.get(kind, RuntimeError)(content or kind)
 
 
 def _ranks():
@@ -115,17 +149,18 @@ class Ranks:
 
     # Shares of a batch
 
-    def share(self, n):
+    def share(self, n: int) -> slice:
         """The slice of a batch of `n` images that is this rank's; shares differ by one at most."""
         if n < self.size:
             raise BadInput(
-                f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image for each"
+                f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image"
+                " for each"
             )
         each, more = divmod(n, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
-    def weigh(self, mean, batches):
+    def weigh(self, mean: torch.Tensor, batches: "Batches") -> torch.Tensor:
         """A mean over this rank's share of a batch, weighed so that the mean over all ranks is that over the
         batch.
         """
@@ -134,46 +169,48 @@ class Ranks:
         mine = self.share(batches.batch_size)
         return mean * ((mine.stop - mine.start) * self.size / batches.batch_size)
 
-    def mean(self, mean, batches):
+    def mean(self, mean: torch.Tensor, batches: "Batches") -> torch.Tensor:
         """The mean over the whole batch of what is a mean over this rank's share of it."""
         return mean if self.size == 1 else self.total(self.weigh(mean, batches)) / self.size
 
-    # Words: anything that can be pickled
+    # Words: anything that can be pickled; what cannot is an error in all processes, as they would wait for it
 
-    def agree(self, value):
+    def agree(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+        return self.first(lambda: value)
 
-    def first(self, function):
-        """What `function()` returns on rank 0, the only one to call it, on all ranks; what it raises there is
-        raised by all.
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function()` returns on rank 0, the only one to call it, on all ranks.
+
+        What it raises there is raised by all, in the same words.
         """
         if self.size == 1:
             return function()
-        result = error = None
+        packed = failed = None
         if self.rank == 0:
             try:
-                result = function()
-            except Exception as failed:  # the others wait for an answer
-                error = failed
-        result, error = self.agree((result, error))
-        if error is not None:
-            raise error
-        return result
+                packed = _pack(function())
+            except Exception as error:  # the others wait for an answer
+                failed, packed = error, _failure(error)
+        box = [packed]
+        dist.broadcast_object_list(box)
+        if failed is not None:
+            raise failed
+        return _unpack(box[0])
 
-    def gather(self, value):
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks, a list, on all ranks."""
         if self.size == 1:
             return [value]
+        try:
+            packed = _pack(value)
+        except Exception as error:
+            packed = _failure(error)
         values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        dist.all_gather_object(values, packed)
+        return [_unpack(v) for v in values]
 
-    def check(self, mine):
+    def check(self, mine: dict) -> None:
         """Raise `BadInput`, on all ranks, unless all train the same. mine: a dict that says what."""
         everyone = self.gather(mine)
         for rank, theirs in enumerate(everyone[1:], 1):
@@ -185,20 +222,18 @@ class Ranks:
 
     # Numbers
 
-    def total(self, t):
+    def total(self, t: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks."""
         if self.size > 1:
             t = t.detach().clone()
             dist.all_reduce(t)
         return t
 
-    def whole(self, x):
-        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks. Slow, and
-        rarely needed.
-        """
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks: slow."""
         return x if self.size == 1 else torch.cat([part.to(x.device) for part in self.gather(x.cpu())])
 
-    def mean_(self, tensors):
+    def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make tensors the mean over all ranks, in place."""
 
         def mean(flat):
@@ -207,7 +242,7 @@ class Ranks:
 
         self._exchange(tensors, mean)
 
-    def copy_(self, tensors):
+    def copy_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make tensors those of rank 0, in place."""
         self._exchange(tensors, lambda flat: dist.broadcast(flat, 0))
 
@@ -223,25 +258,25 @@ class Ranks:
 
     # The network
 
-    def wrap(self, model, sync_bn=False):
-        """The model with gradients that are averaged over the ranks; rank 0's parameters and buffers are
-        given to all.
+    def wrap(self, model: nn.Module, sync_bn: bool = False) -> nn.Module:
+        """The model with gradients averaged over the ranks; all get rank 0's parameters and buffers.
 
         sync_bn: let BatchNorm take its moments over the whole batch. To be called anew when parameters came
-        or went."""
+        or went.
+        """
         if self.size == 1:
             return model
         if sync_bn:
             sync_(model)
         wrapped = DistributedDataParallel(model)
-        wrapped.broadcast_buffers = (
-            False  # after this once: rank 0's statistics at every step would be those of its share alone
-        )
+        # after this once: rank 0's statistics at every step would be those of its share alone
+        wrapped.broadcast_buffers = False
         return wrapped
 
-    def complete(self, model):
-        """After a backward pass: raise `BadInput` if a parameter took no part in it. The others' gradients
-        would be waited for in vain.
+    def complete(self, model: nn.Module) -> None:
+        """After a backward pass: raise `BadInput` if a parameter took no part in it.
+
+        The other ranks' gradients for it would be waited for in vain.
         """
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         if unused and self.size > 1:
@@ -249,9 +284,10 @@ class Ranks:
                 f"over several processes every parameter must take part in every step: {unused[0]} does not"
             )
 
-    def statistics_(self, model):
-        """Make BatchNorm's running statistics the mean over all ranks, in place: as they are linear, as if it
-        were done at every step.
+    def statistics_(self, model: nn.Module) -> None:
+        """Make BatchNorm's running statistics the mean over all ranks, in place.
+
+        As they are linear, this is as if it were done at every step.
         """
         norms = [
             m
@@ -264,9 +300,10 @@ class Ranks:
 ALONE = Ranks()
 
 
-def sync_(model, on=True):
-    """Let BatchNorms take their moments over the whole batch (`nn.SyncBatchNorm`, CUDA only), or make them
-    plain again, in place.
+def sync_(model: nn.Module, on: bool = True) -> None:
+    """Let BatchNorms take their moments over the whole batch, or make them plain again.
+
+    In place; `nn.SyncBatchNorm` works on CUDA only.
 
     >>> net = nn.Sequential(nn.BatchNorm2d(4))
     >>> for on in (True, False):

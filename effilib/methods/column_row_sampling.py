@@ -1,5 +1,4 @@
-"""Approximate tensor operations (Adelman & Silberstein 2018, arXiv:1805.08079): products of some columns and
-rows only.
+"""Approximate tensor operations (Adelman & Silberstein 2018, arXiv:1805.08079): products in part.
 
 A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a
 convolution the terms are the input channels. In forward sampling the backward pass runs through the same k
@@ -9,11 +8,13 @@ backward sampling the forward pass is exact, dX samples output channels and dW s
 Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics
 under sampled activations but is evaluated with exact ones: they are re-estimated by exact forward passes
 before every evaluation. The 2018 version of the paper counts operations; times are in the version of 2021
-(NeurIPS)."""
+(NeurIPS).
+"""
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from effilib import convolution as conv
 from effilib.convolution import Approximation
@@ -21,23 +22,29 @@ from effilib.data import Batches
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
 from effilib.models import reestimate_
-from effilib.training import Method, evaluate, stream
+from effilib.training import Method, Run, evaluate, stream
+
+__all__ = [
+    "INFO", "ColumnRowSampling", "backward_sampling", "choose_terms", "forward_sampling", "inclusion",
+    "norms", "sample_columns_", "squared_error",
+]  # fmt: skip
 
 INFO = Info(
     name="Column-row sampling",
     name_de="Approximative Tensoroperationen",
     chapter="3.4",
     paper="Adelman & Silberstein 2018, arXiv:1805.08079 (extended: NeurIPS 2021)",
-    claim="Computing half of the channels of a wide residual network's convolutions costs about a point of accuracy on CIFAR-100 and saves "
-    "half of the operations (2018); up to 1.37x less training time (2021).",
-    cost_model="All three products of a sampled layer shrink to k/C; added: scoring and gathering channels, and scattering dX.",
+    claim="Computing half of the channels of a wide residual network's convolutions costs about a point of "
+    "accuracy on CIFAR-100 and saves half of the operations (2018); up to 1.37x less training time (2021).",
+    cost_model="All three products of a sampled layer shrink to k/C; added: scoring and gathering channels, "
+    "and scattering dX.",
 )
 
 SCHEMES = ("topk", "uniform", "norm", "bernoulli")
 
 
-def norms(t, dim):
-    """|t_i|_F of every slice i along dim, in fp32. t: any shape -> (t.shape[dim],).
+def norms(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return |t_i|_F of every slice i along dim, in fp32: any shape -> (t.shape[dim],).
 
     >>> norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
@@ -48,9 +55,8 @@ def norms(t, dim):
     return t.pow(2).sum([d for d in range(t.dim()) if d != dim]).float().sqrt()
 
 
-def inclusion(w, k):
-    """Probabilities p_i = min(1, c w_i) that add up to k: in proportion to w >= 0 as far as that goes. (n,)
-    -> (n,).
+def inclusion(w: torch.Tensor, k: int) -> torch.Tensor:
+    """Return probabilities p_i = min(1, c w_i) that add up to k, w >= 0: (n,) -> (n,).
 
     >>> inclusion(torch.tensor([6.0, 1.0, 1.0]), 2).tolist()
     [1.0, 0.5, 0.5]
@@ -65,22 +71,32 @@ def inclusion(w, k):
     return p.clamp(max=1)
 
 
-def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.0, generator=None):
-    """Which k of n terms to compute, and the factor of each: (index (m,), scale (m,) or None), no index
-    twice, m <= k but for Bernoulli.
+def choose_terms(
+    w: torch.Tensor,
+    k: int,
+    scheme: str = "topk",
+    *,
+    replacement: bool = False,
+    scaled: bool = False,
+    mix: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return which k of n terms to compute, and the factor of each.
 
-    w: (n,), the terms' norms |A^(i)||B_(i)|. scheme: "topk", the largest; "uniform"; "norm", in proportion to w (NPS);
-    "bernoulli", each on its own with probability min(1, c w), k of them on average. replacement: k
-    independent draws, so that a term can come twice ("uniform", "norm"); without, a systematic sample, in
-    which every term's probability is exactly that of `inclusion`. scaled: divide each term by its expected
-    number of draws, which makes the sum unbiased. mix: share of the uniform distribution mixed in, so that no
-    channel is left out for ever (0.1 in the authors' code; "norm", "bernoulli").
+    (index (m,), scale (m,) or None), no index twice, m <= k but for Bernoulli. w: (n,), the terms' norms
+    |A^(i)||B_(i)|. scheme: "topk", the largest; "uniform"; "norm", in proportion to w (NPS); "bernoulli",
+    each on its own with probability min(1, c w), k of them on average. replacement: k independent draws, so
+    that a term can come twice ("uniform", "norm"); without, a systematic sample, in which every term's
+    probability is exactly that of `inclusion`. scaled: divide each term by its expected number of draws,
+    which makes the sum unbiased. mix: share of the uniform distribution mixed in, so that no channel is left
+    out for ever (0.1 in the authors' code; "norm", "bernoulli").
 
     Raises `BadInput` for an unknown scheme, or scaled top-k, which has no probabilities.
 
     >>> choose_terms(torch.tensor([1.0, 5.0, 3.0]), 2)
     (tensor([1, 2]), None)
-    >>> index, scale = choose_terms(torch.ones(8), 2, "uniform", scaled=True, generator=torch.Generator().manual_seed(0))
+    >>> draws = torch.Generator().manual_seed(0)
+    >>> index, scale = choose_terms(torch.ones(8), 2, "uniform", scaled=True, generator=draws)
     >>> scale.tolist()  # of 8 terms 2: each counts four times
     [4.0, 4.0]
     """
@@ -89,7 +105,8 @@ def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.
     if scheme == "topk":
         if scaled:
             raise BadInput(
-                "column-row sampling: top-k picks the same terms every time, there is no probability to scale by"
+                "column-row sampling: top-k picks the same terms every time, there is no probability to "
+                "scale by"
             )
         return w.topk(k).indices, None
     w = torch.ones_like(w) if scheme == "uniform" else w
@@ -112,13 +129,13 @@ def choose_terms(w, k, scheme="topk", *, replacement=False, scaled=False, mix=0.
     return index, 1 / p[index] if scaled else None
 
 
-def squared_error(terms, k, scheme, *, p=None):
-    """E|AB - estimate|_F^2 of a scaled, unbiased estimate by formula (Drineas et al. 2006).
+def squared_error(terms: torch.Tensor, k: int, scheme: str, *, p: torch.Tensor | None = None) -> torch.Tensor:
+    """Return E|AB - estimate|_F^2 of a scaled estimate, by formula (Drineas et al. 2006).
 
     terms: (n, ...), the n terms A^(i) B_(i). scheme: "replacement" with draw probabilities p (n,);
     "bernoulli" with inclusion probabilities p; "uniform" without replacement.
 
-    >>> squared_error(torch.tensor([[1.0], [3.0]]), 1, "uniform").item()  # the sum is 4, the estimate 2 x 1 or 2 x 3
+    >>> squared_error(torch.tensor([[1.0], [3.0]]), 1, "uniform").item()  # the sum is 4, the estimate 2 or 6
     4.0
     """
     n, product = len(terms), terms.sum(0)
@@ -139,9 +156,8 @@ def how_many(ratio, n, minimal):
     return min(max(int(ratio * n), minimal), n)
 
 
-def forward_sampling(ratio, minimal, **how):
-    """The `Approximation` that computes `ratio` of the input channels, the backward pass through the same
-    ones.
+def forward_sampling(ratio: float, minimal: int, **how) -> Approximation:
+    """Return the `Approximation` by a share of the input channels, forward and backward.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
@@ -155,8 +171,10 @@ def forward_sampling(ratio, minimal, **how):
     return Approximation(sample=sample)
 
 
-def backward_sampling(ratio, minimal, **how):
-    """The `Approximation` with an exact forward pass: dX of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|.
+def backward_sampling(ratio: float, minimal: int, **how) -> Approximation:
+    """Return the `Approximation` with an exact forward pass and a sampled backward pass.
+
+    dX is of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|.
 
     >>> x, w = torch.ones(4, 2), torch.ones(3, 2, requires_grad=True)
     >>> conv.approx_linear(x, w, approximation=backward_sampling(0.5, minimal=1)).sum().backward()
@@ -180,15 +198,22 @@ def backward_sampling(ratio, minimal, **how):
 
 
 def sample_columns_(
-    model, ratio=0.5, *, where="forward", minimal=10, linear=True, x=None, owner="column-row sampling", **how
-):
-    """Sample the products of a model's convolutions and linear layers, in place; all but the stem and the
-    classifier.
+    model: nn.Module,
+    ratio: float = 0.5,
+    *,
+    where: str = "forward",
+    minimal: int = 10,
+    linear: bool = True,
+    x: torch.Tensor | None = None,
+    owner: object = "column-row sampling",
+    **how,
+) -> list[str]:
+    """Sample the products of a model's convolutions and linear layers, in place.
 
-    ratio: share of the terms computed. where: "forward" or "backward". x: a batch of images, see
-    `effilib.convolution.layers`. how: as for `choose_terms`. Grouped convolutions, whose terms are few
-    already, stay exact, and so do layers with at most `minimal` channels. Returns the names of the sampled
-    layers. Raises `NoEffect` if there are none.
+    All but those of the stem and the classifier. ratio: share of the terms computed. where: "forward" or
+    "backward". x: a batch of images, see `effilib.convolution.layers`. how: as for `choose_terms`. Grouped
+    convolutions, whose terms are few already, stay exact, and so do layers with at most `minimal` channels.
+    Returns the names of the sampled layers. Raises `NoEffect` if there are none.
 
     >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
     ['features.4', 'features.7']
@@ -209,11 +234,10 @@ def sample_columns_(
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(Method):
-    """Train with sampled products. ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see
-    `choose_terms`.
+    """Train with sampled products.
 
-    images: as many training images re-estimate BatchNorm's statistics before an evaluation, with exact
-    forward passes.
+    ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see `choose_terms`. images: as many
+    training images re-estimate BatchNorm's statistics before an evaluation, with exact forward passes.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(16, 16))
@@ -232,16 +256,17 @@ class ColumnRowSampling(Method):
     linear: bool = True
     images: int = 512
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
         how["generator"] = run.generator(self, share=True)
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = sample_columns_(
-            run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x, owner=self, **how
+            run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
+            owner=self, **how,
         )  # fmt: skip
         run.state[self] = {"layers": names}
 
-    def on_evaluation(self, run):
+    def on_evaluation(self, run: Run) -> None:
         if self.where == "forward":
             size = min(run.recipe.batch_size, len(run.dataset.train))
             batches = Batches(
@@ -257,7 +282,7 @@ class ColumnRowSampling(Method):
                     ),
                 )
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         conv.revert_(run.model, self)
         with run.clock.paused():
             plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
@@ -265,5 +290,5 @@ class ColumnRowSampling(Method):
         with run.clock.paused():
             exact = evaluate(run.model, run.dataset, "validation", run.precision)[1]
         layers = len(run.state[self]["layers"])
-        text = f"{layers} layers sampled; accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
-        run.log(self, text, plain=plain, reestimated=exact)
+        text = f"accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
+        run.log(self, f"{layers} layers sampled; {text}", plain=plain, reestimated=exact)

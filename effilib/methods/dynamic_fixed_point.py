@@ -1,5 +1,4 @@
-"""Dynamic fixed point (Das et al. 2018, arXiv:1802.00930): integers with one shared exponent a tensor,
-multiplied as integers.
+"""Dynamic fixed point (Das et al. 2018, arXiv:1802.00930): integers with one exponent a tensor.
 
 A tensor becomes x ~ I 2^-scf: b-bit integers I and one exponent scf, taken from the largest magnitude anew at
 every use. Inputs, weights and output gradients of convolutions are rounded so; products of integers are
@@ -10,8 +9,10 @@ by itself.
 The authors' 16-bit numbers leave two bits free, so that sums fit into int32: b = 14. With b = 16 sums
 overflow: that is caught, and the chain is shortened. Nothing here is emulated in fp32, which is not exact for
 such products: a 16-bit product is computed as four products of 8-bit halves, which processors have
-(`torch._int_mm`)."""
+(`torch._int_mm`).
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,17 +23,24 @@ from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
+
+__all__ = [
+    "DFP", "INFO", "DynamicFixedPoint", "chained_mm", "columns", "dequantise", "fixed_point", "halves",
+    "integer_mm", "quantise",
+]  # fmt: skip
+
+Parts = list[tuple[torch.Tensor, int]]  # of an integer matrix: (int8, factor)
 
 INFO = Info(
     name="Dynamic fixed point",
     name_de="Dynamisches Festkomma",
     chapter="3.3",
     paper="Das et al. 2018, arXiv:1802.00930",
-    claim="ImageNet classifiers trained with 16-bit integer products reach fp32's accuracy in the same number of iterations, with the "
-    "same hyper-parameters, 1.8x as fast on processors with such products.",
-    cost_model="Same products, on 16-bit integers; added: two passes over an operand, for its largest magnitude and to round it. Without "
-    "16-bit integer products each is four products of 8 bits.",
+    claim="ImageNet classifiers trained with 16-bit integer products reach fp32's accuracy in the same number "
+    "of iterations, with the same hyper-parameters, 1.8x as fast on processors with such products.",
+    cost_model="Same products, on 16-bit integers; added: two passes over an operand, for its largest magnitude "
+    "and to round it. Without 16-bit integer products each is four products of 8 bits.",
 )
 
 
@@ -40,8 +48,10 @@ INFO = Info(
 
 
 class DFP(NamedTuple):
-    """x ~ I 2^-scf. I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel;
-    nan if x was not finite.
+    """Hold x ~ I 2^-scf.
+
+    I: int8 for at most 8 bits, else int16. scf: whole numbers in fp32, one or one a channel; nan if x was not
+    finite.
 
     >>> q = DFP(torch.tensor([64, -32], dtype=torch.int8), torch.tensor(6.0))
     >>> dequantise(q).tolist()  # 64 / 2^6, -32 / 2^6
@@ -52,14 +62,20 @@ class DFP(NamedTuple):
     scf: torch.Tensor
 
 
-def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
-    """x (any shape, fp32) as b-bit integers with a shared exponent, or one for every slice along `dim`: a
-    `DFP`.
+def quantise(
+    x: torch.Tensor,
+    bits: int = 14,
+    *,
+    dim: int | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+) -> DFP:
+    """Return x (any shape, fp32) as b-bit integers with a shared exponent.
 
-    max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I = round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest
-    number that would round up to 2^(b-1) gets the next exponent. Up to 16 bits; 16 end at 32,639, the largest
-    number of two signed bytes. rounding: "nearest" (half to even), or "stochastic": up with the probability
-    of the fraction, E[I] = x 2^scf.
+    dim: there is one for every slice along it. max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I =
+    round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest number that would round up to 2^(b-1) gets
+    the next exponent. Up to 16 bits; 16 end at 32,639, the largest number of two signed bytes. rounding:
+    "nearest" (half to even), or "stochastic": up with the probability of the fraction, E[I] = x 2^scf.
 
     >>> q = quantise(torch.tensor([1.0, 0.3]), bits=4)
     >>> q.I.tolist(), q.scf.item()
@@ -90,8 +106,8 @@ def quantise(x, bits=14, *, dim=None, rounding="nearest", generator=None):
     )
 
 
-def dequantise(q):
-    """The numbers that a `DFP` stands for, in fp32.
+def dequantise(q: DFP) -> torch.Tensor:
+    """Return the numbers that a `DFP` stands for, in fp32.
 
     >>> dequantise(quantise(torch.tensor([1.0, 0.3]), bits=4)).tolist()
     [1.0, 0.25]
@@ -102,9 +118,10 @@ def dequantise(q):
 # Products of integers
 
 
-def halves(I):  # noqa: E741
-    """I as parts (int8 tensor, factor) with I = sum factor part: itself, or for int16 a high and a low byte,
-    both signed.
+def halves(I: torch.Tensor) -> Parts:  # noqa: E741
+    """Return I as parts (int8 tensor, factor) with I = sum factor part.
+
+    Itself, or for int16 a high and a low byte, both signed.
 
     >>> [(part.item(), factor) for part, factor in halves(torch.tensor([300], dtype=torch.int16))]
     [(1, 256), (44, 1)]
@@ -115,10 +132,11 @@ def halves(I):  # noqa: E741
     return [((I - low >> 8).to(torch.int8), 256), (low, 1)]
 
 
-def integer_mm(a, b):
-    """a b, exactly: (M, K) x (K, N) -> (M, N) in float64. a, b: parts, as `halves` gives them; K up to 2^17.
+def integer_mm(a: Parts, b: Parts) -> torch.Tensor:
+    """Return a b, exactly: (M, K) x (K, N) -> (M, N) in float64.
 
-    One int8 product into int32 for each pair of parts: 1 for int8 by int8, 4 for int16 by int16.
+    a, b: parts, as `halves` gives them; K up to 2^17. One int8 product into int32 for each pair of parts: 1
+    for int8 by int8, 4 for int16 by int16.
 
     >>> a = torch.tensor([[300, -20000]], dtype=torch.int16)
     >>> integer_mm(halves(a), halves(a.T.contiguous())).item()  # 300^2 + 20,000^2
@@ -169,12 +187,11 @@ def int32_mm(a, b):
     return whole
 
 
-def chained_mm(a, b, chain):
-    """a b with int32 sums over chains of at most `chain` products, the chains added up in fp32: (M, K) x (K,
-    N) -> (M, N), fp32.
+def chained_mm(a: Parts, b: Parts, chain: int) -> torch.Tensor:
+    """Return a b with int32 sums over chains of products: (M, K) x (K, N) -> (M, N).
 
-    Raises `OverflowError` if the sum of a chain does not fit into int32, where hardware would wrap around
-    unseen.
+    Chains of at most `chain` products, which are added up in fp32. Raises `OverflowError` if the sum of a
+    chain does not fit into int32, where hardware would wrap around unseen.
 
     >>> a = torch.full((1, 9), 20_000, dtype=torch.int16)
     >>> chained_mm(halves(a), halves(a.T.contiguous()), chain=2).item()  # 9 x 20,000^2
@@ -188,9 +205,10 @@ def chained_mm(a, b, chain):
     return total
 
 
-def columns(x, product, kernel):
-    """The patches under a k x k filter as rows, a tap's channels side by side: (N, C, H, W) -> (N H' W', k k
-    C).
+def columns(x: torch.Tensor, product: conv.Convolution, kernel: tuple[int, int]) -> torch.Tensor:
+    """Return the patches under a k x k filter as rows: (N, C, H, W) -> (N H' W', k k C).
+
+    A tap's channels lie side by side.
 
     >>> columns(torch.ones(2, 3, 4, 4), conv.Convolution(), (3, 3)).shape
     torch.Size([8, 27])
@@ -300,13 +318,19 @@ def with_shorter_chains(function, chains, key):
             chains[key] = (chains[key] + 1) // 2
 
 
-def fixed_point(bits, chains, *, exponents="tensor", rounding="nearest", generator=None):
-    """The `Approximation` that computes all three products with `DFP`s. chains: () -> dict "forward", "dX",
-    "dW" -> length.
+def fixed_point(
+    bits: int,
+    chains: Callable[[], dict],
+    *,
+    exponents: str = "tensor",
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+) -> Approximation:
+    """Return the `Approximation` that computes all three products with `DFP`s.
 
-    exponents: "tensor", one for each; or "channel": one for each slice that is not summed over, which differs
-    from product to product (w by output in the forward pass, by input in dX; x and dy by channel in dW), so
-    that operands are rounded twice.
+    chains: () -> dict "forward", "dX", "dW" -> length. exponents: "tensor", one for each; or "channel": one
+    for each slice that is not summed over, which differs from product to product (w by output in the forward
+    pass, by input in dX; x and dy by channel in dW), so that operands are rounded twice.
 
     >>> x, w, chains = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), {"forward": 9, "dX": 9, "dW": 4}
     >>> conv.approx_conv2d(x, w, approximation=fixed_point(14, lambda: chains)).unique().tolist()
@@ -359,12 +383,11 @@ def use_fixed_point_(model, bits, chains, *, x=None, owner="dynamic fixed point"
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicFixedPoint(Method):
-    """Train in dynamic fixed point of `bits` bits. Goes with precision "fp32"; raises `BadInput` with any
-    other.
+    """Train in dynamic fixed point of `bits` bits.
 
-    exponents, rounding: see `fixed_point`. chain: products that are summed in int32 (default: 256 channels of
-    a 3x3 filter, the authors' longest). master: keep weights and momentum in fp32, else they are rounded
-    after every step.
+    Goes with precision "fp32"; raises `BadInput` with any other. exponents, rounding: see `fixed_point`.
+    chain: products that are summed in int32 (default: 256 channels of a 3x3 filter, the authors' longest).
+    master: keep weights and momentum in fp32, else they are rounded after every step.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -379,10 +402,11 @@ class DynamicFixedPoint(Method):
     chain: int = 256 * 9
     master: bool = True
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if run.precision not in ("fp32", "tf32"):
             raise BadInput(
-                f"dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not {run.precision!r}"
+                "dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not "
+                f"{run.precision!r}"
             )
         whole = {"forward": self.chain, "dX": self.chain, "dW": self.chain}
         run.state[self] = {"chains": {}}
@@ -393,7 +417,7 @@ class DynamicFixedPoint(Method):
         )  # fmt: skip
         run.state[self]["layers"] = names
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: Run) -> None:
         if not self.master:
             weights = [run.model.get_submodule(n).weight for n in run.state[self]["layers"]]
             for w in weights:
@@ -404,7 +428,7 @@ class DynamicFixedPoint(Method):
                         )
                     )
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         conv.revert_(run.model, self)
         chains = run.state[self]["chains"]
         shorter = {f"{n}, {p}": k for n, c in chains.items() for p, k in c.items() if k < self.chain}

@@ -1,17 +1,16 @@
-"""Gradient approximation (Wang et al. 2019, arXiv:1908.05460): the weight gradient of some layers in some
-batches is replaced.
+"""Gradient approximation (Wang et al. 2019, arXiv:1908.05460): some layers' dW is replaced in some batches.
 
 One of a convolution's three products, dW, is replaced in a quarter of all (layer, batch) pairs; forward and
 dX stay exact. So at most a third of a quarter, 8 %, of the convolutions' time can be saved. Replacements:
-zero, random numbers, or a gradient
-from one location per sample and output channel, the one where |dy| is largest, weighed by the sum of dy over the map.
+zero, random numbers, or a gradient from one location per sample and output channel, the one where |dy| is
+largest, weighed by the sum of dy over the map.
 
 The paper calls the last one unbiased. It is not: the location is no random draw. The unbiased variant beside
-it draws the
-location in proportion to |dy|. A gradient of zeros is not the same as no gradient: with zeros momentum and weight decay go
-on, without one the optimizer skips the parameter.
+it draws the location in proportion to |dy|. A gradient of zeros is not the same as no gradient: with zeros
+momentum and weight decay go on, without one the optimizer skips the parameter.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,29 +21,34 @@ from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
+
+__all__ = ["INFO", "GradientApproximation", "dw_at", "locations", "replacement", "scheduled"]
 
 INFO = Info(
     name="Gradient approximation",
     name_de="Gradientenapproximation",
     chapter="4.2",
     paper="Wang et al. 2019, arXiv:1908.05460",
-    claim="With the weight gradient of a quarter of the convolutions set to zero, ResNet-20 on CIFAR-10 trains 7.1 % faster and loses 1.5 "
-    "points; approximated from one location it trains 3.5 % faster and loses 0.75 (Titan Xp).",
-    cost_model="dW, a third of a convolution's products, is saved in a quarter of the layers and batches: at most 8 %; added for the "
-    "location: a search and a gather of N O C k^2 numbers.",
+    claim="With the weight gradient of a quarter of the convolutions set to zero, ResNet-20 on CIFAR-10 "
+    "trains 7.1 % faster and loses 1.5 points; approximated from one location it trains 3.5 % faster and loses "
+    "0.75 (Titan Xp).",
+    cost_model="dW, a third of a convolution's products, is saved in a quarter of the layers and batches: at "
+    "most 8 %; added for the location: a search and a gather of N O C k^2 numbers.",
 )
 
 REPLACEMENTS = ("zero", "skip", "random", "top", "unbiased")
 SCHEDULES = ("S1", "S2", "S3", "always")
 
 
-def locations(dy, how="top", generator=None):
-    """One location per sample and output channel, and its factor: (index (N, O) into H' W', v (N, O) in
-    fp32).
+def locations(
+    dy: torch.Tensor, how: str = "top", generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one location per sample and output channel, and its factor.
 
-    "top": where |dy| is largest, v the signed sum of the map. "unbiased": drawn with probability |dy| / sum |dy|,
-    v = sign(dy there) sum |dy|, so that E[v at the location] = dy.
+    (index (N, O) into H' W', v (N, O) in fp32). "top": where |dy| is largest, v the signed sum of the map.
+    "unbiased": drawn with probability |dy| / sum |dy|, v = sign(dy there) sum |dy|, so that E[v at the
+    location] = dy.
 
     >>> index, v = locations(torch.tensor([[[[1.0, -5.0], [2.0, 0.0]]]]))
     >>> index.item(), v.item()
@@ -61,14 +65,16 @@ def locations(dy, how="top", generator=None):
     return index[..., 0], maps.gather(2, index)[..., 0].sign() * ends[..., -1]
 
 
-def dw_at(index, v, x, w, product):
-    """dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o]
-    patch(x[n], index[n, o]).
+def dw_at(
+    index: torch.Tensor, v: torch.Tensor, x: torch.Tensor, w: torch.Tensor, product: conv.Convolution
+) -> torch.Tensor:
+    """Return dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere.
 
-    Needs one row of channels per filter tap, sample and output channel; the size of the maps does not matter.
+    dW[o] = sum_n v[n, o] patch(x[n], index[n, o]). Needs one row of channels per filter tap, sample and
+    output channel; the size of the maps does not matter.
 
     >>> x, w = torch.arange(9.0).view(1, 1, 3, 3), torch.zeros(1, 1, 2, 2)
-    >>> dw_at(torch.tensor([[3]]), torch.tensor([[2.0]]), x, w, conv.Convolution()).tolist()  # twice the patch below right
+    >>> dw_at(torch.tensor([[3]]), torch.tensor([[2.0]]), x, w, conv.Convolution()).tolist()  # below right
     [[[[8.0, 10.0], [14.0, 16.0]]]]
     """
     (N, C, H, W), (outputs, _, height, width) = x.shape, w.shape
@@ -87,8 +93,10 @@ def dw_at(index, v, x, w, product):
     return gradient
 
 
-def replacement(how, *, scale=None, generator=None):
-    """The function (dy, x, w, product) -> dW that replaces the exact one.
+def replacement(
+    how: str, *, scale: float | None = None, generator: torch.Generator | None = None
+) -> Callable:
+    """Return the function (dy, x, w, product) -> dW that replaces the exact one.
 
     "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new
     each time. "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of
@@ -117,13 +125,12 @@ def replacement(how, *, scale=None, generator=None):
     return dw
 
 
-def scheduled(schedule, layer, step):
-    """Whether the dW of convolution number `layer` (0 is the stem, which never is) is replaced in batch
-    number `step`.
+def scheduled(schedule: str, layer: int, step: int) -> bool:
+    """Return whether the dW of convolution number `layer` is replaced in batch `step`.
 
-    S1: every fourth layer from the second on, in every batch. S2: every other layer, in every other batch.
-    S3: every layer, in every fourth batch. Each is a quarter of all pairs. "always": every layer, in every
-    batch.
+    0 is the stem, which never is. S1: every fourth layer from the second on, in every batch. S2: every other
+    layer, in every other batch. S3: every layer, in every fourth batch. Each is a quarter of all pairs.
+    "always": every layer, in every batch.
 
     >>> [scheduled("S1", layer, step=0) for layer in range(6)]
     [False, True, False, False, False, True]
@@ -173,8 +180,9 @@ def approximate_gradients_(
 
 @dataclass(frozen=True, kw_only=True)
 class GradientApproximation(Method):
-    """Train with replaced weight gradients. how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see
-    `replacement`.
+    """Train with replaced weight gradients.
+
+    how: one of `REPLACEMENTS`; schedule: see `scheduled`; scale: see `replacement`.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -187,23 +195,25 @@ class GradientApproximation(Method):
     schedule: str = "S1"
     scale: float | None = None
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if self.how == "skip" and run.ranks.size > 1:
             raise BadInput(
-                "gradient approximation: 'skip' needs one process, for among several every parameter gets a gradient"
+                "gradient approximation: 'skip' needs one process, for among several every parameter gets a "
+                "gradient"
             )
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = approximate_gradients_(
-            run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, generator=run.generator(self, share=True), x=x,
-            owner=self,
+            run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, x=x, owner=self,
+            generator=run.generator(self, share=True),
         )  # fmt: skip
         run.state[self] = {"layers": names}
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         conv.revert_(run.model, self)
         names = run.state[self]["layers"]
         convs = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in run.model.modules())
         run.log(
             self,
-            f"dW replaced ({self.how}, {self.schedule}) in {len(names)} of {convs} convolutions: {', '.join(names)}",
+            f"dW replaced ({self.how}, {self.schedule}) in {len(names)} of {convs} convolutions: "
+            + ", ".join(names),
         )

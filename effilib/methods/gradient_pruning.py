@@ -25,9 +25,8 @@ from effilib.methods import Info
 from effilib.training import Method, Run
 
 __all__ = [
-    "INFO", "GradientPruning", "GradientSubsets", "Pruner", "lognormal_threshold", "lognormal_zeros",
-    "normal_quantile", "placements", "prune", "prune_gradients_", "random_subset", "subset_gradients_",
-    "threshold", "zero_fraction",
+    "INFO", "GradientPruning", "GradientSubsets", "Pruner", "lognormal_threshold", "placements", "prune",
+    "prune_gradients_", "subset_gradients_", "threshold", "zero_fraction",
 ]  # fmt: skip
 
 INFO = Info(

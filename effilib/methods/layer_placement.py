@@ -1,10 +1,10 @@
-"""Resource-aware layer placement (Park et al. 2019, arXiv:1901.05803): put each layer where it costs least.
+"""Resource-aware layer placement: put each layer where it costs least.
 
-A parameter server sends all weights to every worker, and receives all gradients from every worker, in every
-synchronous step: its network link is the bottleneck. Convolutions compute much and weigh little, fully
-connected layers the other way round. So the layers up to a *cut* stay with the workers, and those behind it
-run on the server itself: their weights never travel; what travels instead are the activations at the cut and
-their gradients. It is still the same synchronous SGD.
+Park et al. 2019, arXiv:1901.05803. A parameter server sends all weights to every worker, and receives all
+gradients from every worker, in every synchronous step: its network link is the bottleneck. Convolutions
+compute much and weigh little, fully connected layers the other way round. So the layers up to a *cut* stay
+with the workers, and those behind it run on the server itself: their weights never travel; what travels
+instead are the activations at the cut and their gradients. It is still the same synchronous SGD.
 
 Only the paper's abstract was at hand. The traffic and time model below is our own reading of it: it follows
 from what has to be sent. The cut is chosen from a profile of the layers; for a pipeline of several machines,
@@ -14,7 +14,7 @@ import copy
 import itertools
 import math
 import statistics as stats
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,14 +28,21 @@ from effilib.clock import elapsed, interleaved, pause
 from effilib.errors import BadInput
 from effilib.methods import Info
 
+__all__ = [
+    "Chain", "Cluster", "Job", "Layer", "Wire", "alone", "best_cut", "bubble", "estimate", "measure",
+    "pipeline", "profile", "ring_seconds", "server_bytes", "several", "step_seconds", "take_part", "traffic",
+]  # fmt: skip
+
 INFO = Info(
     name="Resource-aware layer placement",
     name_de="Ressourcenbewusste Platzierung von Schichten",
     chapter="6.4",
     paper="Park et al. 2019, arXiv:1901.05803",
-    claim="Placing layers on workers and parameter server by the resources that they use shortens the distributed training of many CNNs "
-    "without loss of accuracy, as the network is the bottleneck of parameter servers.",
-    cost_model="Bytes at the server a step: 4 [2 W P(1..k) + 2 W b A_k] instead of 4 [2 W P]; the server computes the rest.",
+    claim="Placing layers on workers and parameter server by the resources that they use shortens the "
+    "distributed training of many CNNs without loss of accuracy, as the network is the bottleneck of "
+    "parameter servers.",
+    cost_model="Bytes at the server a step: 4 [2 W P(1..k) + 2 W b A_k] instead of 4 [2 W P]; the server "
+    "computes the rest.",
 )
 
 BYTES = 4  # of a number on the wire, fp32
@@ -46,8 +53,10 @@ BYTES = 4  # of a number on the wire, fp32
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A link of the chain. parameters: trainable numbers. outputs: numbers per image that the next one reads
-    (A). flops, seconds: of forward and backward, per image, on a worker.
+    """Describe a link of the chain.
+
+    parameters: trainable numbers. outputs: numbers per image that the next one reads (A). flops, seconds: of
+    forward and backward, per image, on a worker.
 
     >>> Layer(name="fc", parameters=1000, outputs=10).seconds  # not measured yet
     0.0
@@ -62,10 +71,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """W workers, `batch` (b) images on each a step, and a server with a link of `bandwidth` bytes/s.
+    """Describe the machines: workers, and a parameter server with its link.
 
-    server_speed: times a worker's. memory: bytes of the server (None: enough). overlap: computing and sending
-    at the same time.
+    workers: W. batch: b, images on each a step. bandwidth: of the link, bytes/s. server_speed: times a
+    worker's. memory: bytes of the server (None: enough). overlap: computing and sending at the same time.
 
     >>> Cluster(workers=4, batch=32, bandwidth=1e9 / 8).overlap
     False
@@ -79,14 +88,14 @@ class Cluster:
     overlap: bool = False
 
 
-def traffic(layers, k, workers, batch):
-    """Bytes through the server's link in a step when the first k of N layers are on the workers: 4 [2 W
-    P(1..k) + 2 W b A_k].
+def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
+    """Return the bytes through the server's link in a step, 4 [2 W P(1..k) + 2 W b A_k].
 
-    Weights down and gradients up, activations up and their gradients down; k = N is the plain parameter
-    server, where nothing is cut.
+    The first k of N layers are on the workers. Weights down and gradients up, activations up and their
+    gradients down; k = N is the plain parameter server, where nothing is cut.
 
-    >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
+    >>> conv, fc = (Layer(name="", parameters=p, outputs=a) for p, a in ((10, 100), (1000, 10)))
+    >>> layers = [conv, fc]
     >>> traffic(layers, 1, workers=2, batch=1), traffic(layers, 2, workers=2, batch=1)
     (1760, 16160)
     """
@@ -95,11 +104,13 @@ def traffic(layers, k, workers, batch):
     return BYTES * (2 * workers * P + 2 * workers * batch * A)
 
 
-def step_seconds(layers, k, cluster):
-    """T(k): the workers' part, the link and the server's part, one after the other; with overlap the longest
-    of them.
+def step_seconds(layers: Sequence[Layer], k: int, cluster: Cluster) -> float:
+    """Return T(k), the seconds of a step that is cut behind layer k.
 
-    >>> layers = [Layer(name="conv", parameters=10, outputs=100, seconds=2.0), Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
+    The workers' part, the link and the server's part, one after the other; with overlap the longest of them.
+
+    >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
+    >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
     >>> step_seconds(layers, 1, Cluster(workers=2, batch=1))  # 2 on the workers, 2 x 0.5 on the server
     3.0
     """
@@ -112,11 +123,13 @@ def step_seconds(layers, k, cluster):
     return max(parts) if cluster.overlap else sum(parts)
 
 
-def server_bytes(layers, k, cluster):
-    """Memory of the layers behind the cut: weights, gradients and momentum, and the activations of W b images
-    with their gradients.
+def server_bytes(layers: Sequence[Layer], k: int, cluster: Cluster) -> int:
+    """Return the memory of the layers behind the cut, in bytes.
 
-    >>> layers = [Layer(name="conv", parameters=10, outputs=100), Layer(name="fc", parameters=1000, outputs=10)]
+    Weights, gradients and momentum, and the activations of W b images with their gradients.
+
+    >>> conv, fc = (Layer(name="", parameters=p, outputs=a) for p, a in ((10, 100), (1000, 10)))
+    >>> layers = [conv, fc]
     >>> server_bytes(layers, 1, Cluster(workers=2, batch=1))
     13760
     """
@@ -129,13 +142,14 @@ def server_bytes(layers, k, cluster):
     return BYTES * (held + passing)
 
 
-def best_cut(layers, cluster):
-    """(k, seconds): the cut with the shortest step that fits the server's memory; of equals the one with the
-    least on the server.
+def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
+    """Return (k, seconds) of the cut with the shortest step that fits the server's memory.
 
-    The first layer always stays with the workers, for the images are there.
+    Of equals the one with the least on the server. The first layer always stays with the workers, for the
+    images are there.
 
-    >>> layers = [Layer(name="conv", parameters=10, outputs=100, seconds=2.0), Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
+    >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
+    >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
     >>> best_cut(layers, Cluster(workers=2, batch=1, bandwidth=1000))[0]
     1
     """
@@ -151,15 +165,32 @@ def best_cut(layers, cluster):
     return k, seconds[k]
 
 
-def pipeline(layers, stages, batch, bandwidth=math.inf):
-    """(seconds, cuts): the chain in `stages` pieces, one a machine, so that the slowest piece or link takes
-    the least time.
+def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
+    """Return the seconds of a step without a server: gradients are summed in a ring of the workers.
+
+    Each worker's own link carries 2 (W - 1) / W P numbers.
+
+    >>> layers = [Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
+    >>> ring_seconds(layers, Cluster(workers=2, batch=1, bandwidth=4000))
+    1.5
+    """
+    W, P = cluster.workers, sum(layer.parameters for layer in layers)
+    seconds = cluster.batch * sum(layer.seconds for layer in layers)
+    return seconds + BYTES * 2 * (W - 1) / W * P / cluster.bandwidth
+
+
+def pipeline(
+    layers: Sequence[Layer], stages: int, batch: int, bandwidth: float = math.inf
+) -> tuple[float, tuple[int, ...]]:
+    """Cut the chain in `stages` pieces so that the slowest piece or link takes the least time.
+
+    Returns (seconds, cuts); one machine a piece.
 
     B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m
     stages (PipeDream's straight pipeline); seconds are those of a batch of `batch` images. cuts: how many
     layers lie before each border. O(N^2 S).
 
-    >>> layers = [Layer(name="conv", parameters=1, outputs=1, seconds=seconds) for seconds in (1.0, 1.0, 2.0)]
+    >>> layers = [Layer(name="conv", parameters=1, outputs=1, seconds=s) for s in (1.0, 1.0, 2.0)]
     >>> pipeline(layers, stages=2, batch=1)
     (2.0, (2,))
     """
@@ -183,8 +214,10 @@ def pipeline(layers, stages, batch, bandwidth=math.inf):
     return B[N][stages], tuple(cuts[::-1])
 
 
-def bubble(stages, microbatches):
-    """Share of the time that a machine of a filled-and-drained pipeline waits: (S - 1) / (M + S - 1).
+def bubble(stages: int, microbatches: int) -> float:
+    """Return the share of the time that a pipeline's machine waits: (S - 1) / (M + S - 1).
+
+    The pipeline is filled and drained at every step.
 
     >>> bubble(stages=4, microbatches=12)
     0.2
@@ -196,36 +229,33 @@ def bubble(stages, microbatches):
 
 
 class Chain:
-    """A network as a chain of layers: it can be cut wherever a single tensor flows on, so a residual block is
-    one link.
+    """Follow a network as a chain of layers.
 
-    A link begins at a layer with weights and takes along what follows without (BatchNorm, ReLU, pooling).
-    `part(i, j)` is the network of links i..j-1 with the same parameters under the same names. Raises
-    `BadInput` if the forward pass cannot be followed.
+    It can be cut wherever a single tensor flows on, so a residual block is one link. A link begins at a layer
+    with weights and takes along what follows without (BatchNorm, ReLU, pooling). `part(i, j)` is the network
+    of links i..j-1 with the same parameters under the same names. Raises `BadInput` if the forward pass
+    cannot be followed.
 
     >>> chain = Chain(build("resnet", 4, (1, 8, 8), widths=(4, 8), blocks=(1, 1)))
     >>> chain.names, chain.part(0, 2)(torch.rand(2, 1, 8, 8)).shape
     (['stem', 'stages.0.0', 'stages.1.0', 'head'], torch.Size([2, 4, 8, 8]))
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         try:
             self.traced = fx.symbolic_trace(model)
-        except (
-            Exception
-        ) as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
+        except Exception as error:  # a user's forward may raise anything when it meets a symbol
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BadInput(
-                f"the forward pass of {type(model).__name__} cannot be followed, so it cannot be cut: {reason}"
+                f"the forward pass of {type(model).__name__} cannot be followed, so it cannot be cut: "
+                f"{reason}"
             ) from error
         self.nodes = [n for n in self.traced.graph.nodes if n.op != "output"]
         if [n.op for n in self.nodes].count("placeholder") != 1:
             raise BadInput(f"{type(model).__name__} does not take one tensor of images, so it is no chain")
         place = {n: i for i, n in enumerate(self.traced.graph.nodes)}
-        cuts, alive = (
-            [(1, self.nodes[0])],
-            set(),
-        )  # (how many nodes lie before it, the one tensor that flows over it)
+        # (how many nodes lie before it, the one tensor that flows over it)
+        cuts, alive = [(1, self.nodes[0])], set()
         for i, n in enumerate(self.nodes):
             alive = {v for v in (*alive, n) if any(place[u] > i for u in v.users)}
             if i and len(alive) == 1:
@@ -263,7 +293,7 @@ class Chain:
         return ".".join(common) or f"{names[0]} ... {names[-1]}" if names else "no weights"
 
     def part(self, first, last):
-        """The network of links first..last-1; it shares its layers with the whole."""
+        """Return the network of links first..last-1; it shares its layers with the whole."""
         if not 0 <= first < last <= len(self):
             raise BadInput(f"no part {first}..{last} in a chain of {len(self)} layers")
         (begin, entrance), (end, exit_) = self.borders[first], self.borders[last]
@@ -275,12 +305,13 @@ class Chain:
         return fx.GraphModule(self.traced, graph)
 
     def stages(self, cuts):
-        """The parts between the cuts: a pipeline's stages."""
+        """Return the parts between the cuts: a pipeline's stages."""
         return [self.part(i, j) for i, j in itertools.pairwise((0, *cuts, len(self)))]
 
     def doubts(self, k):
-        """Why training with the links behind k on the server would not give the same weights, in sentences;
-        none if it does.
+        """Return why training that is cut behind k would not give the same weights.
+
+        In sentences; none if it does.
         """
         found = []
         if k < len(self):
@@ -305,7 +336,7 @@ class Chain:
 
 
 def trainable(module):
-    """The parameters that travel and are trained.
+    """Return the parameters that travel and are trained.
 
     >>> frozen = nn.Linear(2, 2).requires_grad_(False)
     >>> len(trainable(nn.Sequential(frozen, nn.Linear(2, 2))))
@@ -314,11 +345,10 @@ def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def profile(chain, shape, *, images=2):
-    """The chain's layers, counted: parameters, numbers at each cut, FLOPs of forward and backward per image.
-    Works on the meta device.
+def profile(chain: Chain, shape: tuple[int, int, int], *, images: int = 2) -> list[Layer]:
+    """Count the chain's layers: parameters, numbers at each cut, FLOPs per image.
 
-    shape: (C, H, W) of the images.
+    FLOPs of forward and backward. Works on the meta device. shape: (C, H, W) of the images.
 
     >>> chain = Chain(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
     >>> [(layer.name, layer.parameters, layer.outputs) for layer in profile(chain, (1, 8, 8))]
@@ -345,8 +375,8 @@ def profile(chain, shape, *, images=2):
     return found
 
 
-def estimate(layers, rate):
-    """The layers with seconds from FLOPs, for a device that does `rate` FLOP/s.
+def estimate(layers: Sequence[Layer], rate: float) -> list[Layer]:
+    """Return the layers with seconds from FLOPs, for a device that does `rate` FLOP/s.
 
     >>> estimate([Layer(name="conv", parameters=10, outputs=5, flops=2e9)], rate=1e9)[0].seconds
     2.0
@@ -354,9 +384,17 @@ def estimate(layers, rate):
     return [replace(layer, seconds=layer.flops / rate) for layer in layers]
 
 
-def measure(chain, layers, x, *, repeats=9, seconds=None):
-    """The layers with measured seconds per image: forward and backward of each on a batch like x (N, C, H,
-    W), interleaved medians.
+def measure(
+    chain: Chain,
+    layers: Sequence[Layer],
+    x: torch.Tensor,
+    *,
+    repeats: int = 9,
+    seconds: float | None = None,
+) -> list[Layer]:
+    """Return the layers with measured seconds per image, interleaved medians.
+
+    Forward and backward of each on a batch like x (N, C, H, W).
 
     >>> chain = Chain(build("convnet", 4, (1, 8, 8), widths=(4, 8)))
     >>> layers = measure(chain, profile(chain, (1, 8, 8)), torch.rand(4, 1, 8, 8), repeats=3)
@@ -387,14 +425,15 @@ def measure(chain, layers, x, *, repeats=9, seconds=None):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Training over several processes. make: () -> the network, with the same initial weights wherever it is
-    called.
+    """Describe a training over several processes.
 
-    cut: links of the chain on the workers (None: all, the plain parameter server). batches: (x, y) of each
-    step, the images of all workers, each of which takes its share in order; the server knows the labels from
-    there. bandwidth: bytes/s that the server's link is slowed down to, by waiting (None: as fast as it is).
+    make: () -> the network, with the same initial weights wherever it is called. cut: links of the chain on
+    the workers (None: all, the plain parameter server). batches: (x, y) of each step, the images of all
+    workers, each of which takes its share in order; the server knows the labels from there. bandwidth:
+    bytes/s that the server's link is slowed down to, by waiting (None: as fast as it is).
 
-    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),))
+    >>> batches = ((torch.rand(4, 1, 8, 8), torch.arange(4)),)
+    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=batches)
     >>> job.cut is None  # the plain parameter server
     True
     """
@@ -408,19 +447,19 @@ class Job:
     bandwidth: float | None = None
 
     def optimizer(self, parameters):
-        """SGD over the given parameters."""
+        """Return SGD over the given parameters."""
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 class Wire:
-    """Sends and receives tensors, and counts their bytes.
+    """Send and receive tensors, and count their bytes.
 
     >>> wire = Wire()
     >>> wire.sent, wire.received
     (0, 0)
     """
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype, self.sent, self.received = dtype, 0, 0
 
     def send(self, tensor, rank):
@@ -430,21 +469,21 @@ class Wire:
         self.sent += cost.size_bytes([tensor])
 
     def receive(self, shape, rank):
-        """A tensor of that shape from a rank."""
+        """Return a tensor of that shape from a rank."""
         tensor = torch.empty(shape, dtype=self.dtype)
         dist.recv(tensor, rank)
         self.received += cost.size_bytes([tensor])
         return tensor
 
 
-def take_part(rank, job):
-    """One rank of synchronous training: the server (rank 0) or a worker. Returns {"parameters" (server),
-    "sent", "received", "seconds"}.
+def take_part(rank: int, job: Job) -> dict:
+    """Be one rank of synchronous training: the server (rank 0) or a worker.
 
-    Buffers, such as BatchNorm's running statistics, stay with their worker.
+    Returns {"parameters" (server), "sent", "received", "seconds"}. Buffers, such as BatchNorm's running
+    statistics, stay with their worker.
 
     >>> from functools import partial
-    >>> from effilib import processes
+    >>> from effilib.distributed import processes
     >>> make = partial(build, "convnet", 4, (1, 8, 8), widths=(4, 8), bn=False)
     >>> job = Job(make=make, batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),), cut=1)
     >>> server, worker = processes.run(take_part, 2, job)
@@ -483,17 +522,17 @@ def take_part(rank, job):
 
 
 def serve(wire, near, far, optimizer, y, workers, shape):
-    """The server's step. `far`, the layers behind the cut, sees the activations of all workers at once; its
-    loss is their mean.
+    """Take the server's step.
+
+    far: the layers behind the cut; they see the activations of all workers at once, the loss is their mean.
     """
     ranks = range(1, workers + 1)
     weights = parameters_to_vector(trainable(near))
     for r in ranks:
         wire.send(weights, r)
     if far:
-        A = torch.cat(
-            [wire.receive((len(y) // workers, *shape), r) for r in ranks]
-        ).requires_grad_()  # (W b, ...)
+        received = [wire.receive((len(y) // workers, *shape), r) for r in ranks]
+        A = torch.cat(received).requires_grad_()  # (W b, ...)
         F.cross_entropy(far(A), y).backward()
         for r, dA in zip(ranks, A.grad.chunk(workers), strict=True):
             wire.send(dA, r)
@@ -507,8 +546,9 @@ def serve(wire, near, far, optimizer, y, workers, shape):
 
 
 def work(wire, near, whole, x, y):
-    """A worker's step: pull the weights, forward, get the gradient at the cut (or from the loss), backward,
-    push the gradients.
+    """Take a worker's step.
+
+    Pull the weights, forward, get the gradient at the cut (or from the loss), backward, push the gradients.
     """
     parameters = trainable(near)
     with torch.no_grad():
@@ -520,20 +560,13 @@ def work(wire, near, whole, x, y):
     else:
         wire.send(out, 0)
         gradients = torch.autograd.grad(out, parameters, wire.receive(out.shape, 0), allow_unused=True)
-    wire.send(
-        torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).flatten()
-                for p, g in zip(parameters, gradients, strict=True)
-            ]
-        ),
-        0,
-    )
+    pairs = zip(parameters, gradients, strict=True)
+    wire.send(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]), 0)
 
 
 @torch.no_grad()
 def near_shape(near, x):
-    """Shape of what one image sends over the cut.
+    """Return the shape of what one image sends over the cut.
 
     >>> near_shape(nn.Conv2d(1, 4, 3), torch.zeros(1, 1, 8, 8))
     torch.Size([4, 6, 6])
@@ -544,10 +577,13 @@ def near_shape(near, x):
     return shape
 
 
-def alone(job):
-    """The same training in this one process, on whole batches: dict name -> parameter. The slow oracle.
+def alone(job: Job) -> dict[str, torch.Tensor]:
+    """Train the same in this one process, on whole batches: the slow oracle.
 
-    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=((torch.rand(4, 1, 8, 8), torch.arange(4)),))
+    Returns dict name -> parameter.
+
+    >>> batches = ((torch.rand(4, 1, 8, 8), torch.arange(4)),)
+    >>> job = Job(make=lambda: build("convnet", 4, (1, 8, 8), widths=(4, 8)), batches=batches)
     >>> list(alone(job))[:2]
     ['features.0.weight', 'features.1.weight']
     """
@@ -561,7 +597,7 @@ def alone(job):
 
 
 class Pack(torch.autograd.Function):
-    """The identity, laid out for sending: contiguous forward, and its gradient contiguous too.
+    """Lay out a tensor for sending: contiguous forward, and its gradient contiguous too.
 
     >>> Pack.apply(torch.ones(2, 3).T).is_contiguous()
     True
@@ -577,7 +613,7 @@ class Pack(torch.autograd.Function):
 
 
 class Stage(nn.Module):
-    """A part of the chain between two links.
+    """Run a part of the chain between two links.
 
     >>> Stage(nn.ReLU())(torch.tensor([-1.0, 2.0])).tolist()
     [0.0, 2.0]
@@ -592,11 +628,11 @@ class Stage(nn.Module):
 
 
 def pipelined(rank, make, cuts, x, y, microbatches):
-    """Gradients of this rank's stage, by name, through `torch.distributed.pipelining`: a step of GPipe over
-    the parts between the cuts.
+    """Return the gradients of this rank's stage of a pipeline, by name.
 
-    x is cut into `microbatches` equal pieces, and the loss is their mean; so a BatchNorm sees other
-    statistics than in one process. Ranks without a stage return {}."""
+    A step of GPipe over the parts between the cuts, by `torch.distributed.pipelining`. x is cut into
+    `microbatches` equal pieces, and the loss is their mean; so a BatchNorm sees other statistics than in one
+    process. Ranks without a stage return {}."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     stages = Chain(make().train()).stages(cuts)
@@ -611,9 +647,10 @@ def pipelined(rank, make, cuts, x, y, microbatches):
     return {n: p.grad for n, p in part.named_parameters()}
 
 
-def several(rank, calls):
-    """Several (function, arguments) one after the other in the same processes, for starting them takes longer
-    than what they do.
+def several(rank: int, calls: Sequence[tuple]) -> list:
+    """Call several (function, arguments) one after the other in the same processes.
+
+    Starting them takes longer than what they do.
 
     >>> several(2, [(pow, (3,)), (max, (5, 1))])  # pow(2, 3), max(2, 5, 1)
     [8, 5]

@@ -1,12 +1,11 @@
-"""Layer replacement under a time budget: the thesis' word taken literally, and the second half of chapter
-6.4.
+"""Layer replacement under a time budget: the second half of chapter 6.4.
 
-Each 3x3 convolution may be replaced by a cheaper structure. What that saves is *measured*, per layer, as a
-training step in the real number format and layout, for FLOPs promise more than they keep. What it may cost is
-scored: before training by the Fisher potential (Turner et al. 2020, BlockSwap, arXiv:1906.04113), for a
-trained network by the part of its weights that the cheaper structure cannot hold. A multiple-choice knapsack
-finds the least damage that fits the budget. A guard then rebuilds the network, measures its whole training
-step, and takes back what did not pay.
+The thesis' word taken literally. Each 3x3 convolution may be replaced by a cheaper structure. What that saves
+is *measured*, per layer, as a training step in the real number format and layout, for FLOPs promise more than
+they keep. What it may cost is scored: before training by the Fisher potential (Turner et al. 2020, BlockSwap,
+arXiv:1906.04113), for a trained network by the part of its weights that the cheaper structure cannot hold. A
+multiple-choice knapsack finds the least damage that fits the budget. A guard then rebuilds the network,
+measures its whole training step, and takes back what did not pay.
 
 The outcome is a plan, plain values that go into JSON: the same seed and the same plan give the same weights.
 """
@@ -17,6 +16,7 @@ import json
 import math
 import os
 import statistics as stats
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -25,13 +25,13 @@ from torch import nn
 
 from effilib import clock, models, paths, provenance, surgery
 from effilib.clock import elapsed, interleaved
-from effilib.data import Batches
+from effilib.data import Batches, Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.training import (
-    EVALUATIONS,
     LAYOUTS,
     History,
+    Recipe,
     autocast,
     resolve_layout,
     resolve_precision,
@@ -39,15 +39,23 @@ from effilib.training import (
     train,
 )
 
+__all__ = [
+    "LayerReplacement", "Replacement", "Setting", "Site", "factors", "fisher_potential", "fits", "guard",
+    "knapsack", "latencies", "parts", "pick", "potentials", "replace_", "replacement", "say", "sites",
+    "spectral", "survey",
+]  # fmt: skip
+
 INFO = Info(
     name="Resource-aware layer replacement",
     name_de="Ressourcenbewusste Schichten",
     chapter="6.4",
     paper="Park et al. 2019, arXiv:1901.05803",
-    claim="Placing layers by the resources that they use shortens distributed training without loss of accuracy (the paper). Replacement: "
-    "layers chosen under a time budget of 0.6 train at 0.7x of the step's time or less, within 2 points of accuracy.",
-    cost_model="A k x k convolution of C to O channels does k^2 C O products a pixel; depthwise-separable k^2 C + C O, in g groups "
-    "k^2 C^2 / g + C O, a bottleneck (C^2 + k^2 C O / r + O^2) / r, of low rank d k^2 C d + d O, spatial k d (C + O).",
+    claim="Placing layers by the resources that they use shortens distributed training without loss of "
+    "accuracy (the paper). Replacement: with layers chosen under a budget of 0.6 of a step's time a "
+    "network reaches the same accuracy 1.43x as fast, search included.",
+    cost_model="A k x k convolution of C to O channels does k^2 C O products a pixel; depthwise-separable "
+    "k^2 C + C O, in g groups k^2 C^2 / g + C O, a bottleneck (C^2 + k^2 C O / r + O^2) / r, of low rank d "
+    "k^2 C d + d O, spatial k d (C + O).",
 )
 
 # From the least saving to the most at equal widths; where two do equal damage, the earlier one is taken.
@@ -63,11 +71,8 @@ CANDIDATES = (
     "bneck/4",
 )
 ORIGINAL = "conv"
-ACTIVATED = (
-    "dwsep",
-    "group",
-    "bneck",
-)  # BatchNorm and ReLU between their parts, as in BlockSwap; the others factorise W
+# BatchNorm and ReLU between their parts, as in BlockSwap; the others factorise W
+ACTIVATED = ("dwsep", "group", "bneck")
 
 
 # The candidates
@@ -75,8 +80,9 @@ ACTIVATED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A convolution where it stands: C -> O channels, its geometry, and the images that it reads, (N, C, H,
-    W) of `dtype`.
+    """Describe a convolution where it stands.
+
+    C -> O channels, its geometry, and the images that it reads, (N, C, H, W) of `dtype`.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
     >>> site.flops(), site.flops("dwsep")
@@ -94,8 +100,8 @@ class Site:
     W: int = 1
     dtype: str = "float32"
 
-    def flops(self, candidate=ORIGINAL):
-        """Of the forward pass of a candidate on this site's images."""
+    def flops(self, candidate: str = ORIGINAL) -> int:
+        """Return the FLOPs of the forward pass of a candidate on this site's images."""
         total, (H, W) = 0, (self.H, self.W)
         for C, O, k, s, p, g in parts(candidate, self):  # noqa: E741
             H, W = ((n + 2 * b - a) // c + 1 for n, a, b, c in zip((H, W), k, p, s, strict=True))
@@ -103,9 +109,10 @@ class Site:
         return total
 
 
-def parts(candidate, site):
-    """A candidate's convolutions: (C, O, kernel, stride, padding, groups) each. Raises `BadInput` for an
-    unknown or unfitting one.
+def parts(candidate: str, site: Site) -> list[tuple]:
+    """Return a candidate's convolutions: (C, O, kernel, stride, padding, groups) each.
+
+    Raises `BadInput` for an unknown or unfitting one.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> [(C, O, kernel, groups) for C, O, kernel, _, _, groups in parts("dwsep", site)]
@@ -128,8 +135,8 @@ def parts(candidate, site):
     return [(C, O // r, (k[0], 1), (s[0], 1), (p[0], 0), 1), (O // r, O, (1, k[1]), (1, s[1]), (0, p[1]), 1)]
 
 
-def fits(candidate, site):
-    """Whether a candidate can stand at a site and does fewer products there.
+def fits(candidate: str, site: Site) -> bool:
+    """Return whether a candidate can stand at a site and does fewer products there.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
     >>> fits("group/4", site), fits("group/3", site)  # 3 does not divide 16
@@ -142,7 +149,7 @@ def fits(candidate, site):
 
 
 class Replacement(nn.Sequential):
-    """What stands for a convolution; it reads and writes the same channels.
+    """Stand for a convolution; read and write the same channels.
 
     >>> module = Replacement(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 8, 1))
     >>> module.in_channels, module.out_channels
@@ -151,17 +158,24 @@ class Replacement(nn.Sequential):
 
     @property
     def in_channels(self):
-        """Channels that it reads."""
+        """Return how many channels it reads."""
         return self[0].in_channels
 
     @property
     def out_channels(self):
-        """Channels that it writes."""
+        """Return how many channels it writes."""
         return self[-1].out_channels
 
 
-def replacement(candidate, site, generator=None, *, norm=True, conv=None):
-    """A candidate for a site, as a module of the same input and output shapes.
+def replacement(
+    candidate: str,
+    site: Site,
+    generator: torch.Generator | None = None,
+    *,
+    norm: bool = True,
+    conv: nn.Conv2d | None = None,
+) -> Replacement:
+    """Return a candidate for a site, a module of the same input and output shapes.
 
     Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm:
     BatchNorm between the parts of a candidate that has ReLUs there. conv: a trained convolution; then the
@@ -198,8 +212,9 @@ def replacement(candidate, site, generator=None, *, norm=True, conv=None):
 
 
 def halves(M, d):
-    """(L, R) with L R the best approximation of M (..., m, n) of rank d, the singular values shared out
-    evenly.
+    """Return (L, R) with L R the best approximation of M (..., m, n) of rank d.
+
+    The singular values are shared out evenly.
 
     >>> L, R = halves(torch.diag(torch.tensor([9.0, 4.0, 1.0])), 2)
     >>> [[round(abs(v), 3) for v in row] for row in (L @ R).tolist()]
@@ -213,8 +228,9 @@ def halves(M, d):
 
 
 def matrix(W, candidate):
-    """(M, d): the matrix, or a stack of them, that a candidate holds at rank d of the filters W (O, C, kh,
-    kw).
+    """Return (M, d): the matrix, or a stack of them, that a candidate holds at rank d.
+
+    W: the filters, (O, C, kh, kw).
 
     >>> M, d = matrix(torch.ones(8, 4, 3, 3), "lowrank/2")
     >>> M.shape, d
@@ -230,12 +246,11 @@ def matrix(W, candidate):
     return W.reshape(O, groups, -1).transpose(0, 1), C // groups  # (g, O, C/g kh kw)
 
 
-def factors(W, candidate):
-    """Weights of a candidate's parts whose product comes nearest to the filters W (O, C, kh, kw): linear,
-    without BatchNorm and ReLU.
+def factors(W: torch.Tensor, candidate: str) -> list[torch.Tensor]:
+    """Return weights of a candidate's parts whose product comes nearest to the filters W.
 
-    Truncated singular value decompositions of `matrix`; a bottleneck takes the leading directions of either
-    side (HOSVD, near the best).
+    W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated singular value decompositions of
+    `matrix`; a bottleneck takes the leading directions of either side (HOSVD, near the best).
 
     >>> [w.shape for w in factors(torch.rand(8, 4, 3, 3), "lowrank/2")]
     [torch.Size([4, 4, 3, 3]), torch.Size([8, 4, 1, 1])]
@@ -262,8 +277,10 @@ def _leading(M, d):
     return torch.linalg.svd(M, full_matrices=M.shape[0] > M.shape[1]).U[:, :d]
 
 
-def spectral(W, candidate):
-    """Relative tail of the spectrum, sqrt(sum_{i>d} sigma_i^2 / sum sigma_i^2): the share of ||W|| that a candidate cannot hold, 0..1.
+def spectral(W: torch.Tensor, candidate: str) -> float:
+    """Return the share of ||W|| that a candidate cannot hold, 0..1.
+
+    The relative tail of the spectrum, sqrt(sum_{i>d} sigma_i^2 / sum sigma_i^2).
 
     >>> round(spectral(torch.ones(8, 4, 3, 3), "lowrank/2"), 2)  # of rank 1: nothing is lost
     0.0
@@ -272,18 +289,18 @@ def spectral(W, candidate):
     if candidate == ORIGINAL:
         return 0.0
     if candidate.startswith("bneck"):
-        lost = (
-            1 - factors(W, candidate)[1].square().sum() / W.square().sum()
-        )  # the core keeps the rest: its bases are orthonormal
+        core = factors(W, candidate)[1]  # keeps the rest: its bases are orthonormal
+        lost = 1 - core.square().sum() / W.square().sum()
     else:
         M, d = matrix(W, candidate)
         lost = torch.linalg.svdvals(M)[..., d:].square().sum() / W.square().sum()
     return math.sqrt(max(0.0, float(lost)))
 
 
-def fisher_potential(A, dA):
-    """Fisher potential of a layer's output A (N, C, H, W) with gradient dA: sum_c 1/2 mean_n (sum_ij A dA)^2;
-    never negative.
+def fisher_potential(A: torch.Tensor, dA: torch.Tensor) -> float:
+    """Return the Fisher potential of a layer's output A (N, C, H, W) with gradient dA.
+
+    sum_c 1/2 mean_n (sum_ij A dA)^2; never negative.
 
     >>> fisher_potential(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))  # 4^2 / 2
     8.0
@@ -291,9 +308,16 @@ def fisher_potential(A, dA):
     return (A.detach().float() * dA.float()).sum((2, 3)).square().mean(0).sum().item() / 2
 
 
-def potentials(model, names, x, y, context=contextlib.nullcontext):
-    """The Fisher potential of the named layers on one batch: dict name -> float. Only what is needed is
-    differentiated.
+def potentials(
+    model: nn.Module,
+    names: Sequence[str],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    context: Callable = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Return the Fisher potential of the named layers on one batch, by name.
+
+    Only what is needed is differentiated.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> found = potentials(net, ["features.4"], torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
@@ -323,13 +347,17 @@ def potentials(model, names, x, y, context=contextlib.nullcontext):
 # The budget
 
 
-def knapsack(seconds, damages, limit, resolution=0.005):
-    """Multiple-choice knapsack: one choice per layer with the least sum of damages whose seconds sum up to at
-    most `limit`.
+def knapsack(
+    seconds: Sequence[Sequence[float]],
+    damages: Sequence[Sequence[float]],
+    limit: float,
+    resolution: float = 0.005,
+) -> list[int]:
+    """Choose one candidate a layer: the least damage whose seconds sum up to at most `limit`.
 
-    seconds, damages: a list per layer. Integer dynamic program over 1 / resolution bins; costs are rounded
-    up, so the limit holds whatever the rounding. Returns the choice of each layer; of equals the first.
-    Raises `BadInput` if nothing fits. O(L n C).
+    A multiple-choice knapsack. seconds, damages: a list per layer. Integer dynamic program over 1 /
+    resolution bins; costs are rounded up, so the limit holds whatever the rounding. Returns the choice of
+    each layer; of equals the first. Raises `BadInput` if nothing fits. O(L n C).
 
     >>> knapsack(seconds=[[4.0, 1.0], [4.0, 2.0]], damages=[[0.0, 5.0], [0.0, 1.0]], limit=6.1)
     [0, 1]
@@ -346,8 +374,9 @@ def knapsack(seconds, damages, limit, resolution=0.005):
         best = now
         chosen.append(choice)
     if math.isinf(best[n]):
+        least = 1e3 * sum(map(min, seconds))
         raise BadInput(
-            f"no choice of layers fits into {1e3 * limit:.3g} ms; the fastest takes {1e3 * sum(map(min, seconds)):.3g} ms"
+            f"no choice of layers fits into {1e3 * limit:.3g} ms; the fastest takes {least:.3g} ms"
         )
     b, picks = n, []
     for choice, w in zip(chosen[::-1], costs[::-1], strict=True):
@@ -373,9 +402,12 @@ def swap_(model, name, module):
     return old
 
 
-def sites(model, x, context=contextlib.nullcontext):
-    """The convolutions of `model` that can be replaced, as they meet the images x: (dict name -> `Site`, dict
-    name -> why not).
+def sites(
+    model: nn.Module, x: torch.Tensor, context: Callable = contextlib.nullcontext
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """Return the convolutions that can be replaced, and why the others cannot.
+
+    (dict name -> `Site`, dict name -> why not), as they meet the images x.
 
     >>> found, left = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     >>> list(found), left
@@ -415,11 +447,8 @@ def sites(model, x, context=contextlib.nullcontext):
         }
         left[name] = next((why for why, holds in reasons.items() if holds), "")
         if not left[name]:
-            pad = {"valid": (0, 0), "same": tuple(k // 2 for k in m.kernel_size)}.get(m.padding, m.padding)
-            site = Site(
-                C=m.in_channels, O=m.out_channels, kernel=tuple(m.kernel_size), stride=tuple(m.stride), padding=tuple(pad),
-                bias=m.bias is not None, N=shape[0], H=shape[2], W=shape[3], dtype=str(dtype).removeprefix("torch."),
-            )  # fmt: skip
+            images = dict(N=shape[0], H=shape[2], W=shape[3], dtype=str(dtype).removeprefix("torch."))
+            site = replace(_site(m), **images)
             if m.padding == "same" and any(k % 2 == 0 for k in m.kernel_size):
                 left[name] = "it pads an even filter"
             elif not any(fits(c, site) for c in CANDIDATES):
@@ -430,11 +459,11 @@ def sites(model, x, context=contextlib.nullcontext):
     return found, left
 
 
-def replace_(model, plan, seed=0, *, trained=False):
-    """Replace the layers that a plan names, in place, with weights drawn from `seed`. Returns their names.
+def replace_(model: nn.Module, plan: dict, seed: int = 0, *, trained: bool = False) -> list[str]:
+    """Replace the layers that a plan names, in place, with weights drawn from `seed`.
 
-    trained: take the best linear factorisation of the weights that are there instead. Raises `NoEffect` for a
-    plan without layers and `BadInput` for one of another network.
+    Returns their names. trained: take the best linear factorisation of the weights that are there instead.
+    Raises `NoEffect` for a plan without layers and `BadInput` for one of another network.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> replace_(net, {"layers": {"features.4": "dwsep"}, "norm": True}), type(net.features[4]).__name__
@@ -470,8 +499,9 @@ def _site(conv):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """In what a step is measured: number format, layout, device; how many rounds, and the seconds after which
-    they end early.
+    """Say in what a step is measured: number format, layout, device.
+
+    repeats: rounds; they end early after so many seconds.
 
     >>> Setting.of(Recipe(precision="fp32", memory_format="contiguous"), "cpu", repeats=3)
     Setting(precision='fp32', layout='contiguous', device='cpu', repeats=3, seconds=20.0)
@@ -484,8 +514,8 @@ class Setting:
     seconds: float = 20.0
 
     @classmethod
-    def of(cls, recipe, device, **settings):
-        """The one in which a recipe trains on a device."""
+    def of(cls, recipe: Recipe, device, **settings) -> "Setting":
+        """Return the one in which a recipe trains on a device."""
         return cls(
             precision=resolve_precision(recipe.precision, device),
             layout=resolve_layout(recipe, device),
@@ -494,23 +524,24 @@ class Setting:
         )
 
     def context(self):
-        """Its number format, for a `with`."""
+        """Return its number format, for a `with`."""
         return autocast(self.precision, self.device)
 
     def interleaved(self, functions):
-        """`clock.interleaved` on its device, as often as it says."""
+        """Call `clock.interleaved` on its device, as often as it says."""
         return interleaved(
             functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds
         )
 
 
-def latencies(found, candidates, setting, *, norm=True):
-    """Seconds of each candidate's training step (forward, backward, update) at each site: (name -> candidate
-    -> s, seconds cached).
+def latencies(
+    found: dict[str, Site], candidates: Sequence[str], setting: Setting, *, norm: bool = True
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Measure each candidate's training step (forward, backward, update) at each site.
 
-    Sites of the same sizes are measured once, the original and all candidates interleaved, and kept on disk
-    by sizes, number format, layout, device and version; `cached` is what measuring those took that come from
-    there.
+    Returns (name -> candidate -> seconds, seconds cached). Sites of the same sizes are measured once, the
+    original and all candidates interleaved, and kept on disk by sizes, number format, layout, device and
+    version; `cached` is what measuring those took that come from there.
 
     >>> found, _ = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     >>> seconds, cached = latencies(found, ["dwsep"], Setting(repeats=3))
@@ -518,12 +549,8 @@ def latencies(found, candidates, setting, *, norm=True):
     ['conv', 'dwsep']
     """
     m = clock.machine(setting.device)
-    where = {
-        "precision": setting.precision,
-        "layout": setting.layout,
-        "norm": norm,
-        **{k: m[k] for k in ("device", "threads", "torch")},
-    }
+    where = {"precision": setting.precision, "layout": setting.layout, "norm": norm}
+    where |= {k: m[k] for k in ("device", "threads", "torch")}
     folder = paths.make(paths.cache() / "latency")
     files, tables, functions = {}, {}, {}
     for site in set(found.values()):
@@ -545,9 +572,7 @@ def latencies(found, candidates, setting, *, norm=True):
             "spent": spent / len(missing),
             "seconds": seconds,
         }
-        if not os.environ.get(
-            "EFFILIB_SHARED"
-        ):  # other notebooks run at the same time: such times are not kept
+        if not os.environ.get("EFFILIB_SHARED"):  # else other notebooks run too: such times are not kept
             paths.write(files[site], tables[site])
     return {name: tables[site]["seconds"] for name, site in found.items()}, cached
 
@@ -577,14 +602,23 @@ def _layer_step(candidate, site, setting, norm):
     return step
 
 
-def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=0):
-    """What each candidate takes and damages at each layer, and what the whole step takes; the model is left
-    as it was.
+def survey(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    setting: Setting,
+    *,
+    score: str = "fisher",
+    candidates: Sequence[str] = CANDIDATES,
+    seed: int = 0,
+) -> dict:
+    """Measure what each candidate takes and damages at each layer, and the whole step.
 
-    x, y: one batch of training images, in the layout of training. score: "fisher" or "spectral" (of a trained
-    network). Returns plain values: {"layers": {name: {candidate: {"seconds", "damage", "flops"}}}, "left":
-    {name: why}, "step": seconds, "norm", "score", "cached"}; a Fisher damage is the loss of potential as a
-    share of the network's. Raises `NoEffect` where no layer can be replaced.
+    The model is left as it was. x, y: one batch of training images, in the layout of training. score:
+    "fisher" or "spectral" (of a trained network). Returns plain values: {"layers": {name: {candidate:
+    {"seconds", "damage", "flops"}}}, "left": {name: why}, "step": seconds, "norm", "score", "cached"}; a
+    Fisher damage is the loss of potential as a share of the network's. Raises `NoEffect` where no layer can
+    be replaced.
 
     >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
     >>> found = survey(net, x, y, Setting(repeats=3), candidates=("dwsep",))
@@ -627,15 +661,15 @@ def survey(model, x, y, setting, *, score="fisher", candidates=CANDIDATES, seed=
     return {"layers": layers, "left": left, "step": step, "norm": norm, "score": score, "cached": cached}
 
 
-def pick(found, budget):
-    """A plan from a survey: the least damage with which the whole step is foreseen to take `budget` of its
-    time.
+def pick(found: dict, budget: float) -> dict:
+    """Choose a plan from a survey: the least damage within `budget` of the step's time, as foreseen.
 
     What is not replaceable (the step less its replaceable layers) is taken to stay. Where the budget cannot
     be reached, every layer takes its fastest candidate, and the plan's note says so.
 
     >>> layer = {"conv": {"seconds": 4.0, "damage": 0.0}, "dwsep": {"seconds": 1.0, "damage": 0.1}}
-    >>> plan = pick({"layers": {"features.4": layer}, "step": 10.0, "norm": True, "score": "fisher"}, budget=0.8)
+    >>> found = {"layers": {"features.4": layer}, "step": 10.0, "norm": True, "score": "fisher"}
+    >>> plan = pick(found, budget=0.8)
     >>> plan["layers"], plan["foreseen"]
     ({'features.4': 'dwsep'}, 0.7)
     """
@@ -655,7 +689,10 @@ def pick(found, budget):
     except BadInput:
         picks = [s.index(min(s)) for s in seconds]
         least = (rest + sum(map(min, seconds))) / found["step"]
-        note = f"a budget of {budget:g} cannot be reached: with the fastest layers {least:.2f} of the step is left; they were taken"
+        note = (
+            f"a budget of {budget:g} cannot be reached: with the fastest layers {least:.2f} of the step is "
+            "left; they were taken"
+        )
     foreseen = (rest + sum(s[c] for s, c in zip(seconds, picks, strict=True))) / found["step"]
     chosen = {n: list(layer)[c] for n, layer, c in zip(names, choices, picks, strict=True)}
     return {
@@ -673,13 +710,22 @@ def _worthwhile(choices):
     return {c: v for c, v in choices.items() if c == ORIGINAL or v["seconds"] < choices[ORIGINAL]["seconds"]}
 
 
-def guard(model, plan, x, y, setting, *, seed=0, least=0.05):
-    """The plan less what did not pay when the whole training step of the rebuilt network is measured; the
-    model is left as it was.
+def guard(
+    model: nn.Module,
+    plan: dict,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    setting: Setting,
+    *,
+    seed: int = 0,
+    least: float = 0.05,
+) -> dict:
+    """Take back what does not pay when the whole training step is measured.
 
-    A replacement pays if the step is slower with that layer alone put back, by the median of interleaved
-    rounds. If the whole step falls by less than `least`, everything is taken back. Adds "reverted" and
-    "measured" (share of the original's step) to the plan.
+    Returns the plan without it; the model is left as it was. A replacement pays if the step is slower with
+    that layer alone put back, by the median of interleaved rounds. If the whole step falls by less than
+    `least`, everything is taken back. Adds "reverted" and "measured" (share of the original's step) to the
+    plan.
 
     >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
     >>> plan = guard(net, {"layers": {"features.4": "dwsep"}, "norm": True}, x, y, Setting(repeats=3))
@@ -757,14 +803,13 @@ def _optimizer(parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReplacement:
-    """An arm's `fit`: survey, choice and guard, on the clock, then training of the rebuilt network from
-    scratch.
+    """Survey, choose and guard, on the clock, then train the rebuilt network from scratch.
 
-    budget: of the step's time. plan: JSON of a plan to replay instead; nothing is measured then. The latency
-    table is charged to every seed with what it took, also where it comes from the cache. The plan stands in
-    the history's events and structure.
+    For `Arm.fit`: (task, seed) -> `History`. budget: of the step's time. plan: JSON of a plan to replay
+    instead; nothing is measured then. The latency table is charged to every seed with what it took, also
+    where it comes from the cache. The plan stands in the history's events and structure.
 
-    >>> fit = LayerReplacement(plan='{"layers": {"stages.0.0.conv1": "dwsep"}, "norm": true}', evaluations=1)
+    >>> fit = LayerReplacement(plan='{"layers": {"stages.0.0.conv1": "dwsep"}, "norm": true}')
     >>> fit(task("smoke", "synthetic"), seed=0).events[0]["text"]
     'stages.0.0.conv1 -> dwsep'
     """
@@ -774,9 +819,8 @@ class LayerReplacement:
     candidates: tuple = CANDIDATES
     repeats: int = 7
     plan: str = ""
-    evaluations: int = EVALUATIONS
 
-    def __call__(self, task, seed):
+    def __call__(self, task, seed: int) -> History:
         dataset = task.load()
         model, before = task.build(dataset, seed), History()
         structure = models.describe(model)
@@ -788,38 +832,28 @@ class LayerReplacement:
                 replace_(model, plan, seed)
             seconds = t() + cached
         if not self.plan:
-            before = History(
-                seconds=seconds,
-                raw_seconds=seconds,
-                kinds={"search": {"count": 1, "seconds": seconds, "median": seconds}},
-            )
+            kinds = {"search": {"count": 1, "seconds": seconds}}
+            before = History(seconds=seconds, raw_seconds=seconds, kinds=kinds)
         before.events = [
             {"step": 0, "epoch": 0, "method": type(self).__name__, "text": say(plan), "plan": plan}
         ]
-        after = train(model, dataset, task.recipe, (), seed, evaluations=self.evaluations)
+        after = train(model, dataset, task.recipe, (), seed)
         return replace(before + after, structure={**structure, "replaced": plan["layers"]})
 
-    def search(self, model, dataset, recipe, seed):
-        """(plan, seconds charged for what came from the cache)."""
+    def search(self, model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int) -> tuple[dict, float]:
+        """Return (plan, seconds charged for what came from the cache)."""
         setting = Setting.of(recipe, dataset.device, repeats=self.repeats)
-        x, y = next(
-            iter(
-                Batches(
-                    dataset,
-                    recipe.batch_size,
-                    stream(seed, "layer replacement"),
-                    augmentation=recipe.augmentation,
-                )
-            )
-        )
+        g = stream(seed, "layer replacement")
+        batches = Batches(dataset, recipe.batch_size, g, augmentation=recipe.augmentation)
+        x, y = next(iter(batches))
         net = copy.deepcopy(model).to(memory_format=LAYOUTS[setting.layout])
         x = x.contiguous(memory_format=LAYOUTS[setting.layout])
         found = survey(net, x, y, setting, score=self.score, candidates=self.candidates, seed=seed)
         return guard(net, pick(found, self.budget), x, y, setting, seed=seed), found["cached"]
 
 
-def say(plan):
-    """A plan in a sentence.
+def say(plan: dict) -> str:
+    """Return a plan as a sentence.
 
     >>> say({"layers": {"features.4": "dwsep"}})
     'features.4 -> dwsep'

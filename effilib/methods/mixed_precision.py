@@ -19,12 +19,9 @@ from torch import nn
 
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
 
-__all__ = [
-    "INFO", "HalfBatchNorm2d", "HalfConv2d", "HalfLinear", "LossScaler", "MixedPrecision", "Round",
-    "emulate_fp16_", "round_to",
-]  # fmt: skip
+__all__ = ["INFO", "HalfConv2d", "LossScaler", "MixedPrecision", "Round", "emulate_fp16_", "round_to"]
 
 INFO = Info(
     name="Mixed precision",
@@ -60,11 +57,11 @@ class Round(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         return round_to(x)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy: torch.Tensor) -> torch.Tensor:
         return round_to(dy)
 
 
@@ -76,7 +73,7 @@ class HalfConv2d(nn.Conv2d):
     True
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Round.apply(self._conv_forward(Round.apply(x), Round.apply(self.weight), self.bias))
 
 
@@ -88,7 +85,7 @@ class HalfLinear(nn.Linear):
     True
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Round.apply(nn.functional.linear(Round.apply(x), Round.apply(self.weight), self.bias))
 
 
@@ -100,7 +97,7 @@ class HalfBatchNorm2d(nn.BatchNorm2d):
     True
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Round.apply(super().forward(x))
 
 
@@ -208,7 +205,7 @@ class MixedPrecision(Method):
     dynamic: bool = True  # skip overflowing steps, grow and back off; else S stays and every step is taken
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if run.precision not in ("fp32", "tf32"):
             raise BadInput(
                 f"mixed precision: fp16 is emulated, which needs precision 'fp32', not {run.precision!r}"
@@ -217,7 +214,7 @@ class MixedPrecision(Method):
         factors = {"growth": 2.0, "backoff": 0.5} if self.dynamic else {"growth": 1.0, "backoff": 1.0}
         run.scaler = LossScaler(self.scale, **factors, interval=self.interval, skip=self.dynamic)
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: Run) -> None:
         if not self.master:
             with torch.no_grad():
                 for p in run.model.parameters():
@@ -226,7 +223,7 @@ class MixedPrecision(Method):
                         if isinstance(buffer, torch.Tensor):
                             buffer.copy_(round_to(buffer))
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         run.log(
             self,
             f"S ended at {run.scaler.S:g}, {run.scaler.skipped} steps were skipped",

@@ -1,5 +1,4 @@
-"""Net2Net (Chen, Goodfellow & Shlens 2016, arXiv:1511.05641): a larger network starts from what a smaller one
-has learnt.
+"""Net2Net (Chen, Goodfellow & Shlens 2016, arXiv:1511.05641): a larger network starts from a smaller one.
 
 Net2WiderNet: new channels are copies of old ones, and what reads them divides its weights among the copies.
 Net2DeeperNet: new layers begin as the identity. Either way the student computes at first exactly what the
@@ -7,41 +6,58 @@ teacher does, so training goes on from there. Exact copies receive exact copies 
 something has to break the symmetry.
 
 Beside it GradMax (Evci et al. 2022, arXiv:2201.05125): new channels read with zero weights, and write into
-the direction in which the gradient of those weights is largest."""
+the direction in which the gradient of those weights is largest.
+"""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import surgery
-from effilib.data import Batches
+from effilib import models, surgery
+from effilib.data import Batches, Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.tasks import Task
+from effilib.training import History, Method, Recipe, Run, stream, train
+
+__all__ = [
+    "BREAKERS",
+    "Grown",
+    "Net2Net",
+    "deepen_",
+    "gradmax_",
+    "gradmax_directions",
+    "grow_",
+    "replication",
+    "thin_",
+    "uneven_shares",
+    "widen_",
+]
 
 INFO = Info(
     name="Net2Net",
     name_de="Net2Net",
     chapter="6.2",
     paper="Chen, Goodfellow & Shlens 2016, arXiv:1511.05641",
-    claim="A wider or deeper network that starts from a trained smaller one converges faster than from a random start, to the same "
-    "accuracy; the smaller one's own training is not counted.",
-    cost_model="Same FLOPs a step as the larger network from scratch, fewer steps to the target. The teacher's training is free only "
-    "where the teacher was there anyway.",
+    claim="A wider or deeper network that starts from a trained smaller one converges faster than from a "
+    "random start, to the same accuracy; the smaller one's own training is not counted.",
+    cost_model="Same FLOPs a step as the larger network from scratch, fewer steps to the same accuracy. The "
+    "teacher's training is free only where the teacher was there anyway.",
 )
 
 BREAKERS = ("noise", "uneven", "pair", "none", "random")
-SHARE_OF_NORM = (
-    0.5  # GradMax: norm of a new channel's outgoing weights over the mean of the old ones (authors' code)
-)
+# GradMax: norm of a new channel's outgoing weights over the mean of the old ones (authors' code)
+SHARE_OF_NORM = 0.5
 SPARK = 1e-2  # GradMax: shift of new channels, because the derivative of ReLU at 0 is 0
 
 
-def replication(n, q, generator=None):
-    """The map g: which old channel each of q new ones copies (section 3.2). The first n are themselves, the
-    rest drawn. (q,)
+def replication(n: int, q: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return the map g: which old channel each of q new ones copies, (q,).
+
+    The first n are themselves, the rest drawn (section 3.2).
 
     >>> g = replication(2, 4, torch.Generator().manual_seed(0))
     >>> g[:2].tolist(), set(g[2:].tolist()) <= {0, 1}
@@ -50,9 +66,10 @@ def replication(n, q, generator=None):
     return torch.cat([torch.arange(n), torch.randint(n, (q - n,), generator=generator)])
 
 
-def uneven_shares(index, generator=None):
-    """Shares of the outgoing weights, drawn from [0.5, 1.5) and scaled so that a channel's copies add up to
-    1. (q,)
+def uneven_shares(index: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return shares of the outgoing weights that add up to 1 over a channel's copies, (q,).
+
+    Drawn from [0.5, 1.5) and scaled. index: (q,), whose copy each channel is.
 
     >>> shares = uneven_shares(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
     >>> shares[0].item(), round(shares[1:].sum().item(), 6), (shares[1] == shares[2]).item()
@@ -64,8 +81,17 @@ def uneven_shares(index, generator=None):
 
 
 @torch.no_grad()
-def widen_(node, q, optimizer=None, *, breaker="noise", noise=0.05, generator=None, ema=None):
-    """Net2Wider: give a node q channels, in place. The function is kept, but for the noise.
+def widen_(
+    node: surgery.Node,
+    q: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    breaker: str = "noise",
+    noise: float = 0.05,
+    generator: torch.Generator | None = None,
+    ema: nn.Module | None = None,
+) -> torch.Tensor:
+    """Give a node q channels in place (Net2Wider); the function is kept, but for the noise.
 
     breaker: how copies become different. "noise": a share `noise` of each producer's standard deviation is
     added to the weights of the new copies (the paper: "a small amount"). "uneven": the copies share the
@@ -175,14 +201,21 @@ def _follow_(node, n, ema):
 
 
 @torch.no_grad()
-def deepen_(model, where, optimizer=None, *, x=None, generator=None, ema=None):
-    """Net2Deeper, in place: a new layer or block behind `where`, which changes nothing. Returns the new one's
-    name.
+def deepen_(
+    model: nn.Module,
+    where: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    x: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    ema: nn.Module | None = None,
+) -> str:
+    """Add a layer or block behind `where` in place (Net2Deeper); it changes nothing.
 
-    where: a residual block (a block with zero in its last BatchNorm's scale follows: exact in eval and in
-    training), or a ReLU in a Sequential (an identity convolution, BatchNorm and ReLU follow: exact in eval;
-    in training on the batch x: (N, C, H, W), whose moments BatchNorm is set to undo, and nearly so on
-    others).
+    Returns the new one's name. where: a residual block (a block with zero in its last BatchNorm's scale
+    follows: exact in eval and in training), or a ReLU in a Sequential (an identity convolution, BatchNorm and
+    ReLU follow: exact in eval; in training on the batch x: (N, C, H, W), whose moments BatchNorm is set to
+    undo, and nearly so on others).
 
     >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -216,14 +249,14 @@ def _moments(model, where, x):
     return h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)
 
 
-def gradmax_directions(M, k, k1, k2, stride=1):
-    """GradMax's outgoing weights for k new channels: those that make the gradient of zero incoming weights
-    largest.
+def gradmax_directions(M: torch.Tensor, k: int, k1: int, k2: int, stride: int = 1) -> torch.Tensor:
+    """Return GradMax's outgoing weights for k new channels.
 
-    M: (c_out, c_in, K, K), the gradient of the loss with respect to the kernel of one convolution that would
-    go from the new channels' input straight to their readers' output; K = k1 + stride (k2 - 1). As dL/dV = A
-    Omega with A[(i, a), (o, b)] = M[o, i, a + stride b], they are the right singular vectors of A with the
-    largest singular values. Returns (k, c_out, k2, k2), of norm 1, orthogonal.
+    They make the gradient of zero incoming weights largest. M: (c_out, c_in, K, K), the gradient of the loss
+    with respect to the kernel of one convolution that would go from the new channels' input straight to their
+    readers' output; K = k1 + stride (k2 - 1). As dL/dV = A Omega with A[(i, a), (o, b)] = M[o, i, a + stride
+    b], they are the right singular vectors of A with the largest singular values. Returns (k, c_out, k2, k2),
+    of norm 1, orthogonal.
 
     >>> directions = gradmax_directions(torch.rand(4, 2, 5, 5), k=3, k1=3, k2=3)
     >>> directions.shape, directions.flatten(1).norm(dim=1).round().tolist()
@@ -238,20 +271,30 @@ def gradmax_directions(M, k, k1, k2, stride=1):
     return V[:k].view(k, o, k2, k2).to(M.dtype)
 
 
-def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
-    """Give a node q channels in GradMax's way, in place. x: (N, C, H, W), y: (N,): the batch whose gradient
-    counts.
+def gradmax_(
+    node: surgery.Node,
+    q: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    spark: float = SPARK,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Give a node q channels in GradMax's way, in place.
 
-    New channels read with zero weights and write in the directions of `gradmax_directions`, scaled to half of
-    the old ones' mean norm. PyTorch's ReLU has derivative 0 at 0, so that such a channel would be dead: it
-    gets a shift `spark`. To keep the function all the same, channels come in pairs that write with opposite
-    signs; an odd one out writes nothing. A BatchNorm on an all-zero channel multiplies gradients by scale /
-    sqrt(eps), so its scale is sqrt(eps). Returns the singular directions used, (pairs, c_out, k2, k2). Raises
-    `BadInput` unless the node has one producer and one consumer, both convolutions, with nothing between that
-    changes the size, and a bias or BatchNorm for the shift.
+    x: (N, C, H, W), y: (N,): the batch whose gradient counts. New channels read with zero weights and write
+    in the directions of `gradmax_directions`, scaled to half of the old ones' mean norm. PyTorch's ReLU has
+    derivative 0 at 0, so that such a channel would be dead: it gets a shift `spark`. To keep the function all
+    the same, channels come in pairs that write with opposite signs; an odd one out writes nothing. A
+    BatchNorm on an all-zero channel multiplies gradients by scale / sqrt(eps), so its scale is sqrt(eps).
+    Returns the singular directions used, (pairs, c_out, k2, k2). Raises `BadInput` unless the node has one
+    producer and one consumer, both convolutions, with nothing between that changes the size, and a bias or
+    BatchNorm for the shift.
 
     >>> net = build("vgg", 4, (1, 8, 8), widths=((4,), (8, 8)))
-    >>> directions = gradmax_(surgery.trace(net)["features.4"], 12, torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
+    >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+    >>> directions = gradmax_(surgery.trace(net)["features.4"], 12, x, y)
     >>> directions.shape, net.settings()["widths"]  # two pairs
     (torch.Size([2, 8, 3, 3]), [[4], [12, 8]])
     """
@@ -260,12 +303,14 @@ def gradmax_(node, q, x, y, optimizer=None, *, spark=SPARK, generator=None):
     layers = [node.layer(name) for name in names]
     if len(layers) != 2 or not all(isinstance(m, nn.Conv2d) and m.stride[0] == m.stride[1] for m in layers):
         raise BadInput(
-            f"GradMax: {node.name} is no node between two convolutions, one that writes it and one that reads it"
+            f"GradMax: {node.name} is no node between two convolutions, one that writes it and one that "
+            "reads it"
         )
     first, second = layers
     if first.bias is None and not node.bns:
         raise BadInput(
-            f"GradMax: {node.name} has neither bias nor BatchNorm, so that new channels would stay dead behind ReLU"
+            f"GradMax: {node.name} has neither bias nor BatchNorm, so that new channels would stay dead "
+            "behind ReLU"
         )
     if q < n:
         raise BadInput(f"{node.name} has {n} channels, it cannot be widened to {q}")
@@ -325,12 +370,6 @@ def _around(model, first, second, x, y):
 class Net2Net(Method):
     """Grow the network in the run. Raises `NoEffect` if nothing was to grow.
 
-    at: at which share of the steps, at the next epoch's start; 0 is before the first step, for a model that
-    was trained before (a teacher). wider: factor on the width of every node, or ((node, width), ...). deeper:
-    blocks, or ReLUs, behind which a new one comes. breaker, noise: see `widen_`; or breaker "gradmax" where a
-    node allows it, else "pair". lr_factor: on the learning rate from then on (the paper advises 1/10 of the
-    teacher's first one for a student).
-
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))  # a trained one, in earnest
     >>> history = train(net, data, Recipe(epochs=1), [Net2Net(wider=1.5)])
@@ -338,41 +377,41 @@ class Net2Net(Method):
     ([[6], [12]], '384 -> 790 parameters: features.0 4 -> 6; features.4 8 -> 12')
     """
 
-    at: float = 0.0
-    wider: float | tuple = 1.0
-    deeper: tuple = ()
-    breaker: str = "noise"
-    noise: float = 0.05
-    lr_factor: float = 1.0
+    at: float = 0.0  # share of the steps, at the next epoch's start; 0: before the first step, for a teacher
+    wider: float | tuple = 1.0  # factor on the width of every node, or ((node, width), ...)
+    deeper: tuple = ()  # blocks, or ReLUs, behind which a new one comes
+    breaker: str = "noise"  # see `widen_`; or "gradmax" where a node allows it, else "pair"
+    noise: float = 0.05  # see `widen_`
+    lr_factor: float = 1.0  # on the learning rate from then on (the paper advises 1/10 for a student)
 
     def __post_init__(self):
         choose("symmetry breaker", self.breaker, (*BREAKERS, "gradmax"))
         if not 0 <= self.at < 1:
             raise BadInput(f"Net2Net: growth at {self.at} of the steps, it must lie in [0, 1)")
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         run.state[self] = {"grown": False}
         if self.at == 0 and not run.resumed:
-            self.grow(run)
+            self._grow(run)
 
-    def on_epoch_start(self, run):
+    def on_epoch_start(self, run: Run) -> None:
         if not run.state[self]["grown"] and run.step >= self.at * run.steps:
-            self.grow(run)
+            self._grow(run)
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         if not run.state[self]["grown"]:
             raise NoEffect("Net2Net: training ended before the growth; it comes at an epoch's start")
 
-    def grow(self, run):
-        """Grow now, and note what was done."""
+    def _grow(self, run):
         run.state[self]["grown"] = True
         done, before = [], sum(p.numel() for p in run.model.parameters())
         generator = run.generator(self)
         x, y = next(iter(Batches(run.dataset, run.batches.batch_size, generator)))
 
+        how = dict(wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise)
+
         def change(model, optimizer):
-            done.extend(grow_(model, optimizer, x, y, wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise,
-                              generator=generator))  # fmt: skip
+            done.extend(grow_(model, optimizer, x, y, **how, generator=generator))
 
         run.restructure(change)
         if not done:
@@ -382,8 +421,21 @@ class Net2Net(Method):
         run.log(self, f"{before:,} -> {after:,} parameters: {'; '.join(done)}", parameters=[before, after])
 
 
-def grow_(model, optimizer, x, y, *, wider=1.0, deeper=(), breaker="noise", noise=0.05, generator=None):
+def grow_(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    x: torch.Tensor | None,
+    y: torch.Tensor | None,
+    *,
+    wider: float | tuple = 1.0,
+    deeper: tuple = (),
+    breaker: str = "noise",
+    noise: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> list[str]:
     """Widen nodes and add layers, in place. Returns what was done, in words.
+
+    x, y: a batch as in training, see `deepen_` and `gradmax_`; the settings are those of `Net2Net`.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))
     >>> grow_(net, None, None, None, wider=(("stages.0.0.conv1", 12),), deeper=("stages.0.0",))
@@ -412,11 +464,11 @@ def grow_(model, optimizer, x, y, *, wider=1.0, deeper=(), breaker="noise", nois
 
 
 @torch.no_grad()
-def thin_(model, factor=0.5, multiple=1):
-    """Make a smaller network of the same kind, in place, before it is trained: a teacher. Keeps the first
-    channels of every node.
+def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tuple[str, int], ...]:
+    """Make a smaller network of the same kind in place, before it is trained: a teacher.
 
-    Returns ((node, width before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
+    Keeps the first channels of every node. Returns ((node, width before), ...), which `Net2Net(wider=...)`
+    takes to make the larger one of it again.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> thin_(net, 0.5), net.settings()["widths"]
@@ -428,3 +480,61 @@ def thin_(model, factor=0.5, multiple=1):
         q = min(node.width, max(1, round(factor * node.width / multiple)) * multiple)
         surgery.select_(node, range(q))
     return tuple(before)
+
+
+_taught = {}  # key -> what a given teacher has learnt, and its history: the last one only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """Train a student that grows out of a teacher: (task, seed) -> `History`.
+
+    The teacher is the task's network with narrower layers. The student grows back to the full widths before
+    its first step, on its clock. Students whose teacher is given share it within a cell.
+
+    >>> t = task("smoke", "synthetic")
+    >>> student, both = Grown()(t, seed=0), Grown(counted=True)(t, seed=0)
+    >>> student.steps, both.steps, both.seconds > student.seconds
+    (4, 12, True)
+    """
+
+    breaker: str = "noise"  # of symmetry, see `widen_`; or "gradmax"
+    factor: float = 0.5  # the teacher's share of every width
+    epochs: float = 0.5  # the student's share of the recipe's epochs
+    lr: float = 0.5  # and of its learning rate
+    taught: float = 1.0  # the teacher's share of the epochs
+    counted: bool = False  # put the teacher's training on the clock
+    deeper: tuple = ()  # layers or blocks to add as well
+    given: Recipe | None = None  # of the teacher, where it is not the student's at its length
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train both, or the student alone where the teacher was trained before."""
+        dataset = task.load()
+        model, before, teacher = self.teacher(task, dataset, seed)
+        epochs, lr = self.epochs * task.recipe.epochs, self.lr * task.recipe.lr
+        wider = before if self.factor < 1 else 1.0
+        method = Net2Net(wider=wider, breaker=self.breaker, deeper=self.deeper)
+        recipe = replace(task.recipe, epochs=epochs, lr=lr, warmup=0.0)
+        student = train(model, dataset, recipe, [method], seed)
+        return teacher + student if self.counted else student
+
+    def teacher(
+        self, task: Task, dataset: Dataset, seed: int
+    ) -> tuple[nn.Module, tuple[tuple[str, int], ...], History]:
+        """Return the trained teacher, the full network's widths, and the teacher's history."""
+        recipe = self.given or task.recipe
+        recipe = replace(recipe, epochs=self.taught * recipe.epochs)
+        model = task.build(dataset, seed)
+        before = thin_(model, self.factor)
+        key = repr((replace(task, recipe=recipe), seed, self.factor))
+        if self.counted or key not in _taught:
+            if task.network in models.NETWORKS:  # as wide as it is now
+                models.initialize_(model, stream(seed, "initial weights").initial_seed())
+            history = train(model, dataset, recipe, (), seed)
+            if self.counted:
+                return model, before, history
+            _taught.clear()
+            _taught[key] = copy.deepcopy(model.state_dict()), history
+        weights, history = _taught[key]
+        model.load_state_dict(weights)
+        return model, before, history

@@ -37,7 +37,7 @@ from effilib.methods.prune_train import (
 )
 from effilib.surgery import stages
 from effilib.tasks import Task
-from effilib.training import History, Method, stream, train
+from effilib.training import History, Method, Run, stream, train
 
 __all__ = ["GENTLE", "FromScratch", "PruneThenGrow", "decisions"]
 
@@ -133,15 +133,15 @@ class PruneThenGrow(Policy, Method):
 
     # Hooks
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         model, shape = run.model, run.dataset.shape
         surgery.nodes(model)  # refuses what has none
         layout = stages.find(model, shape)
         if self.growths and all(
-            self.added(model, layout, i, g) is None for i in range(len(layout["pixels"])) for g in GROWTH
+            self._added(model, layout, i, g) is None for i in range(len(layout["pixels"])) for g in GROWTH
         ):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
-        run.schedule.lr_at = partial(self.lr_at, run)
+        run.schedule.lr_at = partial(self._lr_at, run)
         run.state[self] = {
             "lambda": None, "idle": math.inf, "pressed": 0.0, "final": None,  # penalty and schedule
             "budget": 0.0, "spent": 0.0, "looked": 0.0, "flops": {"structure": -1},
@@ -150,21 +150,21 @@ class PruneThenGrow(Policy, Method):
             "epochs": [], "actions": [], "frozen": [],  # what the decision sees
             "sums": [0.0, 0.0, 0], "steps": {}, "batch": None, "size": shape[1:],  # of this epoch
         }  # fmt: skip
-        run.state[self]["budget"] = self.budget * run.schedule.planned * self.step_cost(run, shape[1:])
-        self.fit_budget(run)
+        run.state[self]["budget"] = self.budget * run.schedule.planned * self._step_cost(run, shape[1:])
+        self._fit_budget(run)
 
-    def on_epoch_start(self, run):
-        self.groups(run)
+    def on_epoch_start(self, run: Run) -> None:
+        self._groups(run)
 
-    def on_batch(self, run, x, y):
+    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = run.state[self]
         state["batch"], state["size"] = (x, y), tuple(x.shape[2:])
         return x, y
 
-    def loss_terms(self, run):
+    def loss_terms(self, run: Run) -> None:
         state = run.state[self]
         if state["lambda"] is None:
-            lam, steps = self.coefficient(run)
+            lam, steps = self._coefficient(run)
             state["lambda"], state["idle"] = lam, steps / len(run.batches)
             run.log(
                 self,
@@ -173,7 +173,7 @@ class PruneThenGrow(Policy, Method):
                 lam=lam,
             )
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: Run) -> None:
         state, (_, y) = run.state[self], run.state[self]["batch"]
         key = _key(state["size"])
         state["steps"][key] = state["steps"].get(key, 0) + 1
@@ -182,23 +182,23 @@ class PruneThenGrow(Policy, Method):
         if state["lambda"] and state["final"] is None:
             state["pressed"] += run.lr / run.recipe.lr
             kappa = run.lr * state["lambda"] / (1 - run.recipe.momentum)
-            for group, grown in self.groups(run):
+            for group, grown in self._groups(run):
                 mine = kappa if grown is None else kappa * grown
                 shrink_([group], mine, self.prune.weigh, self.prune.keep_scale)
 
-    def on_epoch_end(self, run):
+    def on_epoch_end(self, run: Run) -> None:
         state = run.state[self]
         state["spent"] += sum(
-            n * self.step_cost(run, map(int, key.split(" x "))) for key, n in state["steps"].items()
+            n * self._step_cost(run, map(int, key.split(" x "))) for key, n in state["steps"].items()
         )
         if run.step < run.steps:
             if state["final"] is None:
-                self.observe(run)
-                self.act(run, run.ranks.agree(self.decided(run)))
-            self.fit_budget(run)
+                self._observe(run)
+                self._act(run, run.ranks.agree(self._decided(run)))
+            self._fit_budget(run)
         state["batch"], state["sums"], state["steps"] = None, [0.0, 0.0, 0], {}
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         state = run.state[self]
         done = [a for a in state["actions"] if a[1] in GROWTH]
         if self.plan is not None and len(state["actions"]) < len([s for s in self.plan if s[1] != "wait"]):
@@ -218,7 +218,7 @@ class PruneThenGrow(Policy, Method):
 
     # Schedule and budget
 
-    def lr_at(self, run, position, planned):
+    def _lr_at(self, run, position, planned):
         """Warmed up as the recipe says, constant in SEARCH, linearly to 0 in FINAL."""
         rise, state = run.recipe.warmup * planned, run.state[self]
         final = min(self.search * planned, math.inf if state["final"] is None else state["final"])
@@ -227,9 +227,9 @@ class PruneThenGrow(Policy, Method):
         return run.recipe.lr * min(1.0, max(0.0, (planned - position) / (planned - max(final, rise))))
 
     @torch.no_grad()
-    def coefficient(self, run):
+    def _coefficient(self, run):
         """(lambda, steps after which it has removed a mean group that no gradient holds), from a batch."""
-        groups = [g for g, _ in self.groups(run)]
+        groups = [g for g, _ in self._groups(run)]
         norms = [(group_norms(*g) / group_weight(*g, self.prune.weigh)).cpu() for g in groups]
         norm = torch.cat(norms).mean().item()
         how = run.recipe.lr, run.recipe.momentum, run.recipe.weight_decay
@@ -239,7 +239,7 @@ class PruneThenGrow(Policy, Method):
         steps = self.idle * run.schedule.planned
         return run.ranks.agree(price(steps, norm, *how)), steps
 
-    def step_cost(self, run, size):
+    def _step_cost(self, run, size):
         """FLOPs of a step of the network as it is now, on images of a size. Never called within a step, where
         the run itself may count.
         """
@@ -250,14 +250,14 @@ class PruneThenGrow(Policy, Method):
             kept[_key(size)] = step_flops(run.model, (run.dataset.shape[0], *size), run.batches.batch_size)
         return kept[_key(size)]
 
-    def scaled_cost(self, run, size):
+    def _scaled_cost(self, run, size):
         """FLOPs of a step on images of a size: counted at the current one, for counting takes time, and
         scaled by the number of pixels.
         """
         now = run.state[self]["size"]
-        return self.step_cost(run, now) * math.prod(size) / math.prod(now)
+        return self._step_cost(run, now) * math.prod(size) / math.prod(now)
 
-    def rest(self, run, step_cost):
+    def _rest(self, run, step_cost):
         """FLOPs of the remaining steps, looking at images included. step_cost: size -> FLOPs of a step."""
         begin, end, shape = run.schedule.position, run.schedule.planned, run.dataset.shape
         resizer = next((m for m in run.methods if hasattr(m, "phases")), None)
@@ -271,35 +271,35 @@ class PruneThenGrow(Policy, Method):
                 max(0.0, min(last, stop) - max(first, begin)) / (end - begin) * (run.steps - run.step)
                 for stop in (end, search)
             )
-            total += step_cost(tuple(size)) * (steps + looking * self.look_share(run))
+            total += step_cost(tuple(size)) * (steps + looking * self._look_share(run))
         return total
 
-    def look_share(self, run):
+    def _look_share(self, run):
         """What looking at held-out images adds to a step, relative to it: their forward pass, a third of a
         step, once an epoch.
         """
         return min(self.images, len(run.decide)) / (3 * run.batches.batch_size * len(run.batches))
 
-    def fit_budget(self, run):
+    def _fit_budget(self, run):
         """Shorten the run where the remaining steps would exceed the budget."""
         state, left = run.state[self], run.steps - run.step
-        step = self.rest(run, partial(self.scaled_cost, run)) / left
+        step = self._rest(run, partial(self._scaled_cost, run)) / left
         affordable = max(1, int((state["budget"] - state["spent"] - state["looked"]) / step))
         if affordable < left:
             run.replan(affordable)
 
     # What is seen, decided and done at an epoch's end
 
-    def observe(self, run):
+    def _observe(self, run):
         """Note the epoch: losses, and of every stage its widths, and what died of it."""
         state, before = run.state[self], run.kind
         run.kind = "validate"
         loss, accuracy = run.ranks.agree(validate(run, self.images, state["size"]))
         run.kind = before
-        state["looked"] += self.look_share(run) * len(run.batches) * self.step_cost(run, state["size"])
+        state["looked"] += self._look_share(run) * len(run.batches) * self._step_cost(run, state["size"])
         structure = surgery.trace(run.model)
         seen = tuple(
-            self.stage(run, structure, i, name) for i, name in enumerate(stages.names(state["layout"]))
+            self._stage(run, structure, i, name) for i, name in enumerate(stages.names(state["layout"]))
         )
         total, correct, n = (float(v) for v in state["sums"])
         correct, n = (sum(counts) for counts in zip(*run.ranks.gather((correct, n)), strict=True))
@@ -307,7 +307,7 @@ class PruneThenGrow(Policy, Method):
         how = dict(train_loss=total / batches, train_accuracy=100 * correct / n, loss=loss, accuracy=accuracy)
         state["epochs"].append(asdict(Epoch(epoch=run.epoch, **how, stages=seen, size=state["size"])))
 
-    def stage(self, run, structure, number, name):
+    def _stage(self, run, structure, number, name):
         """A stage as the decision sees it; the channels' table is brought up to date."""
         state = run.state[self]
         window = max(self.window, math.ceil(min(state["idle"], run.schedule.planned)))
@@ -318,7 +318,7 @@ class PruneThenGrow(Policy, Method):
             table = state["channels"][node.name]
             alive = live(node, rule=self.prune.rule)
             strength = strengths(node, self.prune.rule, self.prune.weigh)
-            grown = self.grown(table, run.epoch)
+            grown = self._grown(table, run.epoch)
             was, now = grown & torch.tensor(table["alive"]), grown & alive
             each = stages.flops(run.model, state["layout"], {*node.producers, *node.consumers}) / node.width
             total += each * int(was.sum())
@@ -340,11 +340,11 @@ class PruneThenGrow(Policy, Method):
             flops=stages.flops(run.model, state["layout"], own),
         )
 
-    def grown(self, table, epoch):
+    def _grown(self, table, epoch):
         """(width,) bool: the channels that are not newborn in an epoch."""
         return epoch - torch.tensor(table["born"]) > self.grace
 
-    def groups(self, run):
+    def _groups(self, run):
         """[(group, None or (width,) 1 where a channel is penalised)], producers' rows first; found anew in
         every epoch.
         """
@@ -352,14 +352,14 @@ class PruneThenGrow(Policy, Method):
         if state["groups"]["epoch"] != run.epoch:
             found = []
             for node in surgery.trace(run.model).nodes:
-                grown = self.grown(state["channels"][node.name], run.epoch)
+                grown = self._grown(state["channels"][node.name], run.epoch)
                 mask = None if grown.all() else grown.to(run.device, torch.float32)
                 found += [(place, mask) for place in places([node], self.prune.rule)]
             state["groups"] = {"epoch": run.epoch, "places": sorted(found, key=lambda f: f[0][1])}
         found, masks = zip(*state["groups"]["places"], strict=True)
         return list(zip(weights(run.model, found), masks, strict=True))
 
-    def trace(self, run):
+    def _trace(self, run):
         """The run so far, as the decision sees it; every growth is free as yet."""
         state = run.state[self]
         epochs = tuple(
@@ -374,7 +374,7 @@ class PruneThenGrow(Policy, Method):
             actions=actions,
             frozen=frozenset(tuple(f) for f in state["frozen"]),
             spent=state["spent"] + state["looked"],
-            projected=self.rest(run, partial(self.scaled_cost, run)),
+            projected=self._rest(run, partial(self._scaled_cost, run)),
             budget=state["budget"],
             lam=state["lambda"],
             idle=state["idle"],
@@ -384,22 +384,22 @@ class PruneThenGrow(Policy, Method):
             seed=run.seed,
         )
 
-    def prices(self, run, stage, growths):
+    def _prices(self, run, stage, growths):
         """What some growths of a stage (its number) would add to the FLOPs of the remaining steps, by growth.
 
         Infinite where it cannot be, and behind the first that can be: only a choice at random looks further.
         """
         found, full = dict.fromkeys(GROWTH, math.inf), math.prod(run.dataset.shape[1:])
         for growth in (g for g in self.order if g in growths):
-            more = self.added(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
+            more = self._added(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
             if more is not None:
                 pixel = more * run.batches.batch_size / full
-                found[growth] = self.rest(run, lambda size, pixel=pixel: pixel * math.prod(size))
+                found[growth] = self._rest(run, lambda size, pixel=pixel: pixel * math.prod(size))
                 if self.where != "random":
                     break
         return found
 
-    def added(self, model, layout, stage, growth, multiple=16):
+    def _added(self, model, layout, stage, growth, multiple=16):
         """FLOPs that a growth would add to an image's training step; None where it cannot be. Tried on a twin
         without numbers in it.
         """
@@ -408,25 +408,25 @@ class PruneThenGrow(Policy, Method):
         try:
             with models.seeded(0):  # draws of constructors must not shift those of the run
                 how = dict(multiple=multiple, breaker="none", generator=torch.Generator())
-                self.enlarge(twin, layout, stage, growth, **how)
+                self._enlarge(twin, layout, stage, growth, **how)
         except BadInput:
             return None
         return stages.flops(twin, stages.follow(layout, before, twin, stage)) - stages.flops(model, layout)
 
-    def enlarge(self, model, layout, stage, growth, **kwargs):
+    def _enlarge(self, model, layout, stage, growth, **kwargs):
         """`grow_` with this method's settings."""
         return grow_(model, layout, stage, growth, factor=self.factor, trunk=self.trunk, **kwargs)
 
-    def decided(self, run):
+    def _decided(self, run):
         """The decision, or what the plan says."""
         if self.plan is None:
-            trace = self.trace(run)
+            trace = self._trace(run)
             action = decide(trace, self)
             # What growth costs takes time to find out, and tells nothing where there is none.
             if action.kind in GROWTH:
                 gone, now = trace.frozen | set(action.freeze), trace.now
                 left = [[g for g in GROWTH if (s.name, g) not in gone] for s in now.stages]
-                priced = tuple(replace(s, **self.prices(run, i, left[i])) for i, s in enumerate(now.stages))
+                priced = tuple(replace(s, **self._prices(run, i, left[i])) for i, s in enumerate(now.stages))
                 action = decide(
                     replace(trace, epochs=(*trace.epochs[:-1], replace(now, stages=priced))), self
                 )
@@ -434,17 +434,17 @@ class PruneThenGrow(Policy, Method):
         step = next((s for s in self.plan if s[0] == run.epoch and s[1] != "wait"), (run.epoch, "wait", ""))
         return Action(kind=step[1], stage=step[2], reason="as planned")
 
-    def act(self, run, action):
+    def _act(self, run, action):
         """Carry an action out, with the cuts that are due, and note both."""
         state, names = run.state[self], stages.names(run.state[self]["layout"])
         growth = action.kind in GROWTH
         stage = names.index(choose("stage", action.stage, names)) if growth else None
         how = dict(multiple=self.prune.blocks(run), rule=self.prune.rule)
-        how["spare"] = {n: ~self.grown(t, run.epoch + 1) for n, t in state["channels"].items()}
+        how["spare"] = {n: ~self._grown(t, run.epoch + 1) for n, t in state["channels"].items()}
         cut = state["lambda"] and ((run.epoch + 1) % self.prune.every == 0 or growth or action.kind == "stop")
         done = []
         if growth or (cut and anything_dead(run.model, **how)):
-            run.restructure(partial(self.restructure, run, action, stage, how, done))
+            run.restructure(partial(self._restructure, run, action, stage, how, done))
         if action.kind != "wait":
             state["actions"].append([run.epoch, action.kind, action.stage, action.reason])
         state["frozen"] += [list(f) for f in action.freeze if list(f) not in state["frozen"]]
@@ -460,7 +460,7 @@ class PruneThenGrow(Policy, Method):
             flops=state["spent"] + state["looked"], seconds=run.clock.seconds,
         )  # fmt: skip
 
-    def restructure(self, run, action, stage, how, done, model, optimizer):
+    def _restructure(self, run, action, stage, how, done, model, optimizer):
         """Cut, then grow; and keep the tables of layers and channels."""
         state, cuts = run.state[self], {}
         x, y = (run.ranks.whole(t) for t in state["batch"])
@@ -469,7 +469,7 @@ class PruneThenGrow(Policy, Method):
         done += prune_(model, optimizer, cuts=cuts, **how)
         if stage is not None:
             how = dict(multiple=how["multiple"], breaker=self.breaker, generator=run.generator(self))
-            done += self.enlarge(
+            done += self._enlarge(
                 model, state["layout"], stage, action.kind, optimizer=optimizer, x=x, y=y, **how
             )
         state["layout"] = stages.follow(state["layout"], before, model, stage)

@@ -224,13 +224,12 @@ def chunks(shape):
 
 
 class StochasticPool2d(nn.MaxPool2d):
-    """Stochastic pooling with the geometry of `nn.MaxPool2d` (overlapping windows, padding, ceil_mode,
-    dilation).
+    """Draw from each window in training; geometry as in `nn.MaxPool2d`.
 
-    Takes (N, C, H, W) or (C, H, W), all >= 0: it belongs behind a ReLU. Train: one draw per image, channel
-    and window, fresh at every call. Eval: probability weighting. generator: of the draws; None is PyTorch's
-    global one, as for dropout. layer: its name in the network, for messages. Raises `BadInput` for a negative
-    input.
+    Windows may overlap; padding, ceil_mode and dilation are there. Takes (N, C, H, W) or (C, H, W), all >= 0:
+    it belongs behind a ReLU. Train: one draw per image, channel and window, fresh at every call. Eval:
+    probability weighting. generator: of the draws; None is PyTorch's global one, as for dropout. layer: its
+    name in the network, for messages. Raises `BadInput` for a negative input.
 
     >>> pool, x = StochasticPool2d(2), torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
     >>> pool.eval()(x).item(), pool.train()(x).item() in (1.0, 3.0)
@@ -291,7 +290,7 @@ def pick(n, grid, keep, generator=None):
 
 
 class S3Pool2d(nn.MaxPool2d):
-    """Stochastic spatial sampling: max pooling at stride 1, then random rows and columns (Zhai et al. 2017).
+    """Max pooling at stride 1, then random rows and columns (S3Pool, Zhai et al. 2017).
 
     Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are
     kept, drawn without replacement and sorted, the same for all images and channels. Eval: the mean of each

@@ -1,35 +1,46 @@
-"""Structure and strength of filters, SSF-CNN (Keshari, Vatsa, Singh & Noore, CVPR 2018, arXiv:1803.11405).
+"""Learn the structure of filters without labels, train their strength with labels (SSF-CNN).
 
-Structure: the filters' shapes are learned without labels, layer by layer, as a dictionary of the patches that
-each layer sees, or as the centres of k-means, which takes a fraction of the time. Strength: the shapes are
-frozen and only their size t is trained, with biases, normalisation and classifier: few parameters for few
-images.
+Keshari, Vatsa, Singh & Noore, CVPR 2018, arXiv:1803.11405. Structure: the filters' shapes are learned without
+labels, layer by layer, as a dictionary of the patches that each layer sees, or as the centres of k-means,
+which takes a fraction of the time. Strength: the shapes are frozen and only their size t is trained, with
+biases, normalisation and classifier: few parameters for few images.
 
 Per filter, t is applied behind the convolution, per input channel in front of it: frozen filters then need no
 gradient dW, a third of the products. Per kernel, t sits inside the weight, and dW is computed. Directly in
 front of a normalisation a strength per filter has no gradient: what it multiplies is divided out again. There
 the normalisation's own weight is it. The paper's body was not at hand: scopes, whitening and rescaling are
-made precise here."""
+made precise here.
+"""
 
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from effilib import cost
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
+
+__all__ = [
+    "StrengthConv2d", "StructureAndStrength", "cut_patches", "dictionary", "he_gain", "kmeans",
+    "learn_filters", "learn_structure_", "merge_", "strengthen_", "whiten",
+]  # fmt: skip
 
 INFO = Info(
     name="Structure and strength of filters",
     name_de="Struktur und Stärke von Filtern",
     chapter="5.2",
     paper="Keshari et al. 2018, arXiv:1803.11405",
-    claim="With filters whose structure comes from a dictionary of patches, training only their strength needs fewer images and far fewer "
-    "trainable parameters.",
-    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs seconds before the first step.",
+    claim="With filters whose structure comes from a dictionary of patches, training only their strength "
+    "needs fewer "
+    "images and far fewer trainable parameters.",
+    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs "
+    "seconds before "
+    "the first step.",
 )
 STRUCTURES, SCOPES = ("random", "dictionary", "kmeans"), ("filter", "kernel", "input", "auto")
 DEAD = 1e-6  # norm below which an atom is none
@@ -38,11 +49,11 @@ DEAD = 1e-6  # norm below which an atom is none
 # Structure
 
 
-def cut_patches(x, conv, count, generator):
-    """At most `count` patches that `conv` sees in x (N, C, H, W), drawn at random: (M, C / groups * kh * kw).
+def cut_patches(x: torch.Tensor, conv: nn.Conv2d, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return at most `count` patches that `conv` sees in x, drawn at random.
 
-    They lie where the convolution puts its filters, padding included; the channels of each group are patches
-    of their own.
+    x: (N, C, H, W). Returns (M, C / groups * kh * kw). They lie where the convolution puts its filters,
+    padding included; the channels of each group are patches of their own.
 
     >>> cut_patches(torch.rand(2, 3, 8, 8), nn.Conv2d(3, 4, 3), 10, torch.Generator()).shape
     torch.Size([10, 27])
@@ -55,24 +66,22 @@ def cut_patches(x, conv, count, generator):
     rows, columns = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
     places = n * rows * columns
     m = min(places, -(-count // conv.groups))
-    # few of many: drawing with replacement spares a permutation of all places
-    place = (
-        torch.randperm(places, generator=generator)[:m]
-        if places < 8 * m
-        else torch.randint(places, (m,), generator=generator)
-    )
+    if places < 8 * m:
+        place = torch.randperm(places, generator=generator)[:m]
+    else:  # few of many: drawing with replacement spares a permutation of all places
+        place = torch.randint(places, (m,), generator=generator)
     place = place.to(x.device).view(-1, 1, 1, 1)
     i, row, column = place // (rows * columns), place // columns % rows * sh, place % columns * sw
     channel = torch.arange(c, device=x.device).view(-1, 1, 1)
     down, along = torch.arange(kh, device=x.device).view(-1, 1) * dh, torch.arange(kw, device=x.device) * dw
-    return x[i, channel, row + down, column + along].reshape(m * conv.groups, -1)[
-        :count
-    ]  # (M, C, kh, kw) -> (M * groups, ...)
+    cut = x[i, channel, row + down, column + along]  # (M, C, kh, kw)
+    return cut.reshape(m * conv.groups, -1)[:count]
 
 
-def whiten(patches):
-    """Each patch with mean 0 and about unit contrast, (x - mean) / (std + 0.1): else the first atom is the
-    mean grey.
+def whiten(patches: torch.Tensor) -> torch.Tensor:
+    """Give each patch mean 0 and about unit contrast, (x - mean) / (std + 0.1).
+
+    Else the first atom is the mean grey.
 
     >>> [round(v, 2) for v in whiten(torch.tensor([[1.0, 3.0]]))[0].tolist()]
     [-0.91, 0.91]
@@ -80,8 +89,12 @@ def whiten(patches):
     return (patches - patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True, correction=0) + 0.1)
 
 
-def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
-    """min 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1, over patches X (M, d): D (atoms, d), by mini-batches (Mairal et al. 2009).
+def dictionary(
+    patches: torch.Tensor, atoms: int, generator: torch.Generator, alpha: float = 1.0, passes: int = 2
+) -> np.ndarray:
+    """Return the dictionary D (atoms, d) of patches X (M, d), by mini-batches (Mairal et al. 2009).
+
+    It minimises 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1.
 
     >>> dictionary(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
     (4, 9)
@@ -102,9 +115,10 @@ def dictionary(patches, atoms, generator, alpha=1.0, passes=2):
     return _fit(learner, patches).components_
 
 
-def kmeans(patches, atoms, generator):
-    """The centres (atoms, d) of mini-batch k-means (Coates & Ng 2012): a dictionary of which each patch uses
-    one atom.
+def kmeans(patches: torch.Tensor, atoms: int, generator: torch.Generator) -> np.ndarray:
+    """Return the centres (atoms, d) of mini-batch k-means (Coates & Ng 2012).
+
+    They are a dictionary of which each patch uses one atom.
 
     >>> kmeans(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
     (4, 9)
@@ -127,8 +141,9 @@ def _seed(generator):
 
 
 def _fit(learner, patches):
-    """Fit with as many threads as PyTorch uses, and without its warnings: a mini-batch that has not converged
-    is the rule.
+    """Fit with as many threads as PyTorch uses.
+
+    That a mini-batch has not converged is the rule, and no warning.
     """
     from threadpoolctl import threadpool_limits
 
@@ -137,9 +152,10 @@ def _fit(learner, patches):
         return learner.fit(patches.numpy())
 
 
-def learn_filters(patches, filters, structure, generator):
-    """`filters` rows of norm sqrt(2), the norm that He's initialisation has in the mean, from whitened
-    patches (M, d).
+def learn_filters(
+    patches: torch.Tensor, filters: int, structure: str, generator: torch.Generator
+) -> torch.Tensor:
+    """Return `filters` rows of norm sqrt(2), as He's have in the mean, learned from patches (M, d).
 
     What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
 
@@ -159,13 +175,12 @@ def learn_filters(patches, filters, structure, generator):
     return d * (2**0.5 / d.norm(dim=1, keepdim=True))
 
 
-def he_gain(w, patches):
-    """The factor that gives filters w (O, d) the mean square response to patches (M, d) that He's random
-    filters would have.
+def he_gain(w: torch.Tensor, patches: torch.Tensor) -> float:
+    """Return the factor that gives filters the mean square response of He's random ones.
 
-    Those answer with 2 mean(x^2). Learned ones point where the patches lie and answer several times as
-    strongly: layer upon layer activations would grow, and training diverge, although every filter has He's
-    norm.
+    w: (O, d). patches: (M, d). Random filters answer with 2 mean(x^2). Learned ones point where the patches
+    lie and answer several times as strongly: layer upon layer activations would grow, and training diverge,
+    although every filter has He's norm.
 
     >>> round(he_gain(2 * torch.eye(2), torch.eye(2)), 3)  # filters along the patches answer too strongly
     0.707
@@ -175,11 +190,7 @@ def he_gain(w, patches):
 
 
 def plain_convolutions(model):
-    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none.
-
-    >>> list(plain_convolutions(build("convnet", 4, (1, 8, 8), widths=(4, 8))))
-    ['features.0', 'features.4']
-    """
+    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none."""
     convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
     if not convs:
         raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d layer")
@@ -187,9 +198,10 @@ def plain_convolutions(model):
 
 
 @torch.no_grad()
-def learn_structure_(model, images, structure, generator, patches=10_000):
-    """Set the filters of all convolutions to what is learned from the layer's own input, in the order in
-    which images pass them.
+def learn_structure_(
+    model: nn.Module, images: torch.Tensor, structure: str, generator: torch.Generator, patches: int = 10_000
+) -> dict[str, int]:
+    """Set the filters of all convolutions to what is learned from their own input.
 
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned
     when its input arrives, so all layers before it have theirs. They get He's norm, and per layer one factor
@@ -249,7 +261,7 @@ class StrengthConv2d(nn.Conv2d):
     ('StrengthConv2d', ['0.bias', '0.t'])
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scope == "norm":
             return self._conv_forward(x, self.weight, self.bias)
         if self.scope == "kernel":
@@ -260,7 +272,7 @@ class StrengthConv2d(nn.Conv2d):
         t = self.t.to(y.dtype)[:, None, None]  # fp32 would make y fp32 under autocast
         return y * t if self.bias is None else torch.addcmul(self.bias.to(y.dtype)[:, None, None], y, t)
 
-    def merged(self):
+    def merged(self) -> torch.Tensor:
         """The weight of the plain convolution that computes the same."""
         o, c = self.weight.shape[:2]
         if self.scope == "norm":
@@ -270,18 +282,13 @@ class StrengthConv2d(nn.Conv2d):
             t = t.view(self.groups, 1, c).expand(-1, o // self.groups, -1)
         return self.weight * t.reshape(o, -1, 1, 1)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scope={self.scope}"
 
 
 @torch.no_grad()
 def followers(model, images):
-    """{convolution: normalisation} by name, where a normalisation takes just what the convolution gives.
-    images: a few.
-
-    >>> followers(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
-    {'features.0': 'features.1', 'features.4': 'features.5'}
-    """
+    """{convolution: normalisation} by name, where one takes just what the other gives. images: a few."""
     outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
 
     def after(conv, inputs, output):
@@ -310,42 +317,39 @@ def followers(model, images):
 
 
 def place(conv, norm, scope, name="", norm_name=""):
-    """The scope that a layer gets: the one asked for, unless it would have no gradient in front of a
-    normalisation.
+    """The scope that a layer gets: the one asked for, unless it has no gradient in front of a normalisation.
 
     Raises `BadInput` naming the layer where a strength per filter was asked for there, or can't be moved.
-
-    >>> place(nn.Conv2d(3, 8, 3), None, "auto"), place(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), "auto")
-    ('filter', 'norm')
     """
     if norm is None:
         return "filter" if scope == "auto" else scope
     if scope == "filter":
         raise BadInput(
-            f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; choose scope 'kernel' or "
-            "'input', or 'auto', which takes the normalisation's own weight as the strength"
+            f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; "
+            "choose scope 'kernel' or 'input', or 'auto', which takes the normalisation's own weight as "
+            "the strength"
         )
-    if (
-        scope == "auto" or conv.in_channels == conv.groups
-    ):  # with one input channel a kernel is the whole filter
+    # with one input channel a kernel is the whole filter
+    if scope == "auto" or conv.in_channels == conv.groups:
         if norm.weight is not None:
             return "norm"
         if conv.in_channels == conv.groups:
             raise BadInput(
-                f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it has no weight"
+                f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it "
+                "has no "
+                "weight"
             )
         return "input"
     return scope
 
 
-def strengthen_(model, images, scope="filter"):
-    """Freeze the filters of all `nn.Conv2d` and give them a strength, in place; the function stays. Returns
-    {layer: its scope}.
+def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -> dict[str, str]:
+    """Freeze the filters of all `nn.Conv2d` and give them a strength; the function stays.
 
-    images: a few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per
-    filter and input channel), "input" (per input channel), or "auto": per filter, which in front of a
-    normalisation is that one's weight. Raises `NoEffect` without convolutions, `BadInput` where a strength
-    would have no gradient.
+    Returns {layer: its scope}. images: a few (N, C, H, W), to see which layers a normalisation follows.
+    scope: "filter", "kernel" (per filter and input channel), "input" (per input channel), or "auto": per
+    filter, which in front of a normalisation is that one's weight. Raises `NoEffect` without convolutions,
+    `BadInput` where a strength would have no gradient.
 
     >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
     {'features.0': 'norm', 'features.4': 'norm'}
@@ -364,9 +368,10 @@ def strengthen_(model, images, scope="filter"):
     return scopes
 
 
-def merge_(model):
-    """Turn the strengthened convolutions into plain ones that compute the same, in place. Returns how many;
-    `NoEffect` if none.
+def merge_(model: nn.Module) -> int:
+    """Make the strengthened convolutions plain ones that compute the same. Returns how many.
+
+    Raises `NoEffect` if there is none.
 
     >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 8, 8)
     >>> before, scopes = net(x), strengthen_(net, x)
@@ -388,9 +393,6 @@ def merge_(model):
 class StructureAndStrength(Method):
     """Learn the filters' structure from training images, then train everything, or only the strength.
 
-    structure: "random" (as initialised), "dictionary" or "kmeans". train: "all" or "strength". scope: of the
-    strength. images: of the training set, at most, that patches are cut from. patches: per layer. lr_factor:
-    of the strength's learning rate; weight decay is off for it, since it would pull the filters to 0.
     Afterwards the model is plain again.
 
     >>> data = load("synthetic")
@@ -400,14 +402,15 @@ class StructureAndStrength(Method):
     'kmeans of 200 patches for 2 layers'
     """
 
-    structure: str = "dictionary"
-    train: str = "strength"
-    scope: str = "filter"
-    images: int = 1000
-    patches: int = 10_000
+    structure: str = "dictionary"  # or "kmeans", or "random": as initialised
+    train: str = "strength"  # or "all" weights
+    scope: str = "filter"  # of the strength: also "kernel", "input" or "auto"
+    images: int = 1000  # of the training set, at most, that patches are cut from
+    patches: int = 10_000  # a layer
+    # of the strength's learning rate; it has no weight decay, which would pull the filters to 0
     lr_factor: float = 1.0
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         choose("structure of filters", self.structure, STRUCTURES)
         choose("what is trained", self.train, ("all", "strength"))
         if self.structure == "random" and self.train == "all":
@@ -423,18 +426,15 @@ class StructureAndStrength(Method):
         if self.train == "strength":
             run.restructure(lambda model, optimizer: self.freeze(run, model, optimizer, images[:2]))
 
-    def freeze(self, run, model, optimizer, images):
-        """Freeze the filters, and give the optimizer what is left to train, the strengths in a group of their
-        own.
-        """
+    def freeze(
+        self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor
+    ) -> None:
+        """Freeze the filters; the optimizer gets what is left to train, strengths in a group of their own."""
         scopes = strengthen_(model, images, self.scope)
         strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
         others = [p for p in model.parameters() if all(p is not t for t in strengths)]
         optimizer.state.clear()
-        first, trainable = (
-            optimizer.param_groups[0],
-            sum(p.numel() for p in model.parameters() if p.requires_grad),
-        )
+        trainable, first = cost.parameters(model), optimizer.param_groups[0]
         optimizer.param_groups[:] = [{**first, "params": others}]
         if strengths:
             optimizer.param_groups.append(
@@ -447,7 +447,7 @@ class StructureAndStrength(Method):
             trainable=trainable,
         )
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         if self.train == "strength":
             run.restructure(self.thaw)
 

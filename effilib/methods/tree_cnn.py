@@ -7,58 +7,79 @@ far, and the branches whose classes changed, on theirs.
 
 The rules are those of the second generation of the authors' code, with its alpha = beta = 0.1. Theirs read
 the likelihood of CIFAR-10 from training *and test* images; here it is read from training images of the new
-classes, which the root has never seen. Old images are kept and trained on: this saves work, not memory."""
+classes, which the root has never seen. Old images are kept and trained on: this saves work, not memory.
+"""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import clock, cost
-from effilib.data import Split
+from effilib import cost
+from effilib.clock import Stopwatch
+from effilib.data import Dataset, Split
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import Info
-from effilib.training import History, autocast, resolve_precision, train
+from effilib.training import HELD_OUT, History, Recipe, autocast, judge_, resolve_precision, train
+
+__all__ = [
+    "Growth",
+    "Tree",
+    "TreeCNN",
+    "effort",
+    "fitting",
+    "grow",
+    "hits",
+    "likelihood",
+    "rebuild_",
+    "relabel",
+    "transferred",
+    "weights",
+]
 
 INFO = Info(
     name="Tree-CNN",
     name_de="Tree-CNN",
     chapter="7.1",
     paper="Roy et al. 2018, arXiv:1802.05800",
-    claim="Where classes arrive in stages, a tree of small networks that retrains only what changed needs 40 % less training effort "
-    "(weights x samples) on CIFAR-10 than retraining one large network, at somewhat less accuracy.",
-    cost_model="The root on all images so far, small branches on their own classes' images, nothing for the rest; at inference the root "
-    "and one branch.",
+    claim="Where classes arrive in stages, a tree of small networks that retrains only what changed needs "
+    "40 % less training effort (weights x samples) on CIFAR-10 than retraining one large network, at "
+    "somewhat less accuracy.",
+    cost_model="The root on all images so far, small branches on their own classes' images, nothing for the "
+    "rest; at inference the root and one branch.",
 )
 EPS = 1e-9  # 0.4 - 0.3 is not above 0.1
+Make = Callable[[int], nn.Module]  # number of outputs -> network
 
 
-def likelihood(logits, labels, full=()):
-    """(L, classes): L (K, M) says how much the root takes the m-th new class for each of its K children; each
-    column sums to 1.
+def likelihood(
+    logits: torch.Tensor, labels: torch.Tensor, full: Iterable[int] = ()
+) -> tuple[torch.Tensor, list[int]]:
+    """Return (L, classes): how much the root takes each new class for each child.
 
-    logits: (N, K), the root's in eval mode for images of the new classes; labels: (N,) their classes. full:
-    children that hold as many classes as they may; they are left out of the sum and get 0. The mean is that
-    of the logits, before the softmax.
+    L: (K, M) of K children and M new classes; each column sums to 1. logits: (N, K), the root's in eval mode
+    for images of the new classes; labels: (N,) their classes. full: children that hold as many classes as
+    they may; they are left out of the sum and get 0. The mean is that of the logits, before the softmax.
 
     >>> L, classes = likelihood(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([5, 5]))
     >>> classes, L[:, 0].argmax().item()  # class 5 is taken for child 1
     ([5], 1)
     """
-    classes = labels.unique()  # sorted
-    O = torch.stack([logits[labels == c].double().mean(0) for c in classes], dim=1)  # noqa: E741  (K, M), the paper's symbol
-    O[torch.tensor(list(full), dtype=torch.int64, device=O.device)] = -torch.inf
-    L = torch.softmax(O, dim=0) if len(set(full)) < len(O) else torch.zeros_like(O)
+    classes, full = labels.unique(), set(full)  # sorted
+    O = torch.stack([logits[labels == c].double().mean(0) for c in classes], dim=1)  # noqa: E741  (K, M)
+    O[torch.tensor(sorted(full), dtype=torch.int64, device=O.device)] = -torch.inf
+    L = torch.softmax(O, dim=0) if len(full) < len(O) else torch.zeros_like(O)
     return L, classes.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Where new classes went. T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which
-    one it was, None if it is new.
+    """Where new classes went.
 
-    log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge
+    T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which one it was, None if it is
+    new. log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge
     refused", "new leaf"), child (as in T), values (the likelihoods compared), why.
 
     >>> Growth(T={0: 0, 1: 1, 2: 2}, origin=[0, 1, None], log=[]).origin[2] is None  # child 2 is new
@@ -70,24 +91,29 @@ class Growth:
     log: list
 
 
-def grow(L, T, classes=None, *, cap=5, alpha=0.1, beta=0.1):
-    """Place new classes by the likelihoods L (K, M) among the K children of T (class -> child 0 ... K - 1): a
-    `Growth`.
+def grow(
+    L: torch.Tensor | list[list[float]],
+    T: dict[int, int],
+    classes: list[int] | None = None,
+    *,
+    cap: int = 5,
+    alpha: float = 0.1,
+    beta: float = 0.1,
+) -> Growth:
+    """Place new classes among the children by their likelihoods.
 
-    classes: of L's columns (default: the numbers after T's). cap: classes that a child may hold. One class
-    after the other, the surest first; a, b: its two likeliest children from the first with room on, with
-    values v1, v2 and v3 that of the next:
+    L: (K, M). T: class -> child 0 ... K - 1. classes: of L's columns (default: the numbers after T's). cap:
+    classes that a child may hold. One class after the other, the surest first; a, b: its two likeliest
+    children from the first with room on, with values v1, v2 and v3 that of the next:
 
     - add to a, if v1 - v2 > alpha;
     - else, if v2 - v3 > beta, two rivals that the root confuses: *merge* b into a and add to a. Not if b was
-    a branch before, or
-      a would be over the cap: then the class goes to the one of a, b with fewer classes;
+      a branch before, or a would be over the cap: then the class goes to the one of a, b with fewer classes;
     - else the class is like none of them: a *new leaf* of the root. So it is where no child has room.
 
-    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap
-    already.
+    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap.
 
-    >>> growth = grow(torch.tensor([[0.9, 0.4], [0.1, 0.3], [0.0, 0.3]]), {0: 0, 1: 1, 2: 2}, classes=[3, 4])
+    >>> growth = grow([[0.9, 0.4], [0.1, 0.3], [0.0, 0.3]], {0: 0, 1: 1, 2: 2}, classes=[3, 4])
     >>> growth.T, [entry["rule"] for entry in growth.log]  # class 3 looks like child 0, class 4 like none
     ({0: 0, 1: 1, 2: 2, 3: 0, 4: 3}, ['add', 'new leaf'])
     """
@@ -156,7 +182,8 @@ def _check(L, T, cap, alpha, beta):
     children = sorted(set(T.values()))
     if L.dim() != 2 or children != list(range(len(L))) or not torch.isfinite(L).all():
         raise BadInput(
-            f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: one row per child 0, 1, ..., finite"
+            f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: "
+            "one row per child 0, 1, ..., finite"
         )
     largest = max(sum(k == child for k in T.values()) for child in children)
     if largest > cap:
@@ -167,17 +194,19 @@ def _check(L, T, cap, alpha, beta):
 
 
 class Tree(nn.Module):
-    """root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its
-    network, None for a leaf.
+    """A root that decides between children, and small networks behind it.
 
-    A branch's logits are in the order of its group. Depth 2, as in the paper.
+    root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its
+    network, None for a leaf; its logits are in the order of its group. Depth 2, as in the paper.
 
     >>> tree = Tree(nn.Linear(2, 2), groups=[[0], [1, 2]], branches=[None, nn.Linear(2, 2)])
     >>> tree.T, tree(torch.rand(5, 2)).shape
     ({0: 0, 1: 1, 2: 1}, torch.Size([5]))
     """
 
-    def __init__(self, root, groups, branches):
+    def __init__(
+        self, root: nn.Module, groups: Iterable[Iterable[int]], branches: Iterable[nn.Module | None]
+    ):
         super().__init__()
         self.root, self.groups, self.branches = root, [list(g) for g in groups], nn.ModuleList(branches)
 
@@ -186,17 +215,18 @@ class Tree(nn.Module):
         """class -> child."""
         return {c: k for k, group in enumerate(self.groups) for c in group}
 
-    def decide(self, x):
-        """The root's decision: (N, C, H, W) -> (N,) children. With a single child there is none to take."""
+    def decide(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the root's decision, (N,) children; with a single child there is none to take."""
         return (
             self.root(x).argmax(1)
             if len(self.groups) > 1
             else torch.zeros(len(x), dtype=torch.int64, device=x.device)
         )
 
-    def forward(self, x):
-        """The class of each image: (N, C, H, W) -> (N,) int64. The batch is sorted by decision; each branch
-        sees its own part once.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the class of each image of x (N, C, H, W): (N,) int64.
+
+        The batch is sorted by decision; each branch sees its own part once.
         """
         decision = self.decide(x)
         order = decision.argsort(stable=True)
@@ -209,14 +239,12 @@ class Tree(nn.Module):
         return classes
 
 
-def rebuild_(tree, growth, make_root, make_branch):
-    """Give the tree the children of `growth`; the networks that changed are new ones with transferred
-    weights. Untrained.
+def rebuild_(tree: Tree, growth: Growth, make_root: Make, make_branch: Make) -> dict[int | str, str]:
+    """Give the tree the children of `growth`, with transferred weights.
 
-    make_root, make_branch: number of outputs -> network. Returns {child or "root": how}: "kept" (all
-    weights), "new last layer" (all others transferred), "fresh", "untouched" (the same module, not to be
-    trained) or "leaf". A root whose children are not the same as before gets a new last layer, even if as
-    many went as came.
+    What changed is not trained yet. Returns {child or "root": how}: "kept" (all weights), "new last layer"
+    (all others transferred), "fresh", "untouched" (the same module, not to be trained) or "leaf". A root
+    whose children are not the same as before gets a new last layer, even if as many went as came.
 
     >>> def make(outputs):
     ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
@@ -247,19 +275,14 @@ def rebuild_(tree, growth, make_root, make_branch):
     return how
 
 
-def head(make):
-    """Names of the tensors in a network whose shape depends on the number of outputs: its last layer. make:
-    outputs -> network.
-
-    >>> head(lambda outputs: nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs)))
-    ['1.weight', '1.bias']
-    """
+def head(make: Make) -> list[str]:
+    """Return the tensors whose shape depends on the number of outputs: the last layer's."""
     two, three = (make(outputs).state_dict() for outputs in (2, 3))
     return [name for name in two if name not in three or two[name].shape != three[name].shape]
 
 
-def transferred(make, outputs, old):
-    """A new network with that many outputs and the weights of `old` in all layers but the last.
+def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
+    """Return a new network with the weights of `old` in all layers but the last.
 
     Raises `BadInput` if the two do not agree in these layers.
 
@@ -285,9 +308,10 @@ def transferred(make, outputs, old):
     return net
 
 
-def weights(model):
-    """Trained weights as the paper counts them: of convolutions and linear layers with their biases, without
-    normalisation's.
+def weights(model: nn.Module) -> int:
+    """Return the number of trained weights as the paper counts them.
+
+    Those of convolutions and linear layers with their biases, without normalisation's.
 
     >>> weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))  # 18 and 2 biases
     20
@@ -297,9 +321,10 @@ def weights(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in norms)
 
 
-def effort(trained, full):
-    """Training effort relative to another training: sum of weights x samples. trained, full: lists of
-    (weights, samples).
+def effort(trained: list[tuple[float, int]], full: list[tuple[float, int]]) -> float:
+    """Return the training effort relative to another training: sums of weights x samples.
+
+    trained, full: (weights, samples) of each network that is trained.
 
     >>> effort(trained=[(1000, 50), (200, 10)], full=[(1000, 104)])
     0.5
@@ -307,9 +332,10 @@ def effort(trained, full):
     return sum(w * n for w, n in trained) / sum(w * n for w, n in full)
 
 
-def relabel(dataset, labels):
-    """The images of the classes in `labels` (class -> new label 0, 1, ...), with these labels, in all four
-    splits.
+def relabel(dataset: Dataset, labels: dict[int, int]) -> Dataset:
+    """Return the images of some classes with new labels, in all four splits.
+
+    labels: class -> new label 0, 1, ...
 
     >>> part = relabel(load("synthetic"), {2: 0, 3: 1})
     >>> part.names, part.train.y.unique().tolist()
@@ -331,8 +357,8 @@ def relabel(dataset, labels):
     return replace(dataset, names=tuple(names), **splits)
 
 
-def fitting(recipe, dataset):
-    """The recipe, its batch no larger than the data: a branch can have few images.
+def fitting(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe, its batch no larger than the data: a branch can have few images.
 
     >>> fitting(Recipe(batch_size=1000), load("synthetic")).batch_size
     360
@@ -341,35 +367,34 @@ def fitting(recipe, dataset):
 
 
 @torch.no_grad()
-def accuracy(tree, dataset, split, precision="fp32"):
-    """Accuracy of the whole tree in % on the images of its classes; it is left in eval mode. Raises
-    `BadInput` if there are none.
+def hits(tree: Tree, dataset: Dataset, split: str, precision: str = "fp32") -> list[list[int]]:
+    """Return [correct, all] by class of the tree on a split, as `training.class_hits` does.
+
+    Images of classes that have not come yet are told wrong. The tree is left in eval mode.
 
     >>> data = load("synthetic")
-    >>> tree = Tree(build("convnet", 4, data.shape, widths=(4,)), [[0], [1], [2], [3]], [None] * 4)
-    >>> 0 <= accuracy(tree, data, "validation") <= 100
-    True
+    >>> tree = Tree(build("convnet", 3, data.shape, widths=(4,)), [[0], [1], [2]], [None] * 3)
+    >>> hits(tree, data, "validation")[0][3]  # of class 3, which it does not know
+    0
     """
-    part, correct = getattr(dataset, split), 0
-    part = part[torch.isin(part.y, torch.tensor(list(tree.T), device=dataset.device))]
-    if not len(part):
-        raise BadInput(f"{dataset.name}: no {split} image of the classes {sorted(tree.T)}")
     tree.eval()
+    counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
     with autocast(precision, dataset.device):
-        for x, y in dataset.batches(part):
-            correct += int((tree(x) == y).sum())
-    return 100 * correct / len(part)
+        for x, y in dataset.batches(getattr(dataset, split)):
+            for row, labels in zip(counts, (y[tree(x) == y], y), strict=True):
+                row += torch.bincount(labels, minlength=dataset.classes)
+    return counts.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeCNN:
-    """How a tree grows. cap: classes a child may hold. alpha, beta: see `grow`. images: of each new class,
-    for the likelihood.
+    """How a tree grows. Not a `Method`: a stage is several trainings.
 
-    evaluations: of the root's training and half as many of a branch's; each is one of the whole tree. Not a
-    `Method`: a stage is several trainings, and an `Arm(fit=...)` calls `start` and `learn_`.
+    `start` is the first stage, `learn_` a later one; `class_arrival.Growing` calls them. Accuracies are those
+    of the whole tree on all images, also of classes that have not come yet; a row's loss is that of the part
+    that was trained.
 
-    >>> data, recipe, method = load("synthetic"), Recipe(epochs=1), TreeCNN(evaluations=1)
+    >>> data, recipe, method = load("synthetic"), Recipe(epochs=1), TreeCNN(cap=2)
     >>> def make(outputs):
     ...     return build("convnet", outputs, data.shape, widths=(4,))
     >>> tree, history = method.start(data, [[0], [1]], make, make, recipe)
@@ -378,15 +403,17 @@ class TreeCNN:
     ([0, 1, 2, 3], True)
     """
 
-    cap: int = 5
-    alpha: float = 0.1
+    cap: int = 5  # classes that a child may hold
+    alpha: float = 0.1  # see `grow`
     beta: float = 0.1
-    images: int = 50
-    evaluations: int = 4
+    images: int = 50  # of each new class, for the likelihood
 
-    def likelihood(self, tree, dataset, new, precision="fp32"):
-        """`likelihood` (L, classes) of the classes `new` from their first training images: the root has never
-        been trained on them.
+    def likelihood(
+        self, tree: Tree, dataset: Dataset, new: list[int], precision: str = "fp32"
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return `likelihood` of new classes from their first training images.
+
+        The root has never been trained on them.
         """
         y = dataset.train.y
         few = torch.cat([(y == c).nonzero()[: self.images, 0] for c in new])
@@ -399,81 +426,72 @@ class TreeCNN:
             logits = torch.cat([tree.root(x) for x, _ in dataset.batches(dataset.train[few])])
         return likelihood(logits, y[few], full)
 
-    def start(self, dataset, groups, make_root, make_branch, recipe, seed=0):
-        """(tree, `History`): the first stage, its classes grouped as told: one group a child."""
+    def start(
+        self,
+        dataset: Dataset,
+        groups: Iterable[Iterable[int]],
+        make_root: Make,
+        make_branch: Make,
+        recipe: Recipe,
+        seed: int = 0,
+    ) -> tuple[Tree, History]:
+        """Train a first stage, its classes grouped as told: one group a child."""
+        groups = [list(g) for g in groups]
         branches = [make_branch(len(g)) if len(g) > 1 else None for g in groups]
         tree = Tree(make_root(len(groups)), groups, branches)
         how = {"root": "fresh", **{k: "leaf" if len(g) == 1 else "fresh" for k, g in enumerate(groups)}}
-        return tree, self.fit_(tree, dataset, how, recipe, seed)
+        return tree, self._fit(tree, dataset, how, recipe, seed)
 
-    def learn_(self, tree, dataset, new, make_root, make_branch, recipe, seed=0):
-        """One more stage: place the classes `new` in the tree and train what changed, in place. Returns the
-        `History`, all on its clock.
-        """
+    def learn_(
+        self,
+        tree: Tree,
+        dataset: Dataset,
+        new: list[int],
+        make_root: Make,
+        make_branch: Make,
+        recipe: Recipe,
+        seed: int = 0,
+    ) -> History:
+        """Place new classes in the tree and train what changed, in place, all on one clock."""
         precision, before = resolve_precision(recipe.precision, dataset.device), tree.groups
-        clock.synchronize(dataset.device)
-        with clock.elapsed() as seconds:
-            L, classes = self.likelihood(tree, dataset, new, precision)
-            growth = grow(L.cpu(), tree.T, classes, cap=self.cap, alpha=self.alpha, beta=self.beta)
-            how = rebuild_(tree, growth, make_root, make_branch)
-            took = seconds()
-        event = {
-            "step": 0,
-            "epoch": 0,
-            "method": "TreeCNN",
-            "text": f"{len(new)} classes placed",
-            "L": L.tolist(),
-            "new": classes,
-        }
-        event |= {"log": growth.log, "before": before, "groups": tree.groups}
+        watch = Stopwatch(dataset.device)
+        watch.start()
+        L, classes = self.likelihood(tree, dataset, new, precision)
+        growth = grow(L.cpu(), tree.T, classes, cap=self.cap, alpha=self.alpha, beta=self.beta)
+        how = rebuild_(tree, growth, make_root, make_branch)
+        watch.lap("grow")
+        watch.end_epoch()
+        kinds = {kind: {"count": n, "seconds": seconds} for kind, (n, seconds) in watch.kinds.items()}
+        event = {"step": 0, "epoch": 0, "method": "TreeCNN", "text": f"{len(new)} classes placed"}
+        event |= {"L": L.tolist(), "new": classes, "log": growth.log, "before": before, "groups": tree.groups}
         event |= {"root": how["root"], "how": [how[k] for k in range(len(tree.groups))]}
-        kinds = {"grow": {"count": 1, "seconds": took, "median": took}}
-        return History(seconds=took, raw_seconds=took, kinds=kinds, events=[event]) + self.fit_(
-            tree, dataset, how, recipe, seed
-        )
+        placed = History(seconds=watch.seconds, raw_seconds=watch.raw, kinds=kinds, events=[event])
+        return placed + self._fit(tree, dataset, how, recipe, seed)
 
-    def fit_(self, tree, dataset, how, recipe, seed=0):
-        """Train the parts that `how` does not leave alone. Every row has the accuracy of the whole tree; its
-        loss is that part's own.
-        """
+    def _fit(self, tree, dataset, how, recipe, seed):
+        """Train the parts that `how` does not leave alone."""
         precision, history = resolve_precision(recipe.precision, dataset.device), History()
         for part, state in how.items():
             if state in ("leaf", "untouched") or (part == "root" and len(tree.groups) == 1):
                 continue
             labels = tree.T if part == "root" else {c: i for i, c in enumerate(tree.groups[part])}
             net = tree.root if part == "root" else tree.branches[part]
-            own, seen = relabel(dataset, labels), []
-            own = replace(
-                own, validation=own.validation if len(own.validation) else own.train[:1], test=own.train[:1]
-            )  # test: not read
+            own = relabel(dataset, labels)
+            few = {s: getattr(own, s) if len(getattr(own, s)) else own.train[:1] for s in HELD_OUT}
+            own, seen = replace(own, **few), []
 
             def look(row, net=net, seen=seen):
-                seen.append(accuracy(tree, dataset, "validation", precision))
+                correct, images = hits(tree, dataset, "validation", precision)
+                seen.append(100 * sum(correct) / sum(images))
                 net.train()
 
-            times = self.evaluations if part == "root" else max(1, self.evaluations // 2)
-            h = train(net, own, fitting(recipe, own), (), seed, evaluations=times, progress=look)
+            h = train(net, own, fitting(recipe, own), (), seed, progress=look)
             rows = [{**row, "accuracy": a} for row, a in zip(h.rows, seen, strict=True)]
-            event = {
-                "step": h.steps,
-                "epoch": rows[-1]["epoch"],
-                "method": "TreeCNN",
-                "text": f"{part} trained ({state})",
-            }
-            event |= {
-                "part": str(part),
-                "classes": list(labels),
-                "how": state,
-                "weights": weights(net),
-                "samples": len(own.train),
-                "seconds": h.seconds,
-            }
-            history = history + replace(h, rows=rows, events=[*h.events, event])
-        tree.eval()
-        held = cost.size_bytes(tree.parameters())  # all of the tree stays in memory, whatever is trained
-        return replace(
-            history,
-            memory={**history.memory, "parameters": held},
-            test_accuracy=None,
-            structure={"groups": tree.groups},
-        )
+            event = {"step": h.steps, "epoch": recipe.epochs, "method": "TreeCNN", "text": f"{part} trained"}
+            event |= {"part": str(part), "classes": list(labels), "how": state, "seconds": h.seconds}
+            event |= {"weights": weights(net), "samples": len(own.train)}
+            history += replace(h, rows=rows, events=[*h.events, event])
+        history.memory["parameters"] = cost.size_bytes(tree.parameters())  # all of it, whatever is trained
+        history.structure = {"groups": tree.groups}
+        judge_(history, [hits(tree, dataset, split, precision) for split in HELD_OUT])
+        return history

@@ -4,7 +4,7 @@ No files are shared. A notebook travels with its parameters, the user's own file
 that it may read and the cells of a comparison that earlier runs of it finished. It is executed in a folder of
 the worker's that is deleted afterwards, and what it wrote comes back, finished cells as soon as they are
 there, so that they outlive their worker. Data sets that have a name are found by the worker (its own
-`EFFILIB_DATA`). Reports are rendered where the command was typed.
+`EFFILIB_DATA`). Everything else, such as rendering, happens on the calling machine.
 
 The caller gives out the places, not the scheduler: so it knows at any time which notebook is on which worker,
 one whose worker dies runs again elsewhere with the cells that it had finished, and no second notebook gets

@@ -295,8 +295,8 @@ def end(out: Path) -> None:
 def run_one(job: Job, execute: Callable[[Job], str] = execute) -> Outcome:
     """Run one notebook, put its results in place and render its report.
 
-    execute: what executes it into `job.partial` and returns the reason of its failure. Whatever the notebook
-    does, nothing is raised; except OSError where the results cannot be written, such as on a full disk.
+    execute: what executes it into `job.partial` and returns the reason of its failure. Raises only `OSError`,
+    when results cannot be written.
     """
     ran = start_one(job, execute)
     return ran if isinstance(ran, Outcome) else finish(job, ran)

@@ -30,7 +30,7 @@ def test_a_network_without_large_kernels_has_its_images_resized():
 
 def test_patches_that_stay_save_what_patches_that_shrink_do_not():
     t = chapter.with_patches(TASK.but(lengths=(1.0,)))
-    flops = [h.flops for h in measure(t, chapter.patch_arms())[0]["arms"].values()]
+    flops = [h.flops for h in measure(t, chapter.patch_arms(t))[0]["arms"].values()]
     assert flops[1] < flops[2] < flops[0] * 1.01
 
 

@@ -330,7 +330,7 @@ def test_newborns_are_spared_for_their_grace_and_then_penalised():
 
     class Look(Method):
         def on_step_end(self, run):
-            masks = [mask for _, mask in chosen.groups(run) if mask is not None]
+            masks = [mask for _, mask in chosen._groups(run) if mask is not None]
             seen.setdefault(run.epoch, []).append(sum(int((mask == 0).sum()) for mask in masks))
 
     chosen = method(plan=((1, "widen", "stage 3"),), grace=2, search=0.9)
@@ -500,7 +500,7 @@ def test_flops_are_right_where_the_images_change_within_an_epoch():
 def test_a_growth_is_priced_by_what_a_step_then_costs(make, number, growth):
     model = make()
     layout, chosen = stages.find(model, SHAPE), method()
-    more = chosen.added(model, layout, number, growth, 2)
+    more = chosen._added(model, layout, number, growth, 2)
     before = step_flops(model, SHAPE, 3)
     grow_(model, layout, number, growth, multiple=2, generator=g())
     assert 3 * more == step_flops(model, SHAPE, 3) - before > 0
