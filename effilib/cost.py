@@ -3,20 +3,29 @@ per layer.
 
 FLOPs are 2 x multiply-accumulates of the products (convolutions, matrix products, integer ones too) that the
 step really executes, forward and backward, whatever a method adds or leaves out. Element-wise work counts 0,
-so a FLOP ratio is a prediction, never a result: beside it always stands the measured one."""
+so a FLOP ratio is a prediction, never a result: beside it always stands the measured one.
+"""
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from effilib.clock import interleaved
 from effilib.errors import BadInput
 
+__all__ = [
+    "PASSES", "Conv", "Counter", "conv_passes", "conv_seconds", "count_flops", "latency_table", "layers",
+    "parameters", "size_bytes", "step_flops",
+]  # fmt: skip
+
 aten = torch.ops.aten
+
+# What PyTorch's counter has no formula for, or a wrong one: (shapes of tensors, other arguments) -> FLOPs
 
 
 def _int_mm_flops(a_shape, b_shape, *args, **kwargs):
@@ -32,12 +41,54 @@ def _conv_backward_flops(
     return 2 * x[0] * pixels * math.prod(w) * (mask[0] + mask[1])
 
 
-FORMULAS = {aten._int_mm: _int_mm_flops, aten.convolution_backward: _conv_backward_flops}
+def _attention_flops(q, k, v, *args, **kwargs):
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(dy, q, k, v, *args, **kwargs):
+    return sdpa_backward_flop_count(dy, q, k, v)
+
+
+def _multi_head_flops(q, k, v, width, *args, **kwargs):
+    """Attention as a network in eval mode computes it: projections in and out, scores, weighted values."""
+    (n, queries, _), keys = q, k[1]
+    return 2 * n * width * (2 * queries * width + 2 * keys * width + 2 * queries * keys)
+
+
+def _encoder_flops(x, width, heads, *args, **kwargs):
+    feed_forward = math.prod(args[11]) + math.prod(args[13])
+    return _multi_head_flops(x, x, x, width) + 2 * x[0] * x[1] * feed_forward
+
+
+def _lstm_flops(x, from_input, from_state, *args, **kwargs):
+    return 2 * math.prod(x[:2]) * (math.prod(from_input) + math.prod(from_state))
+
+
+def _lstm_backward_flops(x, from_input, from_state, *args, **kwargs):
+    return 2 * _lstm_flops(x, from_input, from_state)
+
+
+def _vector_flops(a, b, *args, **kwargs):
+    return 2 * math.prod(a)
+
+
+FORMULAS = {
+    aten._int_mm: _int_mm_flops,
+    aten.convolution_backward: _conv_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._native_multi_head_attention: _multi_head_flops,
+    aten._transformer_encoder_layer_fwd: _encoder_flops,
+    aten.mkldnn_rnn_layer: _lstm_flops,
+    aten.mkldnn_rnn_layer_backward: _lstm_backward_flops,
+    aten.mv: _vector_flops,
+    aten.dot: _vector_flops,
+    aten.addmv: lambda y, a, x, **kwargs: _vector_flops(a, x),
+}
 
 
 class Counter:
-    """`with Counter() as count: step()`; then `count.flops` and `count.saved_bytes` (tensors kept for
-    backward, each storage once).
+    """Count what runs in a `with`: `flops`, and `saved_bytes` of tensors kept for backward.
 
     >>> w = torch.ones(3, 4, requires_grad=True)
     >>> with Counter() as count:
@@ -46,7 +97,7 @@ class Counter:
     96
     """
 
-    def __init__(self, parameters=()):
+    def __init__(self, parameters: Iterable[torch.Tensor] = ()):
         self.own = {p.untyped_storage()._cdata for p in parameters}  # held anyway, not saved for backward
         self.storages = {}  # by their own address: on the meta device they have no data's
         self.mode = FlopCounterMode(display=False, custom_mapping=FORMULAS)
@@ -67,19 +118,18 @@ class Counter:
         self.stack.close()
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         """FLOPs of the products that ran inside."""
         return self.mode.get_total_flops()
 
     @property
-    def saved_bytes(self):
+    def saved_bytes(self) -> int:
         """Bytes of the tensors that were kept for backward, each storage once."""
         return sum(self.storages.values())
 
 
-def count_flops(function):
-    """FLOPs that calling `function()` executes, e.g. of a forward and backward pass; works on the meta device
-    too.
+def count_flops(function: Callable[[], object]) -> int:
+    """Return the FLOPs that calling `function()` executes; works on the meta device too.
 
     >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
     48
@@ -89,11 +139,11 @@ def count_flops(function):
     return count.flops
 
 
-def step_flops(model, shape, batch_size=1):
-    """FLOPs of one forward and backward pass of `model` on images (C, H, W) = `shape`, counted on the meta
-    device.
+def step_flops(model: nn.Module, shape: tuple[int, int, int], batch_size: int = 1) -> int:
+    """Return the FLOPs of one forward and backward pass of `model`.
 
-    The images need no gradient, so the first layer's dX is not in it, as in training.
+    shape: (C, H, W) of the images, which are empty: on the meta device nothing is computed. They need no
+    gradient, so the first layer's dX is not in it, as in training.
 
     >>> step_flops(nn.Conv2d(1, 2, 3), (1, 5, 5))  # 324 forward, 324 for dW
     648
@@ -103,8 +153,8 @@ def step_flops(model, shape, batch_size=1):
     return count_flops(lambda: model(x).sum().backward())
 
 
-def parameters(model):
-    """Number of trainable parameters.
+def parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters.
 
     >>> parameters(nn.Linear(3, 2))
     8
@@ -112,8 +162,8 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def size_bytes(tensors):
-    """Bytes of the given tensors.
+def size_bytes(tensors: Iterable[object]) -> int:
+    """Return the bytes of the given tensors.
 
     >>> size_bytes([torch.zeros(2, 3), torch.zeros(4, dtype=torch.int8)])
     28
@@ -141,17 +191,17 @@ class Conv:
     groups: int = 1
 
     @property
-    def pad(self):
+    def pad(self) -> int:
         """The padding; where none is given, half of the filter."""
         return self.k // 2 if self.padding is None else self.padding
 
     @property
-    def out_size(self):
+    def out_size(self) -> tuple[int, int]:
         """(H', W') of the output."""
         return tuple((s + 2 * self.pad - self.k) // self.stride + 1 for s in (self.H, self.W))
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         """2 N O H' W' (C / groups) k^2: of the forward pass, and of dX and of dW alike."""
         height, width = self.out_size
         return 2 * self.N * self.O * height * width * (self.C // self.groups) * self.k**2
@@ -160,8 +210,14 @@ class Conv:
 PASSES = ("forward", "dX", "dW")
 
 
-def conv_passes(conv, *, dtype=torch.float32, channels_last=True, device="cpu"):
-    """The three products of a training step at a convolution, as functions to be timed: dict of `PASSES`.
+def conv_passes(
+    conv: Conv,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Callable[[], object]]:
+    """Return the three products of a training step at a convolution, as functions to be timed.
 
     `convolution_backward` with its output mask computes only the gradient that is asked for.
 
@@ -189,8 +245,16 @@ def conv_passes(conv, *, dtype=torch.float32, channels_last=True, device="cpu"):
     }
 
 
-def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu", repeats=15, seconds=None):
-    """Times of the three passes of several convolutions, interleaved: dict (name, pass) -> list of seconds.
+def conv_seconds(
+    convs: dict[str, Conv | tuple[Conv, torch.dtype, bool]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    device: torch.device | str = "cpu",
+    repeats: int = 15,
+    seconds: float | None = None,
+) -> dict[tuple[str, str], list[float]]:
+    """Time the passes of several convolutions, interleaved: (name, pass) -> list of seconds.
 
     convs: dict name -> `Conv`, or name -> (`Conv`, dtype, channels_last) where the formats differ.
 
@@ -206,11 +270,11 @@ def conv_seconds(convs, *, dtype=torch.float32, channels_last=True, device="cpu"
     return interleaved(functions, repeats=repeats, device=device, seconds=seconds)
 
 
-def layers(model, x):
-    """The convolutions of `model` on images x: (N, C, H, W), by name, with the sizes that they really meet:
-    dict name -> `Conv`.
+def layers(model: nn.Module, x: torch.Tensor) -> dict[str, Conv]:
+    """Return the convolutions of `model` by name, with the sizes that they really meet.
 
-    Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or dilated.
+    x: images (N, C, H, W). Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or
+    dilated.
 
     >>> found = layers(build("convnet", 10, (3, 32, 32), widths=(8, 16)), torch.zeros(1, 3, 32, 32))
     >>> {name: (conv.C, conv.O, conv.H) for name, conv in found.items()}
@@ -249,15 +313,24 @@ def layers(model, x):
     return found
 
 
-def latency_table(model, x, *, dtype=torch.float32, channels_last=True, repeats=15, seconds=None):
-    """Milliseconds of each convolution in place: rows (layer, pass, flops, ms, gflops_per_s), medians of
-    interleaved rounds.
+def latency_table(
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    repeats: int = 15,
+    seconds: float | None = None,
+) -> list[dict]:
+    """Return the milliseconds of each convolution in place, as medians of interleaved rounds.
 
-    The first convolution's dX is left out: training never computes it.
+    Rows (layer, pass, flops, ms, gflops_per_s). The first convolution's dX is left out: training never
+    computes it.
 
-    >>> rows = latency_table(build("convnet", 10, (3, 8, 8), widths=(8, 16)), torch.zeros(1, 3, 8, 8), repeats=3)
-    >>> [(row["layer"], row["pass"]) for row in rows]
-    [('features.0', 'forward'), ('features.0', 'dW'), ('features.4', 'forward'), ('features.4', 'dX'), ('features.4', 'dW')]
+    >>> net = build("convnet", 10, (3, 8, 8), widths=(8, 16))
+    >>> rows = latency_table(net, torch.zeros(1, 3, 8, 8), repeats=3)
+    >>> [row["layer"][-1] + " " + row["pass"] for row in rows]
+    ['0 forward', '0 dW', '4 forward', '4 dX', '4 dW']
     """
     convs = layers(model, x)
     times = conv_seconds(

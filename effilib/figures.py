@@ -5,9 +5,9 @@ Sizes suit a page of 390 pixels, on which a figure of 7.5 inches is shown at hal
 
 import io
 import math
-import statistics as stats
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -29,6 +29,9 @@ from effilib.statistics import (
     monotone,
 )
 
+if TYPE_CHECKING:
+    from effilib.results import Comparison
+
 __all__ = [
     "bars", "colours", "curves", "heatmap", "histogram", "lines", "literal", "new", "plain_log", "png",
     "scatter", "scoreboard", "shares", "strip",
@@ -42,7 +45,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "figure.titlesize": 13,
 }  # fmt: skip
-SMALL, TEXT, HEAD = 10, 11, 13  # points
+TEXT, HEAD = 11, 13  # points
 
 
 class HouseAxes(Axes):
@@ -158,23 +161,24 @@ def _log_axis(axis, values):
     plain_log(axis, values=_ticks(low, high))
 
 
-def _legend(figure, handles, labels, width=None):
+def _legend(figure, handles, labels):
     """A legend below the figure, in as many columns as fit; each label once."""
     once = dict(zip(labels, handles, strict=True))
     if once:
         longest = max(map(len, once)) + 6
-        columns = max(1, min(len(once), int(11.5 * (width or figure.get_figwidth()) / longest)))
+        columns = max(1, min(len(once), int(11.5 * figure.get_figwidth() / longest)))
         figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
 
 
 # Accuracy over time
 
 
-def curves(comparison, arm: str | None = None, *, cost: str = "seconds", aim: float | None = None) -> Figure:
+def curves(
+    comparison: "Comparison", arm: str | None = None, *, cost: str = "seconds", aim: float | None = None
+) -> Figure:
     """Draw accuracy over cost, a mark a training, and the gap at equal accuracy.
 
-    comparison: a `Comparison`. arm: is drawn with the baseline alone (default: all arms, and the gap of the
-    first method). cost: "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just
+    arm: is drawn with the baseline alone (default: all arms, and the gap of the first method). cost: "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just
     reach it (default: the comparison's). Large marks are means over the seeds of a length; lines join them
     where accuracy rises, and lie between them where it falls.
 
@@ -260,6 +264,8 @@ def _curve(axes, points, scale, look):
     x, a = monotone(points)
     axes.plot(np.exp(x) / scale, a, color=look["color"], lw=2.4, zorder=3)
     means = [(np.exp(np.log(p.costs).mean()) / scale, np.mean(p.accuracies)) for p in points]
+    if len(x) < len(means):  # it falls somewhere
+        axes.plot(*zip(*sorted(means), strict=True), ":", color=look["color"], lw=1.4)
     axes.plot(*zip(*means, strict=True), ls="", ms=9, mec="white", mew=1.2, zorder=4, **look)
 
 
@@ -280,7 +286,6 @@ def _words(v):
 
 def _gap(axes, base, arm, ratio, scale, colour):
     """Draw the horizontal gap of two monotone curves, or the bound on it. Returns what the legend names."""
-
     first, last = np.log(axes.get_xlim())
 
     def arrow(begin, end, y, text):  # costs, from the baseline to the arm
@@ -618,6 +623,7 @@ def histogram(
         look = dict(va="top", ha="left" if left else "right", color=RED if end else "black")
         axes.text(begin, top, f" {text} ", transform=axes.get_xaxis_transform(), **look)
         top -= 0.08
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _finish(axes, title, xlabel, "values")
     _legend(figure, handles, [literal(n) for n in values])
     return figure
@@ -641,90 +647,6 @@ def _key(key):
     if isinstance(key, tuple):
         return ", ".join(map(_key, key))
     return f"{key:g}" if isinstance(key, float) else str(key)
-
-
-# Go when their last user is converted
-
-
-def measured_and_predicted(panels, *, height=3.4, width=3.4, ylabel="ms", logx=True, logy=True):
-    """A panel per scan: measured times as points on a line, the FLOP prediction through the reference point
-    dashed.
-
-    panels: list of dicts: title, xlabel, x (values), series {name: times}, predicted {name: times} (may be
-    empty).
-
-    >>> panel = {"title": "width", "xlabel": "channels", "x": [16, 32], "series": {"fp32": [1.0, 3.0]}, "predicted": {"fp32": [0.8, 3.2]}}
-    >>> measured_and_predicted([panel]).axes[0].get_ylabel()
-    'ms'
-    """
-    figure, axes = new(len(panels), width=width * len(panels), height=height, squeeze=False)
-    for ax, panel in zip(axes[0], panels, strict=True):
-        for i, (name, times) in enumerate(panel["series"].items()):
-            ax.plot(panel["x"], times, "o-", color=COLOURS[i % len(COLOURS)], lw=1.6, ms=4, label=name)
-            if name in panel.get("predicted", {}):
-                ax.plot(
-                    panel["x"],
-                    panel["predicted"][name],
-                    "--",
-                    color=COLOURS[i % len(COLOURS)],
-                    lw=1,
-                    alpha=0.8,
-                )
-        if logx:
-            ax.set_xscale("log")
-            plain_log(ax.xaxis, values=panel.get("ticks", panel["x"]))
-        if logy:
-            ax.set_yscale("log")
-            plain_log(ax.yaxis)
-        ax.set_title(panel["title"])
-        ax.set_xlabel(panel["xlabel"])
-    axes[0][0].set_ylabel(ylabel)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    handles.append(mpl.lines.Line2D([], [], color="black", ls="--", lw=1))
-    figure.legend(
-        handles,
-        [*labels, "predicted by FLOPs"],
-        loc="outside lower center",
-        ncols=len(labels) + 1,
-        fontsize=9,
-    )
-    return figure
-
-
-def sweep(rows, *, title=""):
-    """The tuning of a baseline: accuracy over the learning rate, a panel per number of epochs, a line per
-    weight decay.
-
-    >>> rows = [dict(epochs=3, lr=lr, weight_decay=5e-4, accuracy=95.0) for lr in (0.1, 0.2)]
-    >>> sweep(rows).axes[0].get_title(loc="left")
-    '3 epochs'
-    """
-    epochs = sorted({r["epochs"] for r in rows})
-    figure, axes = new(len(epochs), width=3.1 * len(epochs), height=3.2, sharey=True, squeeze=False)
-    decays = sorted({r["weight_decay"] for r in rows})
-    for ax, e in zip(axes[0], epochs, strict=True):
-        for i, wd in enumerate(decays):
-            chosen = [r for r in rows if r["epochs"] == e and r["weight_decay"] == wd]
-            lrs = sorted({r["lr"] for r in chosen})
-            ax.plot(
-                lrs,
-                [stats.mean(r["accuracy"] for r in chosen if r["lr"] == lr) for lr in lrs],
-                color=COLOURS[i],
-                label=f"weight decay {wd:g}",
-            )
-            ax.plot(
-                [r["lr"] for r in chosen], [r["accuracy"] for r in chosen], ".", color=COLOURS[i], alpha=0.6
-            )
-        ax.set_xscale("log")
-        plain_log(ax.xaxis, values=sorted({r["lr"] for r in rows}))
-        ax.set_title(f"{e:g} epochs")
-        ax.set_xlabel("learning rate")
-    axes[0][0].set_ylabel("validation accuracy (%)")
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(decays), fontsize=9
-    )
-    figure.suptitle(title, fontsize=11)
-    return figure
 
 
 # The scoreboard

@@ -427,7 +427,7 @@ def _rounded(values):
     decimals = max(0, 2 - math.floor(math.log10(sizes[len(sizes) // 2])))
 
     def form(v):
-        lost = abs(v) >= 1e9 or 0 < abs(v) < 10**-decimals or decimals > 6
+        lost = abs(v) >= 1e9 or abs(v) < 10**-decimals or decimals > 6
         return _exponent(f"{v:.3g}") if lost else f"{v:,.{decimals}f}"
 
     return form

@@ -493,18 +493,19 @@ class _Flops:
 
     A counted step is slow and off the clock; the first step of a later structure, which chooses kernels, has
     to be on it. So the run's first step is counted, for which the warm-up has chosen them, and else the step
-    after the first of its kind, a few shapes a structure. What never was is scaled by the size of the batch
-    from what was counted of the same structure, or else of the one before or after it.
+    after the first of its kind, a few shapes a structure; where structures last for one step only, every
+    fourth of them. What never was is scaled by the size of the batch from what was counted of the same
+    structure, or else of the one before or after it.
     """
 
-    SHAPES = 8
+    SHAPES, APART = 8, 4
 
     def __init__(self):
         self.steps, self.counted, self.last = {}, {}, None
 
     def due(self, structure):
         """Whether to count the next step."""
-        if self.last is None:
+        if self.last is None or structure - max((key[0] for key in self.counted), default=0) >= self.APART:
             return True
         again = self.last[0] == structure and self.last not in self.counted
         return again and sum(key[0] == structure for key in self.counted) < self.SHAPES
@@ -633,11 +634,12 @@ def train(
                 if not run.counting:
                     flops.add((structure, run.train_step(x, y)))
                     run.clock.lap(run._kind)
-                else:  # the clock takes its kind's median for it
-                    with run.clock.paused(), cost.Counter(run.model.parameters()) as count:
+                else:  # the clock takes its kind's median for it, if there are others
+                    off = run.clock.paused() if run.steps > 1 else contextlib.nullcontext()
+                    with off, cost.Counter(run.model.parameters()) as count:
                         shape = run.train_step(x, y)
                         run.kind = "step"  # ends other work that a hook left open
-                    run.clock.lap(kind, substitute=True)
+                    run.clock.lap(kind, substitute=run.steps > 1)
                     run.counting = False
                     flops.add((structure, shape), sum(ranks.gather(count.flops)))
                     history.memory = memory(run, count.saved_bytes, history.memory)

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from effilib import data, tasks
-from effilib.chapters import products
+from effilib import data, tasks, timing
 from effilib.clock import elapsed, interleaved, steady_memory
 from effilib.data import Batches
 from effilib.methods import column_row_sampling
@@ -62,7 +61,8 @@ def loop():
     ratio = stats.median(b / a for a, b in pairs)
     a, b = (1e3 * stats.median(v) for v in zip(*pairs, strict=True))
     print(
-        f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, n={len(pairs)} pairs)"
+        f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, "
+        f"n={len(pairs)} pairs)"
     )
 
 
@@ -108,7 +108,8 @@ def batches(images=20_000, batch_size=128):
     }
     ratio = rate["ours"] / rate["theirs"]
     print(
-        f"batches: ours {rate['ours']:,.0f}, torchvision + DataLoader {rate['theirs']:,.0f} images/s, ratio {ratio:.1f} (aim >= 10)"
+        f"batches: ours {rate['ours']:,.0f}, torchvision + DataLoader {rate['theirs']:,.0f} images/s, ratio "
+        f"{ratio:.1f} (aim >= 10)"
     )
 
 
@@ -156,22 +157,33 @@ def pooling():
     """Forward and backward of stochastic pooling against `max_pool2d`, 2 x 2: aim at most 3.5x; S3Pool beside
     it.
     """
-    from effilib.chapters.stochastic_pooling import layer_costs
+    from effilib.methods.stochastic_pooling import S3Pool2d, StochasticPool2d
+
+    def both(layer, x, dy):
+        x.grad = None
+        layer(x).backward(dy)
 
     steady_memory()
+    g = torch.Generator().manual_seed(0)
+    layers = {"max": torch.nn.MaxPool2d(2), "stochastic": StochasticPool2d(2, generator=g)}
+    layers["S3Pool"] = S3Pool2d(2, grid=4, generator=g)
     for shape in ((64, 32, 28, 28), (128, 64, 32, 32)):
         for dtype in (torch.float32, torch.bfloat16):
             for layout in (torch.channels_last, torch.contiguous_format):
-                times = layer_costs(shape=shape, dtype=dtype, layout=layout, repeats=40, seconds=6)
-                ms = {
-                    k: 1e3 * min(t) for k, t in times.items()
-                }  # the least: another process stalls one of two threads for 8 ms
-                ratio = {k: ms[k] / ms["max"] for k in ("stochastic", "S3Pool")}
-                what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {str(layout)[6:]}"
-                print(
-                    f"pooling {what}: max {ms['max']:.2f} ms, "
-                    + ", ".join(f"{k} {ms[k]:.2f} ms = {r:.2f}x" for k, r in ratio.items())
+                x = (
+                    torch.rand(*shape, generator=g)
+                    .to(dtype)
+                    .contiguous(memory_format=layout)
+                    .requires_grad_()
                 )
+                dy = torch.ones_like(layers["max"](x))
+                calls = {k: functools.partial(both, layer, x, dy) for k, layer in layers.items()}
+                times = interleaved(calls, repeats=40, seconds=6)
+                # the least: another process stalls one of two threads for 8 ms
+                ms = {k: 1e3 * min(t) for k, t in times.items()}
+                what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {str(layout)[6:]}"
+                ratios = [f"{k} {ms[k]:.2f} ms = {ms[k] / ms['max']:.2f}x" for k in ("stochastic", "S3Pool")]
+                print(f"pooling {what}: max {ms['max']:.2f} ms, {', '.join(ratios)}")
     print("pooling: aim for stochastic <= 3.5x")
 
 
@@ -191,17 +203,15 @@ def sampling():
     """
     task, dataset = _wide()
     half = functools.partial(column_row_sampling.sample_columns_, ratio=0.5)
-    for p in products.formats():
+    for p in timing.formats():
         variants = [
-            products.Variant(name="exact", precision=p),
-            products.Variant(name="half", precision=p, convert=half),
+            timing.Variant("exact", precision=p),
+            timing.Variant("half", precision=p, convert=half),
         ]
-        times = products.pass_times(task, dataset, variants, repeats=41, seconds=30)
-        share = times["half"]["step"] / times["exact"]["step"]
-        aim = f"aim <= 0.75 in {products.formats()[0]}"
-        print(
-            f"sampling, {p}: {times['half']['step']:.1f} of {times['exact']['step']:.1f} ms a step, {share:.2f}x ({aim})"
-        )
+        ms = timing.step_times(task, dataset, variants, repeats=41, seconds=30)["ms"]
+        aim = f"aim <= 0.75 in {timing.formats()[0]}"
+        share = ms["half"] / ms["exact"]
+        print(f"sampling, {p}: {ms['half']:.1f} of {ms['exact']:.1f} ms a step, {share:.2f}x ({aim})")
 
 
 def subsets():
@@ -210,38 +220,38 @@ def subsets():
     """
     from effilib.chapters import gradient_pruning
 
-    times = gradient_pruning.time_table(*_wide())[1]
-    for name, t in times.items():
-        exact = times[f"{name.split(',')[0]}, exact"]["backward"]
-        print(
-            f"subsets, {name}: backward {t['backward']:.1f} ms, {exact / t['backward']:.2f}x (aim >= 1.3 where dX and dW are subsets)"
-        )
+    task, dataset = _wide()
+    methods = {"exact": (), **{n: (m,) for n, m in gradient_pruning.subsets(0.5).items()}}
+    for p in timing.formats():
+        variants = [timing.Variant(n, precision=p, methods=m) for n, m in methods.items()]
+        ms = timing.pass_times(task, dataset, variants, repeats=41, seconds=30)["backward ms"]
+        for name, t in ms.items():
+            print(
+                f"subsets, {p}, {name}: backward {t:.1f} ms, {ms['exact'] / t:.2f}x (aim >= 1.3 where dX and "
+                "dW are subsets)"
+            )
 
 
 def standardization():
-    """A step with the standardization loss against BatchNorm's, six convolutions, batch 128: aim at most
-    1.15x.
-    """
-    from effilib.chapters.standardization_loss import BN, NONE, SL, step_times
+    """Time a step with the standardization loss against BatchNorm's: aim at most 1.15x."""
+    from effilib.chapters.standardization_loss import BN, GN, NONE, SL, methods
 
-    steady_memory()
-    for p in products.formats():
-        ms = {k: 1e3 * stats.median(t) for k, t in step_times(precision=p, repeats=41, seconds=40).items()}
+    task, dataset = tasks.task("study", "synthetic", "vgg"), data.synthetic(size=32, channels=3)
+    for p in timing.formats():
+        variants = [timing.Variant(k, precision=p, methods=methods(k)) for k in (NONE, BN, SL, GN)]
+        ms = timing.step_times(task, dataset, variants, repeats=41, seconds=40)["ms"]
         listed = ", ".join(f"{k} {v:.1f} ms = {v / ms[NONE]:.2f}x of none" for k, v in ms.items())
         print(f"standardization, {p}: {ms[SL] / ms[BN]:.2f}x of BatchNorm's step (aim <= 1.15); {listed}")
 
 
 def stems():
-    """A step behind the wavelet stem against full resolution, the study task's network and images of its
-    size: aim at least 1.3x.
-    """
+    """Time a step behind half-resolution stems against full resolution: aim at least 1.3x."""
     from effilib.chapters import wavelet
 
-    task = tasks.task("study", "synthetic", batch_size=64)
-    print(
-        wavelet.cost_table(task, data.synthetic(size=32, channels=3)).to_string(),
-        "\nstems: aim for the wavelet stem >= 1.3x",
-    )
+    task, dataset = tasks.task("study", "synthetic", batch_size=64), data.synthetic(size=32, channels=3)
+    variants = [timing.Variant(a.name, methods=a.methods) for a in wavelet.arms(task, dataset)]
+    times = timing.step_times(task, dataset, variants)
+    print(times.to_string(), "\nstems: aim for the wavelet stem >= 1.3x")
 
 
 if __name__ == "__main__":

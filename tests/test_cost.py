@@ -160,6 +160,74 @@ def test_counting_leaves_no_mode_behind():
     assert count.flops == before == 16
 
 
+# Attention and recurrent layers: kernels of their own on a CPU, each against its products by hand
+
+
+def attention(n, s, width, *, backward):
+    """FLOPs of self-attention on (n, s, width): projections in and out, scores, weighted values."""
+    projections, products = 4 * 2 * n * s * width * width, 2 * 2 * n * s * s * width
+    if not backward:
+        return projections + products
+    # dX and dW of each projection; of the two products both factors' gradients, and the scores once more,
+    # which were not kept
+    return 3 * projections + products + 2 * products + products // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_is_counted_on_a_cpu(heads, dtype):
+    n, s, width = 3, 7, 16
+    layer = nn.MultiheadAttention(width, heads, batch_first=True)
+    x = torch.randn(n, s, width, requires_grad=True)
+
+    def step(**settings):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return count_flops(lambda: layer(x, x, x, **settings)[0].float().sum().backward())
+
+    assert step(need_weights=False) == attention(n, s, width, backward=True)
+    kept = attention(n, s, width, backward=True) - 2 * n * s * s * width
+    assert step(need_weights=True) == kept  # by plain products, whose scores are kept
+    with torch.no_grad():
+        layer.eval()
+        assert count_flops(lambda: layer(x, x, x)) == attention(n, s, width, backward=False)
+        assert count_flops(lambda: layer.train()(x, x, x, need_weights=False)) == attention(
+            n, s, width, backward=False
+        )
+
+
+def test_attention_between_different_lengths_is_counted():
+    q, k, v = (torch.randn(2, 3, s, d, requires_grad=True) for s, d in ((5, 8), (9, 8), (9, 8)))
+    forward = 2 * (2 * 2 * 3 * 5 * 9 * 8)
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == forward
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == 3.5 * forward
+
+
+def test_a_transformer_layer_costs_in_eval_mode_what_it_costs_in_training():
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    x = torch.randn(3, 7, 16)
+    with torch.no_grad():
+        by_hand = attention(3, 7, 16, backward=False) + 2 * 2 * 3 * 7 * 16 * 24
+        assert count_flops(lambda: layer.train()(x)) == by_hand
+        assert count_flops(lambda: layer.eval()(x)) == by_hand
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_an_lstm_costs_what_its_products_do(directions):
+    n, s, width, hidden = 3, 5, 8, 6
+    layer = nn.LSTM(width, hidden, num_layers=2, bidirectional=directions == 2, batch_first=True)
+    x = torch.randn(n, s, width, requires_grad=True)
+    forward = sum(2 * n * s * p.numel() for p in layer.parameters() if p.dim() == 2)
+    with torch.no_grad():
+        assert count_flops(lambda: layer(x)) == forward
+    assert count_flops(lambda: layer(x)[0].sum().backward()) == 3 * forward
+
+
+def test_products_with_vectors_are_counted():
+    a, x, y = torch.ones(3, 5), torch.ones(5), torch.ones(3)
+    assert count_flops(lambda: a @ x) == count_flops(lambda: torch.addmv(y, a, x)) == 2 * 3 * 5
+    assert count_flops(lambda: x @ x) == 2 * 5
+
+
 # Memory
 
 

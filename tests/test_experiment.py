@@ -483,7 +483,7 @@ def test_a_killed_comparison_keeps_its_finished_cells(tmp_path):
     log, script = tmp_path / "log", tmp_path / "script.py"
     script.write_text(SCRIPT.format(here=os.path.dirname(__file__), log=str(log)))
     base = os.path.dirname(os.path.dirname(experiment.__file__))
-    environment = {**os.environ, "PYTHONPATH": base}
+    environment = {**os.environ, "PYTHONPATH": base, "TMPDIR": str(tmp_path)}
 
     def start(**more):
         return subprocess.run(

@@ -101,6 +101,14 @@ def test_there_is_a_mark_a_training_and_the_means_of_a_length_are_joined():
     drawn(figure)
 
 
+def test_where_accuracy_falls_the_line_lies_between_the_means():
+    falls = {0.5: (50, 77.0), 0.71: (71, 84.0), 1.0: (100, 82.0)}
+    figure = figures.curves(made(falls.get, noise=0.0))
+    thick, dotted = (next(line for line in figure.axes[0].lines if line.get_ls() == style) for style in "-:")
+    assert thick.get_ydata().tolist() == [77, 83]
+    assert dotted.get_ydata().tolist() == [77, 84, 82]
+
+
 def test_the_gap_is_drawn_at_the_middle_of_the_common_range_and_says_the_ratio():
     comparison = made(rise(), rise(1.4), noise=0.0)
     figure = figures.curves(comparison)

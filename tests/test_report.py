@@ -60,7 +60,13 @@ def verdict(word="faster", ratio=1.34, **changes):
     row = {"arm": "method", "against": "baseline", "ratio": ratio, "low": low, "high": high, "kind": "gap"}
     row |= {"n": 5, "lengths": 3, "range": None if ratio is None else [78.2, 86.1], "cost": "seconds"}
     row |= {"points": -0.1, "points_low": -0.4, "points_high": 0.2, "p": None if ratio is None else 0.001}
-    row |= {"verdict": word, "aim": 1.2, "aim_verdict": "met", "text": "the text", "notes": []}
+    row |= {
+        "verdict": word,
+        "aim": 1.2,
+        "aim_verdict": "met",
+        "text": "the text",
+        "notes": ["about 7 cells would decide"],
+    }
     return row | changes
 
 
@@ -276,7 +282,12 @@ def test_report_header(rendered):
         assert part in header
     for part in ("faster", "1.34x [1.29, 1.39]", "at 78–86 % accuracy", "n = 5 × 3", "slower", "0.70x"):
         assert part in header
-    for part in ("aim 1.2x: met", "at equal time −0.10 points [−0.40, +0.20]"):
+    for part in (
+        "aim 1.2x: met",
+        "−0.10 points [−0.40, +0.20] at equal time",
+        "method against baseline",
+        "about 7 cells would decide",
+    ):
         assert part in header
     assert len(page.select(".verdicts svg")) == 2
 

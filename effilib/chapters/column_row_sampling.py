@@ -1,23 +1,12 @@
-"""Chapter 3.4: errors of sampled products over sample sizes, what a sampled layer and step cost, and the
-arms.
-"""
+"""Chapter 3.4: what is trained, and what sampled products cost and get wrong."""
 
-import functools
+from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from effilib import figures
-from effilib.chapters.products import (
-    Variant,
-    against_exact,
-    formats,
-    layer_times,
-    layers_of,
-    pass_times,
-    say_conv,
-)
 from effilib.convolution import approx_conv2d
 from effilib.experiment import Arm
 from effilib.methods.column_row_sampling import (
@@ -30,6 +19,8 @@ from effilib.methods.column_row_sampling import (
     squared_error,
 )
 from effilib.models import stream
+from effilib.tasks import Task
+from effilib.timing import Variant, formats, layer_times, layers_of, pass_times, say_conv
 
 VARIANTS = {
     "top-k": dict(scheme="topk"),
@@ -41,9 +32,21 @@ VARIANTS = {
     "uniform, replacement, scaled": dict(scheme="uniform", replacement=True, scaled=True),
 }
 RATIOS = (0.75, 0.5, 0.3)
-# A step of the wide network takes several times as long as the task's, so the runs are shorter.
-RUNS = {"quick": dict(epochs=1.2, evaluations=10), "study": dict(epochs=1.3, evaluations=10)}
-GRID = {"quick": dict(epochs=0.7, evaluations=1, seeds=1), "study": dict(epochs=1.3, evaluations=1, seeds=1)}
+HALF = "top-k, 50% of the channels"
+# A plain network of wide convolutions on small maps, which bound a step: 128 to 256 channels in the study.
+# Its step takes several times as long as that of the task's own network, so the runs are short.
+WIDE = {
+    "smoke": ((16,), (32,)),
+    "quick": ((32,), (64,), (128,)),
+    "study": ((32,), (128, 128), (256, 256)),
+    "full": ((128, 128), (256, 256), (256, 256)),
+}
+SIZES = {p: dict(network="vgg", widths={"widths": w}, tuned={}) for p, w in WIDE.items()}
+SIZES["quick"] |= dict(epochs=0.8)
+SIZES["study"] |= dict(epochs=2)
+GRID = {p: dict(size) for p, size in SIZES.items()}
+GRID["quick"] |= dict(epochs=0.4)
+GRID["study"] |= dict(epochs=1)
 
 
 def by_hand():
@@ -70,9 +73,10 @@ def by_hand():
 
 
 def error_curves(preset, n=100):
-    """Relative error |AB - estimate| / (|A| |B|) of n x n products over k: dict mean -> (ks, dict variant -> errors).
+    """Relative error |AB - estimate| / (|A| |B|) of n x n products over k.
 
-    Entries are N(1, 1) and N(0, 1); averages over runs (the paper: 1,000), a few matrices, new draws.
+    dict mean -> (ks, dict variant -> errors). Entries are N(1, 1) and N(0, 1); averages over runs (the paper:
+    1,000), a few matrices, new draws.
     """
     runs = {"smoke": 2, "quick": 60}.get(preset, 1000)
     ks = [5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100] if preset != "smoke" else [10, 50, 100]
@@ -94,7 +98,7 @@ def error_curves(preset, n=100):
 
 def error_figure(curves):
     """(figure, caption) of `error_curves`."""
-    figure, panels = figures.new(len(curves), width=10.0, height=4.2)
+    figure, panels = figures.new(len(curves), width=9.0, height=4.6)
     for axes, (title, (ks, errors)) in zip(panels, curves.items(), strict=True):
         for i, (name, e) in enumerate(errors.items()):
             axes.plot(
@@ -106,8 +110,8 @@ def error_figure(curves):
     panels[0].set_ylabel("|AB - estimate| / (|A| |B|)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure, (
-        "The error of a sampled product over the number of terms. Where the entries have a mean, leaving terms out without scaling costs "
-        "that mean; where they have none, scaling only blows up what was drawn, and taking the largest terms is best."
+        "The error of a sampled product over the number of terms. Where the entries have a mean, leaving "
+        "terms out without scaling costs that mean; where they have none, scaling blows up what was drawn."
     )
 
 
@@ -185,144 +189,89 @@ def check_products():
 
 
 def layer_table(task, dataset):
-    """What sampling half of the channels saves layer by layer, in every format: speed-up of forward +
-    backward; FLOPs predict 2x.
-    """
+    """What sampling half of the channels saves layer by layer, in every format; FLOPs predict 2x."""
     convs = {}
     for c in layers_of(task, dataset).values():
         convs.setdefault(say_conv(c), c)
     half, rows = {"half": forward_sampling(0.5, 1, scheme="topk")}, {}
-    few = dict(repeats=2, seconds=1) if task.preset == "smoke" else dict(repeats=9, seconds=4)
+    few = {"smoke": dict(repeats=2, seconds=1), "quick": dict(repeats=5, seconds=0.5)}.get(task.preset, {})
     for precision in formats(task.device):
-        times = layer_times(convs, half, precision=precision, device=task.device, **few)
+        times = layer_times(convs, half, precision=precision, device=task.device, **few).sum(axis=1)
         for name in convs:
-            exact, sampled = (sum(times[name, v].values()) for v in ("exact", "half"))
+            exact, sampled = (times[name, v] for v in ("exact", "half"))
             rows.setdefault(name, {}).update(
                 {
                     f"{precision}, exact ms": exact,
                     f"{precision}, half ms": sampled,
-                    f"{precision}, speed-up": f"{exact / sampled:.2f}x",
+                    f"{precision}, x": exact / sampled,
                 }
             )
     return pd.DataFrame(rows).T.rename_axis("layer")
 
 
 def step_table(task, dataset):
-    """(table, times): a whole training step at each ratio, in every format: sampling on top of bf16, and bf16
-    on its own.
-    """
+    """Passes and whole training step at each ratio, in every format; x is against the exact step."""
     variants = [
         Variant(
-            name=f"{p}, {r:.0%}",
+            f"{p}, {r:.0%}",
             precision=p,
-            convert=functools.partial(sample_columns_, ratio=r, minimal=4) if r < 1 else None,
+            convert=partial(sample_columns_, ratio=r, minimal=4) if r < 1 else None,
         )
         for p in formats(task.device)
         for r in (1, *RATIOS)
     ]
-    times = pass_times(task, dataset, variants, seconds=5 if task.preset == "quick" else 25)
-    groups = {p: [f"{p}, {r:.0%}" for r in (1, *RATIOS)] for p in formats(task.device)}
-    return against_exact(times, groups), times
+    table = pass_times(task, dataset, variants, repeats=5 if task.preset == "quick" else 15)
+    exact = [table.loc[f"{name.split(',')[0]}, 100%", "step ms"] for name in table.index]
+    return table.assign(x=exact / table["step ms"])
 
 
-def step_figure(times):
+def step_figure(table):
     """(figure, caption): a step's time over the ratio, measured and as FLOPs predict it."""
-    figure, axes = figures.new(width=7.0, height=3.6)
-    ratios, kinds = [1, *RATIOS], list(dict.fromkeys(n.split(",")[0] for n in times))
-    for i, p in enumerate(kinds):
-        ms = [times[f"{p}, {r:.0%}"]["step"] for r in ratios]
-        axes.plot(ratios, ms, "o-", color=figures.COLOURS[i], label=f"{p}, measured")
-        axes.plot(
-            ratios,
-            [r * ms[0] for r in ratios],
-            "--",
-            color=figures.COLOURS[i],
-            lw=1,
-            label=f"{p}, if all of it shrank with k",
-        )
-    axes.set_xlabel("share of the channels that is computed")
-    axes.set_ylabel("ms a training step")
-    axes.set_xlim(1.03, 0.27)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    best = min(times, key=lambda n: times[n]["step"])
-    gain = "" if len(kinds) < 2 else (
-        f" Number format alone: {times['fp32, 100%']['step'] / times['bf16, 100%']['step']:.2f}x; "
-        f"both: {times['fp32, 100%']['step'] / times[best]['step']:.2f}x ({best})."
-    )  # fmt: skip
+    ratios, kinds = [1, *RATIOS], list(dict.fromkeys(n.split(",")[0] for n in table.index))
+    measured = pd.DataFrame(
+        {p: [table.loc[f"{p}, {r:.0%}", "step ms"] for r in ratios] for p in kinds}, index=ratios
+    )
+    predicted = pd.DataFrame({p: [r * measured[p].iloc[0] for r in ratios] for p in kinds}, index=ratios)
+    figure = figures.lines(
+        measured,
+        predicted=predicted,
+        xlabel="share of the channels that is computed",
+        ylabel="ms a training step",
+    )
     return figure, (
-        "A step shrinks less than its products: BatchNorm, ReLU, the stem, scoring and gathering stay. The cheaper the products are "
-        "already (bf16), the less is left to save." + gain
+        "A step over the share of the channels; dashed: if all of it shrank with the share. BatchNorm, ReLU, "
+        "the stem, scoring and gathering do not."
     )
 
 
-def narrower(task, share=0.72):
-    """Settings of the task's network with `share` of the channels everywhere, in multiples of 16: about half
-    of the products.
-    """
+def narrower(task: Task, share: float = 0.72) -> list[Arm]:
+    """Return the control: `share` of the channels, in multiples of 16: about half of the products."""
     if task.network != "vgg" or "widths" not in task.widths:
-        return {}
-    return {
-        "widths": tuple(
-            tuple(max(8, round(c * share / 16) * 16) for c in stage) for stage in task.widths["widths"]
-        )
-    }
+        return []
+    widths = tuple(
+        tuple(max(8, round(c * share / 16) * 16) for c in stage) for stage in task.widths["widths"]
+    )
+    return [Arm(name="narrower network, exact", role="control", network={"widths": widths})]
 
 
-def arms(task):
-    """The verdict arms: exact, top-k at the ratios (quick: half), and an exact narrower network of about as
-    many FLOPs as half.
-    """
-    ratios = RATIOS if task.preset in ("study", "full") else (0.5,)
-    found = [Arm(name="exact", role="baseline")]
-    found += [
-        Arm(name=f"top-k, {r:.0%} of the channels", methods=(ColumnRowSampling(ratio=r, minimal=4),))
-        for r in ratios
-    ]
-    smaller = narrower(task)
-    if smaller:
-        return [*found, Arm(name="narrower network, exact", role="control", network=smaller)]
+def arms(task: Task) -> list[Arm]:
+    """Return exact training, top-k of half of the channels, and an exact network of about as many FLOPs."""
+    half = ColumnRowSampling(ratio=0.5, minimal=4)
+    return [Arm(name="exact", role="baseline"), Arm(name=HALF, methods=(half,)), *narrower(task)]
+
+
+def grid(task: Task) -> list[Arm]:
+    """Return other ratios, and other schemes at half of the channels; all take the same steps."""
+    settings = {f"top-k, {r:.0%}": dict(ratio=r) for r in RATIOS if r != 0.5}
+    settings["norm, unscaled"] = dict(scheme="norm")
+    if task.preset in ("study", "full"):
+        settings["uniform, scaled"] = dict(scheme="uniform", replacement=True, scaled=True)
+        settings["Bernoulli, scaled"] = dict(scheme="bernoulli", scaled=True)
+        settings["backward only, Bernoulli, scaled"] = dict(where="backward", scheme="bernoulli", scaled=True)
     return [
-        *found,
-        Arm(name="fewer epochs, exact", role="control", changes={"epochs": 0.75 * task.recipe.epochs}),
+        Arm(name="exact", role="baseline"),
+        *(
+            Arm(name=n, methods=(ColumnRowSampling(minimal=4, **how),), lengths=task.lengths)
+            for n, how in settings.items()
+        ),
     ]
-
-
-def grid(task):
-    """The variants at half of the channels, beside top-k; and in the quick preset the other ratios."""
-
-    def arm(name, **settings):
-        return Arm(name=name, methods=(ColumnRowSampling(minimal=4, **settings),))
-
-    found = [Arm(name="exact", role="baseline")]
-    if task.preset not in ("study", "full"):
-        return [
-            *found,
-            *(arm(f"top-k, {r:.0%}", ratio=r) for r in RATIOS if r != 0.5),
-            arm("norm, unscaled", scheme="norm"),
-        ]
-    return [
-        *found,
-        arm("uniform, scaled", scheme="uniform", replacement=True, scaled=True),
-        arm("norm, unscaled", scheme="norm"),
-        arm("Bernoulli, scaled", scheme="bernoulli", scaled=True),
-        arm("backward only, Bernoulli, scaled", where="backward", scheme="bernoulli", scaled=True),
-    ]
-
-
-def statistics_table(comparison):
-    """Validation accuracy at the end with BatchNorm's statistics as training left them, and re-estimated:
-    both numbers, per arm.
-    """
-    rows = {}
-    for a in comparison.arms:
-        events = [e for h in comparison.histories(a.name) for e in h.events if "reestimated" in e]
-        if events:
-            plain, exact = (sum(e[k] for e in events) / len(events) for k in ("plain", "reestimated"))
-            rows[a.name] = {
-                "as training left them, %": plain,
-                "re-estimated, %": exact,
-                "points": f"{exact - plain:+.2f}",
-                "n": len(events),
-            }
-    return pd.DataFrame(rows).T.rename_axis("arm")

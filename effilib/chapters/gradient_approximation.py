@@ -1,17 +1,13 @@
-"""Chapter 4.2: how good a replaced weight gradient is, what it costs, and the grid of replacements and
-schedules.
-"""
+"""Chapter 4.2: what is trained, how good a replaced weight gradient is, and what it costs."""
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from effilib import convolution, figures
-from effilib.chapters.gradient_pruning import fewer
-from effilib.chapters.products import formats, layer_times, say_conv
+from effilib import convolution
+from effilib.chapters.gradient_pruning import smaller
 from effilib.convolution import Approximation, Convolution
 from effilib.cost import Conv
-from effilib.data import Batches
 from effilib.experiment import Arm
 from effilib.methods.gradient_approximation import (
     GradientApproximation,
@@ -21,11 +17,17 @@ from effilib.methods.gradient_approximation import (
     scheduled,
 )
 from effilib.models import stream
+from effilib.tasks import Task
+from effilib.timing import batch, formats, layer_times, say_conv
 from effilib.training import train
 
 SCHEDULES = ("S1", "S2", "S3")
-RUNS = {"quick": dict(epochs=1.7, evaluations=10), "study": dict(epochs=3, evaluations=12)}
-GRID = {"quick": dict(epochs=0.8, evaluations=1, seeds=1), "study": dict(epochs=2, evaluations=1, seeds=2)}
+ZERO = "zero, S1"
+SIZES = {  # in the study the published comparison: ResNet-20 against ResNet-14
+    "quick": dict(epochs=1),
+    "study": dict(epochs=2, widths={"widths": (16, 32, 64), "blocks": (3, 3, 3)}),
+}
+GRID = {"quick": dict(epochs=0.4), "study": dict(epochs=1), "full": dict(epochs=5)}
 LAYERS = {  # large maps with few channels, and small ones with many
     "quick": (
         Conv(N=64, C=16, O=16, H=28, W=28),
@@ -109,8 +111,8 @@ def quality(task, dataset, epochs=1.0):
     """
     model = task.build(dataset)
     recipe = task.but(epochs=min(epochs, task.recipe.epochs), precision="fp32").recipe
-    train(model, dataset, recipe, evaluations=1)
-    x, y = next(iter(Batches(dataset, min(64, len(dataset.train)), stream(0, "numerics"))))
+    train(model, dataset, recipe)
+    x, y = batch(dataset)
     g, rows = stream(0, "quality"), {}
     chosen = {
         n: m for n, m in convolution.layers(model, x[:2]).items() if max(m.kernel_size) > 1 and m.groups == 1
@@ -134,43 +136,22 @@ def quality(task, dataset, epochs=1.0):
     return pd.DataFrame({n: rows[n] for n in chosen}).T.rename_axis("layer")
 
 
-def quality_figure(frame):
-    """(figure, caption) of `quality`: cosines by layer."""
-    figure, axes = figures.new(width=8.5, height=1.3 + 0.3 * len(frame))
-    for i, how in enumerate(("top", "unbiased", "random")):
-        axes.plot(frame[f"{how}: cosine"], range(len(frame)), "o", color=figures.COLOURS[i], ms=6, label=how)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.set_yticks(range(len(frame)), frame.index)
-    axes.invert_yaxis()
-    axes.set_xlabel("cosine between the replaced and the exact weight gradient (1: same direction)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    return figure, (
-        "One location stands for a whole map: where neighbouring pixels are alike its gradient points the right way, "
-        "where they are not it is little better than none. Random numbers are orthogonal to everything."
-    )
-
-
 def time_table(task):
     """Backward pass (dX and dW) of single layers with each replacement, in every format: dW replaced in every
     batch.
     """
     convs = {say_conv(c): c for c in LAYERS.get(task.preset, LAYERS["study"])}
-    few = dict(repeats=2, seconds=1) if task.preset == "smoke" else dict(repeats=9, seconds=4)
+    few = {"smoke": dict(repeats=2, seconds=1), "quick": dict(repeats=5, seconds=0.5)}.get(task.preset, {})
     how = {
         h: Approximation(dw=replacement(h, generator=stream(0, "times")))
         for h in ("zero", "random", "top", "unbiased")
     }
     rows = {}
     for p in formats(task.device):
-        times = layer_times(convs, how, precision=p, device=task.device, **few)
+        whole = layer_times(convs, how, precision=p, device=task.device, **few).sum(axis=1)
         for name in convs:
-            exact = times[name, "exact"]
-            whole = exact["forward"] + exact["backward"]
-            row = rows[p, name] = {"forward + backward, ms": whole}
-            row |= {
-                h: f"{whole / (times[name, h]['forward'] + times[name, h]['backward']):.2f}x" for h in how
-            }
+            row = rows[p, name] = {"forward + backward, ms": whole[name, "exact"]}
+            row |= {f"{h}, x": whole[name, "exact"] / whole[name, h] for h in how}
     return pd.DataFrame(rows).T.rename_axis(["format", "layer"])
 
 
@@ -186,58 +167,40 @@ def schedule_table(layers=8, batches=8):
     return pd.DataFrame(rows).T
 
 
-def base_task(task, network=""):
-    """In the study the published comparison: ResNet-20, with the control ResNet-14; else the task's own
-    network.
-    """
-    if network or task.network != "resnet" or task.preset not in ("study", "full"):
-        return task
-    return task.but(widths={**task.widths, "blocks": (3, 3, 3)}, target=None)
-
-
-def control(task):
-    """The smaller exact network: ResNet-14 for ResNet-20, else one block less."""
+def control(task: Task) -> list[Arm]:
+    """Return the smaller exact network: ResNet-14 for ResNet-20, else a block less."""
     if task.network == "resnet" and task.widths.get("blocks") == (3, 3, 3):
-        return Arm(name="ResNet-14, exact", role="control", network={"blocks": (2, 2, 2)})
-    smaller = fewer(task)
-    if smaller:
-        return Arm(name="smaller network, exact", role="control", network=smaller)
-    return Arm(name="fewer epochs, exact", role="control", changes={"epochs": 0.75 * task.recipe.epochs})
+        return [Arm(name="ResNet-14, exact", role="control", network={"blocks": (2, 2, 2)})]
+    return smaller(task)
 
 
-def arms(task):
-    """The verdict arms: exact, zero gradients by S1, in the study the top location by S1, and the smaller
-    network.
-    """
+def arms(task: Task) -> list[Arm]:
+    """Return exact training, zero gradients and (study) the top location by S1, and the smaller network."""
     found = [
         Arm(name="exact", role="baseline"),
-        Arm(name="zero, S1", methods=(GradientApproximation(how="zero", schedule="S1"),)),
+        Arm(name=ZERO, methods=(GradientApproximation(how="zero", schedule="S1"),)),
     ]
     if task.preset in ("study", "full"):
         found.append(Arm(name="top location, S1", methods=(GradientApproximation(how="top", schedule="S1"),)))
-    return [*found, control(task)]
+    return [*found, *control(task)]
 
 
-def grid(task):
-    """Every replacement with every schedule (quick: with S1); and what the published scale and the skipped
-    parameter change.
-    """
-    found = [Arm(name="exact", role="baseline")]
-    kinds = {"zero": {}, "random": {}, "top": {}, "unbiased": {}}
-    if task.preset == "smoke":
-        kinds = {"zero": {}, "top": {}}
-    for how in kinds:
-        for schedule in SCHEDULES if task.preset != "quick" or how == "zero" else SCHEDULES[:1]:
-            found.append(
-                Arm(name=f"{how}, {schedule}", methods=(GradientApproximation(how=how, schedule=schedule),))
-            )
-    found.append(
-        Arm(name="skip the parameter, S1", methods=(GradientApproximation(how="skip", schedule="S1"),))
-    )
-    found.append(
-        Arm(name="top at scale 1, S1", methods=(GradientApproximation(how="top", schedule="S1", scale=1.0),))
-    )
-    return [*found, control(task)]
+def grid(task: Task) -> list[Arm]:
+    """Return replacements and schedules (quick: some); all take the same steps."""
+    if task.preset in ("smoke", "quick"):
+        pairs = [("top", "S1"), ("unbiased", "S1"), ("zero", "S3")]
+    else:
+        pairs = [(how, s) for how in ("zero", "random", "top", "unbiased") for s in SCHEDULES]
+    settings = {f"{how}, {s}": dict(how=how, schedule=s) for how, s in pairs}
+    settings["skip the parameter, S1"] = dict(how="skip", schedule="S1")
+    settings["top at scale 1, S1"] = dict(how="top", schedule="S1", scale=1.0)
+    return [
+        Arm(name="exact", role="baseline"),
+        *(
+            Arm(name=n, methods=(GradientApproximation(**how),), lengths=task.lengths)
+            for n, how in settings.items()
+        ),
+    ]
 
 
 PUBLISHED = pd.DataFrame(

@@ -7,7 +7,7 @@ from effilib.tasks import Task
 PRUNED, SUBSET = "pruned, p = 90%", "dW from half of the samples"
 RATES = (0.7, 0.8, 0.9, 0.99)
 SIZES = {
-    "quick": dict(epochs=1.2),
+    "quick": dict(epochs=1),
     "study": dict(epochs=4),  # of the tuned network: four arms of up to a minute a training
 }
 GRID = {  # of what is only shown

@@ -37,10 +37,10 @@ INFO = Info(
     name_de="Dynamisches Festkomma",
     chapter="3.3",
     paper="Das et al. 2018, arXiv:1802.00930",
-    claim="ImageNet classifiers trained with 16-bit integer products reach fp32's accuracy in the same number "
-    "of iterations, with the same hyper-parameters, 1.8x as fast on processors with such products.",
-    cost_model="Same products, on 16-bit integers; added: two passes over an operand, for its largest magnitude "
-    "and to round it. Without 16-bit integer products each is four products of 8 bits.",
+    claim="ImageNet classifiers trained with 16-bit integer products reach fp32's accuracy in the same "
+    "number of iterations, with the same hyper-parameters, 1.8x as fast on processors with such products.",
+    cost_model="Same products, on 16-bit integers; added: two passes over an operand, for its largest "
+    "magnitude and to round it. Without 16-bit integer products each is four products of 8 bits.",
 )
 
 

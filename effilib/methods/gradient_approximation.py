@@ -31,8 +31,8 @@ INFO = Info(
     chapter="4.2",
     paper="Wang et al. 2019, arXiv:1908.05460",
     claim="With the weight gradient of a quarter of the convolutions set to zero, ResNet-20 on CIFAR-10 "
-    "trains 7.1 % faster and loses 1.5 points; approximated from one location it trains 3.5 % faster and loses "
-    "0.75 (Titan Xp).",
+    "trains 7.1 % faster and loses 1.5 points; approximated from one location it trains 3.5 % faster and "
+    "loses 0.75 (Titan Xp).",
     cost_model="dW, a third of a convolution's products, is saved in a quarter of the layers and batches: at "
     "most 8 %; added for the location: a search and a gather of N O C k^2 numbers.",
 )

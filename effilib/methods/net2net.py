@@ -516,6 +516,8 @@ class Grown:
         method = Net2Net(wider=wider, breaker=self.breaker, deeper=self.deeper)
         recipe = replace(task.recipe, epochs=epochs, lr=lr, warmup=0.0)
         student = train(model, dataset, recipe, [method], seed)
+        event = {"step": 0, "epoch": 0, "method": "teacher", "text": f"teacher: {teacher.accuracy:.2f} %"}
+        student.events.insert(0, event | {"accuracy": teacher.accuracy, "seconds": teacher.seconds})
         return teacher + student if self.counted else student
 
     def teacher(

@@ -125,14 +125,11 @@ def shrink_(groups: list[Group], kappa: float, weigh: str = "equal", keep_scale:
     """
     for W, axis, per in groups:
         norm = group_norms(W, axis, per)
-        factor = (
-            (1 - kappa * group_weight(W, axis, per, weigh) / norm.clamp_min(1e-12))
-            .clamp_min_(0)
-            .repeat_interleave(per)
-        )
+        weight = norm.mean() if weigh == "norm" else group_weight(W, axis, per, weigh)  # not taken twice
+        factor = (1 - kappa * weight / norm.clamp_min(1e-12)).clamp_min_(0)
         if keep_scale:
-            factor *= norm.norm() / (factor.view(-1, per)[:, 0] * norm).norm().clamp_min(1e-12)
-        W.mul_(factor.view([-1 if a == axis else 1 for a in range(W.dim())]))
+            factor *= norm.norm() / (factor * norm).norm().clamp_min(1e-12)
+        W.mul_(factor.repeat_interleave(per).view([-1 if a == axis else 1 for a in range(W.dim())]))
 
 
 def shrink_steps(

@@ -50,6 +50,7 @@ BADGES = {  # how a verdict or status begins -> tone (its colour in style.css), 
     "unreadable": ("failed", "✗"),
     "not run": ("none", "○"),
 }
+EQUAL = {"seconds": "time", "flops": "FLOPs"}
 SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
 SHARED = "Shared machine: something else was measured at the same time, so there is no verdict on times."
 HOLM = (
@@ -65,6 +66,7 @@ EMPTY = {
     **dict.fromkeys(("notebook", "status", "reason", "report", *RECORD_TEXT, "machine", *VERDICT_TEXT), ""),
     **dict.fromkeys((*VERDICT_NUMBERS, "seconds", "range", "survives")),
     **dict.fromkeys(("shared_machine", "older"), False),
+    "notes": (),
 }
 UNEXPECTED = (
     TypeError,
@@ -110,30 +112,32 @@ def speedup(row: dict) -> str:
 
 
 def _conditions(row):
-    """Under what a ratio was measured, a line each."""
-    lines = []
+    """Under what a ratio was measured, in a line; what is said where there is none."""
+    where = []
     if row["range"]:
         low, high = row["range"]
         digits = 0 if high - low >= 2 else 1
-        lines.append(f"at {low:.{digits}f}–{high:.{digits}f} % accuracy")
+        where.append(f"at {low:.{digits}f}–{high:.{digits}f} % accuracy")
     if row["ratio"] is None and row["text"]:
-        lines.append(row["text"])
+        where.append(row["text"])
     elif row["n"]:
-        lines.append(
-            f"n = {row['n']} × {row['lengths']}" + (f", {row['cost']}" if row["cost"] != "seconds" else "")
-        )
-    if row["arm"]:
-        lines.append(row["arm"] + (f" against {row['against']}" if row["against"] else ""))
-    return lines
+        where.append(f"n = {row['n']} × {row['lengths']}")
+        where += [f"by {row['cost']}"] * (row["cost"] != "seconds")
+    return ", ".join(where)
 
 
 def _points(row):
-    """Accuracy above the baseline's at equal cost, and its interval; empty where unknown."""
+    """Accuracy above the baseline's at equal cost, and its interval, a line each; empty where unknown."""
     if row["points"] is None:
         return []
     values = [row["points"], row["points_low"], row["points_high"]]
     mean, low, high = (None if v is None else f"{v:+.2f}".replace("-", "−") for v in values)
     return [f"{mean} points"] + ([f"[{low}, {high}]"] if low and high else [])
+
+
+def _equal(row):
+    """At equal what the points are."""
+    return f"at equal {EQUAL.get(row['cost'], row['cost'])}"
 
 
 def _aim(row):
@@ -223,6 +227,7 @@ def _verdict(verdict, older=False):
         return {"older": True, "verdict": series.OLDER, "text": text} if verdict else {}
     row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT}
     row |= {key: _number(verdict.get(key)) for key in VERDICT_NUMBERS}
+    row["notes"] = [_text(note) for note in verdict.get("notes") or ()]
     row["range"] = verdict.get("range") and [float(a) for a in verdict["range"]]
     if any(row[key] is not None and row[key] <= 0 for key in ("ratio", "low", "high")):
         raise BadInput(f"record.json has a speed-up that is not a positive factor: {speedup(row)}")
@@ -382,7 +387,7 @@ def _templates():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.globals |= {"conditions": _conditions, "points": _points, "aim": _aim}
+    pages.globals |= {"conditions": _conditions, "points": _points, "equal": _equal, "aim": _aim}
     return pages
 
 

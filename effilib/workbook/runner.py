@@ -295,20 +295,33 @@ def run_series(jobs: Iterable[Job], executor: futures.Executor, progress: "Progr
     []
     """
     waiting = {executor.submit(start_one, job): job for job in jobs}
+    rendering = {}
     with futures.ThreadPoolExecutor(1) as renderer:
-        while waiting:
-            done, _ = futures.wait(waiting, timeout=TICK, return_when=futures.FIRST_COMPLETED)
+        while waiting or rendering:
+            done, _ = futures.wait(
+                {**waiting, **rendering}, timeout=TICK, return_when=futures.FIRST_COMPLETED
+            )
             for future in done:
+                if future in rendering:
+                    yield _result(future, rendering.pop(future))
+                    continue
                 job = waiting.pop(future)
-                found = _result(future, job)
+                found: Ran | Outcome
+                try:
+                    found = _result(future, job)
+                except cluster.SchedulerLost:  # what ran to its end has ended
+                    for rendered, of in rendering.items():
+                        yield _result(rendered, of)
+                    raise
                 if isinstance(found, Ran):
-                    waiting[renderer.submit(finish, job, found)] = job
+                    rendering[renderer.submit(finish, job, found)] = job
                 else:
                     yield found
-            progress.running([job for future, job in waiting.items() if future.running()])
+            running = [job for future, job in {**waiting, **rendering}.items() if future.running()]
+            progress.running(running)
 
 
-def _result(future, job):
+def _result(future: futures.Future, job: Job) -> Any:
     try:
         return future.result()
     except cluster.SchedulerLost:

@@ -281,8 +281,8 @@ def readme_table() -> str:
 def with_table(readme: str) -> str:
     """Return the README's text with its table of chapters brought up to date.
 
-    >>> text = with_table("before <!-- chapters --> old <!-- /chapters --> after")
-    >>> "old" in text, text.endswith("<!-- /chapters --> after")
+    >>> text = with_table("before <!-- chapters --> stale <!-- /chapters --> after")
+    >>> "stale" in text, text.endswith("<!-- /chapters --> after")
     (False, True)
     """
     begin, end = "<!-- chapters -->", "<!-- /chapters -->"

@@ -1,13 +1,13 @@
-"""What chapter 3.4 shows beyond its method."""
+"""What chapter 3.4 trains, and what it shows of sampled products."""
 
 import pytest
 
 from effilib.chapters import column_row_sampling as chapter
-from effilib.chapters.products import formats, wide
-from effilib.experiment import compare
+from effilib.experiment import check_arms
 from effilib.tasks import task
+from effilib.timing import formats
 
-TASK = wide(task("smoke", "synthetic", epochs=1)).but(epochs=1)
+TASK = task("smoke", "synthetic", epochs=1).sized(chapter.SIZES)
 DATA = TASK.load()
 
 
@@ -50,25 +50,29 @@ def test_the_fast_path_is_the_slow_one():
 
 def test_layers_and_steps_are_timed_in_every_format():
     table = chapter.layer_table(TASK, DATA)
-    assert all(f"{p}, speed-up" in table for p in formats())
-    table, times = chapter.step_table(TASK, DATA)
+    assert all(f"{p}, x" in table for p in formats())
+    table = chapter.step_table(TASK, DATA)
     assert len(table) == 4 * len(formats())
-    figure, caption = chapter.step_figure(times)
-    assert figure.axes[0].get_xlabel()
-    assert ("both:" in caption) == (len(formats()) > 1)
+    assert (table.loc[[f"{p}, 100%" for p in formats()], "x"] == 1).all()
+    figure, _ = chapter.step_figure(table)
+    assert len(figure.axes[0].lines) >= 2 * len(formats())
 
 
-def test_the_arms_have_the_ratios_and_a_control_with_about_half_of_the_products(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
-    study = chapter.arms(wide(task("study", "mnist5k")))
-    assert [m.ratio for a in study for m in a.methods] == [0.75, 0.5, 0.3]
-    assert study[-1].role == "control"
-    assert chapter.narrower(wide(task("study", "mnist5k")))["widths"] == ((16,), (96, 96), (192, 192))
-    assert chapter.arms(TASK.but(network="convnet", widths={}))[
-        -1
-    ].changes  # of a user's network: fewer epochs
-    runs = compare(TASK, chapter.arms(TASK), quantity="time per step", seeds=1)
-    table = chapter.statistics_table(runs)
-    assert list(table.index) == ["top-k, 50% of the channels"]
-    names = [a.name for a in chapter.grid(wide(task("study", "mnist5k")))]
-    assert len(names) == len(set(names)) == 5
+def test_the_judged_network_is_wide_and_the_control_has_about_half_of_its_products():
+    study = task("study", "synthetic").sized(chapter.SIZES)
+    arms = chapter.arms(study)
+    check_arms(study, arms)
+    assert [m.ratio for a in arms for m in a.methods] == [0.5]
+    assert [a.network for a in arms if a.role == "control"] == [{"widths": ((16,), (96, 96), (192, 192))}]
+    own = task("study", "synthetic", "convnet").sized(chapter.SIZES)  # a user's network stays
+    assert own.network == "convnet"
+    assert not chapter.narrower(own)
+
+
+def test_the_grid_compares_at_equal_steps_and_has_no_two_arms_alike():
+    for preset, count in (("quick", 4), ("study", 7)):
+        t = task(preset, "synthetic", lengths=(1.0,))
+        arms = chapter.grid(t)
+        check_arms(t, arms)
+        assert len({a.methods for a in arms}) == len(arms) == count
+        assert {a.lengths for a in arms[1:]} == {t.lengths}

@@ -281,8 +281,9 @@ def test_sampling_saves_its_share_of_the_flops_in_all_three_products():
 
 def test_stem_classifier_grouped_and_narrow_layers_stay_exact():
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=4),
-        nn.Conv2d(16, 8, 1), nn.Conv2d(8, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 12), nn.Linear(12, 4),
+        nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 20, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 12), nn.Linear(12, 4),
     )  # fmt: skip
     x = torch.randn(2, 1, 8, 8, generator=g())
     trained, evaluated = model(x), model.eval()(x)

@@ -107,9 +107,8 @@ def test_powers_of_two_are_exact():
 def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin(bits):
     x, draws, generator = torch.randn(200, generator=g()), 4000, g(1)
     scf = quantise(x, bits, rounding="stochastic", generator=generator).scf
-    I = torch.stack(
-        [quantise(x, bits, rounding="stochastic", generator=generator).I for _ in range(draws)]
-    ).double()
+    drawn = [quantise(x, bits, rounding="stochastic", generator=generator).I for _ in range(draws)]
+    I = torch.stack(drawn).double()  # noqa: E741  (the paper's symbol)
     exact = x.double() * 2.0 ** scf.double()
     f = exact - exact.floor()
     inner = (f > 0.01) & (f < 0.99)

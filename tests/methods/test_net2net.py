@@ -14,6 +14,7 @@ from effilib.errors import BadInput, NoEffect
 from effilib.methods import net2net
 from effilib.methods.net2net import (
     BREAKERS,
+    Grown,
     Net2Net,
     deepen_,
     gradmax_,
@@ -24,7 +25,7 @@ from effilib.methods.net2net import (
     widen_,
 )
 from effilib.tasks import task
-from effilib.training import Recipe, train
+from effilib.training import Method, Recipe, evaluate, train
 
 DATA = task("smoke", "synthetic").load()
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
@@ -206,8 +207,8 @@ def test_wider_refuses_what_is_not_wider():
 
 
 @pytest.mark.parametrize(("name", "where", "new"), [
-    ("resnet", "stages.1.1", "stages.1.2"), ("resnet", "stages.0.0", "stages.0.1"), ("vgg", "features.2", "features.3"),
-    ("convnet", "features.1", "features.2"),
+    ("resnet", "stages.1.1", "stages.1.2"), ("resnet", "stages.0.0", "stages.0.1"),
+    ("vgg", "features.2", "features.3"), ("convnet", "features.1", "features.2"),
 ])  # fmt: skip
 def test_deeper_keeps_the_function(name, where, new):
     model = make(name)
@@ -345,18 +346,20 @@ def test_a_thin_teacher_becomes_the_larger_network_again():
 
 @pytest.mark.parametrize("breaker", [*BREAKERS, "gradmax"])
 def test_a_student_begins_where_its_teacher_ended(breaker):
+    at_start = []
+
+    class Look(Method):
+        def on_epoch_start(self, run):
+            at_start.append(evaluate(run.model, run.dataset, "validation", run.precision))
+
     model = make(dtype=torch.float)
     teacher = train(model, DATA, RECIPE)
-    student = train(
-        model,
-        DATA,
-        RECIPE,
-        [Net2Net(wider=2.0, deeper=("stages.0.0",), breaker=breaker, noise=0.0, lr_factor=0.1)],
-    )
+    growth = Net2Net(wider=2.0, deeper=("stages.0.0",), breaker=breaker, noise=0.0, lr_factor=0.1)
+    student = train(model, DATA, RECIPE, [growth, Look()])
     assert models.describe(model) == {"widths": [8, 12], "blocks": [[8, 8], [12, 12]], "stem": 8}
     if breaker != "random":
-        assert student.rows[0]["accuracy"] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1)
-        assert student.rows[0]["loss"] == pytest.approx(teacher.rows[-1]["loss"], rel=0.05)
+        assert at_start[0][0] == pytest.approx(teacher.rows[-1]["loss"], rel=0.05)
+        assert at_start[0][1] == pytest.approx(teacher.rows[-1]["accuracy"], abs=1)
     assert student.kinds["reconfigure"]["count"] == 1  # growth is on the clock
     assert student.events[0]["text"].startswith("1,")
     both = teacher + student
@@ -407,3 +410,36 @@ def test_torchvisions_networks_grow():
                 generator=gen(),
             )
             assert_close(model(x), y, atol=1e-5, rtol=1e-4)
+
+
+# Teacher and student
+
+SMOKE = task("smoke", "synthetic")
+
+
+def test_a_counted_teachers_training_comes_first_and_counts():
+    given, counted = Grown(breaker="none"), Grown(breaker="none", counted=True)
+    student, both = given(SMOKE, 0), counted(SMOKE, 0)
+    model, before, teacher = given.teacher(SMOKE, SMOKE.load(), 0)
+    assert models.describe(model)["widths"] == [4, 4, 4]
+    assert dict(before)["stem"] == 8
+    assert student.structure == models.describe(SMOKE.build(SMOKE.load()))
+    assert student.steps == SMOKE.recipe.epochs * 4 / 2
+    assert max(r["lr"] for r in student.rows) < SMOKE.recipe.lr / 2
+    assert both.steps == teacher.steps + student.steps
+    assert both.seconds > student.seconds
+    assert both.flops > student.flops
+    assert both.final == student.final  # the same student, the same teacher
+    assert [r["accuracy"] for r in both.rows] == [r["accuracy"] for r in [*teacher.rows, *student.rows]]
+    steps = [r["step"] for r in both.rows]
+    assert steps == sorted(set(steps))
+
+
+def test_students_of_a_given_teacher_share_it_at_any_length():
+    arm = Grown(breaker="none", given=SMOKE.recipe)
+    whole, half = arm.teacher(SMOKE, SMOKE.load(), 0)[2], arm.teacher(SMOKE.at(0.5), SMOKE.load(), 0)[2]
+    assert half is whole
+    assert arm.teacher(SMOKE, SMOKE.load(), 1)[2] is not whole
+    assert arm(SMOKE.at(0.5), 0).steps == arm(SMOKE, 0).steps / 2
+    own = Grown(breaker="none")
+    assert own.teacher(SMOKE.at(0.5), SMOKE.load(), 0)[2].steps == whole.steps / 2

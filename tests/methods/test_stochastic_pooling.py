@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -26,9 +26,11 @@ from effilib.methods.stochastic_pooling import (
     S3Pool2d,
     StochasticPool2d,
     StochasticPooling,
+    TrainingAccuracy,
     replace_pools_,
+    training_accuracy,
 )
-from effilib.training import Method, Recipe, train
+from effilib.training import Method, Recipe, evaluate, train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
@@ -557,3 +559,14 @@ def test_autocast_and_channels_last_go_through(layer):
 
 def test_the_information_is_complete():
     assert all(getattr(INFO, f) for f in ("name", "name_de", "chapter", "paper", "claim", "cost_model"))
+
+
+# What a regulariser is judged by
+
+
+def test_the_accuracy_on_the_training_images_is_noted_in_eval_mode_and_off_the_clock():
+    model = network()
+    history = train(model, DATA, RECIPE, [StochasticPooling(), TrainingAccuracy()])
+    assert training_accuracy(history) == pytest.approx(evaluate(model, DATA, "train")[1])
+    assert model.training
+    assert math.isnan(training_accuracy(train(network(), DATA, replace(RECIPE, epochs=1))))
