@@ -2,7 +2,8 @@
 
 No worker processes: a whole epoch's crops and flips are drawn at once, and a batch is one `index_select` of
 pixels, which also puts channels last. `make bench` compares it with torchvision's transforms and a
-`DataLoader`."""
+`DataLoader`.
+"""
 
 import functools
 import gzip
@@ -10,6 +11,7 @@ import hashlib
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,11 @@ import torch.nn.functional as F
 from effilib import paths
 from effilib.distributed import ALONE
 from effilib.errors import BadInput, choose
+
+__all__ = [
+    "KNOWN", "Batches", "Dataset", "Split", "check_name", "folder_name", "identify", "label", "load",
+    "present", "stratified_order", "synthetic",
+]  # fmt: skip
 
 SPLIT_SEED = 2019  # of the splits alone: the same images for every seed of every run
 DEBIAN = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist installs
@@ -80,7 +87,7 @@ class Split:
     def __getitem__(self, index):
         return Split(x=self.x[index], y=self.y[index])
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Split":
         """The same split on another device."""
         return Split(x=self.x.to(device), y=self.y.to(device))
 
@@ -112,43 +119,44 @@ class Dataset:
     dtype: torch.dtype = torch.float32
 
     @property
-    def classes(self):
+    def classes(self) -> int:
         """Number of classes."""
         return len(self.names)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         height, width, channels = self.train.x.shape[1:]
         return channels, height, width
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where its tensors lie."""
         return self.train.x.device
 
     @cached_property
-    def digest(self):
+    def digest(self) -> str:
         """sha256 of all images and labels: results are cached under it."""
         return _digest(
             t.cpu().numpy() for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y)
         )
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Dataset":
         """The same data on another device."""
         return replace(
             self, **{k: getattr(self, k).to(device) for k in ("train", "decide", "validation", "test")}
         )
 
-    def limit(self, images):
+    def limit(self, images: int) -> "Dataset":
         """The same data with the first `images` training images; any such prefix is stratified."""
         if not 0 < images <= len(self.train):
             raise BadInput(f"{self.name} has {len(self.train)} training images: cannot take {images}")
         return replace(self, train=self.train[:images])
 
-    def normalize(self, x):
-        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel, channels last
-        in memory.
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel.
+
+        Channels are last in memory.
         """
         n, height, width, channels = x.shape
         mean, std = (
@@ -159,13 +167,16 @@ class Dataset:
             rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
         )
 
-    def shuffled(self, batch_size, generator, *, augmentation="auto"):
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+    ) -> "Batches":
         """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
         return Batches(self, batch_size, generator, augmentation=augmentation)
 
-    def batches(self, split, batch_size=500):
-        """Normalised (x, y) of a split in its order, nothing augmented, the last batch shorter: for
-        evaluation.
+    def batches(self, split: Split, batch_size: int = 500) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised (x, y) of a split in its order, for evaluation: nothing is augmented.
+
+        The last batch is shorter.
         """
         for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
             yield self.normalize(x), y
@@ -186,7 +197,9 @@ class Batches:
     (3, torch.Size([100, 1, 8, 8]))
     """
 
-    def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
+    def __init__(
+        self, dataset: Dataset, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+    ):
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
         self.ranks = ALONE
@@ -196,7 +209,8 @@ class Batches:
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
             raise BadInput(
-                f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training images"
+                f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
+                " images"
             )
         x = dataset.train.x
         if self.pad:  # reflect once: a crop is then an index
@@ -223,24 +237,26 @@ class Batches:
             s = slice(i * self.batch_size + mine.start, i * self.batch_size + mine.stop)
             yield self.cut(order[s], dy[s], dx[s], mirrored[s]), self.dataset.train.y[order[s]]
 
-    def cut(self, index, dy, dx, mirrored):
-        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,), mirrored
-        where told.
+    def cut(
+        self, index: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, mirrored: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,).
+
+        mirrored: (B,) whether each of them is.
         """
         channels, height, width = self.dataset.shape
         padded_height, padded_width = self.padded.shape[1:3]
         x = torch.arange(width, device=index.device)
         rows = dy[:, None] + torch.arange(height, device=index.device)  # (B, H)
         columns = dx[:, None] + torch.where(mirrored[:, None], width - 1 - x, x)  # (B, W)
-        pixel = (index[:, None] * padded_height + rows)[:, :, None] * padded_width + columns[
-            :, None, :
-        ]  # (B, H, W)
+        lines = index[:, None] * padded_height + rows
+        pixel = lines[:, :, None] * padded_width + columns[:, None, :]  # (B, H, W)
         return self.dataset.normalize(
             self.pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels)
         )
 
 
-def check_name(name):
+def check_name(name: str) -> None:
     """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder.
 
     >>> check_name("cifar10")
@@ -257,8 +273,8 @@ def check_name(name):
     choose("data set", name, [*KNOWN, "a path to an .npz file or an image folder"])
 
 
-def label(name):
-    """Short name of a data set for folders and titles: `DEST/cifar10.npz` -> `cifar10`.
+def label(name: str) -> str:
+    """Return a short name of a data set for titles: `DEST/cifar10.npz` -> `cifar10`.
 
     >>> label("~/photos/birds.npz")
     'birds'
@@ -266,7 +282,24 @@ def label(name):
     return re.sub(r"[^\w.-]", "_", name if name in KNOWN else Path(name).stem) or "data"
 
 
-def load(name, *, device="cpu", size=None):
+def folder_name(name: str) -> str:
+    """Return a name of a data set for files and folders: that of a user's own is of its path.
+
+    So two that are called alike, a/photos and b/photos, are not taken for each other.
+
+    >>> folder_name("cifar10"), folder_name("a/photos"), folder_name("b/photos")
+    ('cifar10', 'photos-...', 'photos-...')
+    >>> folder_name("a/photos") == folder_name("b/photos")
+    False
+    """
+    known = identify(name)
+    if known in KNOWN or known == "synthetic":
+        return known
+    path = str(Path(name).expanduser().resolve())
+    return f"{label(name)}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
+
+
+def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | None = None) -> Dataset:
     """Load a data set by its name or the path of a user's own images (README, "Your own data").
 
     size: side in pixels to which an image folder is resized; by default the size that all images share, if it
@@ -311,20 +344,21 @@ def load(name, *, device="cpu", size=None):
     return _split(label(name), arrays, names).to(device)
 
 
-def identify(name):
-    """The name of the known set that lies at a path, e.g. "cifar10" for CIFAR-10 as an `.npz`; else `name`
-    itself.
+def identify(name: str) -> str:
+    """Return the name of the known set that lies at a path; else `name` itself.
+
+    E.g. "cifar10" for CIFAR-10 as an `.npz` of whatever name.
 
     >>> identify("cifar10"), identify("~/photos")
     ('cifar10', '~/photos')
     """
-    if name in KNOWN or not name.endswith(".npz"):
+    if name in KNOWN or not name.endswith(".npz") or not Path(name).expanduser().exists():
         return name
     return TRAINING.get(_digest(_npz(Path(name).expanduser())[0][:2]), name)
 
 
-def present(name):
-    """Whether the files of a known set are on this machine.
+def present(name: str) -> bool:
+    """Return whether the files of a known set are on this machine.
 
     >>> present("mnist5k")  # it ships with a package
     True
@@ -335,8 +369,10 @@ def present(name):
     return name == "mnist5k" or any((here / f).exists() for f in OTHER[name])
 
 
-def synthetic(*, images=512, classes=4, size=8, channels=1, seed=0):
-    """Seeded noisy class patterns, for unit tests only.
+def synthetic(
+    *, images: int = 512, classes: int = 4, size: int = 8, channels: int = 1, seed: int = 0
+) -> Dataset:
+    """Make seeded noisy class patterns, for unit tests only.
 
     >>> synthetic(images=40, classes=2, size=6).shape
     (1, 6, 6)
@@ -348,8 +384,8 @@ def synthetic(*, images=512, classes=4, size=8, channels=1, seed=0):
     return _split("synthetic", [x.numpy(), y.numpy(), None, None], tuple(map(str, range(classes))), pad=1)
 
 
-def stratified_order(labels, seed=SPLIT_SEED):
-    """A seeded order of the samples of which every prefix holds the classes in their proportions.
+def stratified_order(labels: np.ndarray, seed: int = SPLIT_SEED) -> np.ndarray:
+    """Return a seeded order of which every prefix holds the classes in their proportions.
 
     labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by
     place mixes them.
@@ -524,7 +560,8 @@ def _npz(path):
     missing = [k for k in ARRAYS if k not in there]
     if missing:
         raise BadInput(
-            f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has {', '.join(there)}"
+            f"{path} lacks {', '.join(missing)}: an .npz data set has {', '.join(ARRAYS)}; this one has"
+            f" {', '.join(there)}"
         )
     for key, a in zip(ARRAYS, arrays, strict=True):
         if key.endswith("images"):
@@ -555,11 +592,13 @@ def _check(path, x, y, x_test, y_test):
     found = np.unique(y)
     if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
         raise BadInput(
-            f"{path}: train labels must be all of 0 to classes - 1, with 2 classes or more; found {found[:12].tolist()}"
+            f"{path}: train labels must be all of 0 to classes - 1, with 2 classes or more; found"
+            f" {found[:12].tolist()}"
         )
     if not np.isin(y_test, found).all():
         raise BadInput(
-            f"{path}: test labels {np.setdiff1d(y_test, found)[:12].tolist()} are not among the {len(found)} classes of the training labels"
+            f"{path}: test labels {np.setdiff1d(y_test, found)[:12].tolist()} are not among the {len(found)}"
+            " classes of the training labels"
         )
     return [x, y.astype(np.int64), x_test, y_test.astype(np.int64)], tuple(map(str, found))
 
@@ -571,7 +610,8 @@ def _image_folder(path, size):
     parts = [path / "train", path / "test"]
     if not all(p.is_dir() for p in parts):
         raise BadInput(
-            f"{path} is not an image folder: expected {path}/train/<class>/*.png and {path}/test/<class>/*.png"
+            f"{path} is not an image folder: expected {path}/train/<class>/*.png and"
+            f" {path}/test/<class>/*.png"
         )
     try:
         train, test = (ImageFolder(p) for p in parts)
@@ -592,12 +632,9 @@ def _image_folder(path, size):
         images = _read_images(files, size)
         x, x_test = images[: len(train)], images[len(train) :]
         paths.make(cached.parent, "data")
-        temporary = cached.with_suffix(".partial.npz")
-        np.savez(
-            temporary,
-            **dict(zip(ARRAYS, [x, np.array(train.targets), x_test, np.array(test.targets)], strict=True)),
-        )
-        temporary.replace(cached)
+        arrays = [x, np.array(train.targets), x_test, np.array(test.targets)]
+        with paths.writing(cached) as file:  # another process may do the same
+            np.savez(file, **dict(zip(ARRAYS, arrays, strict=True)))
     return _npz(cached)[0], tuple(train.classes)
 
 

@@ -11,12 +11,11 @@ import gc
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 
-from effilib import clock, distributed, models, paths, provenance
+from effilib import clock, distributed, paths, provenance
 from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.progress import Progress
@@ -105,20 +104,12 @@ def key(task: Task, dataset: Dataset, arms: Sequence[Arm]) -> str:
         provenance.settings(replace(task, seeds=1, lengths=(1.0,), given=())),
         provenance.settings([replace(a, lengths=()) for a in arms]),
         provenance.source(list(arms)),
-        [_network_source(a.task(task).network) for a in arms],
+        [provenance.named_source(a.task(task).network) for a in arms],
         dataset.digest,
         resolve_precision(task.recipe.precision, dataset.device),
         resolve_layout(task.recipe, dataset.device),
         {k: clock.machine(dataset.device)[k] for k in ("device", "threads", "torch")},
     )
-
-
-def _network_source(network):
-    """What stands behind a user's network: it can change under the same name."""
-    place = network.rpartition(":")[0]
-    if place.endswith(".py"):
-        return provenance.normalized(Path(place).expanduser().read_text(encoding="utf-8"))
-    return provenance.source(models.find(network)) if place else ""
 
 
 def cells(task: Task) -> list[tuple[int, int]]:
@@ -234,10 +225,17 @@ def _burn_in(task, dataset, arms):
         train(task.build(few, **arms[0].network), few, recipe, evaluations=1)
 
 
+def _history(saved):
+    """A History from JSON, which has no NaN: what lacks of its numbers was one."""
+    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in saved["rows"]]
+    lacking = {f.name for f in fields(History) if f.type is float and saved.get(f.name, 0) is None}
+    return History(**{**saved, "rows": rows, **dict.fromkeys(lacking, math.nan)})
+
+
 def _read(file, arms):
     saved = paths.read_json(file)
     try:
-        histories = {n: History(**h) for n, h in saved["arms"].items()}
+        histories = {n: _history(h) for n, h in saved["arms"].items()}
         if set(histories) != {a.name for a in arms}:
             return None
         return {**saved, "arms": histories, "cached": saved["date"]}

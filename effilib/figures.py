@@ -7,12 +7,13 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -71,7 +72,9 @@ class HouseFigure(Figure):
         return super().legend(*args, frameon=frameon, fontsize=fontsize, **kwargs)
 
 
-def new(columns: int = 1, rows: int = 1, width: float = 7.5, height: float = 3.8, **kwargs):
+def new(
+    columns: int = 1, rows: int = 1, width: float = 7.5, height: float = 3.8, **kwargs
+) -> tuple[Figure, Any]:
     """Return (figure, axes) in the house style.
 
     Not registered with pyplot: nothing to close, nothing shown twice. kwargs: of `Figure.subplots`.
@@ -117,7 +120,7 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     return {n: GREY if i == 0 else COLOURS[(i - 1) % len(COLOURS)] for i, n in enumerate(names)}
 
 
-def plain_log(axis, *, values: Sequence[float] | None = None) -> None:
+def plain_log(axis: Axis, *, values: Sequence[float] | None = None) -> None:
     """Put plain numbers on a logarithmic axis, at the given values if there are few.
 
     >>> _, axes = new()
@@ -178,9 +181,10 @@ def curves(
 ) -> Figure:
     """Draw accuracy over cost, a mark a training, and the gap at equal accuracy.
 
-    arm: is drawn with the baseline alone (default: all arms, and the gap of the first method). cost: "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just
-    reach it (default: the comparison's). Large marks are means over the seeds of a length; lines join them
-    where accuracy rises, and lie between them where it falls.
+    arm: is drawn with the baseline alone (default: all arms, and the gap of the first method). cost:
+    "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just reach it (default: the
+    comparison's). Large marks are means over the seeds of a length; lines join them where accuracy rises, and
+    lie between them where it falls.
 
     >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
     >>> comparison = compare(task("smoke", "synthetic"), arms)
@@ -686,18 +690,22 @@ def scoreboard(rows: Sequence[Mapping]) -> Figure:
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.75)
     axes.grid(False)
     axes.spines["left"].set_visible(False)
-    survive = (
-        f"\n{SURVIVES} survives Holm's correction over all rows"
-        if any(r.get("survives") for r in rows)
-        else ""
-    )
-    axes.set_xlabel(f"speed-up at equal accuracy, 95 % interval (x, log scale){survive}")
+    notes = ["speed-up at equal accuracy, 95 % interval (x, log scale)"]
+    if any(row.get("survives") for row in rows):
+        notes.append(f"{SURVIVES} survives Holm's correction over all rows")
+    if any(map(_older, rows)):
+        notes.append("older protocol: time to one target accuracy, another question")
+    axes.set_xlabel("\n".join(notes))
     return figure
+
+
+def _older(row):
+    return bool(row.get("older") or row.get("schema") == 1 or not row.get("kind"))
 
 
 def _row(axes, y, row):
     """A row of the scoreboard: two lines of text, and below them the interval."""
-    older = row.get("older") or row.get("schema") == 1 or not row.get("kind")
+    older = _older(row)
     verdict = "older protocol" if older else row["verdict"]
     colour, marker = next((v for k, v in LOOKS.items() if verdict.startswith(k)), (GREY, "o"))
     colour = PALE if older else colour

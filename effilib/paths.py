@@ -1,15 +1,23 @@
 """Where data and results lie. Never relative to the current folder: kernels start in folders of their own."""
 
+import contextlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from effilib.errors import BadInput
 
+__all__ = [
+    "cache", "data", "make", "notebooks", "read_json", "recorded", "results", "root", "write", "writing",
+]  # fmt: skip
 
-def root():
-    """The checkout that holds `notebooks/`; for an installed package, `~/effilib`.
+
+def root() -> Path:
+    """Return the checkout that holds `notebooks/`; for an installed package, `~/effilib`.
 
     >>> (root() / "notebooks").is_dir()
     True
@@ -18,8 +26,8 @@ def root():
     return checkout if (checkout / "notebooks").is_dir() else Path.home() / "effilib"
 
 
-def data():
-    """Folder of the data sets: `EFFILIB_DATA`, else `data/` of the checkout.
+def data() -> Path:
+    """Return the folder of the data sets: `EFFILIB_DATA`, else `data/` of the checkout.
 
     >>> data().is_absolute()
     True
@@ -27,8 +35,8 @@ def data():
     return Path(os.environ.get("EFFILIB_DATA") or root() / "data").expanduser().absolute()
 
 
-def results():
-    """Folder of the results: `EFFILIB_RESULTS`, else `results/` of the checkout.
+def results() -> Path:
+    """Return the folder of the results: `EFFILIB_RESULTS`, else `results/` of the checkout.
 
     >>> results().is_absolute()
     True
@@ -36,9 +44,10 @@ def results():
     return Path(os.environ.get("EFFILIB_RESULTS") or root() / "results").expanduser().absolute()
 
 
-def recorded():
-    """The committed study runs that chapter 2, chapter 10 and the README read; on another machine a copy,
-    `EFFILIB_RECORDED`.
+def recorded() -> Path:
+    """Return the folder of the committed study runs that chapters 2 and 10 and the README read.
+
+    `EFFILIB_RECORDED` names a copy on another machine.
 
     >>> any(recorded().glob("*/*/record.json"))
     True
@@ -46,8 +55,8 @@ def recorded():
     return Path(os.environ.get("EFFILIB_RECORDED") or root() / "results" / "recorded")
 
 
-def notebooks():
-    """Folder of the notebooks of the series.
+def notebooks() -> Path:
+    """Return the folder of the notebooks of the series.
 
     >>> (notebooks() / "02_overview.ipynb").exists()
     True
@@ -55,8 +64,8 @@ def notebooks():
     return root() / "notebooks"
 
 
-def cache():
-    """Folder of finished seeds' measurements; safe to delete, costs a re-run.
+def cache() -> Path:
+    """Return the folder of finished cells' measurements; safe to delete, costs a re-run.
 
     >>> cache().parent == results()
     True
@@ -64,9 +73,10 @@ def cache():
     return results() / "cache"
 
 
-def make(folder, what="results"):
-    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it. what:
-    "results" or "data".
+def make(folder: Path | str, what: str = "results") -> Path:
+    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it.
+
+    what: "results" or "data".
 
     >>> make("mine/results").is_dir()
     True
@@ -78,35 +88,64 @@ def make(folder, what="results"):
             pass
     except OSError as error:
         raise BadInput(
-            f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another folder)"
+            f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another"
+            " folder)"
         ) from error
     return folder
 
 
-def write(path, content):
-    """Write text, bytes or (as JSON) anything else to `path`, atomically: a reader sees all of it or none.
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `path` at the end: a reader sees all of it or none.
 
-    >>> write("mine.txt", "text").read_text()
-    'text'
+    It has a name of its own, so that several processes may write the same at once; the last one stays.
+
+    >>> with writing("mine.bin") as file:
+    ...     _ = file.write(b"all of it")
+    >>> Path("mine.bin").read_bytes()
+    b'all of it'
     """
     path = Path(path)
-    if not isinstance(content, str | bytes):
-        content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
-def read_json(path):
-    """The content of a JSON file, or None where there is none or it is not whole.
+def write(path: Path | str, content: object) -> Path:
+    """Write text, bytes or (as JSON) anything else to `path`, atomically. Returns the path.
+
+    JSON knows neither NaN nor infinity: they become null.
+
+    >>> write("mine.txt", "text").read_text()
+    'text'
+    >>> read_json(write("mine.json", {"ratio": float("nan")}))
+    {'ratio': None}
+    """
+    if not isinstance(content, str | bytes):
+        content = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+def _finite(content):
+    """The same with None for NaN and infinity."""
+    if isinstance(content, dict):
+        return {k: _finite(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(v) for v in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_json(path: Path | str) -> object:
+    """Return the content of a JSON file, or None where there is none or it is not whole.
 
     >>> read_json(write("mine.json", {"seconds": 1.5})), read_json("missing.json")
     ({'seconds': 1.5}, None)

@@ -120,7 +120,10 @@ WIDE = {"widths": (32, 64, 128), "blocks": (1, 1, 1)}  # leaves room to prune in
 # (preset, data set, variant) -> what differs from Task's defaults: the result of the sweeps.
 TUNED = {
     ("quick", "mnist5k", "base"): dict(recipe=Recipe(epochs=2, batch_size=64, lr=0.2, weight_decay=2e-3)),
-    ("quick", "mnist5k", "wide"): dict(recipe=Recipe(epochs=2, batch_size=64, lr=0.2, weight_decay=2e-3)),
+    ("quick", "mnist5k", "wide"): dict(
+        recipe=Recipe(epochs=2, batch_size=64, lr=0.2, weight_decay=2e-3),
+        tuned={1.0: {"weight_decay": 1e-3}, 2.0: {"weight_decay": 2e-3}},
+    ),
     ("study", "cifar10", "base"): dict(recipe=Recipe(epochs=6, batch_size=128, lr=0.4, weight_decay=5e-4)),
     ("study", "cifar10", "wide"): dict(recipe=Recipe(epochs=4, batch_size=128, lr=0.4, weight_decay=5e-4)),
     ("study", "fashion_mnist", "base"): dict(

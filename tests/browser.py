@@ -23,8 +23,11 @@ LOOK = """(() => {
     if (texts.currentNode.data.trim() && size < 12 && shown(parent) && !parent.closest("math, style"))
       small.push(size + "px: " + texts.currentNode.data.trim().slice(0, 60));
   }
-  const wide = [...document.body.querySelectorAll("*")].filter(e => shown(e) && !e.parentElement.closest(".scroll, pre, .formula, details")
-    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80));
+  const inside = e => e.parentElement.closest(".scroll, pre, .formula, details");
+  const edge = document.documentElement.clientWidth + 1;
+  const wide = [...document.body.querySelectorAll("*")]
+    .filter(e => shown(e) && !inside(e) && e.getBoundingClientRect().right > edge)
+    .map(e => e.outerHTML.slice(0, 80));
   return {
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     wide, small,

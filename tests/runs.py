@@ -26,7 +26,8 @@ tag = "a"
 RECORD = """
 import json, os, pathlib
 out = pathlib.Path(os.environ["EFFILIB_OUT"])
-record = {"schema": 2, "status": "complete", "preset": preset, "dataset": dataset, "duration_s": 1.0, "headline": None, "verdicts": []}
+record = {"schema": 2, "status": "complete", "preset": preset, "dataset": dataset, "duration_s": 1.0}
+record |= {"headline": None, "verdicts": []}
 record |= {"epochs": epochs, "network": network, "shared_machine": os.environ.get("EFFILIB_SHARED") == "1"}
 (out / "record.json").write_text(json.dumps(record))
 """

@@ -41,7 +41,8 @@ TRAVELLER = """
 import json
 seen = {"network": network, "file": pathlib.Path(network.rpartition(":")[0]).read_text(), "cwd": os.getcwd()}
 seen |= {"dataset": dataset, "images": sorted(p.name for p in pathlib.Path(dataset).iterdir())}
-seen |= {"data": str(paths.data()), "results": str(paths.results()), "threads": os.environ.get("OMP_NUM_THREADS")}
+seen |= {"data": str(paths.data()), "results": str(paths.results())}
+seen |= {"threads": os.environ.get("OMP_NUM_THREADS")}
 (pathlib.Path(os.environ["EFFILIB_OUT"]) / "seen.json").write_text(json.dumps(seen))
 assert known, "the first time it fails"
 """
@@ -254,8 +255,8 @@ def test_a_worker_dies_and_then_the_scheduler(worker, tmp_path, notebooks, resul
         )
         == 1
     )
-    lost = f"the dask scheduler at {address} went away: 04_1_dies finished, 04_2_waits not; the same command goes on from there"
-    assert said[-1] == lost
+    left = "04_1_dies finished, 04_2_waits not; the same command goes on from there"
+    assert said[-1] == f"the dask scheduler at {address} went away: {left}"
     assert status(folder, "04_1_dies") == "complete"
     assert not (folder / "04_2_waits").exists()
     assert not list((folder / ".partial").iterdir())
@@ -402,7 +403,7 @@ def test_other_code_and_files_too_large_are_refused(scheduler, worker, tmp_path,
     joined(tmp_path / "127.0.0.2")
     with pytest.raises(
         BadInput,
-        match=r"the worker tcp://127\.0\.0\.2:\d+ has effilib .* not .* as here: update it and start it again",
+        match=r"the worker tcp://127\.0\.0\.2:\d+ has effilib .* not .* as here: update it and start it",
     ):
         run(scheduler=scheduler)
     stop(old)

@@ -4,6 +4,7 @@ Dynamo is the real one; what it captures is run as it is (backend "eager"), whic
 """
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -40,17 +41,11 @@ def network(width=4):
 
 
 def test_ten_structures_in_a_process_are_all_compiled(captured):
+    made = []
     for i in range(10):  # Dynamo's own limit is eight of a function
-        before = len(captured)
         assert train(network(4 + i), DATA, RECIPE).steps == 2
-        widths = {
-            p.shape[0]
-            for g in captured[before:]
-            for n, p in g.named_parameters()
-            if "weight" in n and p.dim() == 4
-        }
-        assert len(captured) > before
-        assert 4 + i in widths or not widths
+        made.append(len(captured))
+    assert all(later > earlier for earlier, later in itertools.pairwise([0, *made]))
 
 
 def test_ten_structures_in_a_run_are_all_compiled(captured):
@@ -72,7 +67,7 @@ def test_ten_structures_in_a_run_are_all_compiled(captured):
     graphs = history.events[-1]["graphs"]
     assert len(graphs) == history.steps == 12
     # every step's structure is captured, but for the few whose FLOPs are counted instead
-    assert sum(b > a for a, b in zip(graphs, graphs[1:], strict=False)) >= 8
+    assert sum(b > a for a, b in itertools.pairwise(graphs)) >= 8
 
 
 def test_a_run_that_dynamo_gave_up_on_is_said_not_to_be_compiled(monkeypatch):
@@ -83,9 +78,9 @@ def test_a_run_that_dynamo_gave_up_on_is_said_not_to_be_compiled(monkeypatch):
             train(network(4 + i), DATA, RECIPE)
             ended.append("compiled")
         except NoEffect as error:
-            assert str(error).startswith("torch.compile gave up on")
-            ended.append("given up")
-    assert ended == ["compiled"] * 8 + ["given up"] * 3
+            ended.append(str(error))
+    said = "torch.compile made 0 graphs of 1: this run is not a compiled one"
+    assert ended == ["compiled"] * 8 + [said] * 3
 
 
 def test_a_plain_run_compiles_nothing(captured):

@@ -6,8 +6,11 @@ import gzip
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from dataclasses import replace
@@ -190,8 +193,9 @@ def plain_cut(dataset, pad, index, dy, dx, mirrored):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    height=st.integers(2, 9), width=st.integers(2, 9), channels=st.sampled_from([1, 3]), batch=st.integers(1, 12),
-    augmentation=st.sampled_from(["auto", "none", "crop", "crop+flip"]), pad=st.integers(0, 1), flip=st.booleans(), seed=st.integers(0, 99),
+    height=st.integers(2, 9), width=st.integers(2, 9), channels=st.sampled_from([1, 3]),
+    batch=st.integers(1, 12), augmentation=st.sampled_from(["auto", "none", "crop", "crop+flip"]),
+    pad=st.integers(0, 1), flip=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_batches_are_crops_and_flips_by_plain_slicing(
     height, width, channels, batch, augmentation, pad, flip, seed
@@ -350,6 +354,37 @@ def test_a_label_is_fit_for_a_folder(name, short):
     assert data.label(name) == short
 
 
+def test_folders_of_two_data_sets_that_are_called_alike_differ(tmp_path, monkeypatch):
+    found = []
+    for place in ("a", "b"):
+        for name in ("photos", "data.npz"):
+            (tmp_path / place / name).parent.mkdir(exist_ok=True)
+        (tmp_path / place / "photos").mkdir()
+        np.savez(tmp_path / place / "data.npz", **arrays())
+        found += [data.folder_name(str(tmp_path / place / name)) for name in ("photos", "data.npz")]
+    assert [f.rpartition("-")[0] for f in found] == ["photos", "data"] * 2
+    assert len(set(found)) == 4
+    # however the path is written
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "photos")
+    for path in (
+        "photos/",
+        "./photos",
+        "../a/photos",
+        str(tmp_path / "link"),
+        str(tmp_path / "a" / "photos"),
+    ):
+        name = data.folder_name(path)
+        assert name.rpartition("-")[2] == found[0].rpartition("-")[2]
+    assert [data.folder_name(name) for name in ("cifar10", "mnist5k", "synthetic")] == [
+        "cifar10",
+        "mnist5k",
+        "synthetic",
+    ]
+    for name in found:
+        assert re.fullmatch(r"[\w.-]+", name)
+
+
 # --- a user's .npz
 
 
@@ -370,7 +405,8 @@ def npz(folder, **content):
 @settings(deadline=None, max_examples=30)
 @given(
     n=st.integers(20, 60), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    channels=st.sampled_from([None, 1, 3]), classes=st.integers(2, 10), label=st.sampled_from(["u1", "i1", "<i4", ">i4", "<u8", "i8"]),
+    channels=st.sampled_from([None, 1, 3]), classes=st.integers(2, 10),
+    label=st.sampled_from(["u1", "i1", "<i4", ">i4", "<u8", "i8"]),
     column=st.booleans(), compress=st.booleans(),
 )  # fmt: skip
 def test_an_npz_of_any_shape_is_taken_as_it_is(
@@ -414,7 +450,8 @@ def without(key):
 WRONG = {  # what is in the file, and what the sentence must say
     "a key is missing": (
         without("test_labels"),
-        "lacks test_labels: an .npz data set has train_images, .*; this one has train_images, train_labels, test_images$",
+        "lacks test_labels: an .npz data set has train_images, .*; this one has train_images, train_labels,"
+        " test_images$",
     ),
     "all keys are others": (
         dict(x=np.zeros(3)),
@@ -527,7 +564,8 @@ def words(folder):
         lambda _: pickle.dumps({"train_images": 1}),
         flipped, encrypted, single_array, words,
     ],
-    ids=["empty", "text", "cut", "half", "overwritten", "pickle", "flipped byte", "encrypted", "one array", "zip of words"],
+    ids=["empty", "text", "cut", "half", "overwritten", "pickle", "flipped byte", "encrypted", "one array",
+         "zip of words"],
 )  # fmt: skip
 def test_a_corrupt_npz_is_named(make, tmp_path):
     path = tmp_path / "broken.npz"
@@ -632,6 +670,42 @@ def test_a_second_reading_comes_from_the_cache_and_a_change_is_seen(folder):
     assert data.load(str(root)).digest != first.digest
     folder.picture(root / "train" / "cat" / "more.png", seed=78)
     assert len(data.load(str(root)).train) == 22
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from effilib import data
+folder, meeting, rank, processes, sizes = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
+for size in range(4, 4 + sizes):
+    (meeting / f"{size} {rank}").touch()
+    while len(list(meeting.glob(f"{size} *"))) < processes:
+        time.sleep(0.001)
+    print(data.load(folder, size=size).digest)
+"""
+
+
+def test_several_processes_may_load_a_folder_for_the_first_time_at_once(folder, tmp_path):
+    root, meeting, processes, sizes = folder(train=20), tmp_path / "meeting", 3, 20
+    meeting.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(data.paths.root()), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", TOGETHER, str(root), str(meeting)]
+    children = [
+        subprocess.Popen(
+            [*words, str(rank), str(processes), str(sizes)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    try:
+        said = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0] * processes, said
+    expected = [data.load(str(root), size=size).digest for size in range(4, 4 + sizes)]
+    assert [out.split() for out, _ in said] == [expected] * processes
+    assert len(list((data.paths.data() / "cache").iterdir())) == sizes  # no rests
 
 
 @pytest.mark.parametrize(
@@ -820,7 +894,8 @@ def test_other_images_where_debian_keeps_fashion_mnist_are_refused_by_that_folde
     "raw",
     [
         b"", b"\x00\x00", b"\x00\x00\x08\x03", b"<html>not found</html>", b"\x00\x00\x08\xff" + b"\x00" * 100,
-        idx(np.zeros((60, 28, 28), np.uint8))[:-1], idx(np.zeros((60, 28, 28), np.uint8)) + b"\x00", b"\x00\x00\x08\x00",
+        idx(np.zeros((60, 28, 28), np.uint8))[:-1], idx(np.zeros((60, 28, 28), np.uint8)) + b"\x00",
+        b"\x00\x00\x08\x00",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("zipped", [False, True])

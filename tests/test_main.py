@@ -150,7 +150,8 @@ def test_help(capsys, arguments):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, effilib.__main__; print([m for m in ('torch', 'papermill', 'numpy', 'effilib.workbook.runner') if m in sys.modules])"
+    heavy = ("torch", "papermill", "numpy", "effilib.workbook.runner")
+    code = f"import sys, effilib.__main__; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=paths.root(), capture_output=True, text=True, check=True
     )

@@ -1,18 +1,25 @@
 """Where things lie, and that nothing is ever half-written."""
 
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from effilib import paths
 from effilib.errors import BadInput
+from effilib.experiment import Arm
+from effilib.results import compare
+from effilib.tasks import task
 
 
 def test_folders_do_not_depend_on_the_current_folder(tmp_path, monkeypatch):
@@ -88,7 +95,9 @@ def test_what_was_written_is_read_again(content, tmp_path):
 
 def test_json_is_utf8_whatever_the_locale(tmp_path):
     paths.write(tmp_path / "record.json", {"title": "Überblick ×"})
-    code = f"from effilib import paths; assert paths.read_json({str(tmp_path / 'record.json')!r}) == {{'title': '\\xdcberblick \\xd7'}}"
+    file = str(tmp_path / "record.json")
+    code = "from effilib import paths; "
+    code += f"assert paths.read_json({file!r}) == {{'title': '\\xdcberblick \\xd7'}}"
     environment = {
         **os.environ,
         "PYTHONPATH": str(paths.root()),
@@ -105,6 +114,67 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_rest(content, tmp_pat
     with pytest.raises((TypeError, ValueError)):
         paths.write(path, content)
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def strict(text):
+    """JSON as other languages read it: NaN and Infinity are no part of it."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_no_nan_and_no_infinity(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    content = {"a": nan, "b": [1.5, (inf, {"c": -inf})], "d": np.float64("nan"), "e": {1: nan}, "f": 0.0}
+    path = paths.write(tmp_path / "x.json", content)
+    read = {"a": None, "b": [1.5, [None, {"c": None}]], "d": None, "e": {"1": None}, "f": 0.0}
+    assert strict(path.read_text()) == paths.read_json(path) == read
+    assert content["b"] == [1.5, (inf, {"c": -inf})]  # what was given is as it was
+
+
+def test_a_diverged_run_comes_back_from_the_cache_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what else is measured here does not matter
+    arms = [Arm(name="baseline", role="baseline"), Arm(name="diverges", changes={"lr": 1e20})]
+    fresh, cached = (compare(task("smoke", "synthetic"), arms) for _ in range(2))
+    assert fresh.diverged("diverges") == cached.diverged("diverges") == 2
+    assert cached.cells[0]["cached"]
+    for file in (tmp_path / "cache").rglob("*.json"):
+        strict(file.read_text())
+    for a, b in zip(fresh.cells, cached.cells, strict=True):
+        for name in a["arms"]:
+            assert str(vars(a["arms"][name])) == str(vars(b["arms"][name]))
+    assert math.isnan(fresh.histories("diverges")[0].rows[-1]["loss"])
+    assert fresh.table().to_string() == cached.table().to_string()
+
+
+def test_several_processes_may_write_the_same_file_at_once(tmp_path):
+    code = (
+        "import sys; from effilib import paths\n"
+        "for i in range(40):\n"
+        f"    with paths.writing({str(tmp_path / 'file')!r}) as file:\n"
+        "        for _ in range(100): file.write(sys.argv[1].encode() * 3000)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(paths.root())}
+    writers = [subprocess.Popen([sys.executable, "-c", code, c], env=environment) for c in "abc"]
+    seen = set()
+    while any(w.poll() is None for w in writers):
+        if (tmp_path / "file").exists():
+            seen.add((tmp_path / "file").read_bytes())
+    assert [w.returncode for w in writers] == [0, 0, 0]
+    assert seen <= {c * 300_000 for c in (b"a", b"b", b"c")}
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_fails_while_it_is_written_leaves_the_old_file_and_no_rest(tmp_path):
+    paths.write(tmp_path / "file", "old")
+    with contextlib.suppress(ZeroDivisionError), paths.writing(tmp_path / "file") as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert (tmp_path / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

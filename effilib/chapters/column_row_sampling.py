@@ -42,7 +42,7 @@ WIDE = {
     "full": ((128, 128), (256, 256), (256, 256)),
 }
 SIZES = {p: dict(network="vgg", widths={"widths": w}, tuned={}) for p, w in WIDE.items()}
-SIZES["quick"] |= dict(epochs=0.8)
+SIZES["quick"] |= dict(epochs=1)
 SIZES["study"] |= dict(epochs=2)
 GRID = {p: dict(size) for p, size in SIZES.items()}
 GRID["quick"] |= dict(epochs=0.4)
@@ -78,7 +78,7 @@ def error_curves(preset, n=100):
     dict mean -> (ks, dict variant -> errors). Entries are N(1, 1) and N(0, 1); averages over runs (the paper:
     1,000), a few matrices, new draws.
     """
-    runs = {"smoke": 2, "quick": 60}.get(preset, 1000)
+    runs = {"smoke": 2, "quick": 20}.get(preset, 1000)
     ks = [5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100] if preset != "smoke" else [10, 50, 100]
     g, curves = stream(0, "error curves"), {}
     for mean in (1.0, 0.0):

@@ -44,7 +44,7 @@ __all__ = [
 
 BASELINE = "baseline"
 SIZES = {
-    "quick": dict(images=2000, epochs=2),
+    "quick": dict(images=2500, epochs=2),
     "study": dict(epochs=4, lengths=(0.5, 1.0), seeds=3),  # twenty arms: about 100 minutes on two cores
 }
 FEW = ("resizing", "wavelet stem", "PruneTrain", "smaller network")  # of the presets smoke and quick

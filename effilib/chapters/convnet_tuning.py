@@ -17,7 +17,7 @@ from effilib.tasks import Task, task
 NETWORK = "convnet"
 WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
 # rates tried: of all weights without BatchNorm, which diverge early, and of all else
-LOW, HIGH = (0.02, 0.05, 0.1, 0.2), (0.1, 0.2, 0.4, 0.8)
+LOW, HIGH = (0.02, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
 # preset -> arm -> the rate with the best mean accuracy over lengths and seeds
 LR = {"quick": {}, "study": {}}
 

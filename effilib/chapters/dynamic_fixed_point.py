@@ -46,11 +46,11 @@ NARROW = {"widths": (8, 16, 32), "blocks": (1, 1, 1)}
 # An integer step takes several times as long as fp32's: runs are short, and the quick preset trains a
 # narrower network on smaller batches.
 SIZES = {
-    "quick": dict(epochs=0.8, widths=NARROW, batch_size=32, lr=0.1),
+    "quick": dict(epochs=0.5, widths=NARROW, batch_size=32, lr=0.1),
     "study": dict(epochs=1.2),
 }
 GRID = {
-    "quick": SIZES["quick"] | dict(epochs=0.4),
+    "quick": SIZES["quick"] | dict(epochs=0.25),
     "study": dict(epochs=0.5),
     "full": dict(epochs=2),
 }

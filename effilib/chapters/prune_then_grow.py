@@ -17,7 +17,7 @@ SCRATCH, SMALL, RESIZED = "final network from scratch", "small network", "dense 
 # Decisions come at epochs' ends, so that the short presets take more epochs of fewer images.
 SIZES = {
     "smoke": dict(epochs=5),
-    "quick": dict(images=1000, epochs=12),
+    "quick": dict(images=800, epochs=10),
     "study": dict(epochs=8, seeds=3),  # seven arms, one of which is trained twice
 }
 # Starting points, not findings: chosen in trial runs with seeds that are not measured. Epochs are few, so
@@ -29,7 +29,7 @@ SETTINGS = {
         prune=replace(GENTLE, multiple=2), idle=0.1, patience=1, tau=1.0, progress=1.0, window=1, cooldown=1,
         search=0.7, full=101.0, gap=100.0, low=1.0, high=1.0,
     ),
-    # Of 15 steps an epoch the loss on held-out images is noise, by which no end of improvement can be told
+    # Of 12 steps an epoch the loss on held-out images is noise, by which no end of improvement can be told
     # (mode, gap).
     "quick": dict(mode="periodic", period=2, idle=0.2, gap=100.0),
     "study": dict(idle=0.25, patience=1, tau=0.05, progress=0.1, cooldown=1, search=0.5),

@@ -12,7 +12,7 @@ SIZES = {
     "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
     "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=3.75, batch_size=32),
     "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
-    "full": dict(axis="images", images=50_000, lengths=(0.02, 0.1, 1.0), epochs=20),
+    "full": dict(axis="images", images=32_768, lengths=(0.0625, 0.25, 1.0), epochs=20),
 }
 SIZES = {preset: {**changes, "augmentation": "none"} for preset, changes in SIZES.items()}
 # With BatchNorm, and in the short presets only a glance at it.
@@ -27,7 +27,7 @@ TIME = {
     "smoke": dict(images=64, epochs=2),
     "quick": dict(images=128, epochs=30, batch_size=32, seeds=1),
     "study": dict(images=512, epochs=200),
-    "full": dict(images=1000, epochs=250),
+    "full": dict(images=1024, epochs=250),
 }
 TIME = {preset: {**changes, "augmentation": "none"} for preset, changes in TIME.items()}
 # kind of pooling -> role and method; S3Pool's grid is the weakest that is stochastic in every window

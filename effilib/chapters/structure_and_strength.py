@@ -11,7 +11,7 @@ SIZES = {
     "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
     "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=3.125, batch_size=32),
     "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
-    "full": dict(axis="images", images=50_000, lengths=(0.01, 0.1, 1.0), epochs=20),
+    "full": dict(axis="images", images=32_768, lengths=(0.0625, 0.25, 1.0), epochs=20),
 }
 # Every structure with both trainings; in the short presets a glance at it.
 GRID = {
@@ -25,7 +25,7 @@ TIME = {
     "smoke": dict(images=64, epochs=2),
     "quick": dict(images=128, epochs=25, batch_size=32, seeds=1),
     "study": dict(images=512, epochs=200),
-    "full": dict(images=500, epochs=500),
+    "full": dict(images=512, epochs=500),
 }
 PATCHES = {"smoke": 500, "quick": 600, "study": 5000, "full": 20_000}  # a layer's filters are learned from
 TRAINED = {"all": "all weights", "strength": "strength only"}

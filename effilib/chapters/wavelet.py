@@ -18,7 +18,7 @@ CONTROLS = (S2D, STRIDED, LOW)
 SIZES = {"quick": dict(epochs=2, images=2500)}  # of the judged arms
 EVERY = {  # of the run of all arms, which is shown and not judged
     "smoke": dict(lengths=(1.0,)),
-    "quick": dict(lengths=(1.0,), seeds=1, images=1500, epochs=1.5),
+    "quick": dict(lengths=(1.0,), seeds=1, images=1000, epochs=1.5),
     "study": dict(lengths=(1.0,), seeds=1, epochs=2),
     "full": dict(lengths=(1.0,), seeds=1),
 }

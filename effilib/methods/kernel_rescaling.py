@@ -23,7 +23,7 @@ from effilib import models, surgery
 from effilib.convolution import ApproxConv2d
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
-from effilib.training import Method
+from effilib.training import Method, Run
 
 __all__ = [
     "KernelRescaling", "kernels", "matrix", "pi_resize", "recalibrate_", "rescale_", "rescale_kernel",
@@ -49,7 +49,9 @@ SMALLEST = 5  # a 3x3 kernel has no smaller one that means anything: 3 to 2 taps
 
 
 @lru_cache(maxsize=64)  # of a step's images: neither computed nor copied to the device anew
-def matrix(n: int, m: int, dtype: torch.dtype = torch.double, device="cpu") -> torch.Tensor:
+def matrix(
+    n: int, m: int, dtype: torch.dtype = torch.double, device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """Return the map (m, n) that resizes n samples to m.
 
     Bilinear, pixels are squares, antialiased where m < n. Rows add up to 1.
@@ -314,7 +316,7 @@ class KernelRescaling(Method):
                 "kernel rescaling: multiple is at least 1, recalibrate at least 0, rewarm lies in [0, 1)"
             )
 
-    def phases(self, shape, steps):
+    def phases(self, shape: tuple[int, ...], steps: int) -> list[tuple]:
         """Return [(first step, (h, w), factor on the kernels), ...] for a run of so many steps.
 
         shape: of an image, (C, H, W).
@@ -330,14 +332,16 @@ class KernelRescaling(Method):
             share += row[0]
         return found
 
-    def sizes(self, model, full, factor):
+    def sizes(self, model: nn.Module, full: dict[str, int], factor: float) -> dict[str, int]:
         """Return the kernels' sizes in a phase, name -> size; full: those on full-size images."""
         return {
             name: k if factor == 1 else scaled(model.get_submodule(name), k, factor)
             for name, k in full.items()
         }
 
-    def on_fit_start(self, run):  # nothing changes yet: a run that is resumed gets its state only after this
+    def on_fit_start(
+        self, run: Run
+    ) -> None:  # nothing changes yet: a run that is resumed gets its state only after this
         run.state[self] = {
             "phase": -1,
             "size": tuple(run.dataset.shape[1:]),
@@ -346,13 +350,13 @@ class KernelRescaling(Method):
             "lr": 1.0,
         }
 
-    def on_epoch_start(self, run):
+    def on_epoch_start(self, run: Run) -> None:
         if run.state[self]["phase"] < 0:
             run.state[self]["full"] = self.check(run)
         run.step_kind = self.label(run)
         self.follow(run, run.schedule.position)
 
-    def on_batch(self, run, x, y):
+    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = run.state[self]
         if self.rewarm and state["phase"] > 0:
             factor = min(
@@ -363,13 +367,13 @@ class KernelRescaling(Method):
             run.schedule.scale, state["lr"] = run.schedule.scale * factor / state["lr"], factor
         return resize(x, state["size"]).contiguous(memory_format=run.layout), y
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: Run) -> None:
         self.follow(run, run.schedule.position + run.schedule.pace)
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         self.follow(run, run.schedule.planned)  # where a run ends early, by divergence
 
-    def check(self, run):
+    def check(self, run: Run) -> dict[str, int]:
         """Return the sizes of all kernels that are to be rescaled.
 
         Raises `BadInput` or `NoEffect` where the schedule cannot be followed.
@@ -412,12 +416,12 @@ class KernelRescaling(Method):
                 ) from error
         return full
 
-    def label(self, run):
-        """What a step of this phase is timed as."""
+    def label(self, run: Run) -> str:
+        """Return what a step of this phase is timed as."""
         size = tuple(run.state[self]["size"])
         return "step" if size == tuple(run.dataset.shape[1:]) else f"step at {size[0]} x {size[1]}"
 
-    def follow(self, run, position):
+    def follow(self, run: Run, position: float) -> None:
         """Bring images and kernels to the phase that the step at `position` of the schedule lies in."""
         state, phases = run.state[self], self.phases(run.dataset.shape, run.schedule.planned)
         phase = max(i for i, (start, *_) in enumerate(phases) if start <= position)
@@ -447,8 +451,8 @@ class KernelRescaling(Method):
             self, f"images {size[0]} x {size[1]}; {text}", size=list(size), kernels=sizes, norms=sum(norms)
         )
 
-    def restate(self, run, model, size):
-        """BatchNorm's statistics from a few training batches of the new size."""
+    def restate(self, run: Run, model: nn.Module, size: tuple[int, int]) -> int:
+        """Set BatchNorm's statistics from a few training batches of the new size."""
         batches = copy.copy(run.batches)
         batches.generator = run.generator(self)  # the order of the training is not touched
         xs = (

@@ -292,7 +292,7 @@ class Chain:
         ]
         return ".".join(common) or f"{names[0]} ... {names[-1]}" if names else "no weights"
 
-    def part(self, first, last):
+    def part(self, first: int, last: int) -> nn.Module:
         """Return the network of links first..last-1; it shares its layers with the whole."""
         if not 0 <= first < last <= len(self):
             raise BadInput(f"no part {first}..{last} in a chain of {len(self)} layers")
@@ -304,11 +304,11 @@ class Chain:
         graph.output(copied[exit_])
         return fx.GraphModule(self.traced, graph)
 
-    def stages(self, cuts):
+    def stages(self, cuts: Sequence[int]) -> list[nn.Module]:
         """Return the parts between the cuts: a pipeline's stages."""
         return [self.part(i, j) for i, j in itertools.pairwise((0, *cuts, len(self)))]
 
-    def doubts(self, k):
+    def doubts(self, k: int) -> list[str]:
         """Return why training that is cut behind k would not give the same weights.
 
         In sentences; none if it does.
@@ -446,7 +446,7 @@ class Job:
     weight_decay: float = 5e-4
     bandwidth: float | None = None
 
-    def optimizer(self, parameters):
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return SGD over the given parameters."""
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
@@ -462,13 +462,13 @@ class Wire:
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype, self.sent, self.received = dtype, 0, 0
 
-    def send(self, tensor, rank):
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Send a tensor to a rank, which has to know its shape."""
         tensor = tensor.detach().contiguous()
         dist.send(tensor, rank)
         self.sent += cost.size_bytes([tensor])
 
-    def receive(self, shape, rank):
+    def receive(self, shape: Sequence[int], rank: int) -> torch.Tensor:
         """Return a tensor of that shape from a rank."""
         tensor = torch.empty(shape, dtype=self.dtype)
         dist.recv(tensor, rank)
@@ -623,7 +623,7 @@ class Stage(nn.Module):
         super().__init__()
         self.part = part
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Pack.apply(self.part(Pack.apply(x)))
 
 

@@ -28,6 +28,7 @@ from effilib.clock import elapsed, interleaved
 from effilib.data import Batches, Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
+from effilib.tasks import Task
 from effilib.training import (
     LAYOUTS,
     History,
@@ -514,7 +515,7 @@ class Setting:
     seconds: float = 20.0
 
     @classmethod
-    def of(cls, recipe: Recipe, device, **settings) -> "Setting":
+    def of(cls, recipe: Recipe, device: str | torch.device, **settings) -> "Setting":
         """Return the one in which a recipe trains on a device."""
         return cls(
             precision=resolve_precision(recipe.precision, device),
@@ -523,11 +524,11 @@ class Setting:
             **settings,
         )
 
-    def context(self):
+    def context(self) -> torch.autocast:
         """Return its number format, for a `with`."""
         return autocast(self.precision, self.device)
 
-    def interleaved(self, functions):
+    def interleaved(self, functions: dict) -> dict[object, list[float]]:
         """Call `clock.interleaved` on its device, as often as it says."""
         return interleaved(
             functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds
@@ -820,7 +821,7 @@ class LayerReplacement:
     repeats: int = 7
     plan: str = ""
 
-    def __call__(self, task, seed: int) -> History:
+    def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         model, before = task.build(dataset, seed), History()
         structure = models.describe(model)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from effilib import models, surgery
+from effilib.tasks import Task
 from effilib.training import History, stream, train
 
 __all__ = ["Narrower"]
@@ -22,7 +23,7 @@ class Narrower:
     factor: float
     multiple: int = 1
 
-    def __call__(self, task, seed: int) -> History:
+    def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         model = task.build(dataset, seed)
         for node in surgery.nodes(model):

@@ -207,14 +207,14 @@ class PruneThenGrow(Policy, Method):
                 "was over"
             )
         total = state["spent"] + state["looked"]
-        text = f"{total / state['budget']:.3f} of the budget spent, {state['looked'] / max(total, 1):.1%} of "
-        "it to look at held-out images"
+        looking = f"{state['looked'] / max(total, 1):.1%} of it to look at held-out images"
+        text = f"{len(done)} growths; {total / state['budget']:.3f} of the budget spent, {looking}"
         with run.clock.paused():  # for the record
             found, layout = surgery.trace(run.model), state["layout"]
             nodes = {name: stages.members(found, layout, i) for i, name in enumerate(stages.names(layout))}
             ends = [{"name": name, "widths": [n.width for n in own]} for name, own in nodes.items()]
         spent = dict(spent=state["spent"], looked=state["looked"], budget=state["budget"])
-        run.log(self, f"{len(done)} growths; {text}", **spent, stages=ends)
+        run.log(self, text, **spent, stages=ends)
 
     # Schedule and budget
 

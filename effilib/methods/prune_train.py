@@ -12,6 +12,7 @@ channels, and a width of 31 is slower than 32.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -97,7 +98,8 @@ def group_lasso(groups: list[Group], eps: float = 1e-8, weigh: str = "equal") ->
     >>> group_lasso([(W, 0, 1)]).item()  # 5 + 1
     6.0
     """
-    return sum(group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups)
+    sums = [group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups]
+    return torch.stack(sums).sum()
 
 
 def coefficient(ratio: float, loss: float, penalty: float) -> float:
@@ -175,7 +177,7 @@ def weights(model: torch.nn.Module, places: list[Place]) -> list[Group]:
     >>> [(W.shape, axis) for W, axis, _ in weights(net, [("head", 1, 1)])]
     [(torch.Size([4, 8]), 1)]
     """
-    return [(model.get_submodule(name).weight, axis, per) for name, axis, per in places]
+    return [(cast(torch.Tensor, model.get_submodule(n).weight), axis, per) for n, axis, per in places]
 
 
 @torch.no_grad()
@@ -373,13 +375,16 @@ class PruneTrain(Method):
     @torch.no_grad()
     def price(self, run: Run, groups: list[Group]) -> tuple[float, float]:
         """Return (lambda, the factor in it), from the first batch."""
-        scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until) if self.scale == "schedule" else self.scale
+        scale = self.scale
+        if isinstance(scale, str):  # "schedule"
+            scale = PUBLISHED_LR_STEPS / lr_steps(run, self.until)
         lam = scale * float(coefficient(self.ratio, run.loss, group_lasso(groups, weigh=self.weigh)))
         return run.ranks.agree(lam), scale
 
     def blocks(self, run: Run) -> int:
         """Return the multiple that cuts leave on this device."""
-        return {"cpu": 16, "cuda": 8}[run.device.type] if self.multiple == "auto" else self.multiple
+        auto = {"cpu": 16, "cuda": 8}[run.device.type]
+        return self.multiple if isinstance(self.multiple, int) else auto
 
     def _active(self, run):
         return run.schedule.position < self.until * run.schedule.planned

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
-from effilib.training import History, Method, train
+from effilib.tasks import Task
+from effilib.training import History, Method, Run, train
 
 __all__ = [
     "Bias", "Divergence", "OtherNorm", "StandardizationLoss", "Standardized", "Unstandardized", "Watch",
@@ -50,7 +51,7 @@ def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> to
 
     mean, var: (C,), biased variances. eps: in the logarithm.
 
-    >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # the second mean is off by 1
+    >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # a mean is off by 1
     0.5
     """
     return 0.5 * (mean * mean + var - torch.log(var + eps) - 1).sum()
@@ -100,7 +101,7 @@ class Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, eps):
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         mean, var = torch.batch_norm_update_stats(x, *_held(x.shape[1], x.device, x.dtype in NARROW), 0.0)
         mu = mean if bias is None else mean + bias
         ctx.save_for_backward(x, mean, var, mu)
@@ -149,7 +150,7 @@ class Bias(nn.Module):
         super().__init__()
         self.bias = bias
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -168,7 +169,7 @@ class Standardized(Bias):
         super().__init__(nn.Parameter(torch.zeros(channels)))
         self.eps, self.measure, self.terms = eps, measure, []
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             self.terms.append(self.measure(x, self.eps, bias=self.bias))
         return super().forward(x)
@@ -191,7 +192,7 @@ class Watch:
         self.eps, self.terms = eps, []
         self.handle = layer.register_forward_hook(self.hook)
 
-    def hook(self, layer, inputs, output):
+    def hook(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         """Note the divergence of a layer's output, and let a copy of it go on."""
         if layer.training and torch.is_grad_enabled():
             self.terms.append(divergence(output, self.eps))
@@ -334,7 +335,7 @@ class StandardizationLoss(Method):
     lam: float = 0.1
     eps: float = EPS
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if not self.lam > 0:
             raise BadInput(f"standardization loss: lambda is {self.lam}, it must be above 0")
         layers = {}
@@ -351,14 +352,14 @@ class StandardizationLoss(Method):
             self, f"{len(self.sources(run))} layers are standardized; {what}", layers=len(self.sources(run))
         )
 
-    def sources(self, run):
+    def sources(self, run: Run) -> list:
         """Return where the divergences are noted.
 
         They are kept on the model: modules and hooks do not belong into a checkpoint.
         """
         return run.model.__dict__.setdefault("_standardization", [])
 
-    def loss_terms(self, run):
+    def loss_terms(self, run: Run) -> torch.Tensor | None:
         total = collect_(self.sources(run))
         if total is None:
             raise NoEffect(
@@ -367,7 +368,7 @@ class StandardizationLoss(Method):
         run.state[self]["divergence"] = total.detach()
         return self.lam * total
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         for s in run.model.__dict__.pop("_standardization"):
             if isinstance(s, Watch):
                 s.handle.remove()
@@ -393,7 +394,7 @@ class OtherNorm(Method):
     kind: str = "none"
     groups: int = 8
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         choose("normalisation", self.kind, ("none", "group"))
 
         def make(norm):
@@ -420,7 +421,7 @@ class Unstandardized:
 
     methods: tuple = ()
 
-    def __call__(self, task, seed: int) -> History:
+    def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         channels = dataset.shape[0]
         dataset = replace(dataset, mean=(0.0,) * channels, std=(1.0,) * channels)

@@ -24,7 +24,7 @@ from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
-from effilib.training import Method
+from effilib.training import Method, Run
 
 __all__ = [
     "FrontEnd", "WaveletPool2d", "WaveletStem", "analysis", "butterfly", "first_convolution", "flip_bands",
@@ -214,10 +214,10 @@ class WaveletPool2d(nn.Module):
         super().__init__()
         self.wavelet = choose("wavelet", wavelet, FILTERS)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return wavelet_pool(x, self.wavelet)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"wavelet={self.wavelet}"
 
 
@@ -312,7 +312,7 @@ class FrontEnd(nn.Module):
         """Return how many channels its convolution reads."""
         return self.conv.in_channels
 
-    def bands(self, x):
+    def bands(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the convolution reads."""
         if self.kind == "strided":
             return x
@@ -322,10 +322,10 @@ class FrontEnd(nn.Module):
                 0, 3, 1, 2
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(self.bands(x))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"kind={self.kind}, wavelet={self.wavelet}"
 
 
@@ -411,7 +411,7 @@ class Passed(nn.MaxPool2d):
     [1.0, 2.0]
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
@@ -502,7 +502,7 @@ class WaveletStem(Method):
     keep: bool = True
     standardize: bool = True
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep)
         how |= dict(standardize=self.standardize, generator=run.generator(self))
         run.restructure(

@@ -19,7 +19,8 @@ from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.methods.wavelet import keep_sizes_
 from effilib.models import conv3x3
-from effilib.training import History, Method, autocast, stream, train
+from effilib.tasks import Task
+from effilib.training import History, Method, Run, autocast, stream, train
 
 __all__ = ["WAE", "AutoEncoder", "Decoder", "WaveletAutoEncoder", "energy_share", "wae_of"]
 
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.out = conv3x3(width, channels, bias=True)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(F.relu(self.norm(self.up(x)), inplace=True))
 
 
@@ -81,21 +82,21 @@ class WAE(nn.Module):
         self.decode_low, self.decode_high = Decoder(channels, width), Decoder(channels, width)
         self.classes, self.stage, self.terms = classes, "joint", None
 
-    def images(self, x):
+    def images(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (I_L, I_H), each (N, C, ceil(H/2), ceil(W/2))."""
         return self.encoder(x).chunk(2, 1)
 
-    def reconstruct(self, I_L, I_H, size):
+    def reconstruct(self, I_L: torch.Tensor, I_H: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Return the picture, (N, C, H, W), from its two images."""
         return (self.decode_low(I_L) + self.decode_high(I_H))[..., : size[0], : size[1]]
 
-    def classify(self, I):  # noqa: E741  (the paper's symbol)
+    def classify(self, I: torch.Tensor) -> torch.Tensor:  # noqa: E741  (the paper's symbol)
         """Return logits (N, classes) from both images side by side, (N, 2C, h, w)."""
         I_L, I_H = self.norm(I).chunk(2, 1)
         F_L, F_H = self.low(I_L), self.high(I_H)
         return self.head_low(F_L) + self.head_both(torch.cat([F_L, F_H], 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return self.classify(self.encoder(x))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "classifier"):
@@ -149,7 +150,7 @@ class WaveletAutoEncoder(Method):
     lam: float = 1.0
     stages: tuple = (0.0, 0.0, 1.0)
 
-    def on_fit_start(self, run):
+    def on_fit_start(self, run: Run) -> None:
         if not isinstance(run.model, WAE):
             raise BadInput(
                 f"wavelet-like auto-encoder: {type(run.model).__name__} is not a WAE; build one from two "
@@ -168,29 +169,29 @@ class WaveletAutoEncoder(Method):
         run.state[self] = {}
         run.model.stage = self.stage(run, 0)
 
-    def stage(self, run, step):
+    def stage(self, run: Run, step: int) -> str:
         """Return the stage of a step."""
         share, first, second = (step + 0.5) / run.steps, self.stages[0], sum(self.stages[:2])
         return STAGES[(share > first) + (share > second)]
 
-    def on_epoch_start(self, run):
+    def on_epoch_start(self, run: Run) -> None:
         run.model.stage = self.stage(run, run.step)  # also of a run that is resumed
 
-    def loss_terms(self, run):
+    def loss_terms(self, run: Run) -> torch.Tensor | None:
         if run.model.terms is None:
             return None
         reconstruction, energy = run.model.terms
         run.model.terms = None
         return self.gamma * (reconstruction + self.lam * energy)
 
-    def on_step_end(self, run):
+    def on_step_end(self, run: Run) -> None:
         new = self.stage(run, run.step + 1)
         if new != run.model.stage and run.step + 1 < run.steps:
             run.log(self, f"stage {new} begins", stage=new)
             run.model.stage = new
             run.structures += 1  # another step to count
 
-    def on_fit_end(self, run):
+    def on_fit_end(self, run: Run) -> None:
         with run.clock.paused(), autocast(run.precision, run.device):
             x = run.dataset.normalize(run.decide.x[:500])
             share, ratio = energy_share(run.model, x)
@@ -202,7 +203,7 @@ class WaveletAutoEncoder(Method):
         )
 
 
-def wae_of(task, dataset: Dataset, seed: int = 0) -> WAE:
+def wae_of(task: Task, dataset: Dataset, seed: int = 0) -> WAE:
     """Return a `WAE` whose trunks are the task's network, without its first halving.
 
     The high image's trunk has a quarter of the channels. For our networks only, whose widths are lists:
@@ -245,7 +246,7 @@ class AutoEncoder:
 
     stages: tuple = (0.0, 0.0, 1.0)
 
-    def __call__(self, task, seed: int) -> History:
+    def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         method = WaveletAutoEncoder(stages=self.stages)
         return train(wae_of(task, dataset, seed), dataset, task.recipe, [method], seed)

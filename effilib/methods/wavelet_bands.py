@@ -15,6 +15,7 @@ from effilib.clock import elapsed
 from effilib.data import Batches, Dataset, Split
 from effilib.errors import BadInput
 from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
+from effilib.tasks import Task
 from effilib.training import History, stream, train
 
 __all__ = ["BandBatches", "Bands", "Precomputed", "precompute"]
@@ -35,13 +36,15 @@ class Bands(Dataset):
 
     padded: torch.Tensor
 
-    def shuffled(self, batch_size, generator, *, augmentation="auto"):
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+    ) -> "BandBatches":
         return BandBatches(self, batch_size, generator, augmentation=augmentation)
 
-    def limit(self, images):
+    def limit(self, images: int) -> "Bands":
         return replace(super().limit(images), padded=self.padded[:images])
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "Bands":
         return replace(super().to(device), padded=self.padded.to(device))
 
 
@@ -53,7 +56,9 @@ class BandBatches(Batches):
     ('BandBatches', torch.Size([32, 4, 4, 4]))
     """
 
-    def __init__(self, dataset, batch_size, generator, *, augmentation="auto"):
+    def __init__(
+        self, dataset: Bands, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+    ):
         unpadded = replace(dataset, pad=0)
         super().__init__(unpadded, batch_size, generator, augmentation="none")
         self.dataset = dataset
@@ -67,7 +72,9 @@ class BandBatches(Batches):
         self.padded = dataset.padded if self.pad else dataset.train.x
         self.pixels = self.padded.reshape(-1, self.padded.shape[-1])
 
-    def cut(self, index, dy, dx, mirrored):
+    def cut(
+        self, index: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, mirrored: torch.Tensor
+    ) -> torch.Tensor:
         x = super().cut(index, dy, dx, mirrored)
         if not self.flip:
             return x
@@ -123,7 +130,7 @@ class Precomputed:
     4
     """
 
-    def __call__(self, task, seed: int) -> History:
+    def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         with elapsed() as seconds:
             bands = precompute(dataset)

@@ -26,9 +26,8 @@ def test_lengths_are_images_at_equal_updates_and_no_batch_is_cut_short(preset):
     runs = [t.at(length) for length in t.lengths]
     assert t.axis == "images"
     assert t.recipe.augmentation == "none"
-    if preset != "full":
-        assert all(r.images % r.recipe.batch_size == 0 for r in runs)
-        assert len({round(r.recipe.epochs * (r.images // r.recipe.batch_size)) for r in runs}) == 1
+    assert all(r.images % r.recipe.batch_size == 0 for r in runs)
+    assert len({round(r.recipe.epochs * (r.images // r.recipe.batch_size)) for r in runs}) == 1
 
 
 def test_an_arm_notes_its_accuracy_on_the_training_images():

@@ -36,7 +36,8 @@ def network(**settings):
 
 GEOMETRIES = [
     (1, Convolution()), (3, Convolution(padding=(1, 1))), (3, Convolution()),
-    (3, Convolution(stride=(2, 2), padding=(1, 1))), (5, Convolution(stride=(2, 1), padding=(2, 0))), (3, Convolution(dilation=(2, 2), padding=(2, 2))),
+    (3, Convolution(stride=(2, 2), padding=(1, 1))), (5, Convolution(stride=(2, 1), padding=(2, 0))),
+    (3, Convolution(dilation=(2, 2), padding=(2, 2))),
 ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from effilib.methods.prune_train import (
 )
 from effilib.tasks import task
 from effilib.training import Method, Recipe, train
+from tests.common import equal, resumed_and_whole
 
 TASK = task("smoke", "synthetic")
 DATA = TASK.load()
@@ -433,34 +434,16 @@ def test_the_batch_grows_with_what_was_pruned():
     assert history.steps < 40
 
 
-def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
-    class Stop(Method):
-        def __init__(self, at):
-            self.at = at
-
-        def on_batch(self, run, x, y):
-            if run.step == self.at:
-                self.at = -1
-                raise KeyboardInterrupt
-            return x, y
-
-        def __repr__(self):
-            return "Stop()"
-
+@pytest.mark.parametrize("when", [dict(grow_batch=True), dict(at=(0.15, 0.5))])
+def test_a_resumed_run_ends_as_the_whole_one(tmp_path, when):
     def make():
         return network(widths=(8, 8, 8), blocks=(1, 1, 1))
 
-    method = PruneTrain(scale=100.0, weigh="size", multiple=2, grow_batch=True)
-    whole = make()
-    history = train(whole, DATA, LONG, [method, Stop(-1)])
-    stop = Stop(history.steps - 1)
-    with pytest.raises(KeyboardInterrupt):
-        train(make(), DATA, LONG, [method, stop], checkpoint=tmp_path / "run.pt")
-    resumed = make()
-    again = train(resumed, DATA, LONG, [method, stop], checkpoint=tmp_path / "run.pt")
-    assert models.describe(resumed) == models.describe(whole) != models.describe(make())
-    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
-    assert again.events == history.events
+    method = PruneTrain(scale=100.0, weigh="size", multiple=2, **when)
+    (a, resumed), (b, whole) = resumed_and_whole(make, DATA, LONG, [method], tmp_path / "run.pt")
+    assert models.describe(a) == models.describe(b) != models.describe(make())
+    assert equal(a, b)
+    assert resumed.events == whole.events
 
 
 def test_settings_that_cannot_be_are_bad_input():
