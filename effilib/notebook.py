@@ -244,7 +244,8 @@ class Book:
             history = pd.concat([c.history() for c in compared], ignore_index=True)
             paths.write(self.folder / "history.csv", history.to_csv(index=False, float_format="%.6g"))
         paths.write(self.folder / "figure.png", figures.png(figure))
-        paths.write(self.folder / "record.json", record := _plain(record))
+        record = {k: _plain(v) for k, v in record.items()}
+        paths.write(self.folder / "record.json", record)
         return record
 
     def _notes(self, comparisons, notes):

@@ -206,7 +206,8 @@ class Comparison:
     def say(self, arm: str) -> str:
         """Return the arm's verdict as a sentence: ratio, aim, points at equal time, what FLOPs would give."""
         v, flops = self.verdict(arm), self.ratio(arm, "flops") if self.cost == "seconds" else None
-        parts = [f"{arm} against {v.against}: {v.verdict}, {v.text}"]
+        bound = f": {v.kind} "  # which the text says too
+        parts = [f"{arm} against {v.against}: {v.verdict.partition(bound)[0]}, {v.text}"]
         if v.aim is not None:
             parts.append(f"aim {v.aim:g}x {v.aim_verdict}")
         if v.points is not None and math.isfinite(v.points):

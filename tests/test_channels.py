@@ -16,8 +16,8 @@ from tests.common import SHAPE, Flat, both, every, images, make, shake
 
 def test_the_nodes_of_a_residual_network_are_its_trunks_and_the_blocks_inner_channels():
     found = {n.name: n for n in nodes(make("resnet"))}
-    assert list(found) == ["stem", "stages.0.0.conv1", "stages.1.0.conv1", "stages.1.0.conv2", "stages.1.1.conv1", "stages.2.0.conv1",
-                           "stages.2.0.conv2", "stages.2.1.conv1"]  # fmt: skip
+    ends = "0.0.conv1", "1.0.conv1", "1.0.conv2", "1.1.conv1", "2.0.conv1", "2.0.conv2", "2.1.conv1"
+    assert list(found) == ["stem", *(f"stages.{end}" for end in ends)]
     trunk = found["stages.1.0.conv2"]
     assert trunk.width == 6
     assert trunk.producers == ["stages.1.0.conv2", "stages.1.0.shortcut.0", "stages.1.1.conv2"]

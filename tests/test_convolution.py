@@ -396,7 +396,8 @@ def test_two_owners_compose_unless_they_replace_the_same_part():
 
 
 @pytest.mark.parametrize("settings", [
-    dict(padding="same"), dict(padding="same", kernel_size=4), dict(padding="valid"), dict(padding=1, padding_mode="reflect"),
+    dict(padding="same"), dict(padding="same", kernel_size=4), dict(padding="valid"),
+    dict(padding=1, padding_mode="reflect"),
     dict(padding=(0, 1), padding_mode="circular"), dict(padding="same", dilation=2),
 ], ids=str)  # fmt: skip
 def test_a_converted_layer_pads_as_the_plain_one(settings):

@@ -138,8 +138,10 @@ def convolutions(model, shape, n):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("resnet", (3, 12, 12)), ("vgg", (1, 8, 8)), ("convnet", (1, 8, 8)), ("torchvision.models:resnet18", (3, 32, 32)),
-                        ("torchvision.models:shufflenet_v2_x0_5", (3, 32, 32))]
+    ("name", "shape"), [
+        ("resnet", (3, 12, 12)), ("vgg", (1, 8, 8)), ("convnet", (1, 8, 8)),
+        ("torchvision.models:resnet18", (3, 32, 32)), ("torchvision.models:shufflenet_v2_x0_5", (3, 32, 32)),
+    ]
 )  # fmt: skip
 def test_a_step_of_a_whole_network_is_three_times_its_forward_pass_less_the_first_dx(name, shape):
     model = models.build(name, 5, shape)

@@ -301,6 +301,7 @@ def test_what_survives_holms_correction_is_marked_and_the_aim_said():
 def test_records_of_the_older_protocol_are_grey(old):
     axes = figures.scoreboard([row("faster at equal accuracy", 1.7, 1.5, 1.9, **old)]).axes[0]
     assert "older protocol" in texts(axes.figure)
+    assert any("time to one target accuracy, another question" in t for t in texts(axes.figure))
     assert {to_hex(line.get_color()) for line in dots(axes).values()} == {to_hex(figures.PALE)}
 
 

@@ -52,8 +52,8 @@ class Made:
             flops=self.flops * length,
             seen=round(1000 * length), images=500,
             memory={"parameters": 2**20, "saved": 2**20, "peak": 2**30},
-            test_accuracy=accuracy - 1, final=accuracy, balanced_accuracy=accuracy - 2, held_out=self.held_out,
-            majority=self.majority, classes=10, diverged=seed in self.diverges,
+            test_accuracy=accuracy - 1, final=accuracy, balanced_accuracy=accuracy - 2,
+            held_out=self.held_out, majority=self.majority, classes=10, diverged=seed in self.diverges,
         )  # fmt: skip
 
 
@@ -188,6 +188,8 @@ def test_a_sentence_says_ratio_aim_points_and_flops():
     assert "aim 1.2x met" in said
     assert "points at equal time" in said
     assert "2.60x if FLOPs were time" in said
+    low = made(BASE, replace(FAST, shift=-30.0)).say("fast")
+    assert low.startswith("fast against base: out of reach, at most 0.50x, n=3x3, 2-core CPU; ")
 
 
 def test_the_history_has_a_row_for_every_evaluation_and_ends_in_what_is_judged():

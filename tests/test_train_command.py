@@ -3,13 +3,20 @@ processes; errors in one line.
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from effilib import __main__ as command
-from effilib import checkpoint
+from effilib import checkpoint, paths, tasks
+from effilib.data import ARRAYS
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
@@ -72,15 +79,13 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("synthetic, 128 images, resnet; PruneTrain(ratio=0.2, ")
     assert said[0].endswith(f"3 epochs, batches of 32; into {tmp_path / 'a'}")
-    assert [line.split(":")[0] for line in said[1:5]] == [f"epoch {e} of 3" for e in range(4)]
+    assert [line.split(":")[0] for line in said[1:4]] == [f"epoch {e} of 3" for e in (1, 2, 3)]
     assert re.search(
         r": training loss [\d.]+, validation loss [\d.]+, [\d.]+ %; about [\d.]+ s left$", said[2]
     )
-    assert said[4].endswith(" %")
-    assert re.fullmatch(
-        r"[\d.]+ % on the validation images, [\d.]+ % on the test images, 12 steps in [\d.]+ s, [\d,]+ parameters",
-        said[5],
-    )
+    assert said[3].endswith(" %")
+    ending = r"127 held-out images \([\d.]+ % of those for testing\), 12 steps in [\d.]+ s, [\d,]+ parameters"
+    assert re.fullmatch(rf"[\d.]+ % of {ending}", said[4])
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["history.csv", "model.pt", "record.json"]
     record = json.loads((tmp_path / "a" / "record.json").read_text())
     assert record["status"] == "complete"
@@ -88,8 +93,10 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     assert record["run"]["seed"] == 4
     assert record["run"]["task"]["recipe"]["epochs"] == 3
     rows = pd.read_csv(tmp_path / "a" / "history.csv")
-    assert list(rows["epoch"]) == [0, 1, 2, 3]
-    assert rows["accuracy"].iloc[-1] == pytest.approx(record["accuracy"], rel=1e-4)
+    assert list(rows["epoch"]) == [1, 2, 3]
+    held, of_test = record["held_out"], 76  # validation and test images together
+    validation = (record["accuracy"] * held - record["test_accuracy"] * of_test) / (held - of_test)
+    assert rows["accuracy"].iloc[-1] == pytest.approx(validation, rel=1e-4)
     assert record["structure"]["blocks"] == model(tmp_path / "a").settings()["blocks"] != [[8], [8], [8]]
     before = (tmp_path / "a" / "model.pt").stat().st_mtime_ns
     assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "4") == 0
@@ -124,11 +131,10 @@ def test_an_interrupted_training_goes_on_by_itself(how, mine, tmp_path, capsys):
         )
     else:
         assert ended == 130
-        assert (
-            f"interrupted; the same command goes on from the last whole epoch ({tmp_path / 'a' / 'checkpoint.pt'})"
-            in said.out
-        )
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["checkpoint.pt"]
+        file = tmp_path / "a" / "checkpoint.pt"
+        assert f"interrupted; the same command goes on from the last whole epoch ({file})" in said.out
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["checkpoint.pt", "record.json"]
+    assert json.loads((tmp_path / "a" / "record.json").read_text())["status"] == "running"
     assert train(tmp_path / "a", *words) == 0
     said = capsys.readouterr().out
     assert f"goes on from {tmp_path / 'a' / 'checkpoint.pt'}" in said
@@ -138,6 +144,118 @@ def test_an_interrupted_training_goes_on_by_itself(how, mine, tmp_path, capsys):
     assert equal(model(tmp_path / "a"), model(tmp_path / "b"))
     assert (tmp_path / "c.pt").exists()
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+# What a run is recognised by
+
+OWN = {
+    "mine.py": """
+        import os, signal
+        from dataclasses import dataclass
+        from torch import nn
+        from effilib import Method
+        from neighbour import amount
+
+        class Mine(Method):
+            def on_epoch_end(self, run):
+                run.log(self, amount())
+                if "DIE" in os.environ and run.epoch == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        def net(classes, channels=1):
+            return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Flatten(), nn.Linear(144, classes))
+    """,
+    "neighbour.py": """
+        def amount():
+            return "a"
+    """,
+}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's files, and `go(**environment)`: the command in a fresh process, from another folder."""
+    for name, text in OWN.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    content = dict(zip(ARRAYS, (images[:50], np.arange(50) % 2, images[50:], np.arange(10) % 2), strict=True))
+    np.savez(tmp_path / "data.npz", **content)
+
+    def go(**environment):
+        words = ["--method", f"{tmp_path}/mine.py:Mine", "--network", f"{tmp_path}/mine.py:net"]
+        words += ["--dataset", f"{tmp_path}/data.npz", "--preset", "smoke", "--epochs", "3"]
+        words += ["--set", "batch_size=10", "--out", str(tmp_path / "out")]
+        modules = os.pathsep.join([str(paths.root()), str(tmp_path)])
+        done = subprocess.run(
+            [sys.executable, "-m", "effilib", "train", *words],
+            env={**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1", **environment},
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    def replace(name, old, new):
+        text = (tmp_path / name).read_text()
+        assert old in text
+        (tmp_path / name).write_text(text.replace(old, new))
+
+    go.content, go.replace = content, replace
+    return go
+
+
+def test_a_complete_run_of_edited_code_or_other_data_is_not_said_to_be_complete(own, tmp_path):
+    assert own()[0] == 0
+    record = tmp_path / "out" / "record.json"
+    first = record.read_bytes()
+    sentence = "effilib: {} holds a run from before {} was changed: undo that, name another folder with --out"
+    code = sentence.format(tmp_path / "out", "the code of a method, the network or effilib")
+    for file, old, new in (
+        ("neighbour.py", '"a"', '"b"'),  # what the method imports
+        ("mine.py", "amount())", "amount() * 2)"),  # the method
+        ("mine.py", "channels, 4, 3)", "channels, 4, 3, bias=False)"),  # the network
+    ):
+        own.replace(file, old, new)
+        ended, out, err = own()
+        assert (ended, out) == (2, "")
+        assert err.startswith(code)
+        own.replace(file, new, old)
+    own.replace("mine.py", "import os", "# a comment\nimport os")
+    np.savez(tmp_path / "data.npz", **own.content)  # written anew, as it was
+    ended, out, _ = own()
+    assert ended == 0
+    assert "it was complete" in out
+    own.content["train_images"][0] += 1
+    np.savez(tmp_path / "data.npz", **own.content)
+    assert own()[2].startswith(sentence.format(tmp_path / "out", "the data set"))
+    assert record.read_bytes() == first
+
+
+def test_an_interrupted_run_does_not_go_on_with_edited_code(own, tmp_path):
+    assert own(DIE="")[0] == 130
+    own.replace("neighbour.py", '"a"', '"b"')
+    ended, out, err = own()
+    assert (ended, out) == (2, "")
+    assert err.startswith(f"effilib: {tmp_path / 'out'} holds an interrupted run from before the code of ")
+    own.replace("neighbour.py", '"b"', '"a"')
+    ended, out, _ = own()
+    assert ended == 0
+    assert "goes on from" in out
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [e["text"] for e in record["events"]] == ["a"] * 3
+
+
+def test_files_that_are_called_alike_have_folders_of_their_own(tmp_path):
+    t = tasks.task("smoke", "synthetic")
+    names = set()
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        own = replace(t, dataset=str(tmp_path / place))
+        words = [f"{tmp_path / place / 'mine.py'}:Mine"]
+        names |= {
+            train_command.default_folder(own, [], [], 0, 1).name,
+            train_command.default_folder(t, words, [], 0, 1).name,
+            train_command.default_folder(replace(t, network=words[0]), [], [], 0, 1).name,
+        }
+    assert len(names) == 6
 
 
 def test_two_processes_write_what_one_does(tmp_path, capsys):
@@ -243,7 +361,8 @@ def test_bad_input_is_one_line(words, message, mine, tmp_path, capsys):
     said = capsys.readouterr().err
     assert re.match("effilib: " + re.escape(message.replace("MINE", str(mine))).replace(r"\.\*", ".*"), said)
     assert said.count("\n") == 1
-    assert not (tmp_path / "out" / "record.json").exists()
+    record = tmp_path / "out" / "record.json"
+    assert not record.exists() or json.loads(record.read_text())["status"] == "running"
 
 
 def test_a_checkpoint_that_is_none_and_a_folder_that_cannot_be_written(tmp_path, capsys):

@@ -197,7 +197,8 @@ def chained_mm(a: Parts, b: Parts, chain: int) -> torch.Tensor:
     >>> chained_mm(halves(a), halves(a.T.contiguous()), chain=2).item()  # 9 x 20,000^2
     3600000000.0
     """
-    K, total = a[0][0].shape[1], None
+    K = a[0][0].shape[1]
+    total: torch.Tensor = None  # type: ignore[assignment]  (there is at least one chain)
     for begin in range(0, K, chain):
         end = min(begin + chain, K)
         partial = int32_mm([(p[:, begin:end], f) for p, f in a], [(p[begin:end], f) for p, f in b]).float()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import clock, models, paths, provenance, surgery
-from effilib.clock import elapsed, interleaved
+from effilib.clock import Stopwatch, interleaved
 from effilib.data import Batches, Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
@@ -528,7 +528,7 @@ class Setting:
         """Return its number format, for a `with`."""
         return autocast(self.precision, self.device)
 
-    def interleaved(self, functions: dict) -> dict[object, list[float]]:
+    def interleaved(self, functions: dict) -> dict:
         """Call `clock.interleaved` on its device, as often as it says."""
         return interleaved(
             functions, repeats=self.repeats, warm_up=2, device=self.device, seconds=self.seconds
@@ -561,9 +561,11 @@ def latencies(
         if not tables[site]:
             functions |= {(site, c): _layer_step(c, site, setting, norm) for c in names}
     cached = sum(t["spent"] for t in tables.values() if t)
-    with elapsed() as t:
-        times = setting.interleaved(functions) if functions else {}
-        spent = t()
+    watch = Stopwatch(setting.device)
+    watch.start()
+    times = setting.interleaved(functions) if functions else {}
+    watch.lap("latencies")
+    spent = watch.end_epoch()[-1]
     missing = {site for site, _ in functions}
     for site in missing:
         seconds = {c: stats.median(samples) for (s, c), samples in times.items() if s == site}
@@ -825,16 +827,18 @@ class LayerReplacement:
         dataset = task.load()
         model, before = task.build(dataset, seed), History()
         structure = models.describe(model)
-        with elapsed() as t:
-            plan, cached = (
-                (json.loads(self.plan), 0.0) if self.plan else self.search(model, dataset, task.recipe, seed)
-            )
-            if plan["layers"]:
-                replace_(model, plan, seed)
-            seconds = t() + cached
+        watch = Stopwatch(dataset.device)
+        watch.start()
+        plan, cached = (
+            (json.loads(self.plan), 0.0) if self.plan else self.search(model, dataset, task.recipe, seed)
+        )
+        if plan["layers"]:
+            replace_(model, plan, seed)
+        watch.lap("search")
+        watch.end_epoch()
         if not self.plan:
-            kinds = {"search": {"count": 1, "seconds": seconds}}
-            before = History(seconds=seconds, raw_seconds=seconds, kinds=kinds)
+            kinds = {"search": {"count": 1, "seconds": watch.seconds + cached}}
+            before = History(seconds=watch.seconds + cached, raw_seconds=watch.raw + cached, kinds=kinds)
         before.events = [
             {"step": 0, "epoch": 0, "method": type(self).__name__, "text": say(plan), "plan": plan}
         ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import models
-from effilib.clock import elapsed
+from effilib.clock import Stopwatch
 from effilib.data import Batches, Dataset, Split
 from effilib.errors import BadInput
 from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
@@ -132,14 +132,16 @@ class Precomputed:
 
     def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
-        with elapsed() as seconds:
-            bands = precompute(dataset)
-            once = seconds()
+        watch = Stopwatch(dataset.device)
+        watch.start()
+        bands = precompute(dataset)
+        watch.lap("precompute")
+        watch.end_epoch()
         model = task.build(dataset, seed)
         keep_sizes_(model, dataset.shape, after=first_convolution(model, dataset.shape)[0])
         _stem_for_(model, bands.shape, seed)
-        kinds = {"precompute": {"count": 1, "seconds": once}}
-        before = History(seconds=once, raw_seconds=once, kinds=kinds)
+        kinds = {"precompute": {"count": 1, "seconds": watch.seconds}}
+        before = History(seconds=watch.seconds, raw_seconds=watch.raw, kinds=kinds)
         return before + train(model, bands, task.recipe, (), seed)
 
 

@@ -3,7 +3,8 @@ was interrupted.
 
 A method is named as its class is, in lower case (`prune_train`), or by the path of a user's own
 (`mine.py:Mine`); its settings are the fields of its dataclass, `name=value`. Under `torchrun` the processes
-train together, and rank 0 speaks and writes."""
+train together, and rank 0 speaks and writes.
+"""
 
 import ast
 import dataclasses
@@ -16,21 +17,29 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import nn
 
 from effilib import checkpoint, clock, distributed, models, paths, provenance, tasks, training
 from effilib import methods as package
-from effilib.data import label
+from effilib.data import Dataset, folder_name
+from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.progress import say_seconds
+from effilib.tasks import Task
+from effilib.training import History, Method
+
+__all__ = ["make", "make_task", "method", "methods", "run"]
 
 MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory"
 
 # Methods and settings, from words
 
 
-def methods():
-    """The methods of the library by name: dict "prune_train" -> `PruneTrain`.
+def methods() -> dict[str, type[Method]]:
+    """Return the methods of the library by name: "prune_train" -> `PruneTrain`.
 
     >>> methods()["prune_train"].__name__
     'PruneTrain'
@@ -54,9 +63,10 @@ def snake(name):
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def method(name, *texts):
-    """The method of this name with settings such as "ratio=0.2". Raises `BadInput` for what is unknown, or of
-    another type.
+def method(name: str, *texts) -> Method:
+    """Return the method of this name with settings such as "ratio=0.2".
+
+    Raises `BadInput` for what is unknown, or of another type.
 
     >>> method("prune_train", "ratio=0.3").ratio
     0.3
@@ -79,11 +89,11 @@ def method(name, *texts):
     return make(cls, name, texts)
 
 
-def make(cls, what, texts, base=None):
-    """An instance of a dataclass with the settings in `texts`, "name=value"; "name.inner=value" for one
-    within another.
+def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> object:
+    """Make an instance of a dataclass with the settings in `texts`, "name=value".
 
-    base: the instance from which all other settings come.
+    "name.inner=value" sets what is within another dataclass. base: the instance from which all other settings
+    come.
 
     >>> make(training.Recipe, "the recipe", ["lr=0.5", "precision=fp32"]).lr
     0.5
@@ -113,8 +123,9 @@ def make(cls, what, texts, base=None):
 
 
 def read(what, name, text, hint):
-    """The value that `text` writes as a Python literal, or else as a plain word. Raises `BadInput` if it is
-    not of the type `hint`.
+    """The value that `text` writes as a Python literal, or else as a plain word.
+
+    Raises `BadInput` if it is not of the type `hint`.
 
     >>> read("the recipe", "epochs", "2.5", float)
     2.5
@@ -125,7 +136,7 @@ def read(what, name, text, hint):
         value = text
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for candidate in (value, text):  # a number may be meant as a word
-        for kind in kinds:
+        for kind in (typing.get_origin(k) or k for k in kinds):
             if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
                 return candidate
     said = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
@@ -146,26 +157,26 @@ def frozen(value):
 
 def run(
     *,
-    methods=(),
-    dataset="",
-    preset="",
-    network="",
-    variant="base",
-    settings=(),
-    seed=0,
-    device="auto",
-    checkpoint="",
-    out="",
-):
-    """Train, and write history.csv, model.pt and, last, record.json into `out`. Returns the exit code: 0
-    complete, 130 interrupted.
+    methods: Sequence[Sequence[str]] = (),
+    dataset: str = "",
+    preset: str = "",
+    network: str = "",
+    variant: str = "base",
+    settings: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: str = "",
+    out: str = "",
+) -> int:
+    """Train, and write history.csv, model.pt and, last, record.json into `out`.
 
-    methods: a list of [name, "setting=value", ...]. settings: of the task or its recipe, "name=value". Raises
-    `BadInput`.
+    Returns the exit code: 0 complete, 130 interrupted. methods: a list of [name, "setting=value", ...].
+    settings: of the task or its recipe, "name=value". Raises `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
     synthetic, 128 images, resnet; no method; 1 epochs, batches of 32; into mine
-    epoch 0 of 1: ...
+    epoch 1 of 1: ...
+    ...
     mine: history.csv, model.pt, record.json
     0
     """
@@ -178,11 +189,18 @@ def run(
         else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
     )
     file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
+    data = load(task, ranks)
+    named = [task.network, *(words[0] for words in methods)]
     what = {
         "methods": provenance.settings(chosen),
         "task": provenance.settings(task),
         "seed": seed,
         "processes": ranks.size,
+        "data": data.digest,
+        "code": provenance.digest(
+            [provenance.named_source(name) for name in named],
+            provenance.source(chosen, always=("effilib.training",)),
+        ),
     }
     what = ranks.agree(what)  # the device is each one's own
 
@@ -190,11 +208,12 @@ def run(
         if ranks.rank == 0:
             print(words, flush=True)
 
-    before = ranks.first(lambda: complete(folder, what))
+    before = ranks.first(lambda: complete(folder, what, file))
     if before:
         say(f"{headline(before)}; it was complete, {folder / 'record.json'} says so")
         return 0
-    data = load(task, ranks)
+    started = {"schema": 2, "status": "running", "run": what}
+    ranks.first(lambda: paths.write(folder / "record.json", started))
     say(f"{plan(task, data, chosen, ranks.size)}; into {folder}")
     if file.exists():
         say(f"goes on from {file}")
@@ -208,7 +227,7 @@ def run(
             else "interrupted"
         )
         return 130
-    record = {"schema": 1, "status": "complete", "run": what, **summary(history, model, data, task)}
+    record = {**started, "status": "complete", **summary(history, model, data, task)}
     record["duration_s"] = round(clock.now() - begun, 1)
     ranks.first(lambda: write(folder, record, history, model, data, task))
     if not checkpoint:
@@ -217,8 +236,10 @@ def run(
     return 0
 
 
-def default_folder(task, methods, settings, seed, processes):
-    """Where results go if no folder is named: one for each run, below the results' `play`.
+def default_folder(
+    task: Task, methods: Sequence[str], settings: Sequence[str], seed: int, processes: int
+) -> Path:
+    """Return where results go if no folder is named: one for each run, below the results' `play`.
 
     >>> default_folder(tasks.task("smoke", "synthetic"), [], [], seed=0, processes=1).name
     'train-smoke-synthetic-resnet-baseline-seed=0'
@@ -226,31 +247,46 @@ def default_folder(task, methods, settings, seed, processes):
     several = [f"processes={processes}"] * (processes > 1)
     words = [
         task.preset,
-        label(task.dataset),
+        folder_name(task.dataset),
         task.network,
         *(methods or ["baseline"]),
         *settings,
         *several,
         f"seed={seed}",
     ]
+    files = [w.rpartition(":")[0] for w in [task.network, *methods] if ".py:" in w]
+    if files:  # a/mine.py and b/mine.py are two
+        words.append(provenance.digest([str(Path(f).expanduser().resolve()) for f in files])[:4])
     return paths.results() / "play" / file_name("train", *words)
 
 
-def complete(folder, what):
-    """The record of this run if it is complete in `folder`, else None. Raises `BadInput` if another run's
-    lies there.
+def complete(folder: Path, what: dict, checkpoint: Path) -> dict | None:
+    """Return the record of this run if it is complete in `folder`, else None.
 
-    >>> print(complete("mine", what={}))
+    Raises `BadInput` if another run's lies there: of other settings, or of the same with code or data that
+    changed since, complete or with a checkpoint to go on from.
+
+    >>> print(complete("mine", what={}, checkpoint=Path("checkpoint.pt")))
     None
     """
-    record = paths.read_json(paths.make(folder) / "record.json")
-    if record and record.get("run") != what:
-        raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
-    return record or None
+    record = paths.read_json(paths.make(folder) / "record.json") or {}
+    done = record.get("status") == "complete"
+    if record.get("run") == what:
+        return record if done else None
+    if not record or not (done or checkpoint.exists()):
+        return None
+    other = {k for k, v in what.items() if record.get("run", {}).get(k) != v}
+    if other <= {"code", "data"}:
+        said = "the code of a method, the network or effilib" if "code" in other else "the data set"
+        raise BadInput(
+            f"{folder} holds {'a' if done else 'an interrupted'} run from before {said} was changed: undo"
+            " that, name another folder with --out, or delete this one"
+        )
+    raise BadInput(f"{folder} holds another run: name another folder with --out, or delete it")
 
 
-def load(task, ranks):
-    """The data set, on rank 0 first: what is downloaded or cached is written once.
+def load(task: Task, ranks: Ranks) -> Dataset:
+    """Load the data set, on rank 0 first: what is downloaded or cached is written once.
 
     >>> load(tasks.task("smoke", "synthetic"), distributed.ALONE).name
     'synthetic'
@@ -260,8 +296,8 @@ def load(task, ranks):
     return loaded[0] if loaded else task.load()
 
 
-def plan(task, data, methods, processes):
-    """What is going to be trained, in a line.
+def plan(task: Task, data: Dataset, methods: Sequence[Method], processes: int) -> str:
+    """Say what is going to be trained, in a line.
 
     >>> task = tasks.task("smoke", "synthetic")
     >>> plan(task, task.load(), [], processes=1)
@@ -269,11 +305,21 @@ def plan(task, data, methods, processes):
     """
     shared = f", shared by {processes} processes" if processes > 1 else ""
     how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"
-    return f"{data.name}, {len(data.train)} images, {task.network}; {', '.join(map(repr, methods)) or 'no method'}; {how}"
+    what = ", ".join(map(repr, methods)) or "no method"
+    return f"{data.name}, {len(data.train)} images, {task.network}; {what}; {how}"
 
 
-def fit(task, data, methods, seed, file, progress):
-    """(the trained model, its history), one evaluation an epoch. What a user can help is `BadInput`.
+def fit(
+    task: Task,
+    data: Dataset,
+    methods: Sequence[Method],
+    seed: int,
+    file: Path | None,
+    progress: Callable[[dict], None] | None,
+) -> tuple[nn.Module, History]:
+    """Return the trained model and its history, with an evaluation an epoch for whoever watches.
+
+    What a user can help is `BadInput`.
 
     >>> task = tasks.task("smoke", "synthetic", epochs=1)
     >>> model, history = fit(task, task.load(), [], seed=0, file=None, progress=None)
@@ -302,13 +348,15 @@ def fit(task, data, methods, seed, file, progress):
     return model, history
 
 
-def make_task(preset, dataset, network, variant, device, settings):
-    """The task, by words; settings: of it or its recipe.
+def make_task(
+    preset: str, dataset: str, network: str, variant: str, device: str, settings: Sequence[str]
+) -> Task:
+    """Make the task from words; settings: of it or its recipe.
 
     >>> make_task("smoke", "synthetic", "", "base", "auto", ["lr=0.5"]).recipe.lr
     0.5
     """
-    own = ("images", "held", "widths")
+    own = ("images", "validation", "widths")
     for text in settings:
         choose(
             "setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))]
@@ -324,8 +372,8 @@ def make_task(preset, dataset, network, variant, device, settings):
     return dataclasses.replace(task, recipe=recipe)
 
 
-def file_name(*words):
-    """Words as the name of a file or folder, not too long.
+def file_name(*words) -> str:
+    """Return words as the name of a file or folder, not too long.
 
     >>> file_name("quick", "mine.py:Mine")
     'quick-mine.py_Mine'
@@ -335,8 +383,9 @@ def file_name(*words):
 
 
 class Epochs:
-    """Says after every evaluation how far a training has come, and how long the rest takes, by what was done
-    in this process.
+    """Says after every evaluation how far a training has come, and how long the rest takes.
+
+    By what was done in this process.
 
     >>> Epochs(2, print)({"epoch": 1, "train_loss": 0.5, "loss": 0.6, "accuracy": 80.0})
     epoch 1 of 2: training loss 0.5000, validation loss 0.6000, 80.00 %
@@ -351,17 +400,15 @@ class Epochs:
         (begun, start), left = self.first, ""
         if start < epoch < self.epochs:
             left = f"; about {say_seconds((now - begun) / (epoch - start) * (self.epochs - epoch))} left"
-        loss = "" if math.isnan(row["train_loss"]) else f"training loss {row['train_loss']:.4f}, "
-        self.say(
-            f"epoch {epoch:.4g} of {self.epochs:g}: {loss}validation loss {row['loss']:.4f}, {row['accuracy']:.2f} %{left}"
-        )
+        losses = f"training loss {row['train_loss']:.4f}, validation loss {row['loss']:.4f}"
+        self.say(f"epoch {epoch:.4g} of {self.epochs:g}: {losses}, {row['accuracy']:.2f} %{left}")
 
 
 # What is written
 
 
-def summary(history, model, data, task):
-    """What a record says of a run, as plain values.
+def summary(history: History, model: nn.Module, data: Dataset, task: Task) -> dict:
+    """Return what a record says of a run, as plain values.
 
     >>> task = tasks.task("smoke", "synthetic", epochs=1)
     >>> data = task.load()
@@ -369,27 +416,39 @@ def summary(history, model, data, task):
     >>> summary(history, model, data, task)["dataset"]
     'synthetic'
     """
+    names = (
+        "accuracy", "test_accuracy", "balanced_accuracy", "held_out", "majority", "diverged", "seconds",
+        "raw_seconds", "steps", "kinds", "flops", "memory", "precision", "structure", "events",
+    )  # fmt: skip
     return {
-        "dataset": data.name, "network": task.network, "accuracy": history.accuracy, "test_accuracy": history.test_accuracy,
-        "diverged": history.diverged, "seconds": history.seconds, "raw_seconds": history.raw_seconds, "steps": history.steps,
-        "capped": history.capped, "kinds": history.kinds, "flops": history.flops, "memory": history.memory, "precision": history.precision,
-        "parameters": sum(p.numel() for p in model.parameters()), "structure": history.structure, "events": history.events,
-        "machine": clock.machine(data.device), "commit": provenance.commit(), "date": clock.date(), "notes": [data.note] * bool(data.note),
-    }  # fmt: skip
+        "dataset": data.name,
+        "network": task.network,
+        **{name: getattr(history, name) for name in names},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "machine": clock.machine(data.device),
+        "commit": provenance.commit(),
+        "date": clock.date(),
+        "notes": [data.note] * bool(data.note),
+    }
 
 
-def headline(record):
-    """A record in a line.
+def headline(record: dict) -> str:
+    """Return a record in a line.
 
-    >>> headline(dict(accuracy=90, test_accuracy=89, steps=10, seconds=2.0, parameters=1234, diverged=False))
-    '90.00 % on the validation images, 89.00 % on the test images, 10 steps in 2.0 s, 1,234 parameters'
+    >>> record = dict(accuracy=90, held_out=200, test_accuracy=89, steps=10, seconds=2.0)
+    >>> headline({**record, "parameters": 1234, "diverged": False})
+    '90.00 % of 200 held-out images (89.00 % of those for testing), 10 steps in 2.0 s, 1,234 parameters'
     """
-    accuracy = f"{record['accuracy']:.2f} % on the validation images, {record['test_accuracy']:.2f} % on the test images"
     end = "diverged: " if record["diverged"] else ""
-    return f"{end}{accuracy}, {record['steps']} steps in {say_seconds(record['seconds'])}, {record['parameters']:,} parameters"
+    accuracy = (
+        f"{record['accuracy']:.2f} % of {record['held_out']} held-out images"
+        f" ({record['test_accuracy']:.2f} % of those for testing)"
+    )
+    cost = f"{record['steps']} steps in {say_seconds(record['seconds'])}"
+    return f"{end}{accuracy}, {cost}, {record['parameters']:,} parameters"
 
 
-def write(folder, record, history, model, data, task):
+def write(folder: Path, record: dict, history: History, model: nn.Module, data: Dataset, task: Task) -> None:
     """Write the three files, each atomically; the record, which says that they are complete, is the last.
 
     >>> task = tasks.task("smoke", "synthetic", epochs=1)
@@ -408,6 +467,6 @@ def write(folder, record, history, model, data, task):
     checkpoint.save_model(folder / "model.pt", model, task.network, data.classes, data.shape)
     paths.write(folder / "record.json", record)
     try:
-        checkpoint.load_model(folder / "model.pt")
+        checkpoint.load_model(folder / "model.pt", task.network)
     except BadInput as error:
         print(f"model.pt holds weights that no network by name takes: {error}", file=sys.stderr)
