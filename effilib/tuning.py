@@ -61,7 +61,7 @@ def sweep_file(task: Task, name: str = "") -> Path:
     >>> sweep_file(task("study", "cifar10", variant="wide")).name
     'study-cifar10-wide.csv'
     """
-    parts = [task.preset, data.label(data.identify(task.dataset)), task.variant, name]
+    parts = [task.preset, data.folder_name(task.dataset), task.variant, name]
     return recorded_tuning() / ("-".join(p for p in parts if p and p != "base") + ".csv")
 
 

@@ -163,6 +163,16 @@ class Jitter(Method):
         run.log(self, "drawn", drawn=run.ranks.gather(run.state[self]["drawn"]))
 
 
+class Classic(Method):
+    """A method that is no dataclass, with a function as a setting: it has the same name in all processes."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_after_backward(self, run):
+        run.model.head.bias.grad += self.act(run.model.head.bias.grad)
+
+
 # A user's network with dropout, pruned and grown in width and depth, and draws for single images: all that a
 # checkpoint has to hold.
 KILLED = (users, (Jitter(), PRUNE, Net2Net(at=0.4, wider=1.5, deeper=("layer1.1",))))
@@ -183,6 +193,7 @@ def refusals(rank, folder):
         "one image": lambda: train(with_bn(), DATA, Recipe(epochs=1, batch_size=1, precision="fp32")),
         "sync_bn": lambda: train(with_bn(), DATA, Recipe(sync_bn=True)),
         "unused": lambda: train(unused(), DATA, RECIPE),
+        "no name": lambda: train(with_bn(), DATA, RECIPE, [Classic(object())]),
         "another run's": lambda: train(with_bn(), DATA, RECIPE, checkpoint=folder / "alone.pt"),
         "compare": lambda: compare(task("smoke", "mnist5k"), [Arm(name="plain", role="baseline")]),
     }
@@ -237,6 +248,7 @@ def main(folder):
         for name, case in CASES.items():
             found[name] = outcome(*case)
         found["methods"] = every_method()
+        found["classic"] = outcome(without_bn, (Classic(torch.tanh), Classic(lambda x: x / 2)))
         if ranks.rank == 0:
             torch.save(found, folder / "first.pt")
     found["resumed"] = outcome(make, (*methods, Die(str(folder))), checkpoint=folder / "run.pt")
@@ -326,6 +338,12 @@ def test_two_processes_are_equal_to_one(name, found, monkeypatch):
         assert grown == 2 if "plan" in name else grown if name.startswith("grown") else "->" in said
 
 
+def test_a_plain_class_with_functions_as_settings_trains_in_several_processes(found):
+    one, two = outcome(without_bn, (Classic(torch.tanh), Classic(lambda x: x / 2))), found["classic"]
+    for key, tensor in one["model"].items():
+        assert (tensor - two["model"][key]).abs().max() < 1e-8, key
+
+
 def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_been(found):
     resumed, whole = found["resumed"], found["whole"]
     assert list(resumed["model"]) == list(whole["model"]) != list(users().state_dict())
@@ -348,6 +366,7 @@ def test_what_cannot_work_is_refused_by_all_processes(found):
         "one image": "a batch of 1 cannot be shared among 2 processes",
         "sync_bn": "sync_bn needs CUDA",
         "unused": "every parameter must take part in every step: spare.weight does not",
+        "no name": "[0].act is <object object>, which has no name that stays the same",
         "another run's": "alone.pt belongs to another run: other number of processes",
         "compare": "arms are measured in one process; over several only train() works",
     }
