@@ -63,7 +63,7 @@ def compare(
     if isinstance(aim, dict):
         for name in aim:
             choose("arm with an aim", name, [a.name for a in arms[1:]])
-    lengths = find_lengths(task, arms)
+    lengths = {a.name: a.lengths or task.lengths for a in arms} if illustration else find_lengths(task, arms)
     found = measure(task, arms, lengths=lengths, title=title)
     return Comparison(
         task=task, arms=tuple(arms), cells=found, aim=aim, illustration=illustration, title=title

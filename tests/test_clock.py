@@ -207,17 +207,19 @@ def test_a_process_that_burns_the_processor_beside_is_no_stall():
 
 
 def test_work_of_a_child_process_that_is_waited_for_is_work():
+    burn = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass\n"
     watch = running()
-    burn = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
     subprocess.run([sys.executable, "-c", burn], check=True)
     watch.lap("compile")
-    child = subprocess.Popen([sys.executable, "-c", burn + "\ninput()"], stdin=subprocess.PIPE)
-    time.sleep(0.6)  # it has not ended when the clock is read
+    going_on = burn + "print('done', flush=True)\ninput()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", going_on], **pipes)
+    assert child.stdout.readline() == "done\n"  # it has not ended when the clock is read
     watch.lap("wait")
-    child.communicate(b"\n")
+    child.communicate("\n")
     watch.end_epoch()
     assert watch.kinds["compile"][1] >= 0.38
-    assert watch.kinds["wait"][1] >= 0.2
+    assert watch.kinds["wait"][1] >= 0.38
 
 
 def test_sleeping_is_a_stall():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import pytest
 
-from effilib import clock
+from effilib import clock, paths
 from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.results import COLUMNS, Comparison, compare
@@ -216,6 +216,15 @@ def test_a_run_of_one_step_makes_a_table():
     assert found.histories("a")[0].steps == 1
     assert len(found.table()) == 2
     assert found.measures("flops").flops.min() > 0
+
+
+def test_an_illustration_needs_no_pilot():
+    task = replace(TASK, preset="smoke", recipe=Recipe(epochs=0.5, batch_size=64), lengths=(1.0,), seeds=1)
+    slow = Arm(name="wide", network={"widths": (32, 32, 32)})
+    found = compare(replace(task, preset="quick"), [Arm(name="a", role="baseline"), slow], illustration=True)
+    assert [c["seed"] for c in found.cells] == [0]
+    assert found.cells[0]["lengths"] == {"a": 1.0, "wide": 1.0}
+    assert len(list((paths.cache()).glob("*/*.json"))) == 1
 
 
 def test_a_whole_small_comparison_of_real_trainings():

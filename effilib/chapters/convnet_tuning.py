@@ -19,7 +19,43 @@ WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
 # rates tried: of all weights without BatchNorm, which diverge early, and of all else
 LOW, HIGH = (0.02, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
 # preset -> arm -> the rate with the best mean accuracy over lengths and seeds
-LR = {"quick": {}, "study": {}}
+LR = {
+    "quick": {
+        "max": 0.05,
+        "stochastic": 0.05,
+        "S3Pool": 0.05,
+        "average": 0.1,
+        "max, BatchNorm": 0.4,
+        "stochastic, BatchNorm": 0.8,
+        "S3Pool, BatchNorm": 0.4,
+        "average, BatchNorm": 0.8,
+        "random, all weights": 0.05,
+        "random, strength only": 0.4,
+        "dictionary, all weights": 0.1,
+        "dictionary, strength only": 0.2,
+        "kmeans, all weights": 0.05,
+        "kmeans, strength only": 0.4,
+        "BatchNorm only": 0.8,
+    },
+    # not swept yet at these sizes: what was best on Fashion-MNIST with 2000 images
+    "study": {
+        "max": 0.1,
+        "stochastic": 0.1,
+        "S3Pool": 0.1,
+        "average": 0.1,
+        "max, BatchNorm": 0.4,
+        "stochastic, BatchNorm": 0.4,
+        "S3Pool, BatchNorm": 0.4,
+        "average, BatchNorm": 0.4,
+        "random, all weights": 0.1,
+        "random, strength only": 0.2,
+        "dictionary, all weights": 0.1,
+        "dictionary, strength only": 0.2,
+        "kmeans, all weights": 0.1,
+        "kmeans, strength only": 0.2,
+        "BatchNorm only": 0.8,
+    },
+}
 
 
 def network(task: Task, bn: bool) -> dict:

@@ -9,7 +9,7 @@ from effilib.tasks import Task
 # Numbers of images are multiples of the batch, so that an epoch leaves none out.
 SIZES = {
     "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
-    "quick": dict(axis="images", images=1024, lengths=(0.125, 1.0), epochs=3.125, batch_size=32),
+    "quick": dict(axis="images", images=512, lengths=(0.125, 1.0), epochs=6.25, batch_size=16),
     "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
     "full": dict(axis="images", images=32_768, lengths=(0.0625, 0.25, 1.0), epochs=20),
 }
@@ -23,7 +23,7 @@ GRID = {
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=128, epochs=25, batch_size=32, seeds=1),
+    "quick": dict(images=64, epochs=50, batch_size=16, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=512, epochs=500),
 }

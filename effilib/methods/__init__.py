@@ -4,6 +4,8 @@ README say of it.
 
 from dataclasses import dataclass
 
+__all__ = ["Info"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
