@@ -16,14 +16,14 @@ SIZES = {
 # Every structure with both trainings; in the short presets a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
-    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1),
+    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=3.125),
     "study": SIZES["study"] | dict(lengths=(0.125, 1.0), seeds=3),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=64, epochs=50, batch_size=16, seeds=1),
+    "quick": dict(images=64, epochs=25, batch_size=16, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=512, epochs=500),
 }
@@ -63,9 +63,10 @@ def grid(task: Task) -> list[Arm]:
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return the judged arms: ordinary training, the paper's method, its better half, and the control."""
+    """Return the judged arms: ordinary training, both methods, and the control where there is time for it."""
     every = {a.name: a for a in grid(task)}
-    return [every[name] for name in (BASE, PAPER, START)] + [control(task)]
+    judged = [every[name] for name in (BASE, PAPER, START)]
+    return [*judged, control(task)] if task.preset in ("study", "full") else judged
 
 
 def tuned(task: Task) -> list[Arm]:
