@@ -148,19 +148,13 @@ class Comparison:
         """Return the `Verdict` of an arm against the baseline. cost: default what is judged."""
         cost = cost or self.cost
         aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim if self._is_method(arm) else None
-        diverged = bool(self.diverged(arm) or self.diverged(self.baseline))
-        curves = [[], []] if diverged else [self.curve(self.baseline, cost), self.curve(arm, cost)]
-        if diverged:  # costs are finite, accuracies may not be
-            curves = [
-                [Length(costs=(1.0,) * self.task.seeds, accuracies=(0.0,) * self.task.seeds)]
-                * len(self.lengths)
-            ] * 2
+        who = next((name for name in (arm, self.baseline) if self.diverged(name)), "")
         verdict = judge(
-            *curves, name=arm, against=self.baseline, aim=aim,
-            cost=cost, machine=self.machine["summary"], diverged=diverged, withhold=self._withhold(arm, cost),
+            self.curve(self.baseline, cost), self.curve(arm, cost), name=arm, against=self.baseline,
+            aim=aim, cost=cost, machine=self.machine["summary"], diverged=bool(who),
+            withhold=self._withhold(arm, cost),
         )  # fmt: skip
-        if diverged:
-            who = arm if self.diverged(arm) else self.baseline
+        if who:
             runs = len(self.histories(who))
             verdict = replace(verdict, text=f"{who}: {self.diverged(who)} of {runs} runs diverged")
         return verdict
@@ -366,19 +360,13 @@ class Comparison:
         share = max(h.majority for h in self.histories(self.baseline))
         if not share:
             return []
-        notes = (
-            [f"The largest class has {share:.0f} % of the images."]
-            if share > 1.5 * 100 / self._classes()
-            else []
-        )
+        classes = max(h.classes for h in self.histories(self.baseline)) or 1
+        notes = [f"The largest class has {share:.0f} % of the images."] if share > 1.5 * 100 / classes else []
         for arm in self.arms:
             best = max((h.accuracy for h in self.histories(arm.name) if h.rows), default=0)
             if best <= share:
                 notes.append(f"{arm.name} is no better than always naming the largest class ({share:.0f} %).")
         return notes
-
-    def _classes(self):
-        return max(h.classes for h in self.histories(self.baseline)) or 1
 
 
 def _number(value):

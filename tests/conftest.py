@@ -2,6 +2,8 @@
 pages.
 """
 
+import tempfile
+
 import pytest
 
 from tests.browser import CHROMIUM, Browser
@@ -12,6 +14,13 @@ def results(tmp_path, monkeypatch):
     """Results go to a folder of the test's own."""
     monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
     return tmp_path / "results"
+
+
+@pytest.fixture
+def alone(results, tmp_path, monkeypatch):
+    """Results of the test's own; what else is measured on this machine is not seen."""
+    monkeypatch.delenv("EFFILIB_SHARED", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture

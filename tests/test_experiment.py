@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -31,13 +30,7 @@ TASK = Task(
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.delenv("EFFILIB_SHARED", raising=False)
-    monkeypatch.setattr(
-        tempfile, "tempdir", str(tmp_path)
-    )  # what else is measured on this machine is not seen
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 RUNS = []  # (arm, seed) of every run made here

@@ -1,7 +1,6 @@
 """What is said of finished runs: ratios, verdicts, tables, notes, and what history.csv holds."""
 
 import math
-import tempfile
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -18,13 +17,7 @@ from effilib.training import History, Recipe
 TASK = Task(preset="quick", dataset="synthetic", recipe=Recipe(epochs=1), lengths=(0.5, 0.71, 1.0), seeds=3)
 
 
-@pytest.fixture(autouse=True)
-def _own_results(tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.delenv("EFFILIB_SHARED", raising=False)
-    monkeypatch.setattr(
-        tempfile, "tempdir", str(tmp_path)
-    )  # what else is measured on this machine is not seen
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,9 @@ from effilib.experiment import Arm
 from effilib.methods.stochastic_pooling import StochasticPooling, TrainingAccuracy
 from effilib.tasks import Task
 
-# Lengths are shares of the images at equal numbers of updates: what a regulariser saves is images. Numbers of
-# images are multiples of the batch, so that an epoch leaves none out. Nothing else regularises, as in the
-# paper: no augmentation, and no BatchNorm in the judged arms.
-SIZES = {
-    "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
-    "quick": dict(axis="images", images=512, lengths=(0.125, 1.0), epochs=6.25, batch_size=16),
-    "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
-    "full": dict(axis="images", images=32_768, lengths=(0.0625, 0.25, 1.0), epochs=20),
-}
-SIZES = {preset: {**changes, "augmentation": "none"} for preset, changes in SIZES.items()}
+# What a regulariser saves is images. Nothing else regularises, as in the paper: no augmentation, and no
+# BatchNorm in the judged arms.
+SIZES = {preset: {**changes, "augmentation": "none"} for preset, changes in convnet.SIZES.items()}
 # With BatchNorm, and in the short presets only a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),

@@ -5,14 +5,7 @@ from effilib.experiment import Arm
 from effilib.methods.structure_and_strength import STRUCTURES, StructureAndStrength
 from effilib.tasks import Task
 
-# Lengths are shares of the images at equal numbers of updates: what structure saves is labelled images.
-# Numbers of images are multiples of the batch, so that an epoch leaves none out.
-SIZES = {
-    "smoke": dict(axis="images", images=64, lengths=(0.5, 1.0), epochs=2),
-    "quick": dict(axis="images", images=512, lengths=(0.125, 1.0), epochs=6.25, batch_size=16),
-    "study": dict(axis="images", images=4096, lengths=(0.125, 0.375, 1.0), epochs=25),
-    "full": dict(axis="images", images=32_768, lengths=(0.0625, 0.25, 1.0), epochs=20),
-}
+SIZES = convnet.SIZES  # what structure saves is labelled images
 # Every structure with both trainings; in the short presets a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
