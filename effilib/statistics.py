@@ -17,6 +17,7 @@ __all__ = [
     "Length",
     "Ratio",
     "Verdict",
+    "binomial_error",
     "equal_accuracy",
     "equal_cost",
     "holm",
@@ -40,6 +41,15 @@ DEPENDS, OUT_OF_REACH, DIVERGED = "depends on the budget", "out of reach", "dive
 SATURATED = "saturated"
 SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
+
+
+def binomial_error(accuracy: float, images: int) -> float:
+    """Return the standard error of an accuracy (%) on so many images, in points.
+
+    >>> binomial_error(80.0, 100)
+    4.0
+    """
+    return math.sqrt(max(accuracy * (100 - accuracy), 0) / images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def mine(tmp_path):
 def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "4") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("synthetic, 128 images, resnet; PruneTrain(ratio=0.2, ")
+    assert said[0].startswith("synthetic, 128 images of 8 x 8, resnet; PruneTrain(ratio=0.2, ")
     assert said[0].endswith(f"3 epochs, batches of 32; into {tmp_path / 'a'}")
     assert [line.split(":")[0] for line in said[1:4]] == [f"epoch {e} of 3" for e in (1, 2, 3)]
     assert re.search(
@@ -85,7 +85,7 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     )
     assert said[3].endswith(" %")
     ending = r"127 held-out images \([\d.]+ % of those for testing\), 12 steps in [\d.]+ s, [\d,]+ parameters"
-    assert re.fullmatch(rf"[\d.]+ % of {ending}", said[4])
+    assert re.fullmatch(rf"[\d.]+ ± [\d.]+ % of {ending}", said[4])
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["history.csv", "model.pt", "record.json"]
     record = json.loads((tmp_path / "a" / "record.json").read_text())
     assert record["status"] == "complete"

@@ -12,7 +12,7 @@ from torch import nn
 
 from effilib import models
 from effilib.clock import Stopwatch
-from effilib.data import Batches, Dataset, Split
+from effilib.data import Batches, Dataset, Split, moments
 from effilib.errors import BadInput
 from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
 from effilib.tasks import Task
@@ -115,8 +115,7 @@ def precompute(dataset: Dataset) -> Bands:
         for n in ("train", "decide", "validation", "test")
         for s in [getattr(dataset, n)]
     }
-    values = splits["train"].x[:2000].double() / 255
-    mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2)).clamp_min(1e-3)
+    mean, std = moments(splits["train"].x[:2000])
     kept = {k: getattr(dataset, k) for k in ("name", "names", "flip", "note")}
     padded = bands(dataset.train.x, pad) if pad else splits["train"].x
     return Bands(**splits, **kept, mean=tuple(mean.tolist()), std=tuple(std.tolist()), pad=pad, padded=padded)
