@@ -524,7 +524,7 @@ def _digest(arrays):
     return sha.hexdigest()
 
 
-def _blocks(x, elements=2**22):
+def _blocks(x, elements=2**20):
     """An array or tensor in parts of about so many elements, so that no copy of all is made."""
     n = max(1, elements // max(1, math.prod(x.shape[1:])))
     return (x[i : i + n] for i in range(0, len(x), n))
