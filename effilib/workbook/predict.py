@@ -7,6 +7,7 @@ is named, and the others go on.
 import csv
 import io
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -56,7 +57,8 @@ def run(*, model: str, pictures: Sequence[str], network: str = "", out: str = ""
     if not rows:
         raise BadInput("there is no picture that could be read")
     paths.write(folder / "predictions.csv", table(rows))
-    paths.write(folder / "predictions.png", figures.png(contact_sheet(shown)))
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks: they are drawn as boxes
+        paths.write(folder / "predictions.png", figures.png(contact_sheet(shown)))
     told = ", ".join(f"{n} {name}" for name, n in counts.most_common())
     print(f"{len(rows)} picture{'s' * (len(rows) > 1)}: {images.listed([told])}")
     print(f"{images.listed([str(folder)])}: predictions.csv, predictions.png")
