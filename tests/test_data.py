@@ -164,6 +164,27 @@ def test_a_gpu_sees_the_same_data():
         assert torch.equal(y_there.cpu(), y)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_on_a_gpu_wait_for_no_copy():
+    d = data.synthetic(channels=3).to("cuda")
+    d.normalize(d.train.x[:1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        d.normalize(d.train.x[:32])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_more_than_2_to_the_31_pixels_are_padded_on_a_gpu():
+    x = torch.zeros(2**31 // (256 * 256 * 3) + 10, 256, 256, 3, dtype=torch.uint8, device="cuda")
+    x[-1, 0, 1] = 7
+    padded = data._reflected(x, 1)
+    assert padded[-1, :3, :3, 0].tolist() == [[0, 0, 0], [7, 0, 7], [0, 0, 0]]
+
+
 # --- batches
 
 
@@ -226,6 +247,18 @@ def test_evaluation_batches_are_the_split_in_its_order(channels):
     assert [len(y) for _, y in parts] == [20, 20, 11]
     assert_close(torch.cat([x for x, _ in parts]), plain_normalize(d, d.validation.x))
     assert torch.equal(torch.cat([y for _, y in parts]), d.validation.y)
+
+
+def test_what_normalises_is_copied_to_the_device_once(monkeypatch):
+    d, made = data.synthetic(channels=3), []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(1) or tensor(*a, **k))
+    d.normalize(d.train.x[:4])
+    made.clear()
+    x = d.normalize(d.train.x[:4])
+    assert not made
+    assert_close(x, plain_normalize(d, d.train.x[:4]))
+    assert replace(d, dtype=torch.float64).normalize(d.train.x[:4]).dtype == torch.float64
 
 
 def test_training_images_are_normalised(mnist5k):

@@ -18,6 +18,7 @@ from effilib import data, images, paths, tasks
 from effilib.data import ARRAYS, Batches
 from effilib.errors import BadInput
 from effilib.progress import ticked
+from effilib.workbook import runner
 
 SPLITS = ("train", "decide", "validation", "test")
 
@@ -416,6 +417,12 @@ def test_a_relative_folder_needs_no_slash(folder, monkeypatch):
     assert tasks.task("smoke", "my images").load().names == ("cat", "dog")
     assert data.identify("my images") == "my images"
     assert data.folder_name("my images") == data.folder_name(str(root))
+    assert runner._absolute("dataset", "my images") == str(root)  # notebooks run in folders of their own
+    assert [runner._absolute("dataset", name) for name in ("", "cifar10", "a" * 999)] == [
+        "",
+        "cifar10",
+        "a" * 999,
+    ]
 
 
 # --- memory

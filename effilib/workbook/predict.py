@@ -57,7 +57,9 @@ def run(*, model: str, pictures: Sequence[str], network: str = "", out: str = ""
     if not rows:
         raise BadInput("there is no picture that could be read")
     paths.write(folder / "predictions.csv", table(rows))
-    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks: they are drawn as boxes
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of characters that the font lacks: they are drawn as boxes
         paths.write(folder / "predictions.png", figures.png(contact_sheet(shown)))
     told = ", ".join(f"{n} {name}" for name, n in counts.most_common())
     print(f"{len(rows)} picture{'s' * (len(rows) > 1)}: {images.listed([told])}")
@@ -142,17 +144,17 @@ def contact_sheet(rows: Sequence[Row]) -> figures.Figure:
     >>> pixels = np.zeros((8, 8, 1), np.uint8)
     >>> sheet = contact_sheet([(Path("a.png"), pixels, [("cat", 0.75), ("dog", 0.25)])])
     >>> sheet.axes[0].get_title(loc="center")
-    'cat 75 %'
+    'cat\\n75 %'
     """
     columns = min(6, len(rows))
     lines = -(-len(rows) // columns)
     figure, axes = figures.new(
-        columns, lines, width=1.25 * max(columns, 3), height=1.5 * lines, squeeze=False
+        columns, lines, width=1.25 * max(columns, 3), height=1.7 * lines, squeeze=False
     )
     for ax in figure.axes:
         ax.axis("off")
     for ax, (_, pixels, ((name, p), *_)) in zip(axes.flat, rows, strict=False):
         ax.imshow(pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
         short = name if len(name) <= 12 else f"{name[:11]}\N{HORIZONTAL ELLIPSIS}"
-        ax.set_title(figures.literal(f"{short} {100 * p:.0f} %"), loc="center", fontsize=9)
+        ax.set_title(figures.literal(f"{short}\n{100 * p:.0f} %"), loc="center", fontsize=9)
     return figure
