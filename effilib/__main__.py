@@ -34,6 +34,8 @@ examples:
   effilib train --method prune_train ratio=0.3 every=2        one method, two of its settings changed
   effilib train --method kernel_rescaling --method net2net at=0.5 wider=1.5         two at once
   effilib train --dataset cifar10 --preset study --set epochs=10 batch_size=128 --seed 3
+  effilib train --dataset photos --size 64 --out mine         your own pictures, in photos/train/<class>/ ...
+  effilib predict mine/model.pt new/ IMG_1.jpg                ... and then what it says of others
   effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
   torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
 

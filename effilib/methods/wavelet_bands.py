@@ -78,13 +78,11 @@ class BandBatches(Batches):
         x = super().cut(index, dy, dx, mirrored)
         if not self.flip:
             return x
-        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std)
-        )
+        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s, and of 0 it is -m / s
+        zero = self.dataset.normalize(x.new_zeros(1, 1, 1, x.shape[1]))
         V = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) >= x.shape[1] // 2  # V and D
         change = mirrored.view(-1, 1, 1, 1) & V
-        return torch.where(change, -x - 2 * mean / std, x)
+        return torch.where(change, 2 * zero - x, x)
 
 
 def precompute(dataset: Dataset) -> Bands:
