@@ -111,13 +111,14 @@ def _why(error):
         return "a broken link"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    return getattr(error, "strerror", None) or "damaged"
+    return getattr(error, "strerror", None) or " ".join(["cannot be decoded:", *str(error).split()])[:100]
 
 
 def _eight_bits(image, kind):
     """The upper 8 of 16 bits. Of 32 nobody knows the range."""
     values = np.asarray(image)
-    if image.mode[:4] != "I;16" and kind not in ("PNG", "PPM"):  # which hold at most 16
+    at_most_16 = image.mode[:4] == "I;16" or (image.mode == "I" and kind in ("PNG", "PPM"))
+    if not at_most_16:
         raise BadInput("more than 16 bits a channel")
     return Image.fromarray((values >> 8).astype(np.uint8))
 
@@ -219,15 +220,20 @@ def _survey(root):
     if len(names) < 2:
         one = f"the one class {names[0]}" if names else "no class folders"
         raise BadInput(f"{root} has {one}; at least 2 class folders are needed")
-    found, others = {}, [e for entries in inside.values() for e in entries if not e.is_dir()]
+    found, empty = {}, []
+    others = [e for entries in inside.values() for e in entries if not e.is_dir()]
     for name, part in parts.items():
         found[name] = []
         for label, of_class in enumerate(names):
             pictures, more = find(part / of_class)
             if not pictures:
-                raise BadInput(f"{root}: there are no pictures in {name}/{of_class}")
+                empty.append(
+                    f"{name}/{of_class}" + (f" (but {listed([f.name for f in more], 2)})" if more else "")
+                )
             found[name] += [(file, label) for file in pictures]
             others += more
+    if empty:
+        raise BadInput(f"{root}: there are no pictures in {listed(empty)}")
     return tuple(names), found, others
 
 
