@@ -46,10 +46,13 @@ MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
 def binomial_error(accuracy: float, images: int) -> float:
     """Return the standard error of an accuracy (%) on so many images, in points.
 
-    >>> binomial_error(80.0, 100)
-    4.0
+    It is not 0 where all are right: as if half an image were not.
+
+    >>> binomial_error(80.0, 100), round(binomial_error(100.0, 100), 2)
+    (4.0, 0.71)
     """
-    return math.sqrt(max(accuracy * (100 - accuracy), 0) / images)
+    p = min(max(accuracy, 50 / images), 100 - 50 / images)
+    return math.sqrt(p * (100 - p) / images)
 
 
 @dataclass(frozen=True, kw_only=True)
