@@ -31,10 +31,10 @@ RESTS = {
 }  # fmt: skip
 
 
-def find(folder: Path) -> tuple[list[Path], list[Path]]:
+def find(folder: Path, above: tuple[Path, ...] = ()) -> tuple[list[Path], list[Path]]:
     """Return the pictures below a folder, in order, and the other files.
 
-    What file managers leave behind is neither. Links are followed, but not in circles.
+    What file managers leave behind is neither. Links are followed, but not to where we come from: above.
 
     >>> Path("mine").mkdir()
     >>> Image.new("L", (8, 8)).save("mine/a.png")
@@ -43,12 +43,14 @@ def find(folder: Path) -> tuple[list[Path], list[Path]]:
     ([PosixPath('mine/a.png')], [PosixPath('mine/notes.txt')])
     """
     pictures, others = [], []
+    above = (*above, folder.resolve())
     for entry in _visible(folder):
         if not entry.is_dir():
             (pictures if _suffix(entry) else others).append(entry)
-        elif not folder.resolve().is_relative_to(entry.resolve()):
-            for found, more in zip((pictures, others), find(entry), strict=True):
-                found += more
+        elif not any(place.is_relative_to(entry.resolve()) for place in above):
+            inside = find(entry, above)
+            pictures += inside[0]
+            others += inside[1]
     return pictures, others
 
 

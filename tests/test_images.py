@@ -337,6 +337,8 @@ def test_pictures_in_subfolders_and_behind_links_are_read_once(folder, tmp_path)
     (root / "train" / "cat" / "more" / "round").symlink_to(root / "train" / "cat")
     folder.picture(tmp_path / "elsewhere" / "1.png", seed=6)
     (root / "train" / "dog" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "train" / "dog")
+    (tmp_path / "elsewhere" / "all").symlink_to(root)
     assert sum(len(getattr(data.load(str(root)), s)) for s in SPLITS[:3]) == 26
 
 
