@@ -58,7 +58,7 @@ TIMEOUT = {"smoke": 300, "quick": 1200, "study": 6 * 3600, "full": 7 * 24 * 3600
 LAST = "10"  # this chapter reads the results of the others
 PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
 NOT_IN_KEY = (  # a result does not depend on them
-    *(f"workbook/{name}.py" for name in ("cluster", "jobs", "report", "runner", "train_command")),
+    *(f"workbook/{name}.py" for name in ("cluster", "jobs", "predict", "report", "runner", "train_command")),
     "__main__.py",
 )
 
