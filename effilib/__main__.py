@@ -1,8 +1,8 @@
 """The command line, also as `python -m effilib`.
 
 `run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a
-notebook, `tune` tunes a baseline. What is heavy is imported by the command that needs it: `--help` is
-instant.
+notebook, `predict` tells what a network says of new pictures, `tune` tunes a baseline. What is heavy is
+imported by the command that needs it: `--help` is instant.
 """
 
 import argparse
@@ -34,6 +34,8 @@ examples:
   effilib train --method prune_train ratio=0.3 every=2        one method, two of its settings changed
   effilib train --method kernel_rescaling --method net2net at=0.5 wider=1.5         two at once
   effilib train --dataset cifar10 --preset study --set epochs=10 batch_size=128 --seed 3
+  effilib train --dataset photos --size 64 --out mine         your own pictures, in photos/train/<class>/ ...
+  effilib predict mine/model.pt new/ IMG_1.jpg                ... and then what it says of others
   effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
   torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
 
@@ -53,7 +55,9 @@ def parser() -> Parser:
     """Return the command line's parser."""
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{run,record,list,train,tune}")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="{run,record,list,train,predict,tune}"
+    )
 
     formatter = argparse.RawDescriptionHelpFormatter
     run = commands.add_parser(
@@ -146,6 +150,24 @@ def parser() -> Parser:
     )
     train.set_defaults(call=train_once)
 
+    predict = commands.add_parser(
+        "predict", help="tell the classes of new pictures by a network that was trained"
+    )
+    predict.add_argument("model", help="the model.pt that train wrote")
+    predict.add_argument(
+        "pictures", nargs="+", metavar="PICTURE", help="files, or folders with all below them"
+    )
+    predict.add_argument(
+        "--network", default="", help="the path of your own, as it was trained (mine.py:net)"
+    )
+    predict.add_argument(
+        "--out",
+        default="",
+        metavar="FOLDER",
+        help="for predictions.csv and predictions.png (default: the model's)",
+    )
+    predict.set_defaults(call=predict_classes)
+
     tune = commands.add_parser(
         "tune",
         help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped",
@@ -177,6 +199,12 @@ def _task(command):
         "--dataset",
         default="",
         help="mnist5k, fashion_mnist, cifar10, ..., or a path (default: the preset's)",
+    )
+    command.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="side in pixels to which images are resized (default: theirs; of large pictures 32)",
     )
     command.add_argument(
         "--variant", default="base", help="base, or wide: what pruning and growing start from (default: base)"
@@ -240,19 +268,28 @@ def show_series() -> int:
     return 0
 
 
-def train_once(epochs: float | None, settings: list[str], **words: Any) -> int:
+def train_once(epochs: float | None, size: int | None, settings: list[str], **words: Any) -> int:
     """Train once: `effilib train`. Returns its exit code."""
     from effilib.workbook import train_command
 
-    length = [f"epochs={epochs}"] if epochs is not None else []
-    return train_command.run(settings=[*settings, *length], **words)
+    more = [f"{k}={v}" for k, v in (("epochs", epochs), ("size", size)) if v is not None]
+    return train_command.run(settings=[*settings, *more], **words)
 
 
-def tune_baseline(preset: str, dataset: str, variant: str, epochs: list[float] | None, **grid: Any) -> int:
+def predict_classes(**words: Any) -> int:
+    """Tell the classes of new pictures: `effilib predict`. Returns its exit code."""
+    from effilib.workbook import predict
+
+    return predict.run(**words)
+
+
+def tune_baseline(
+    preset: str, dataset: str, variant: str, size: int | None, epochs: list[float] | None, **grid: Any
+) -> int:
     """Run what is missing of a sweep and say what is best at each length: `effilib tune`."""
     from effilib import tasks, tuning
 
-    task = tasks.task(preset, dataset, variant=variant)  # complains before anything is written
+    task = tasks.task(preset, dataset, variant=variant, size=size)  # complains before anything is written
     if epochs:
         task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))
     rows = tuning.tune_baseline(task, **{name: values for name, values in grid.items() if values})

@@ -17,35 +17,77 @@ import torch
 from torch import nn
 
 from effilib import models, paths, provenance, surgery
-from effilib.data import Batches, Dataset
+from effilib.data import LARGEST, Batches, Dataset
 from effilib.distributed import Ranks
 from effilib.errors import BadInput
 
 if TYPE_CHECKING:
     from effilib.training import History, Method, Recipe, Run
 
-__all__ = ["identity", "load_model", "operate_again_", "read", "restore", "save", "save_model", "shape_"]
+__all__ = [
+    "identity", "load_images", "load_model", "operate_again_", "read", "restore", "save", "save_model",
+    "shape_",
+]  # fmt: skip
 
 
 def save_model(
-    path: Path | str, model: nn.Module, network: str, classes: int, shape: tuple[int, int, int]
+    path: Path | str, model: nn.Module, network: str, dataset: Dataset, *, layout: str = "contiguous"
 ) -> None:
-    """Save a network with all that is needed to build it anew.
+    """Save a network with all that is needed to build it anew, and to use it.
 
-    network: its name, or the import path of a user's own. shape: (C, H, W) of the images.
+    network: its name, or the import path of a user's own. dataset: on what it was trained, whose classes and
+    images it knows from now on. layout: the memory format of its training.
 
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> save_model("net.pt", net, "convnet", data)
     >>> torch.equal(load_model("net.pt").head.weight, net.head.weight)
     True
     """
     architecture = {
         "network": network,
-        "classes": classes,
-        "shape": list(shape),
+        "classes": dataset.classes,
+        "shape": list(dataset.shape),
         "settings": models.describe(model),
     }
-    _write(path, {"architecture": architecture, "model": model.state_dict()})
+    images = {
+        "names": [str(name) for name in dataset.names],
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "layout": layout,
+    }
+    _write(path, {"architecture": architecture, "images": images, "model": model.state_dict()})
+
+
+def load_images(path: Path | str) -> dict:
+    """Return what a saved network knows of its images: names, mean, std, layout and shape.
+
+    names: of the classes. shape: (C, H, W). Raises `BadInput` for a file that does not say it.
+
+    >>> data = load("synthetic")
+    >>> save_model("net.pt", build("convnet", data.classes, data.shape), "convnet", data)
+    >>> known = load_images("net.pt")
+    >>> known["names"], known["shape"], known["layout"]
+    (('0', '1', '2', '3'), (1, 8, 8), 'contiguous')
+    """
+    saved = _read(path, "architecture", map_location="cpu")
+    if "images" not in saved:
+        raise BadInput(
+            f"{path} is of an older effilib and knows neither its classes nor how its images were normalised:"
+            " train it again"
+        )
+    try:
+        known = {k: saved["images"][k] for k in ("names", "mean", "std", "layout")}
+        known |= {k: tuple(known[k]) for k in ("names", "mean", "std")}
+        channels, height, width = known["shape"] = tuple(saved["architecture"]["shape"])
+        sides = all(type(n) is int and 0 < n <= LARGEST for n in (height, width))
+        values = [v for k in ("mean", "std") for v in known[k]]
+        fits = len(known["names"]) == saved["architecture"]["classes"] and len(values) == 2 * channels
+        if not (sides and fits and all(isinstance(v, float) for v in values) and min(known["std"]) > 0):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is not a checkpoint of a network") from error
+    return known
 
 
 def load_model(path: Path | str, network: str | None = None) -> nn.Module:
@@ -55,8 +97,9 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
     name any function, so that only names of effilib's own networks are taken from it. Raises `BadInput` if
     the file cannot be read, names another network, or does not fit what is built.
 
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> save_model("net.pt", net, "convnet", 4, (1, 8, 8))
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> save_model("net.pt", net, "convnet", data)
     >>> load_model("net.pt").settings()
     {'widths': [[4], [8]], 'bn': True}
     """

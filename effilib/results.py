@@ -22,6 +22,7 @@ from effilib.statistics import (
     Length,
     Ratio,
     Verdict,
+    binomial_error,
     equal_accuracy,
     judge,
 )
@@ -348,11 +349,10 @@ class Comparison:
         if diverged:
             notes.append(f"Diverged: {', '.join(diverged)}.")
         if self.held_out:
-            a = stats.fmean(h.accuracy for h in self.histories(self.baseline) if h.rows) / 100
-            error = 100 * math.sqrt(max(a * (1 - a), 0) / self.held_out)
+            mean = stats.fmean(h.accuracy for h in self.histories(self.baseline) if h.rows)
             notes.append(
                 f"Accuracies are of {self.held_out} held-out images, which leaves them uncertain by "
-                f"{error:.2f} points."
+                f"{binomial_error(mean, self.held_out):.2f} points."
             )
         return [*notes, *self._majority()]
 

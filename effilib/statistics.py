@@ -17,6 +17,7 @@ __all__ = [
     "Length",
     "Ratio",
     "Verdict",
+    "binomial_error",
     "equal_accuracy",
     "equal_cost",
     "holm",
@@ -40,6 +41,18 @@ DEPENDS, OUT_OF_REACH, DIVERGED = "depends on the budget", "out of reach", "dive
 SATURATED = "saturated"
 SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
+
+
+def binomial_error(accuracy: float, images: int) -> float:
+    """Return the standard error of an accuracy (%) on so many images, in points.
+
+    It is not 0 where all are right: as if half an image were not.
+
+    >>> binomial_error(80.0, 100), round(binomial_error(100.0, 100), 2)
+    (4.0, 0.71)
+    """
+    p = min(max(accuracy, 50 / images), 100 - 50 / images)
+    return math.sqrt(p * (100 - p) / images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ class Task:
 
     lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of,
     "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
-    epochs counts. images: training images taken (None: all). validation: at most so many validation images,
-    and three times as many test images (None: all). seeds: cells a length. variant: "base", or "wide"
-    (32/64/128, what pruning and growing start from). given: settings that the user asked for, which no
-    chapter changes.
+    epochs counts. images: training images taken (None: all). size: side in pixels to which they are resized
+    (None: as `data.load` says). validation: at most so many validation images, and three times as many test
+    images (None: all). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and growing
+    start from). given: settings that the user asked for, which no chapter changes.
 
     >>> t = task("quick", "mnist5k")
     >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
@@ -46,6 +46,7 @@ class Task:
     axis: str = "epochs"
     tuned: dict[float, dict] = field(default_factory=dict)
     images: int | None = None
+    size: int | None = None
     validation: int | None = None
     seeds: int = 5
     variant: str = "base"
@@ -56,12 +57,14 @@ class Task:
         choose("axis of lengths", self.axis, AXES)
         if not self.lengths or not all(length > 0 for length in self.lengths):
             raise BadInput(f"lengths must be shares above 0, got {self.lengths}")
+        data.check_size(self.size)
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise BadInput(f"seeds is {self.seeds!r}, it must be a whole number above 0")
 
     def load(self) -> data.Dataset:
         """Load the data set, cut to the preset's size, on the task's device."""
-        dataset = data.load(self.dataset, device=self.device)
+        dataset = data.load(self.dataset, device=self.device, size=self.size)
+        dataset = replace(dataset, batch=min(dataset.batch, self.recipe.batch_size))
         if self.images:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
         if self.validation:
@@ -103,7 +106,7 @@ class Task:
     def at(self, length: float) -> "Task":
         """Return the task at a length: its share of epochs or images, with what was tuned for it."""
         if self.axis == "images":
-            total = self.images or len(data.load(self.dataset).train)
+            total = self.images or len(data.load(self.dataset, size=self.size).train)
             images = max(1, round(length * total))
             return self.but(images=images, epochs=self.recipe.epochs * total / images)
         epochs = length * self.recipe.epochs

@@ -583,6 +583,7 @@ def train(
         ranks.check(mine)
         saved = checkpoints.read(checkpoint, mine, ranks, dataset.device)
         model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
+        dataset = replace(dataset, batch=min(dataset.batch, recipe.batch_size))  # what fits in training
         if recipe.precision == "fp64":
             model, dataset = model.double(), replace(dataset, dtype=torch.float64)
         batches = rank_batches(

@@ -61,7 +61,8 @@ def sweep_file(task: Task, name: str = "") -> Path:
     >>> sweep_file(task("study", "cifar10", variant="wide")).name
     'study-cifar10-wide.csv'
     """
-    parts = [task.preset, data.folder_name(task.dataset), task.variant, name]
+    size = f"size={task.size}" if task.size else ""
+    parts = [task.preset, data.folder_name(task.dataset), size, task.variant, name]
     return recorded_tuning() / ("-".join(p for p in parts if p and p != "base") + ".csv")
 
 

@@ -673,7 +673,7 @@ def test_a_damaged_checkpoint_is_bad_input_that_names_the_file(damage, written, 
     if damage == "other content":
         torch.save([1, 2], path)
     elif damage == "a network":
-        checkpoint.save_model(path, network(), "resnet", 4, (1, 8, 8))
+        checkpoint.save_model(path, network(), "resnet", DATA)
     elif damage == "a folder":
         path.mkdir()
     else:
@@ -719,7 +719,7 @@ def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path)
         model(
             torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
         )  # moves the BatchNorms' statistics
-    checkpoint.save_model(tmp_path / "net.pt", model, name, 4, shape)
+    checkpoint.save_model(tmp_path / "net.pt", model, name, synthetic(channels=shape[0]))
     loaded = checkpoint.load_model(tmp_path / "net.pt", name)
     assert loaded is not model
     assert equal(loaded, model)
@@ -730,7 +730,7 @@ def test_a_saved_network_is_built_anew_with_its_widths(name, settings, tmp_path)
 def test_a_restructured_network_is_saved_and_built_anew(tmp_path):
     for case, name in (("surgery", "resnet"), ("a user's", "tests.common:Users")):
         model, _ = run(case)
-        checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
+        checkpoint.save_model(tmp_path / "net.pt", model, name, DATA)
         loaded = checkpoint.load_model(tmp_path / "net.pt", name)
         assert equal(loaded, model)
         assert torch.allclose(outputs(loaded), outputs(model), atol=1e-6)
@@ -749,13 +749,13 @@ def test_a_users_own_network_is_saved_and_loaded_by_its_path(tmp_path):
     file.write_text(MINE.format(channels=3).replace("channels=3", "width=3").replace("channels", "width"))
     name = f"{file}:net"
     model = models.build(name, 4, (1, 8, 8), seed=1)
-    checkpoint.save_model(tmp_path / "net.pt", model, name, 4, (1, 8, 8))
+    checkpoint.save_model(tmp_path / "net.pt", model, name, DATA)
     assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt", name)), outputs(model))
     for new, words in (("width, 5, padding=1)", "the weights do not fit network"), (None, "cannot import")):
         other = tmp_path / f"{len(words)}.py"  # a file is loaded once
         if new:
             other.write_text(file.read_text().replace("width, 3)", new))
-        checkpoint.save_model(tmp_path / "net.pt", model, f"{other}:net", 4, (1, 8, 8))
+        checkpoint.save_model(tmp_path / "net.pt", model, f"{other}:net", DATA)
         with pytest.raises(BadInput, match=words):
             checkpoint.load_model(tmp_path / "net.pt", f"{other}:net")
 
@@ -766,7 +766,7 @@ def test_widths_follow_the_file_that_was_saved(tmp_path):
         file.write_text(MINE.format(channels=width).replace(f"channels={width}", f"width={width}"))
         file.write_text(file.read_text().replace("channels", "width"))
     model = models.build(f"{narrow}:net", 4, (1, 8, 8), seed=1)
-    checkpoint.save_model(tmp_path / "net.pt", model, f"{wide}:net", 4, (1, 8, 8))
+    checkpoint.save_model(tmp_path / "net.pt", model, f"{wide}:net", DATA)
     assert torch.equal(outputs(checkpoint.load_model(tmp_path / "net.pt", f"{wide}:net")), outputs(model))
 
 
@@ -809,7 +809,7 @@ def test_a_damaged_network_is_bad_input(damage, written, tmp_path):
     if damage == "a run":
         path.write_bytes(written.read_bytes())
     elif damage != "missing":
-        checkpoint.save_model(path, network(), "resnet", 4, (1, 8, 8))
+        checkpoint.save_model(path, network(), "resnet", DATA)
         raw = path.read_bytes()
         bits = flipped(raw, path)
         path.write_bytes({"empty": b"", "cut": raw[:1000], "bits": bits}[damage])
@@ -820,7 +820,7 @@ def test_a_damaged_network_is_bad_input(damage, written, tmp_path):
 def test_every_cut_and_many_flipped_bits_are_noticed(tmp_path):
     path = tmp_path / "net.pt"
     small = nn.Linear(4, 4)
-    checkpoint.save_model(path, small, "resnet", 4, (1, 8, 8))
+    checkpoint.save_model(path, small, "resnet", DATA)
     raw = path.read_bytes()
     intact = str(torch.load(path, weights_only=True))
     for i in range(0, len(raw), 37):

@@ -9,10 +9,7 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch.testing import assert_close
 
 from effilib import data
@@ -168,6 +164,27 @@ def test_a_gpu_sees_the_same_data():
         assert torch.equal(y_there.cpu(), y)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_on_a_gpu_wait_for_no_copy():
+    d = data.synthetic(channels=3).to("cuda")
+    d.normalize(d.train.x[:1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        d.normalize(d.train.x[:32])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_more_than_2_to_the_31_pixels_are_padded_on_a_gpu():
+    x = torch.zeros(2**31 // (256 * 256 * 3) + 10, 256, 256, 3, dtype=torch.uint8, device="cuda")
+    x[-1, 0, 1] = 7
+    padded = data._reflected(x, 1)
+    assert padded[-1, :3, :3, 0].tolist() == [[0, 0, 0], [7, 0, 7], [0, 0, 0]]
+
+
 # --- batches
 
 
@@ -230,6 +247,18 @@ def test_evaluation_batches_are_the_split_in_its_order(channels):
     assert [len(y) for _, y in parts] == [20, 20, 11]
     assert_close(torch.cat([x for x, _ in parts]), plain_normalize(d, d.validation.x))
     assert torch.equal(torch.cat([y for _, y in parts]), d.validation.y)
+
+
+def test_what_normalises_is_copied_to_the_device_once(monkeypatch):
+    d, made = data.synthetic(channels=3), []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(1) or tensor(*a, **k))
+    d.normalize(d.train.x[:4])
+    made.clear()
+    x = d.normalize(d.train.x[:4])
+    assert not made
+    assert_close(x, plain_normalize(d, d.train.x[:4]))
+    assert replace(d, dtype=torch.float64).normalize(d.train.x[:4]).dtype == torch.float64
 
 
 def test_training_images_are_normalised(mnist5k):
@@ -614,229 +643,6 @@ def test_a_users_file_is_known_by_itself(tmp_path):
     path = str(npz(tmp_path, **arrays()))
     assert data.identify(path) == path
     assert data.identify("cifar10") == "cifar10"
-
-
-# --- a user's image folder
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """`make(size=..., mode=...)` draws an image folder of two classes; the cache goes to another folder."""
-    monkeypatch.setenv("EFFILIB_DATA", str(tmp_path / "data"))
-    root = tmp_path / "my images"
-
-    def picture(path, size=(12, 10), mode="RGB", seed=0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode).save(path)
-        return path
-
-    def make(train=12, test=3, classes=("cat", "dog"), **settings):
-        for part, n in (("train", train), ("test", test)):
-            for c in classes:
-                for i in range(n):
-                    picture(
-                        root / part / c / f"{i}.png", seed=zlib.crc32(f"{part}/{c}/{i}".encode()), **settings
-                    )
-        return root
-
-    make.picture = picture
-    return make
-
-
-def test_an_image_folder_is_read_and_named_by_its_classes(folder):
-    root = folder()
-    d = data.load(str(root))
-    assert d.name == "my_images"
-    assert d.names == ("cat", "dog")
-    assert d.shape == (3, 10, 12)  # small and all alike: as it is
-    assert [len(getattr(d, s)) for s in SPLITS] == [21, 1, 2, 6]
-    expected = np.asarray(Image.open(root / "test" / "dog" / "1.png"))
-    assert expected.tobytes() in images_of(d.test)
-    assert d.test.y.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_a_second_reading_comes_from_the_cache_and_a_change_is_seen(folder):
-    root = folder()
-    first = data.load(str(root))
-    cache = data.paths.data() / "cache"
-    files = sorted(cache.iterdir())
-    assert [f.suffix for f in files] == [".npz"]
-    before = files[0].stat().st_mtime_ns
-    assert data.load(str(root)).digest == first.digest
-    assert sorted(cache.iterdir()) == files
-    assert files[0].stat().st_mtime_ns == before
-    folder.picture(root / "train" / "cat" / "0.png", seed=77)
-    assert data.load(str(root)).digest != first.digest
-    folder.picture(root / "train" / "cat" / "more.png", seed=78)
-    assert len(data.load(str(root)).train) == 22
-
-
-TOGETHER = """
-import sys, time
-from pathlib import Path
-from effilib import data
-folder, meeting, rank, processes, sizes = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
-for size in range(4, 4 + sizes):
-    (meeting / f"{size} {rank}").touch()
-    while len(list(meeting.glob(f"{size} *"))) < processes:
-        time.sleep(0.001)
-    print(data.load(folder, size=size).digest)
-"""
-
-
-def test_several_processes_may_load_a_folder_for_the_first_time_at_once(folder, tmp_path):
-    root, meeting, processes, sizes = folder(train=20), tmp_path / "meeting", 3, 20
-    meeting.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(data.paths.root()), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", TOGETHER, str(root), str(meeting)]
-    children = [
-        subprocess.Popen(
-            [*words, str(rank), str(processes), str(sizes)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    try:
-        said = [child.communicate(timeout=300) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * processes, said
-    expected = [data.load(str(root), size=size).digest for size in range(4, 4 + sizes)]
-    assert [out.split() for out, _ in said] == [expected] * processes
-    assert len(list((data.paths.data() / "cache").iterdir())) == sizes  # no rests
-
-
-@pytest.mark.parametrize(
-    ("size", "asked", "shape"),
-    [
-        ((64, 64), None, (3, 64, 64)),
-        ((64, 48), None, (3, 48, 64)),
-        ((65, 65), None, (3, 32, 32)),
-        ((200, 30), None, (3, 32, 32)),
-        ((12, 10), 16, (3, 16, 16)),
-        ((200, 30), 8, (3, 8, 8)),
-    ],
-)
-def test_images_of_one_size_keep_it_if_it_is_small(folder, size, asked, shape):
-    assert data.load(str(folder(size=size)), size=asked).shape == shape
-
-
-def test_images_of_different_sizes_are_resized_to_one(folder):
-    root = folder()
-    folder.picture(root / "test" / "cat" / "0.png", size=(30, 20))
-    assert data.load(str(root)).shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("mode", "channels"), [("L", 1), ("1", 1), ("RGB", 3), ("P", 3), ("RGBA", 3), ("LA", 3)]
-)
-def test_grey_images_have_one_channel_and_others_three(folder, mode, channels):
-    assert data.load(str(folder(mode=mode))).shape[0] == channels
-
-
-def test_grey_and_colour_mixed_become_colour(folder):
-    root = folder(mode="L")
-    folder.picture(root / "train" / "cat" / "0.png", mode="RGB")
-    d = data.load(str(root))
-    assert d.shape[0] == 3
-    grey = d.test.x[0]
-    assert torch.equal(grey[..., 0], grey[..., 2])
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "bmp", "webp", "ppm", "tif", "PNG"])
-def test_other_formats_are_read_too(folder, suffix):
-    root = folder()
-    folder.picture(root / "train" / "dog" / f"other.{suffix}", seed=5)
-    assert len(data.load(str(root)).train) == 22
-
-
-def test_other_files_in_the_folder_do_not_matter(folder):
-    root = folder()
-    (root / "train" / "cat" / "notes.txt").write_text("hello")
-    (root / "README").write_text("hello")
-    assert len(data.load(str(root)).train) == 21
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", None])
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_broken_picture_is_named_and_nothing_is_cached(folder, part, content):
-    root = folder()
-    picture = root / part / "dog" / "2.png"
-    picture.write_bytes(picture.read_bytes()[:150] if content is None else content)
-    with pytest.raises(BadInput, match=f"the image {picture} is corrupt or of an unknown format"):
-        data.load(str(root))
-    assert not list(data.paths.data().rglob("*.npz"))
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pictures_damaged_in_any_way_are_read_or_named(folder):
-    root, rng = folder(), np.random.default_rng(0)
-    for suffix in ("png", "jpg", "bmp", "ppm", "webp"):
-        raw = folder.picture(root / f"x.{suffix}").read_bytes()
-        for _ in range(60):
-            damaged = bytearray(raw)
-            for at in rng.integers(0, min(len(raw), 80), 3):
-                damaged[at] = rng.integers(256)
-            (root / f"y.{suffix}").write_bytes(damaged)
-            try:
-                assert data._read_images([root / f"y.{suffix}"], 8).shape[:3] == (1, 8, 8)
-            except BadInput as error:
-                assert f"y.{suffix}" in str(error)  # noqa: PT017
-
-
-def test_a_picture_of_more_than_8_bits_is_named(folder):
-    root = folder(mode="L")
-    deep = root / "train" / "cat" / "deep.png"
-    Image.fromarray(np.arange(120, dtype=np.uint16).reshape(10, 12) * 500).save(deep)
-    with pytest.raises(BadInput, match=f"the image {deep} has more than 8 bits a channel"):
-        data.load(str(root))
-
-
-def test_classes_that_differ_between_train_and_test_are_named(folder):
-    root = folder()
-    (root / "test" / "dog").rename(root / "test" / "wolf")
-    with pytest.raises(BadInput, match=r"classes of train and test differ: \['dog', 'wolf'\]"):
-        data.load(str(root))
-
-
-def test_a_class_without_pictures_is_named(folder):
-    root = folder()
-    (root / "train" / "empty").mkdir()
-    with pytest.raises(BadInput, match="empty"):
-        data.load(str(root))
-
-
-def test_a_single_class_is_named(folder):
-    root = folder(classes=("cat",))
-    with pytest.raises(BadInput, match=f"{root} has the one class cat; at least 2 class folders are needed"):
-        data.load(str(root))
-
-
-@pytest.mark.parametrize(
-    "there", [[], ["train"], ["test"], ["train/cat", "test"], ["training/cat", "testing/cat"]]
-)
-def test_a_folder_of_another_form_is_named_with_what_was_expected(there, tmp_path, monkeypatch):
-    monkeypatch.setenv("EFFILIB_DATA", str(tmp_path / "data"))
-    root = tmp_path / "pictures"
-    root.mkdir()
-    for name in there:
-        (root / name).mkdir(parents=True)
-    with pytest.raises(BadInput, match=str(root)):
-        data.load(str(root))
-
-
-def test_too_few_pictures_are_named(folder):
-    with pytest.raises(BadInput, match="10 training images are too few to split"):
-        data.load(str(folder(train=5)))
-
-
-def test_a_data_folder_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("EFFILIB_DATA", str(tmp_path / "file" / "data"))
-    with pytest.raises(BadInput, match=r"cannot write data into .*EFFILIB_DATA names another folder"):
-        data.load(str(folder()))
 
 
 # --- the known sets

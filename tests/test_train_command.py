@@ -77,7 +77,7 @@ def mine(tmp_path):
 def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     assert train(tmp_path / "a", *PRUNE, "--epochs", "3", "--seed", "4") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("synthetic, 128 images, resnet; PruneTrain(ratio=0.2, ")
+    assert said[0].startswith("synthetic, 128 images of 8 x 8, resnet; PruneTrain(ratio=0.2, ")
     assert said[0].endswith(f"3 epochs, batches of 32; into {tmp_path / 'a'}")
     assert [line.split(":")[0] for line in said[1:4]] == [f"epoch {e} of 3" for e in (1, 2, 3)]
     assert re.search(
@@ -85,7 +85,7 @@ def test_a_training_writes_its_files_and_is_not_run_twice(tmp_path, capsys):
     )
     assert said[3].endswith(" %")
     ending = r"127 held-out images \([\d.]+ % of those for testing\), 12 steps in [\d.]+ s, [\d,]+ parameters"
-    assert re.fullmatch(rf"[\d.]+ % of {ending}", said[4])
+    assert re.fullmatch(rf"[\d.]+ ± [\d.]+ % of {ending}", said[4])
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["history.csv", "model.pt", "record.json"]
     record = json.loads((tmp_path / "a" / "record.json").read_text())
     assert record["status"] == "complete"
@@ -144,6 +144,47 @@ def test_an_interrupted_training_goes_on_by_itself(how, mine, tmp_path, capsys):
     assert equal(model(tmp_path / "a"), model(tmp_path / "b"))
     assert (tmp_path / "c.pt").exists()
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_rare_classes_and_few_images_are_said(tmp_path, capsys):
+    rng, y = np.random.default_rng(0), np.arange(80) % 20 == 0  # 19 of 20 are of one class
+    x = rng.integers(0, 256, (80, 8, 8), dtype=np.uint8)
+    arrays = (x[:60], y[:60].astype(int), x[60:], y[60:].astype(int))
+    np.savez(tmp_path / "rare.npz", **dict(zip(ARRAYS, arrays, strict=True)))
+    words = ["--preset", "smoke", "--dataset", str(tmp_path / "rare.npz"), "--device", "cpu"]
+    words += [
+        "--epochs",
+        "0.5",
+        "--set",
+        "batch_size=8",
+        "lr=1e-6",
+        "--size",
+        "10",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert command.main(["train", *words]) == 0
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["held_out"] == 26
+    assert record["classes"] == ["0", "1"]
+    assert record["shape"] == [1, 10, 10]
+    assert record["run"]["task"]["size"] == 10
+    said = capsys.readouterr().out
+    assert "rare, 51 images of 10 x 10, resnet" in said
+    assert (
+        f"The largest class has {record['majority']:.0f} % of the held-out images; accuracy by class" in said
+    )
+    assert "One of the 26 held-out images is 3.8 points" in said
+    assert ("no better than always naming the largest class" in said) == (
+        record["accuracy"] <= record["majority"]
+    )
+    assert record["notes"][0] == "images of 8 x 8 pixels resized to 10 x 10"
+    assert all(sentence in said for sentence in record["notes"][1:])
+    assert len(record["notes"]) > 2
+    assert command.main(["train", *words[:-1], str(tmp_path / "b"), "--size", "0"]) == 2
+    assert "size is 0, it must be" in capsys.readouterr().err
+    balanced = train_command.History(final=90.0, held_out=500, majority=25.0, classes=4)
+    assert not train_command.cautions(balanced)
 
 
 # What a run is recognised by

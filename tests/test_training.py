@@ -226,6 +226,15 @@ def test_evaluation_does_not_touch_the_weights():
     assert same(often, rarely)
 
 
+@pytest.mark.parametrize("batch_size", [8, 40])
+def test_no_more_images_are_evaluated_at_once_than_trained(batch_size):
+    model, seen = network(), {True: set(), False: set()}
+    model.register_forward_pre_hook(lambda module, x: seen[module.training].add(len(x[0])))
+    train(model, DATA, replace(FP32, batch_size=batch_size))
+    assert max(seen[False]) == max(seen[True]) == batch_size
+    assert next(iter(DATA.batches(DATA.train)))[0].shape[0] == min(500, len(DATA.train))  # by itself
+
+
 def test_evaluate_is_the_mean_over_the_split_in_eval_mode():
     model = network().train()
     loss, accuracy = evaluate(model, DATA, "decide")

@@ -95,6 +95,7 @@ def test_the_sweep_of_a_users_own_data_lies_in_the_folder_too(folder, tmp_path):
     assert tuning.sweep_file(mine).parent == folder
     assert tuning.sweep_file(mine).name.startswith("quick-my_set")
     assert tuning.sweep_file(task("quick", "mnist5k", variant="wide")) == folder / "quick-mnist5k-wide.csv"
+    assert tuning.sweep_file(task("quick", "mnist5k", size=14)) == folder / "quick-mnist5k-size=14.csv"
     assert tuning.sweep_file(task("quick", "mnist5k"), "prune_train").name == "quick-mnist5k-prune_train.csv"
 
 

@@ -296,7 +296,7 @@ def _ended(history, begun, model, dataset, task, values=None):
 
 
 def _forward_cost(model, dataset, task):
-    """FLOPs and measured microseconds of a forward pass, per validation image, in a batch of up to 500."""
+    """FLOPs and measured microseconds of a forward pass, per validation image, in a batch of them."""
     x, _ = next(dataset.batches(dataset.validation))
     model.eval()
     repeats = 3 if task.preset == "smoke" else 7

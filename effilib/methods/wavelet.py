@@ -276,8 +276,15 @@ def moments(
     >>> mean.shape, (std > 0).all().item()
     (torch.Size([4]), True)
     """
-    x = split(dataset.normalize(dataset.train.x[:images]), kind, wavelet).float()
-    return x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)
+    count, total, squares = 0, 0, 0
+    for x, _ in dataset.batches(dataset.train[:images]):
+        y = split(x, kind, wavelet).double()
+        count += y[:, 0].numel()
+        total = total + y.sum((0, 2, 3))
+        squares = squares + y.square().sum((0, 2, 3))
+    mean = total / count
+    variance = (squares - count * mean.square()) / (count - 1)
+    return mean.float(), variance.sqrt().clamp_min(1e-3).float()
 
 
 class FrontEnd(nn.Module):

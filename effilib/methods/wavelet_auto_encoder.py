@@ -193,7 +193,7 @@ class WaveletAutoEncoder(Method):
 
     def on_fit_end(self, run: Run) -> None:
         with run.clock.paused(), autocast(run.precision, run.device):
-            x = run.dataset.normalize(run.decide.x[:500])
+            x, _ = next(run.dataset.batches(run.decide))
             share, ratio = energy_share(run.model, x)
         run.log(
             self,

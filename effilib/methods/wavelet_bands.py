@@ -12,7 +12,7 @@ from torch import nn
 
 from effilib import models
 from effilib.clock import Stopwatch
-from effilib.data import Batches, Dataset, Split
+from effilib.data import Batches, Dataset, Split, moments
 from effilib.errors import BadInput
 from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
 from effilib.tasks import Task
@@ -78,13 +78,11 @@ class BandBatches(Batches):
         x = super().cut(index, dy, dx, mirrored)
         if not self.flip:
             return x
-        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.dataset.mean, self.dataset.std)
-        )
+        # normalised is (v - m) / s; of -v it is -(v - m) / s - 2 m / s, and of 0 it is -m / s
+        zero = self.dataset.normalize(x.new_zeros(1, 1, 1, x.shape[1]))
         V = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) >= x.shape[1] // 2  # V and D
         change = mirrored.view(-1, 1, 1, 1) & V
-        return torch.where(change, -x - 2 * mean / std, x)
+        return torch.where(change, 2 * zero - x, x)
 
 
 def precompute(dataset: Dataset) -> Bands:
@@ -115,8 +113,7 @@ def precompute(dataset: Dataset) -> Bands:
         for n in ("train", "decide", "validation", "test")
         for s in [getattr(dataset, n)]
     }
-    values = splits["train"].x[:2000].double() / 255
-    mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2)).clamp_min(1e-3)
+    mean, std = moments(splits["train"].x[:2000])
     kept = {k: getattr(dataset, k) for k in ("name", "names", "flip", "note")}
     padded = bands(dataset.train.x, pad) if pad else splits["train"].x
     return Bands(**splits, **kept, mean=tuple(mean.tolist()), std=tuple(std.tolist()), pad=pad, padded=padded)

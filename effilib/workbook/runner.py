@@ -58,7 +58,7 @@ TIMEOUT = {"smoke": 300, "quick": 1200, "study": 6 * 3600, "full": 7 * 24 * 3600
 LAST = "10"  # this chapter reads the results of the others
 PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
 NOT_IN_KEY = (  # a result does not depend on them
-    *(f"workbook/{name}.py" for name in ("cluster", "jobs", "report", "runner", "train_command")),
+    *(f"workbook/{name}.py" for name in ("cluster", "jobs", "predict", "report", "runner", "train_command")),
     "__main__.py",
 )
 
@@ -142,12 +142,8 @@ def _value(notebook, name, text):
 
 def _absolute(name, text):
     """A data set or network in a file, seen from the current folder, by its whole path; else as it stands."""
-    path = Path(text).expanduser()
-    if name == "dataset":
-        is_file = path.exists() and text not in data.KNOWN
-    else:
-        is_file = name == "network" and ".py:" in text
-    return os.path.abspath(path) if is_file else text  # "a/../b" is "b"
+    is_file = data.own(text) if name == "dataset" else name == "network" and ".py:" in text
+    return os.path.abspath(os.path.expanduser(text)) if is_file else text  # "a/../b" is "b"
 
 
 def plan(

@@ -28,10 +28,11 @@ from effilib.data import Dataset, folder_name
 from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.progress import say_seconds
+from effilib.statistics import FLAT, binomial_error
 from effilib.tasks import Task
 from effilib.training import History, Method
 
-__all__ = ["make", "make_task", "method", "methods", "run"]
+__all__ = ["cautions", "make", "make_task", "method", "methods", "run"]
 
 MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory"
 
@@ -174,7 +175,7 @@ def run(
     settings: of the task or its recipe, "name=value". Raises `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
-    synthetic, 128 images, resnet; no method; 1 epochs, batches of 32; into mine
+    synthetic, 128 images of 8 x 8, resnet; no method; 1 epochs, batches of 32; into mine
     epoch 1 of 1: ...
     ...
     mine: history.csv, model.pt, record.json
@@ -232,7 +233,8 @@ def run(
     ranks.first(lambda: write(folder, record, history, model, data, task))
     if not checkpoint:
         ranks.first(lambda: file.unlink(missing_ok=True))
-    say(f"{headline(record)}\n{folder}: history.csv, model.pt, record.json")
+    say("\n".join([headline(record), *cautions(history)]))
+    say(f"{folder}: history.csv, model.pt, record.json")
     return 0
 
 
@@ -301,12 +303,13 @@ def plan(task: Task, data: Dataset, methods: Sequence[Method], processes: int) -
 
     >>> task = tasks.task("smoke", "synthetic")
     >>> plan(task, task.load(), [], processes=1)
-    'synthetic, 128 images, resnet; no method; 2 epochs, batches of 32'
+    'synthetic, 128 images of 8 x 8, resnet; no method; 2 epochs, batches of 32'
     """
     shared = f", shared by {processes} processes" if processes > 1 else ""
     how = f"{task.recipe.epochs:g} epochs, batches of {task.recipe.batch_size}{shared}"
     what = ", ".join(map(repr, methods)) or "no method"
-    return f"{data.name}, {len(data.train)} images, {task.network}; {what}; {how}"
+    images = f"{len(data.train)} images of {data.shape[2]} x {data.shape[1]}"
+    return f"{data.name}, {images}, {task.network}; {what}; {how}"
 
 
 def fit(
@@ -356,7 +359,7 @@ def make_task(
     >>> make_task("smoke", "synthetic", "", "base", "auto", ["lr=0.5"]).recipe.lr
     0.5
     """
-    own = ("images", "validation", "widths")
+    own = ("images", "size", "validation", "widths")
     for text in settings:
         choose(
             "setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))]
@@ -423,12 +426,14 @@ def summary(history: History, model: nn.Module, data: Dataset, task: Task) -> di
     return {
         "dataset": data.name,
         "network": task.network,
+        "classes": list(data.names),
+        "shape": list(data.shape),
         **{name: getattr(history, name) for name in names},
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": clock.machine(data.device),
         "commit": provenance.commit(),
         "date": clock.date(),
-        "notes": [data.note] * bool(data.note),
+        "notes": [data.note] * bool(data.note) + cautions(history),
     }
 
 
@@ -437,15 +442,42 @@ def headline(record: dict) -> str:
 
     >>> record = dict(accuracy=90, held_out=200, test_accuracy=89, steps=10, seconds=2.0)
     >>> headline({**record, "parameters": 1234, "diverged": False})
-    '90.00 % of 200 held-out images (89.00 % of those for testing), 10 steps in 2.0 s, 1,234 parameters'
+    '90.00 ± 2.12 % of 200 held-out images (89.00 % of those for testing), 10 steps in 2.0 s, ...'
     """
+    error = binomial_error(record["accuracy"], record["held_out"])
     end = "diverged: " if record["diverged"] else ""
     accuracy = (
-        f"{record['accuracy']:.2f} % of {record['held_out']} held-out images"
+        f"{record['accuracy']:.2f} ± {error:.2f} % of {record['held_out']} held-out images"
         f" ({record['test_accuracy']:.2f} % of those for testing)"
     )
     cost = f"{record['steps']} steps in {say_seconds(record['seconds'])}"
     return f"{end}{accuracy}, {cost}, {record['parameters']:,} parameters"
+
+
+def cautions(history: History) -> list[str]:
+    """Return what keeps an accuracy from saying much: rare classes, few images.
+
+    >>> history = History(final=82.0, balanced_accuracy=55.0, held_out=50, majority=82.0, classes=2)
+    >>> for sentence in cautions(history):
+    ...     print(sentence)
+    The largest class has 82 % of the held-out images; accuracy by class is 55.00 % in the mean.
+    That is no better than always naming the largest class (82 %).
+    One of the 50 held-out images is 2.0 points: smaller differences say nothing.
+    """
+    share, said = history.majority, []
+    if share > 150 / history.classes:
+        said.append(
+            f"The largest class has {share:.0f} % of the held-out images; accuracy by class is"
+            f" {history.balanced_accuracy:.2f} % in the mean."
+        )
+    if history.accuracy <= share:
+        said.append(f"That is no better than always naming the largest class ({share:.0f} %).")
+    if 100 / history.held_out > FLAT:
+        said.append(
+            f"One of the {history.held_out} held-out images is {100 / history.held_out:.1f} points: smaller"
+            " differences say nothing."
+        )
+    return said
 
 
 def write(folder: Path, record: dict, history: History, model: nn.Module, data: Dataset, task: Task) -> None:
@@ -464,7 +496,8 @@ def write(folder: Path, record: dict, history: History, model: nn.Module, data: 
     columns = ["step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]
     pd.DataFrame(history.rows)[columns].to_csv(table, index=False, float_format="%.6g")
     paths.write(folder / "history.csv", table.getvalue())
-    checkpoint.save_model(folder / "model.pt", model, task.network, data.classes, data.shape)
+    layout = training.resolve_layout(task.recipe, data.device)
+    checkpoint.save_model(folder / "model.pt", model, task.network, data, layout=layout)
     paths.write(folder / "record.json", record)
     try:
         checkpoint.load_model(folder / "model.pt", task.network)

@@ -521,7 +521,7 @@ def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(kind, tmp_pa
         network, DATA, RECIPE, [StochasticPooling(kind=kind)], tmp_path / "run.pt"
     )
     assert equal(resumed, whole)
-    checkpoint.save_model(tmp_path / "model.pt", whole, "convnet", 4, (1, 8, 8))
+    checkpoint.save_model(tmp_path / "model.pt", whole, "convnet", DATA)
     assert len(checkpoint.load_model(tmp_path / "model.pt").state_dict()) == len(whole.state_dict())
 
 
