@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import BadInput
+from effilib.errors import BadInput, choose
 from effilib.inspection import cut_patches, first_convolution, followers
 from effilib.training import Method, Run
 
@@ -63,12 +63,14 @@ def whiten_stem_(
     eps: float = 5e-4,
     patches: int = 100_000,
     shift: bool = True,
+    learned: bool = True,
 ) -> tuple[str, str]:
     """Set the first convolution's filters to whitening ones and freeze them, in place.
 
     images: (N, C, H, W) of the *training* set, normalised. shift: a BatchNorm right behind the layer only
-    adds its bias; `unshift_` makes it a plain one again that computes the same. Returns the names of the
-    layer and of that BatchNorm, "" without one. Raises what `first_convolution` raises.
+    adds its bias; `unshift_` makes it a plain one again that computes the same. learned: else the filters
+    stay what they are. Returns the names of the layer and of that BatchNorm, "" without one. Raises what
+    `first_convolution` raises.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> whiten_stem_(net, torch.rand(16, 1, 8, 8), torch.Generator())
@@ -77,9 +79,10 @@ def whiten_stem_(
     False
     """
     name, conv = first_convolution(model, tuple(images.shape[1:]))
-    found = cut_patches(images, conv, patches, generator).float().cpu()
-    w = whitening_filters(found, conv.out_channels, eps, generator)
-    conv.weight.copy_(w.view_as(conv.weight))
+    if learned:
+        found = cut_patches(images, conv, patches, generator).float().cpu()
+        w = whitening_filters(found, conv.out_channels, eps, generator)
+        conv.weight.copy_(w.view_as(conv.weight))
     conv.weight.requires_grad_(False)
     behind = followers(model, images[:2]).get(name, "") if shift else ""
     norm = model.get_submodule(behind) if behind else None
@@ -124,8 +127,10 @@ class Whitening(Method):
     images: int = 5000  # of the training set, at most, that patches are cut from
     patches: int = 100_000  # a thousandth of the time of an epoch, and enough for 27 dimensions
     shift: bool = True  # a BatchNorm behind the layer only adds its bias
+    structure: str = "whitening"  # or "random": frozen as initialised, in front of its BatchNorm; the control
 
     def __post_init__(self):
+        choose("structure of the stem", self.structure, ("whitening", "random"))
         if not self.eps >= 0 or self.images < 1 or self.patches < 1:
             raise BadInput(
                 f"whitening: eps is {self.eps}, images {self.images}, patches {self.patches}; eps must not "
@@ -135,14 +140,16 @@ class Whitening(Method):
     def on_fit_start(self, run: Run) -> None:
         run.kind = "structure"
         images = run.dataset.normalize(run.dataset.train.x[: self.images])
-        how = dict(eps=self.eps, patches=self.patches, shift=self.shift)
+        learned = self.structure == "whitening"
+        how = dict(eps=self.eps, patches=self.patches, shift=self.shift and learned, learned=learned)
         name, norm = whiten_stem_(run.model, images, run.generator(self), **how)
         run.kind = "step"
         conv = run.model.get_submodule(name)
         size = "x".join(map(str, (conv.in_channels, *conv.kernel_size)))
         behind = f"; {norm} only adds its bias" if norm else ""
         run.state[self] = {"stem": name}
-        run.log(self, f"{name} whitens patches of {size} pixels by {conv.out_channels} filters{behind}")
+        what = "whitens" if learned else "is frozen as initialised: it reads"
+        run.log(self, f"{name} {what} patches of {size} pixels by {conv.out_channels} filters{behind}")
 
     def on_fit_end(self, run: Run) -> None:
         unshift_(run.model)

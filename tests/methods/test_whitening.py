@@ -99,6 +99,13 @@ def test_training_changes_all_but_the_filters():
     assert not torch.equal(net.stem.weight, network().stem.weight)
 
 
+def test_the_control_is_frozen_as_initialised_in_front_of_its_norm():
+    net, look = network(), Look()
+    train(net, DATA, RECIPE, [Whitening(structure="random"), look])
+    assert torch.equal(net.stem.weight, network().stem.weight)
+    assert not torch.equal(net.bn.weight, network().bn.weight)
+
+
 def test_resumed_run_is_the_whole_run(tmp_path):
     (resumed, _), (whole, _) = resumed_and_whole(network, DATA, RECIPE, [METHOD], tmp_path / "run.pt")
     assert equal(resumed, whole)
