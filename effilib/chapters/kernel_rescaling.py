@@ -11,16 +11,16 @@ from effilib.tasks import Task
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
 SIZES = {
-    "quick": dict(images=1600, epochs=2),
+    "quick": dict(images=1100, epochs=1.6),
     "study": dict(epochs=3),  # 5x5 kernels cost about twice as much an epoch
 }
 FEW = {  # of the second run, images alone on the tuned network
-    "quick": dict(lengths=(1.0,), seeds=1, images=1600, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=1100, epochs=2),
     "study": dict(lengths=(0.5, 1.0), seeds=3, epochs=4),
 }
 ONCE = {  # of what is only shown: one run an arm
     "smoke": dict(lengths=(1.0,)),
-    "quick": dict(lengths=(1.0,), seeds=1, images=1200, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=800, epochs=2),
     "study": dict(lengths=(1.0,), seeds=1, epochs=3),
     "full": dict(lengths=(1.0,), seeds=1),
 }

@@ -14,7 +14,7 @@ BUDGETS = (0.75, 0.6, 0.5, 0.35)  # of the grid
 NARROW = 0.7  # of every width, in blocks of 16 channels: about the same time a step as the replaced network
 DENSE, REPLACED, NARROWED = "as built", f"replaced, budget {BUDGET:g}", "narrower, as built"
 SIZES = {
-    "quick": dict(images=800, epochs=1.2, batch_size=32, lr=0.1),  # 30 steps of a wide network
+    "quick": dict(images=640, epochs=1.2, batch_size=32, lr=0.1),  # 24 steps of a wide network
     "study": dict(epochs=2.5),
 }
 SETTINGS = {  # of the search: fewer rounds and candidates where there is no time for them

@@ -7,12 +7,12 @@ from effilib.training import can_compile, native_bf16
 
 # The judged network is as wide as the thesis' ones: in a narrow one the products are a small part of a step.
 SIZES = {
-    "quick": dict(epochs=1),  # the narrow one, for which the aim is not stated
+    "quick": dict(epochs=0.5),  # the narrow one, for which the aim is not stated
     "study": dict(epochs=1, widths=WIDE),  # an epoch in fp32 takes more than a minute on two cores
     "full": dict(widths=WIDE),
 }
 GRID = {  # of the four arms, on narrow networks: emulation takes several times as long as what it emulates
-    "quick": dict(epochs=1, widths={"widths": (8, 16, 32), "blocks": (1, 1, 1)}),
+    "quick": dict(epochs=0.6, widths={"widths": (8, 16, 32), "blocks": (1, 1, 1)}),
     "study": dict(epochs=1),
     "full": dict(epochs=10),
 }

@@ -10,7 +10,7 @@ from effilib.training import History
 
 DENSE, PRUNED, SMALLER = "dense", "PruneTrain", "the smaller network from scratch"
 SIZES = {
-    "quick": dict(images=480, epochs=2, batch_size=16, lr=0.1, validation=125),  # 60 steps of a wide network
+    "quick": dict(images=416, epochs=2, batch_size=16, lr=0.1, validation=125),  # 52 steps of a wide network
     "study": dict(epochs=2.5),
 }
 
@@ -21,7 +21,7 @@ SIZES = {
 SHORT = dict(scale="schedule", weigh="norm", rule="readers", keep_scale=True)
 SETTINGS = {  # until, at: shares of a run, so that schedules scale with its length
     "smoke": dict(SHORT, ratio=0.2, until=0.6, at=(0.5,), multiple=2),  # 8 channels: no multiples of 16
-    "quick": dict(SHORT, ratio=0.05, until=0.5, at=(0.5,)),  # 60 steps don't recover from what 0.1 cuts
+    "quick": dict(SHORT, ratio=0.05, until=0.5, at=(0.5,)),  # 52 steps don't recover from what 0.1 cuts
     # 0.2 within 15 % of so short a run leaves 16 channels everywhere; what is left recovers in the other 70 %
     "study": dict(SHORT, ratio=0.1, until=0.3, at=(0.15, 0.3)),
     # published, but for the scale: a cut after every 10 of 182 epochs, the penalty to the end

@@ -18,7 +18,7 @@ GRID = {
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=64, epochs=50, batch_size=16, seeds=1),
+    "quick": dict(images=64, epochs=40, batch_size=16, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=1024, epochs=250),
 }

@@ -1,28 +1,59 @@
-"""Chapter 5.2: what is trained: learned and random filters, all weights or only their strength."""
+"""Chapter 5.2: what is trained: a whitening stem; learned and random filters, all weights or strength."""
 
+from dataclasses import replace
+
+from effilib import tasks
 from effilib.chapters import convnet_tuning as convnet
 from effilib.experiment import Arm
 from effilib.methods.structure_and_strength import STRUCTURES, StructureAndStrength
+from effilib.methods.whitening import Whitening
 from effilib.tasks import Task
+
+# The closed form, on the task's own network and all of its images.
+STEM = {"quick": dict(epochs=1.2), "study": dict(epochs=4)}
+WHITE, AS_WIDE, FROZEN = "whitening stem", "stem as wide, trained", "stem as wide, random and frozen"
+CHANNELS = 32  # of the stem: 16 of the 27 directions of a patch, and their negatives; trained, 16 are as good
 
 SIZES = convnet.SIZES  # what structure saves is labelled images
 # Every structure with both trainings; in the short presets a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
-    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=3.125),
+    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=1.5),
     "study": SIZES["study"] | dict(lengths=(0.125, 1.0), seeds=3),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=64, epochs=25, batch_size=16, seeds=1),
+    "quick": dict(images=64, epochs=20, batch_size=16, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=512, epochs=500),
 }
 PATCHES = {"smoke": 500, "quick": 600, "study": 5000, "full": 20_000}  # a layer's filters are learned from
 TRAINED = {"all": "all weights", "strength": "strength only"}
 BASE, PAPER, START = "random, all weights", "dictionary, strength only", "kmeans, all weights"
+STRENGTH = "kmeans, strength only"
+
+
+def with_stem(task: Task) -> Task:
+    """Return the task on its own network, which for this chapter's plain one is the preset's ResNet."""
+    network = "" if task.network == convnet.NETWORK else task.network
+    found = tasks.task(task.preset, task.dataset, network, device=task.device)
+    return replace(found, seeds=task.seeds, given=task.given).sized(STEM)
+
+
+def stems(task: Task) -> list[Arm]:
+    """Return the stem as built, the whitening one, and its controls: as wide, trained or frozen."""
+    wide = {"stem": CHANNELS} if task.network == "resnet" else {}
+    found = [
+        Arm(name="as built", role="baseline"),
+        Arm(name=WHITE, methods=(Whitening(),), network=wide),
+        Arm(name=AS_WIDE, role="control", network=wide),
+        Arm(name=FROZEN, role="control", methods=(Whitening(structure="random"),), network=wide),
+    ]
+    if not wide:  # of a user's network only what the filters are can be changed
+        found = [a for a in found if a.name != AS_WIDE]
+    return found if task.preset in ("study", "full") else found[:3]
 
 
 def scope(task: Task) -> str:
@@ -56,10 +87,15 @@ def grid(task: Task) -> list[Arm]:
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return the judged arms: ordinary training, both methods, and the control where there is time for it."""
+    """Return ordinary training, learned filters as its start, and the controls with few parameters.
+
+    The paper's own, whose dictionary takes seconds, where there is time for it.
+    """
     every = {a.name: a for a in grid(task)}
-    judged = [every[name] for name in (BASE, PAPER, START)]
-    return [*judged, control(task)] if task.preset in ("study", "full") else judged
+    found = [every[BASE], every[START], replace(every[STRENGTH], role="control")]
+    if task.preset in ("study", "full"):
+        found += [replace(every[PAPER], role="control"), control(task)]
+    return found
 
 
 def tuned(task: Task) -> list[Arm]:

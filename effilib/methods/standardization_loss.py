@@ -4,6 +4,10 @@ Collins, Ballé & Shlens 2019, arXiv:1903.00925. For each channel of a layer's p
 batch and all pixels, a term pulls mean and variance to 0 and 1: the Kullback-Leibler divergence of N(mu,
 sigma^2) from N(0, 1). Nothing is normalised, so nothing is left at test time.
 
+A network with residual paths needs a gain per path besides, 0 at first (SkipInit, De & Smith 2020): else
+every sum of two paths doubles the variance that BatchNorm would have brought back to 1. When training is over
+it is multiplied into the path's last convolution.
+
 Written with `var_mean` and autograd the loss makes a step slower than the BatchNorm that it replaces.
 `Divergence` takes the moments from BatchNorm's own kernel and writes its gradient in one pass, a x + b with
 one a and b per channel, which is what BatchNorm's kernel of eval mode computes: 32-bit sums whatever the
@@ -17,7 +21,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from effilib import surgery
 from effilib.errors import BadInput, NoEffect, choose
+from effilib.inspection import followers
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
 from effilib.tasks import Task
@@ -42,6 +48,8 @@ INFO = Info(
 )
 
 EPS = 1e-5  # in the logarithm, as BatchNorm's: a dead channel has variance 0
+# in training: 1 - 1 / (sigma^2 + eps) explodes where a channel dies; a gradient is at most 1 / (2 sqrt(eps))
+BOUND = 1e-2
 NARROW = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -158,21 +166,26 @@ class Standardized(Bias):
     """Add a bias (C,) and, in training, note the divergence of the sum.
 
     It stands where a BatchNorm stood. The notes wait in `terms` (a layer that is used twice has two) until
-    `collect_` takes them. measure: `divergence`, or the naive one.
+    `collect_` takes them; none are made while it is not `on`. measure: `divergence`, or the naive one. gain:
+    whether the sum is multiplied by a parameter, 0 at first, as at the end of a residual path.
 
     >>> layer, x = Standardized(3), torch.randn(8, 3, 4, 4)
     >>> torch.equal(layer(x), x), len(layer.terms)
     (True, 1)
+    >>> Standardized(3, gain=True)(x).abs().max().item()
+    0.0
     """
 
-    def __init__(self, channels: int, eps: float = EPS, measure: Callable = divergence):
+    def __init__(self, channels: int, eps: float = EPS, measure: Callable = divergence, gain: bool = False):
         super().__init__(nn.Parameter(torch.zeros(channels)))
-        self.eps, self.measure, self.terms = eps, measure, []
+        self.eps, self.measure, self.terms, self.on = eps, measure, [], True
+        self.gain = nn.Parameter(torch.zeros(())) if gain else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and torch.is_grad_enabled():
+        if self.on and self.training and torch.is_grad_enabled():
             self.terms.append(self.measure(x, self.eps, bias=self.bias))
-        return super().forward(x)
+        y = super().forward(x)
+        return y if self.gain is None else y * self.gain.to(y.dtype)
 
 
 class Watch:
@@ -189,12 +202,12 @@ class Watch:
     """
 
     def __init__(self, layer: nn.Module, eps: float = EPS):
-        self.eps, self.terms = eps, []
+        self.eps, self.terms, self.on = eps, [], True
         self.handle = layer.register_forward_hook(self.hook)
 
     def hook(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         """Note the divergence of a layer's output, and let a copy of it go on."""
-        if layer.training and torch.is_grad_enabled():
+        if self.on and layer.training and torch.is_grad_enabled():
             self.terms.append(divergence(output, self.eps))
             return output.clone()
         return output
@@ -258,29 +271,53 @@ def _device(norm, model):
     )
 
 
+def path_ends(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
+    """Return {normalisation: convolution} at the ends of the residual paths, by name.
+
+    x: a few images (N, C, H, W). {} where surgery cannot follow the network.
+
+    >>> path_ends(build("resnet", 4, (1, 8, 8), widths=(4, 8), blocks=(1, 1)), torch.zeros(2, 1, 8, 8))
+    {'stages.0.0.bn2': 'stages.0.0.conv2', 'stages.1.0.bn2': 'stages.1.0.conv2'}
+    """
+    try:
+        convs = [path.convs[-1] for path in surgery.trace(model).paths if path.convs]
+    except BadInput:
+        return {}
+    behind = followers(model, x)
+    return {behind[conv]: conv for conv in convs if conv in behind}
+
+
 def standardize_(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     eps: float = EPS,
     measure: Callable = divergence,
+    gains: Iterable[str] = (),
 ) -> dict[str, nn.Module]:
     """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics.
 
-    Returns dict name -> layer. Scale and running statistics are dropped, so this is for networks before their
-    training. Raises `NoEffect` without BatchNorm.
+    gains: names of the BatchNorms whose successors get a gain. Returns dict name -> layer. Scale and running
+    statistics are dropped, so this is for networks before their training. Raises `NoEffect` without
+    BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(standardize_(net)), type(net.features[1]).__name__
     (['features.1', 'features.5'], 'Standardized')
     """
-    return replace_norms_(model, lambda norm: Standardized(norm.num_features, eps, measure), optimizer)
+    ends = {model.get_submodule(name) for name in gains}
+    return replace_norms_(
+        model, lambda norm: Standardized(norm.num_features, eps, measure, norm in ends), optimizer
+    )
 
 
-def plain_(model: nn.Module) -> int:
+def plain_(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ends: dict[str, str] | None = None
+) -> int:
     """Replace every `Standardized` by the bias that it adds.
 
-    The same Parameter: outputs stay the same, bit for bit. Returns how many were replaced.
+    The same Parameter: outputs stay the same, bit for bit. Returns how many were replaced. ends: layer ->
+    convolution in front of it, into which the layer's gain is multiplied; outputs are then rounded otherwise.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> layers = standardize_(net)
@@ -288,6 +325,11 @@ def plain_(model: nn.Module) -> int:
     (2, 'Bias')
     """
     made = {}
+    for name, conv in (ends or {}).items():
+        layer = model.get_submodule(name)
+        for p in (*model.get_submodule(conv).parameters(), layer.bias):
+            p.data *= layer.gain.data
+        forget_(optimizer, [layer.gain])
     for parent in list(model.modules()):
         for child, layer in list(parent._modules.items()):
             if isinstance(layer, Standardized):
@@ -333,21 +375,31 @@ class StandardizationLoss(Method):
     """
 
     lam: float = 0.1
-    eps: float = EPS
+    eps: float = BOUND
+    every: int = 1  # steps from one penalty to the next, which counts as many times; published: 1
+    gains: bool = True  # residual paths begin at 0
 
     def on_fit_start(self, run: Run) -> None:
-        if not self.lam > 0:
-            raise BadInput(f"standardization loss: lambda is {self.lam}, it must be above 0")
-        layers = {}
-        if any(isinstance(m, NORMS) for m in run.model.modules()):
-            run.restructure(
-                lambda model, optimizer: layers.update(standardize_(model, optimizer, eps=self.eps))
+        if not self.lam > 0 or not self.eps > 0 or self.every < 1:
+            raise BadInput(
+                f"standardization loss: lambda is {self.lam}, eps {self.eps}, every {self.every}; all must "
+                "be above 0"
             )
-        run.state[self] = {}
+        layers, ends = {}, {}
+        if any(isinstance(m, NORMS) for m in run.model.modules()):
+            x = run.dataset.normalize(run.dataset.train.x[:2])
+            ends = path_ends(run.model, x) if self.gains else {}
+            run.restructure(
+                lambda model, optimizer: layers.update(
+                    standardize_(model, optimizer, eps=self.eps, gains=ends)
+                )
+            )
+        run.state[self] = {"ends": ends}
         self.sources(run).extend({id(s): s for s in layers.values()}.values())
         if not layers:
             self.sources(run).extend(Watch(layer, self.eps) for layer in pre_activations(run.model).values())
         what = f"{len(layers)} BatchNorms are gone" if layers else "there was no BatchNorm"
+        what += f"; {len(ends)} residual paths begin at 0" if ends else ""
         run.log(
             self, f"{len(self.sources(run))} layers are standardized; {what}", layers=len(self.sources(run))
         )
@@ -359,24 +411,35 @@ class StandardizationLoss(Method):
         """
         return run.model.__dict__.setdefault("_standardization", [])
 
+    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for source in self.sources(run):
+            source.on = run.step % self.every == 0
+        return x, y
+
     def loss_terms(self, run: Run) -> torch.Tensor | None:
+        if run.step % self.every:
+            return None
         total = collect_(self.sources(run))
         if total is None:
             raise NoEffect(
                 "standardization loss: no layer that is watched took part in this step's forward pass"
             )
         run.state[self]["divergence"] = total.detach()
-        return self.lam * total
+        return self.every * self.lam * total
 
     def on_fit_end(self, run: Run) -> None:
         for s in run.model.__dict__.pop("_standardization"):
             if isinstance(s, Watch):
                 s.handle.remove()
         if any(isinstance(m, Standardized) for m in run.model.modules()):
-            plain_(run.model)
+            run.restructure(lambda model, optimizer: self.plain(run, model, optimizer))
         last = run.state[self].pop("divergence", None)
         if last is not None:
             run.log(self, f"the divergence ended at {last.item():.3g}", divergence=last.item())
+
+    def plain(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Leave a plain model behind."""
+        plain_(model, optimizer, run.state[self]["ends"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from effilib import cost
 from effilib.errors import BadInput, NoEffect, choose
+from effilib.inspection import cut_patches, followers
 from effilib.methods import Info
 from effilib.training import Method, Run
 
 __all__ = [
-    "StrengthConv2d", "StructureAndStrength", "cut_patches", "dictionary", "he_gain", "kmeans",
-    "learn_filters", "learn_structure_", "merge_", "strengthen_", "whiten",
+    "StrengthConv2d", "StructureAndStrength", "dictionary", "he_gain", "kmeans", "learn_filters",
+    "learn_structure_", "merge_", "strengthen_", "whiten",
 ]  # fmt: skip
 
 INFO = Info(
@@ -47,35 +48,6 @@ DEAD = 1e-6  # norm below which an atom is none
 
 
 # Structure
-
-
-def cut_patches(x: torch.Tensor, conv: nn.Conv2d, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return at most `count` patches that `conv` sees in x, drawn at random.
-
-    x: (N, C, H, W). Returns (M, C / groups * kh * kw). They lie where the convolution puts its filters,
-    padding included; the channels of each group are patches of their own.
-
-    >>> cut_patches(torch.rand(2, 3, 8, 8), nn.Conv2d(3, 4, 3), 10, torch.Generator()).shape
-    torch.Size([10, 27])
-    """
-    (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = nn.functional.pad(x, (left, right, top, bottom), mode=mode)
-    n, c, height, width = x.shape
-    rows, columns = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
-    places = n * rows * columns
-    m = min(places, -(-count // conv.groups))
-    if places < 8 * m:
-        place = torch.randperm(places, generator=generator)[:m]
-    else:  # few of many: drawing with replacement spares a permutation of all places
-        place = torch.randint(places, (m,), generator=generator)
-    place = place.to(x.device).view(-1, 1, 1, 1)
-    i, row, column = place // (rows * columns), place // columns % rows * sh, place % columns * sw
-    channel = torch.arange(c, device=x.device).view(-1, 1, 1)
-    down, along = torch.arange(kh, device=x.device).view(-1, 1) * dh, torch.arange(kw, device=x.device) * dw
-    cut = x[i, channel, row + down, column + along]  # (M, C, kh, kw)
-    return cut.reshape(m * conv.groups, -1)[:count]
 
 
 def whiten(patches: torch.Tensor) -> torch.Tensor:
@@ -284,36 +256,6 @@ class StrengthConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scope={self.scope}"
-
-
-@torch.no_grad()
-def followers(model, images):
-    """{convolution: normalisation} by name, where one takes just what the other gives. images: a few."""
-    outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
-
-    def after(conv, inputs, output):
-        outputs[id(output)] = (output, names[conv])  # held, so that no other tensor gets its id
-
-    def before(norm, inputs):
-        conv = outputs.get(id(inputs[0]))
-        if conv:
-            found[conv[1]] = names[norm]
-
-    was = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        for m in model.modules():
-            if isinstance(m, nn.Conv2d):
-                hooks.append(m.register_forward_hook(after))
-            elif isinstance(m, _NormBase):
-                hooks.append(m.register_forward_pre_hook(before))
-        model(images)
-    finally:
-        for h in hooks:
-            h.remove()
-        for m, training in was.items():
-            m.training = training
-    return found
 
 
 def place(conv, norm, scope, name="", norm_name=""):

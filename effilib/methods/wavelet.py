@@ -22,13 +22,14 @@ from torch.nn.modules.utils import _pair
 from effilib.convolution import probe
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose
+from effilib.inspection import first_convolution
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
 from effilib.training import Method, Run
 
 __all__ = [
-    "FrontEnd", "WaveletPool2d", "WaveletStem", "analysis", "butterfly", "first_convolution", "flip_bands",
-    "haar", "haar_matrix", "inverse_haar", "keep_sizes_", "matrices", "moments", "space_to_depth",
+    "FrontEnd", "WaveletPool2d", "WaveletStem", "analysis", "butterfly", "flip_bands", "haar",
+    "haar_matrix", "inverse_haar", "keep_sizes_", "matrices", "moments", "space_to_depth",
     "synthesis", "wavelet_pool", "wavelet_stem_",
 ]  # fmt: skip
 
@@ -334,27 +335,6 @@ class FrontEnd(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, wavelet={self.wavelet}"
-
-
-def first_convolution(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, nn.Conv2d]:
-    """Return (name, layer) of the convolution that reads the image.
-
-    Found by a forward pass on zeros of `shape` (C, H, W).
-
-    >>> first_convolution(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))[0]
-    'features.0'
-    """
-    order = sizes(model, shape)
-    convs = [n for n, _ in order if isinstance(model.get_submodule(n), nn.Conv2d)]
-    if not convs:
-        raise NoEffect(f"wavelet: {type(model).__name__} has no convolution")
-    first = model.get_submodule(convs[0])
-    if first.in_channels != shape[0] or first.groups != 1:
-        raise BadInput(
-            f"wavelet: the first convolution, {convs[0]}, does not read the image of {shape[0]} channels: "
-            f"{first}"
-        )
-    return convs[0], first
 
 
 def sizes(model, shape):

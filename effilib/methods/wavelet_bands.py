@@ -14,7 +14,8 @@ from effilib import models
 from effilib.clock import Stopwatch
 from effilib.data import Batches, Dataset, Split, moments
 from effilib.errors import BadInput
-from effilib.methods.wavelet import butterfly, even, first_convolution, keep_sizes_
+from effilib.inspection import first_convolution
+from effilib.methods.wavelet import butterfly, even, keep_sizes_
 from effilib.tasks import Task
 from effilib.training import History, stream, train
 

@@ -329,7 +329,7 @@ def test_the_step_is_that_of_the_loss_by_hand():
         layer.register_forward_hook(lambda m, i, o: outputs.append(o.clone()))
     ((x, y),) = seen
     loss = nn.functional.cross_entropy(by_hand(x), y)
-    (loss + 0.5 * sum(naive_divergence(o) for o in outputs)).backward()
+    (loss + 0.5 * sum(naive_divergence(o, sl.BOUND) for o in outputs)).backward()
     for p, q in zip(model.parameters(), by_hand.parameters(), strict=True):
         assert torch.allclose(p, q - 0.1 * q.grad, atol=1e-5)
 
@@ -408,3 +408,60 @@ def test_the_papers_network(size, channels):
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [m.num_features for m in norms] == [32, 16, 8]
     assert not any(m.weight.requires_grad for m in norms)
+
+
+def residual():
+    return models.build("resnet", 4, (1, 8, 8), widths=(8, 8), blocks=(2, 2))
+
+
+def test_residual_paths_begin_at_zero_and_their_gains_end_in_the_convolutions():
+    net, x = residual().train(), torch.randn(16, 1, 8, 8, generator=g(0))
+    ends = sl.path_ends(net, x[:2])
+    assert ends == {f"stages.{i}.{j}.bn2": f"stages.{i}.{j}.conv2" for i in (0, 1) for j in (0, 1)}
+    sl.standardize_(net, gains=ends)
+    stem = torch.relu(net.bn(net.stem(x)))
+    assert torch.equal(net.stages[0](stem), stem)
+    for name in ends:
+        net.get_submodule(name).gain.data.normal_(generator=g(1))
+        net.get_submodule(name).bias.data.normal_(generator=g(2))
+    before = net.eval()(x)
+    sl.plain_(net, ends=ends)
+    assert not any("gain" in name for name, _ in net.named_parameters())
+    assert torch.allclose(net(x), before, atol=1e-4)
+
+
+def test_a_resnet_trains_where_it_diverged_without_gains():
+    recipe = Recipe(epochs=4, batch_size=32, lr=0.4, precision="fp32")
+    ends = {
+        gains: train(residual(), DATA, recipe, [StandardizationLoss(lam=0.01, gains=gains)])
+        for gains in (True, False)
+    }
+    assert not ends[True].diverged
+    assert ends[True].accuracy > 60
+    assert ends[False].diverged or ends[False].accuracy < ends[True].accuracy
+
+
+def test_a_rarer_penalty_counts_as_many_times():
+    recipe = Recipe(
+        epochs=0.9, batch_size=32, lr=1e-9, precision="fp32", momentum=0.0, weight_decay=0.0, warmup=0.0
+    )
+    terms = []
+
+    class Note(StandardizationLoss):
+        def loss_terms(self, run):
+            terms.append(super().loss_terms(run))
+            return terms[-1]
+
+    train(network(bn=True), DATA, recipe, [Note(every=3)], evaluations=1)
+    often, terms = terms, []
+    train(network(bn=True), DATA, recipe, [Note(every=1)], evaluations=1)
+    assert [t is not None for t in often[:4]] == [True, False, False, True]
+    assert often[0].item() == pytest.approx(3 * terms[0].item(), rel=1e-5)
+
+
+def test_a_dying_channel_has_a_bounded_gradient():
+    x = 1e-3 * torch.randn(64, 3, 4, 4, generator=g(0))
+    x.requires_grad_()
+    sl.divergence(x, sl.BOUND).backward()
+    norm = x.grad.flatten(2).transpose(0, 1).flatten(1).norm(dim=1) * (64 * 16) ** 0.5
+    assert (norm < 1 / (2 * sl.BOUND**0.5) + 0.1).all()

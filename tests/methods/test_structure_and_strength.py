@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from effilib import cost, models
 from effilib.data import Split, synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.inspection import cut_patches
 from effilib.methods import structure_and_strength as ss
 from effilib.methods.structure_and_strength import (
     INFO,
     StrengthConv2d,
     StructureAndStrength,
-    cut_patches,
     learn_filters,
     learn_structure_,
     merge_,

@@ -1,0 +1,103 @@
+"""Prune training images whose loss is small, without bias (InfoBatch, Qin et al. 2024, arXiv:2303.04947).
+
+Before an epoch each image i whose loss was below the mean, L_i < mean(L), is left out with probability r. The
+loss of those that stay is divided by 1 - r, so that the expected gradient is that of all images:
+
+    E[sum over kept of w_i dL_i] = sum_i dL_i,    w_i = 1 / (1 - r) where L_i < mean(L), else 1
+
+Losses are those of the last step that saw the image; in the first epoch all are trained. A variance remains,
+so the last epochs take all images again. An epoch has fewer steps, and the learning rate follows the epochs:
+time is saved in proportion, about r times the share of images below the mean.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from effilib.errors import BadInput, NoEffect
+from effilib.training import Method, Run, at_least_fp32
+
+__all__ = ["DataPruning", "keep_images"]
+
+
+def keep_images(
+    losses: torch.Tensor, ratio: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (index of the images kept, weight of every image's loss).
+
+    losses: (N,). Those below the mean are left out with probability `ratio`, and weigh 1 / (1 - ratio).
+
+    >>> losses = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
+    >>> kept, weights = keep_images(losses, 0.5, torch.Generator().manual_seed(0))
+    >>> 4 in kept, weights.tolist()
+    (True, [2.0, 2.0, 2.0, 2.0, 1.0])
+    """
+    below = losses < losses.mean()
+    dropped = below & (torch.rand(len(losses), generator=generator).to(losses.device) < ratio)
+    return (~dropped).nonzero().flatten(), torch.where(below, 1 / (1 - ratio), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPruning(Method):
+    """Leave out training images whose loss was small, and weigh up those like them that stay.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=4, batch_size=32), [DataPruning(full=0.25)])
+    >>> history.events[-1]["text"]
+    'trained on ... % of the images of 4 epochs'
+    """
+
+    ratio: float = 0.5  # r: of the images below the mean, the share that is left out; the paper's
+    full: float = 0.125  # last share of the run that takes all images; the paper's
+
+    def __post_init__(self):
+        if not 0 < self.ratio < 1 or not 0 <= self.full < 1:
+            raise BadInput(
+                f"data pruning: ratio is {self.ratio}, it must be between 0 and 1; full is {self.full}, it "
+                "must be from 0 to below 1"
+            )
+
+    def on_fit_start(self, run: Run) -> None:
+        if run.ranks.size > 1:
+            raise BadInput("data pruning needs one process: every image's loss has to be known to it")
+        if run.schedule.planned <= len(run.batches):
+            raise NoEffect("data pruning: nothing is pruned in a run of one epoch, whose losses it needs")
+        n, device = len(run.dataset.train), run.device
+        # equal losses: none is below the mean
+        run.state[self] = {"losses": torch.ones(n, device=device), "weights": torch.ones(n, device=device)}
+
+    def on_epoch_start(self, run: Run) -> None:
+        state, batches = run.state[self], run.batches
+        batches.chosen = None
+        per_epoch = len(batches)
+        if run.schedule.position + 0.5 < (1 - self.full) * run.schedule.planned:
+            chosen, state["weights"] = keep_images(state["losses"], self.ratio, run.generator(self))
+            if batches.batch_size <= len(chosen) < len(state["losses"]):
+                batches.chosen = chosen
+        else:
+            state["weights"] = torch.ones_like(state["losses"])
+        run.schedule.pace = per_epoch / len(batches)
+        run.steps = run.step + run.schedule.left
+
+    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        run.state[self]["y"] = y
+        return x, y
+
+    def loss_terms(self, run: Run) -> torch.Tensor:
+        state, index = run.state[self], run.batches.index
+        smoothing = run.recipe.label_smoothing
+        losses = F.cross_entropy(
+            at_least_fp32(run.logits), state.pop("y"), reduction="none", label_smoothing=smoothing
+        )
+        if len(losses) != len(index):
+            raise BadInput("data pruning: another method changes which images a batch holds")
+        state["losses"][index] = losses.detach().to(state["losses"].dtype)
+        return ((state["weights"][index] - 1) * losses).mean()  # on top of the loop's mean
+
+    def on_fit_end(self, run: Run) -> None:
+        whole, seen = run.schedule.planned, run.step
+        run.batches.chosen = None
+        epochs = whole / len(run.batches)
+        run.log(self, f"trained on {100 * seen / whole:.0f} % of the images of {epochs:g} epochs")

@@ -1,0 +1,156 @@
+"""Whiten the patches that the first layer sees: filters in closed form, which need no training.
+
+Patches x (d = C k^2 pixels) of the training images have the covariance C = E diag(lambda) E^T. The filters
+
+    w_j = e_j / sqrt(lambda_j + eps),    and -w_j
+
+answer with uncorrelated numbers of about unit variance, whatever the light and the blur of the images: what
+BatchNorm behind the layer is there for, and more. The negatives keep for the ReLU what it would cut off. The
+layer is frozen, so that it needs no dW, and its BatchNorm only adds a bias: no statistics are taken on the
+largest maps of the network. It is structure without labels, as in chapter 5.2, in milliseconds (Page 2019,
+cifar10-fast; Jordan 2024, arXiv:2404.00498).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from effilib.errors import BadInput, choose
+from effilib.inspection import cut_patches, first_convolution, followers
+from effilib.training import Method, Run
+
+__all__ = ["Whitening", "whiten_stem_", "whitening_filters"]
+
+
+def whitening_filters(
+    patches: torch.Tensor, filters: int, eps: float = 5e-4, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return the leading whitening filters of patches and their negatives, (filters, d).
+
+    patches: (M, d), normalised pixels. eps: added to the variances, so that noise is not blown up. Beyond 2 d
+    filters there are no more: the rest are random mixtures of these, of the same variance.
+
+    >>> patches = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1.0])
+    >>> w = whitening_filters(patches, 4)
+    >>> (patches @ w.T).std(0).round(decimals=1)
+    tensor([1., 1., 1., 1.])
+    """
+    x = patches.double() - patches.double().mean(0)
+    variances, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+    w = (directions / (variances.clamp_min(0) + eps).sqrt()).T.flip(0)  # (d, d), the largest first
+    w = w[: math.ceil(filters / 2)]
+    pairs = torch.stack([w, -w], 1).flatten(0, 1)[:filters]
+    more = filters - len(pairs)
+    mix = torch.randn(more, len(w), generator=generator, dtype=w.dtype) / math.sqrt(len(w))
+    return torch.cat([pairs, mix @ w]).to(patches.dtype)
+
+
+class _Shift(nn.BatchNorm2d):
+    """A BatchNorm that only adds its bias, as one does whose mean is 0 and whose variance is 1."""
+
+    def forward(self, x):
+        return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def whiten_stem_(
+    model: nn.Module,
+    images: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    eps: float = 5e-4,
+    patches: int = 100_000,
+    shift: bool = True,
+    learned: bool = True,
+) -> tuple[str, str]:
+    """Set the first convolution's filters to whitening ones and freeze them, in place.
+
+    images: (N, C, H, W) of the *training* set, normalised. shift: a BatchNorm right behind the layer only
+    adds its bias; `unshift_` makes it a plain one again that computes the same. learned: else the filters
+    stay what they are. Returns the names of the layer and of that BatchNorm, "" without one. Raises what
+    `first_convolution` raises.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> whiten_stem_(net, torch.rand(16, 1, 8, 8), torch.Generator())
+    ('features.0', 'features.1')
+    >>> net.features[0].weight.requires_grad
+    False
+    """
+    name, conv = first_convolution(model, tuple(images.shape[1:]))
+    if learned:
+        found = cut_patches(images, conv, patches, generator).float().cpu()
+        w = whitening_filters(found, conv.out_channels, eps, generator)
+        conv.weight.copy_(w.view_as(conv.weight))
+    conv.weight.requires_grad_(False)
+    behind = followers(model, images[:2]).get(name, "") if shift else ""
+    norm = model.get_submodule(behind) if behind else None
+    if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.running_var is None:
+        return name, ""
+    norm.__class__ = _Shift
+    norm.weight.fill_(1).requires_grad_(False)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    return name, behind
+
+
+def unshift_(model: nn.Module) -> int:
+    """Make plain BatchNorms of those that only add their bias, in place. Returns how many.
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(16, 1, 8, 8)
+    >>> names = whiten_stem_(net, x, torch.Generator())
+    >>> before = net(x)
+    >>> unshift_(net), torch.allclose(net(x), before, atol=1e-5)
+    (1, True)
+    """
+    norms = [m for m in model.modules() if type(m) is _Shift]
+    for m in norms:
+        m.__class__ = nn.BatchNorm2d
+        m.weight.requires_grad_(True)
+    return len(norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening(Method):
+    """Train behind a frozen first layer that whitens the patches of the images.
+
+    Afterwards the model is plain again.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> train(net, data, Recipe(epochs=1), [Whitening(patches=1000)]).events[0]["text"]
+    'features.0 whitens patches of 1x3x3 pixels by 4 filters; features.1 only adds its bias'
+    """
+
+    eps: float = 5e-4  # added to the variances of the patches; the speed runs' value
+    images: int = 5000  # of the training set, at most, that patches are cut from
+    patches: int = 100_000  # a thousandth of the time of an epoch, and enough for 27 dimensions
+    shift: bool = True  # a BatchNorm behind the layer only adds its bias
+    structure: str = "whitening"  # or "random": frozen as initialised, in front of its BatchNorm; the control
+
+    def __post_init__(self):
+        choose("structure of the stem", self.structure, ("whitening", "random"))
+        if not self.eps >= 0 or self.images < 1 or self.patches < 1:
+            raise BadInput(
+                f"whitening: eps is {self.eps}, images {self.images}, patches {self.patches}; eps must not "
+                "be negative, the others must be above 0"
+            )
+
+    def on_fit_start(self, run: Run) -> None:
+        run.kind = "structure"
+        images = run.dataset.normalize(run.dataset.train.x[: self.images])
+        learned = self.structure == "whitening"
+        how = dict(eps=self.eps, patches=self.patches, shift=self.shift and learned, learned=learned)
+        name, norm = whiten_stem_(run.model, images, run.generator(self), **how)
+        run.kind = "step"
+        conv = run.model.get_submodule(name)
+        size = "x".join(map(str, (conv.in_channels, *conv.kernel_size)))
+        behind = f"; {norm} only adds its bias" if norm else ""
+        run.state[self] = {"stem": name}
+        what = "whitens" if learned else "is frozen as initialised: it reads"
+        run.log(self, f"{name} {what} patches of {size} pixels by {conv.out_channels} filters{behind}")
+
+    def on_fit_end(self, run: Run) -> None:
+        unshift_(run.model)
+        run.model.get_submodule(run.state[self]["stem"]).weight.requires_grad_(True)
