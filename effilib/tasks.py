@@ -4,14 +4,17 @@ The baselines were tuned before any method was run (`effilib tune`, sweeps in `r
 length by itself. Where nothing was tuned (a user's own data or network), the recipe is the preset's.
 """
 
+import functools
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from effilib import data, distributed, models, paths
+from effilib.caveats import caveats
 from effilib.errors import BadInput, choose
 from effilib.training import Recipe, stream
 
@@ -28,9 +31,9 @@ class Task:
     lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of,
     "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
     epochs counts. images: training images taken (None: all). validation: at most so many validation images,
-    and three times as many test images (None: all). seeds: cells a length. variant: "base", or "wide"
-    (32/64/128, what pruning and growing start from). given: settings that the user asked for, which no
-    chapter changes.
+    and three times as many test images (None: all). size: side of the images in pixels (None: see
+    `data.load`). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and growing start
+    from). given: settings that the user asked for, which no chapter changes.
 
     >>> t = task("quick", "mnist5k")
     >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
@@ -47,6 +50,7 @@ class Task:
     tuned: dict[float, dict] = field(default_factory=dict)
     images: int | None = None
     validation: int | None = None
+    size: int | None = None
     seeds: int = 5
     variant: str = "base"
     device: str = "cpu"
@@ -58,16 +62,34 @@ class Task:
             raise BadInput(f"lengths must be shares above 0, got {self.lengths}")
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise BadInput(f"seeds is {self.seeds!r}, it must be a whole number above 0")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise BadInput(f"size is {self.size!r}, it must be a whole number of pixels above 0")
 
     def load(self) -> data.Dataset:
         """Load the data set, cut to the preset's size, on the task's device."""
-        dataset = data.load(self.dataset, device=self.device)
+        dataset = data.load(self.dataset, device=self.device, size=self.size)
         if self.images:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
         if self.validation:
             n = self.validation
             dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
+
+    def beware(self, dataset: data.Dataset) -> list[str]:
+        """Return in what the data set is too small, or too uneven, for the task, in sentences.
+
+        >>> t = task("quick", "synthetic")
+        >>> t.beware(t.load())
+        ['A training of 8 steps is too short: ...']
+        """
+        held = dataset.validation.y.tolist() + dataset.test.y.tolist()
+        tasks = [self.at(length) for length in self.lengths]
+        images = [min(t.images or len(dataset.train), len(dataset.train)) for t in tasks]
+        steps = [
+            round(t.recipe.epochs * (n // t.recipe.batch_size)) for t, n in zip(tasks, images, strict=True)
+        ]
+        largest = 100 * Counter(held).most_common(1)[0][1] / len(held)
+        return caveats(steps=min(steps), held_out=len(held), majority=largest, classes=dataset.classes)
 
     def build(self, dataset: data.Dataset, seed: int = 0, **settings) -> nn.Module:
         """Build the baseline's network with the seed's initial weights; settings replace widths or depths."""
@@ -100,15 +122,33 @@ class Task:
         changes = {k: v for k, v in sizes.get(self.preset, {}).items() if k not in self.given}
         return self.but(**changes)
 
+    def wide(self) -> "Task":
+        """Return the task on the wide network, from which pruning starts, with all that the user asked for.
+
+        >>> task("quick", "mnist5k", lr=0.3).wide().recipe.lr
+        0.3
+        """
+        network = "" if self.network == "resnet" else self.network
+        both = {**vars(self), **vars(self.recipe)}
+        asked = {k: both[k] for k in self.given if k not in ("network", "widths")}
+        found = task(self.preset, self.dataset, network, "wide", device=self.device, **asked)
+        return replace(found, seeds=self.seeds, given=self.given)
+
     def at(self, length: float) -> "Task":
         """Return the task at a length: its share of epochs or images, with what was tuned for it."""
         if self.axis == "images":
-            total = self.images or len(data.load(self.dataset).train)
+            present = _training_images(self.dataset, self.size)
+            total = min(self.images or present, present)
             images = max(1, round(length * total))
             return self.but(images=images, epochs=self.recipe.epochs * total / images)
         epochs = length * self.recipe.epochs
         near = min(self.tuned, key=lambda e: abs(math.log(e / epochs)), default=None)
         return self.but(**self.tuned.get(near, {}), epochs=epochs)
+
+
+@functools.cache
+def _training_images(dataset, size):
+    return len(data.load(dataset, size=size).train)
 
 
 BASE = {
