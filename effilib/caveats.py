@@ -27,8 +27,8 @@ def caveats(
     if steps < FEW_STEPS:
         found.append(
             f"A training of {steps} steps is too short: {100 * 0.9**steps:.0f} % of BatchNorm's running "
-            "statistics are still those of the start, so that accuracies may lie near chance (more epochs or a "
-            "smaller batch_size help)."
+            "statistics are still those of the start, so that accuracies may lie near chance (more epochs or "
+            "a smaller batch_size help)."
         )
     if held_out and 100 / held_out > COARSE:
         point = f"{100 / held_out:.1f} points"

@@ -171,46 +171,36 @@ def test_the_second_gpu_draws_from_its_own_seed():
 # A chapter that does not apply
 
 
-ERRORS = "from effilib.errors import NoEffect, NotApplicable\n"
-SKIPS = {
-    "04_1_few_classes": ERRORS + "raise NotApplicable('two classes are too few')",
-    "04_2_no_layer": ERRORS + "raise NoEffect('no layer to replace')",
-}
+NOT_APPLICABLE = "from effilib.errors import NotApplicable\nraise NotApplicable('two classes are too few')"
+NO_EFFECT = "from effilib.errors import NoEffect\nraise NoEffect('no layer to replace')"
 
 
 def test_a_chapter_that_does_not_apply_is_skipped_with_its_reason(notebooks, folder, run, tmp_path, capsys):
     count = tmp_path / "count"
-    for name, code in SKIPS.items():
-        write_notebook(notebooks / f"{name}.ipynb", f"open({str(count)!r}, 'a').write('x')", code)
-    write_notebook(notebooks / "04_3_good.ipynb")
+    write_notebook(notebooks / "04_1_x.ipynb", f"open({str(count)!r}, 'a').write('x')", NOT_APPLICABLE)
+    write_notebook(notebooks / "04_2_y.ipynb")
     assert run() == 0
     said = capsys.readouterr().out
-    assert "04_1_few_classes: skipped in " in said
-    assert ": two classes are too few" in said
-    assert "1 complete, 2 skipped, 0 failed" in said
-    index = (folder / "index.html").read_text(encoding="utf-8")
-    for reason in ("two classes are too few", "no layer to replace", "2 skipped"):
-        assert reason in index
-    report = (folder / "04_1_few_classes" / "report.html").read_text(encoding="utf-8")
+    assert "04_1_x: skipped in " in said
+    assert "1 complete, 1 skipped, 0 failed\n  04_1_x: two classes are too few\n" in said
+    state = paths.read_json(folder / "04_1_x" / "run.json")
+    assert (state["status"], state["reason"]) == ("skipped", "two classes are too few")
+    assert not (folder / "04_1_x" / "record.json").exists()
+    index, report = (
+        (folder / name).read_text(encoding="utf-8") for name in ("index.html", "04_1_x/report.html")
+    )
+    assert "two classes are too few" in index
+    assert "1 skipped" in index
     assert "this chapter does not apply here" in report
     assert "Traceback" not in report
-    state = paths.read_json(folder / "04_1_few_classes" / "run.json")
-    assert (state["status"], state["reason"]) == ("skipped", "two classes are too few")
-    assert not (folder / "04_1_few_classes" / "record.json").exists()
 
-    assert run() == 0  # nothing is executed again
-    assert count.read_text() == "xx"
-    assert "04_2_no_layer: skipped: no layer to replace" in capsys.readouterr().out
-
-
-def test_a_chapter_that_no_longer_applies_leaves_the_earlier_result(notebooks, folder, run):
-    write_notebook(notebooks / "04_1_x.ipynb")
+    write_notebook(notebooks / "04_2_y.ipynb", NO_EFFECT)  # it applied once: that result stays
     assert run() == 0
-    write_notebook(notebooks / "04_1_x.ipynb", SKIPS["04_2_no_layer"])
-    assert run() == 0
-    assert status(folder, "04_1_x") == "skipped"
-    assert (folder / "04_1_x" / "record.json").exists()
-    assert (folder / "failed" / "04_1_x" / "report.html").exists()
+    assert "04_1_x: skipped: two classes are too few" in capsys.readouterr().out
+    assert count.read_text() == "x"  # not executed again
+    assert status(folder, "04_2_y") == "skipped"
+    assert (folder / "04_2_y" / "record.json").exists()
+    assert 'href="failed/04_2_y/report.html"' in (folder / "index.html").read_text(encoding="utf-8")
 
 
 # What a run may take

@@ -183,7 +183,7 @@ def hold(folder: Path) -> Iterator[str]:
     True
     """
     file = folder / ".running"
-    with file.open("a") as lock:
+    with file.open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -380,7 +380,7 @@ def _locked(file):
     """Hold a file's lock, where there are locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
         yield
 
 
@@ -485,7 +485,7 @@ def _papermill(notebook, output, parameters, timeout, gate):
     def wait(cell, cell_index):
         """Measure nothing while a report is rendered."""
         if gate and "parameters" in cell.metadata.get("tags", []):
-            with contextlib.suppress(OSError), open(gate) as file:
+            with contextlib.suppress(OSError), open(gate, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
     settings = dict(
