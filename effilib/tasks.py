@@ -30,10 +30,10 @@ class Task:
 
     lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of,
     "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
-    epochs counts. images: training images taken (None: all). validation: at most so many validation images,
-    and three times as many test images (None: all). size: side of the images in pixels (None: see
-    `data.load`). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and growing start
-    from). given: settings that the user asked for, which no chapter changes.
+    epochs counts. images: training images taken (None: all). size: side in pixels to which they are resized
+    (None: as `data.load` says). validation: at most so many validation images, and three times as many test
+    images (None: all). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and growing
+    start from). given: settings that the user asked for, which no chapter changes.
 
     >>> t = task("quick", "mnist5k")
     >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
@@ -49,8 +49,8 @@ class Task:
     axis: str = "epochs"
     tuned: dict[float, dict] = field(default_factory=dict)
     images: int | None = None
-    validation: int | None = None
     size: int | None = None
+    validation: int | None = None
     seeds: int = 5
     variant: str = "base"
     device: str = "cpu"

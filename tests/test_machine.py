@@ -13,7 +13,7 @@ import torch
 
 import effilib
 from effilib import __main__ as main
-from effilib import models, paths
+from effilib import clock, models, paths
 from effilib.distributed import processes
 from effilib.errors import BadInput
 from effilib.workbook import jobs, runner
@@ -163,6 +163,22 @@ def test_the_second_gpu_draws_from_its_own_seed():
         with models.seeded(3, "cuda:1"):
             drawn.append(torch.randn(4, device="cuda:1"))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_is_timed_by_its_own_kernels():
+    """While the first, which is the current one, has nothing to do."""
+    a, seconds = torch.randn(4096, 4096, device="cuda:1"), []
+    watch = clock.Stopwatch("cuda:1")
+    for times in (1, 50):
+        watch.start()
+        for _ in range(times):
+            a @ a
+        watch.lap()
+        seconds.append(watch.end_epoch()[-1])
+    assert torch.cuda.current_device() == 0
+    assert seconds[1] > 10 * seconds[0]
 
 
 # A chapter that does not apply
