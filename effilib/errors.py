@@ -23,6 +23,7 @@ class NotApplicable(BadInput):
 
     A notebook that raises it, or `NoEffect`, is skipped with this reason, and its series goes on.
 
+    >>> from effilib import data
     >>> from effilib.methods.class_arrival import stages
     >>> stages(data.synthetic(classes=2))
     Traceback (most recent call last):

@@ -80,7 +80,7 @@ class Task:
 
         >>> t = task("quick", "synthetic")
         >>> t.beware(t.load())
-        ['A training of 8 steps is too short: ...']
+        ["A training of 8 steps is too short: ..."]
         """
         held = dataset.validation.y.tolist() + dataset.test.y.tolist()
         tasks = [self.at(length) for length in self.lengths]
