@@ -1,7 +1,6 @@
 """What a notebook calls first and last: resolve the parameters, show what was measured, write the record.
 
-    book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, network=network,
-    seeds=seeds)
+    book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, ...)
     ...
     book.record(comparison, caption="...")
 

@@ -460,7 +460,8 @@ def render(
     row, warnings, notes, verdicts = EMPTY | _from_name(html.parent.name), [], [], []
     if skipped := (failure or "").startswith(SKIPPED):
         for cell in executed.cells:  # the sentence on top stands for the traceback
-            cell["outputs"] = [o for o in cell.get("outputs", []) if o.output_type != "error"]
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
     heading = _take_heading(executed, row["chapter"])
     try:
         row |= {"title": heading or row["title"], **_facts(record or {})}

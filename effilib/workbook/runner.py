@@ -510,7 +510,7 @@ def run(
                 batch = [replace(job, key=run_key(job), token=token, shared=shared) for job in batch]
                 whole = [job for job in batch if up_to_date(job)]
                 for job in whole:
-                    reason = saved(job.results / "run.json")["reason"]
+                    reason = saved(job.results / "run.json").get("reason", "")
                     ended(Outcome(job.name, "skipped" if reason else "up to date", reason))
                 for outcome in run_series([job for job in batch if job not in whole], executor, progress):
                     ended(replace(outcome, shared=outcome.shared and not shared))
