@@ -6,6 +6,7 @@ imported by the command that needs it: `--help` is instant.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -303,16 +304,25 @@ def tune_baseline(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0 all complete, 1 something failed, 2 bad input, 130 interrupted.
+    Returns the exit code: 0 all complete or skipped, 1 something failed, 2 bad input, 130 interrupted.
     """
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     process = int(os.environ["RANK"]) if several else None
     # To be ended is to be interrupted: nothing is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # not every locale has every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if sys.path[0] in ("", os.getcwd()):  # `python -m` puts it there; no file in it shadows a module
+        sys.path.append(sys.path.pop(0))
     try:
         arguments = vars(parser().parse_args(argv))
         if (command := arguments.pop("command")) != "train" and process is not None:
             raise BadInput(f"{command} is one process: of the commands torchrun starts train alone")
+        if sys.platform == "win32" and command in ("run", "record"):
+            raise BadInput(
+                f"{command} needs Linux or macOS: on Windows use WSL, or open a notebook in Jupyter"
+            )
         return arguments.pop("call")(**arguments)
     except BadInput as error:
         print(f"effilib: {f'process {process}: ' if process else ''}{error}", file=sys.stderr)

@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import joblib
 import psutil
 import torch
 
 __all__ = [
     "Measuring",
     "Stopwatch",
+    "cores",
     "cpu_flags",
     "date",
     "duration",
@@ -351,6 +353,19 @@ def steady_memory() -> bool:
     return all([mallopt(trim_threshold, largest), mallopt(mmap_threshold, largest), mallopt(top_pad, 2**28)])
 
 
+def cores() -> int:
+    """Return how many cores this process may use: its affinity and its container's quota count.
+
+    >>> 1 <= cores() <= os.cpu_count()
+    True
+    """
+    return joblib.cpu_count()
+
+
+if torch.get_num_threads() > cores():  # OpenMP knows no quota: threads above it wait for each other
+    torch.set_num_threads(cores())
+
+
 def cpu_flags() -> frozenset[str]:
     """The processor's feature flags (Linux; elsewhere empty).
 
@@ -358,7 +373,7 @@ def cpu_flags() -> frozenset[str]:
     <class 'frozenset'>
     """
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith(("flags", "Features")):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
@@ -366,7 +381,7 @@ def cpu_flags() -> frozenset[str]:
 
 def _cpu_name():
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -378,14 +393,12 @@ def machine(device: str | torch.device = "cpu") -> dict:
     >>> sorted(machine())
     ['bf16', 'cores', 'cpu', 'device', 'load', 'python', 'summary', 'system', 'threads', 'torch']
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{cores}-core CPU"
     on_cuda = torch.device(device).type == "cuda"
     return {
-        "summary": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "summary": torch.cuda.get_device_name(device) if on_cuda else f"{cores()}-core CPU",
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "bf16": sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"}),
         "torch": torch.__version__,

@@ -7,6 +7,7 @@ so a FLOP ratio is a prediction, never a result: beside it always stands the mea
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -143,14 +144,24 @@ def step_flops(model: nn.Module, shape: tuple[int, int, int], batch_size: int = 
     """Return the FLOPs of one forward and backward pass of `model`.
 
     shape: (C, H, W) of the images, which are empty: on the meta device nothing is computed. They need no
-    gradient, so the first layer's dX is not in it, as in training.
+    gradient, so the first layer's dX is not in it, as in training. Of a forward pass that looks at numbers,
+    which the meta device has not, that of zeros is counted.
 
     >>> step_flops(nn.Conv2d(1, 2, 3), (1, 5, 5))  # 324 forward, 324 for dW
     648
     """
     p = next(model.parameters())
-    x = torch.empty(batch_size, *shape, device=p.device, dtype=p.dtype)
-    return count_flops(lambda: model(x).sum().backward())
+    x = torch.zeros(batch_size, *shape, device=p.device, dtype=p.dtype)
+    try:
+        return count_flops(lambda: model(x).sum().backward())
+    except RuntimeError:
+        if not p.is_meta:
+            raise
+    twin = copy.deepcopy(model).to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*twin.parameters(), *twin.buffers()):
+            t.zero_()
+    return step_flops(twin, shape, batch_size)
 
 
 def parameters(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from effilib import images, paths
 from effilib.distributed import ALONE
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, NotApplicable, choose
 
 __all__ = [
     "KNOWN", "Batches", "Dataset", "Split", "check_name", "check_size", "folder_name", "identify", "label",
@@ -211,7 +211,7 @@ class Batches:
     None is all. ranks: the processes that share each batch (`effilib.distributed`); only this one's images
     are cut.
 
-    Raises `BadInput` if the split is smaller than one batch.
+    Raises `NotApplicable` if the split is smaller than one batch.
 
     >>> batches = load("synthetic").shuffled(100, torch.Generator().manual_seed(0))
     >>> len(batches), next(iter(batches))[0].shape
@@ -231,7 +231,7 @@ class Batches:
         self.pad = min(self.pad, min(dataset.shape[1:]) - 1)  # more cannot be reflected
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
         if not 0 < batch_size <= len(dataset.train):
-            raise BadInput(
+            raise NotApplicable(
                 f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
                 " images"
             )

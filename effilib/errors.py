@@ -1,10 +1,10 @@
-"""The two errors of effilib that a person is meant to read: one clear sentence each."""
+"""The errors of effilib that a person is meant to read: one clear sentence each."""
 
 import difflib
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["BadInput", "NoEffect", "choose"]
+__all__ = ["BadInput", "NoEffect", "NotApplicable", "choose"]
 
 T = TypeVar("T")
 
@@ -15,6 +15,19 @@ class BadInput(ValueError):
     >>> Recipe(lr=0)
     Traceback (most recent call last):
     effilib.errors.BadInput: recipe: lr is 0, it must be above 0
+    """
+
+
+class NotApplicable(BadInput):
+    """A method cannot be tried on such a network or such data; nobody typed anything wrong.
+
+    A notebook that raises it, or `NoEffect`, is skipped with this reason, and its series goes on.
+
+    >>> from effilib import data
+    >>> from effilib.methods.class_arrival import stages
+    >>> stages(data.synthetic(classes=2))
+    Traceback (most recent call last):
+    effilib.errors.NotApplicable: synthetic has 2 classes: Tree-CNN needs 3 or more, ...
     """
 
 

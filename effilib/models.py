@@ -327,8 +327,9 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
     cuda = torch.device(device).type == "cuda"
     with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
         torch.random.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed(seed)
+        if cuda:  # the generator of this very GPU, which need not be the current one
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

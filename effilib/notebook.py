@@ -1,7 +1,6 @@
 """What a notebook calls first and last: resolve the parameters, show what was measured, write the record.
 
-    book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, network=network,
-    seeds=seeds)
+    book = notebook.start("03_2_mixed_precision", preset=preset, dataset=dataset, ...)
     ...
     book.record(comparison, caption="...")
 
@@ -42,6 +41,12 @@ if TYPE_CHECKING:  # they take a second
 __all__ = ["Book", "facts", "header", "injected", "source", "start", "table_html"]
 
 
+DEFAULTS = {  # the parameters of every notebook
+    **dict(preset="", dataset="", network="", seeds=0, epochs=0.0, batch_size=0, lr=0.0, size=0),
+    "device": "auto",
+}
+
+
 def start(
     name: str,
     *,
@@ -49,35 +54,44 @@ def start(
     dataset: str = "",
     network: str = "",
     seeds: int = 0,
+    epochs: float = 0.0,
+    batch_size: int = 0,
+    lr: float = 0.0,
+    size: int = 0,
     device: str = "auto",
     **own,
 ) -> "Book":
     """Check the parameters and return the notebook's `Book`.
 
-    own: the notebook's further parameters. Raises `BadInput` in the notebook's first second for a parameter
-    that it does not have, or a value of another type.
+    "" and 0 stand for the preset's; what is asked for is not changed by the chapter. own: the notebook's
+    further parameters. Raises `BadInput` in the notebook's first second for a parameter that it does not
+    have, or a value of another type.
 
     >>> book = start("02_overview", preset="smoke", dataset="synthetic")
     >>> book.chapter.title, book.smoke, book.folder.parts[-2:]
     ('Where training time goes', True, ('play', '02_overview'))
     """
-    defaults = dict(preset="", dataset="", network="", seeds=0, device="auto")
-    values = dict(preset=preset, dataset=dataset, network=network, seeds=seeds, device=device)
+    numbers = dict(seeds=seeds, epochs=epochs, batch_size=batch_size, lr=lr, size=size)
+    values = dict(preset=preset, dataset=dataset, network=network, **numbers, device=device)
     given = injected()
     for parameter in given:
-        choose(f"parameter of {name}", parameter, [*defaults, *own])
+        choose(f"parameter of {name}", parameter, [*DEFAULTS, *own])
     for parameter, value in values.items():
-        if type(value) is not type(defaults[parameter]):
-            kind = type(defaults[parameter]).__name__
-            raise BadInput(
-                f"parameter {parameter} of {name} is {value!r} ({type(value).__name__}), expected {kind}"
-            )
-    if seeds < 0:
-        raise BadInput(f"parameter seeds of {name} is {seeds}, expected 0 (the preset's) or more")
+        kind, own_kind = type(DEFAULTS[parameter]), type(value)
+        if own_kind is not kind and (kind, own_kind) != (float, int):
+            is_ = f"is {value!r} ({own_kind.__name__})"
+            raise BadInput(f"parameter {parameter} of {name} {is_}, expected {kind.__name__}")
+        if kind in (int, float) and not 0 <= value < math.inf:
+            raise BadInput(f"parameter {parameter} of {name} is {value}, expected 0 (the preset's) or more")
     clock.steady_memory()
     _show_numbers()
-    task = make_task(preset, dataset, network, device=device, **({"seeds": seeds} if seeds else {}))
+    task = make_task(preset, dataset, network, device=device, **{k: v for k, v in numbers.items() if v})
     dataset = task.load()
+    if (batch := task.recipe.batch_size) > len(dataset.train):
+        raise BadInput(
+            f"{dataset.name} has {len(dataset.train)} training images, fewer than a batch of {batch}: "
+            "batch_size sets a smaller one"
+        )
     task.build(dataset)  # a network that does not fit the data stops the notebook here
     out = os.environ.get("EFFILIB_OUT")
     folder = paths.make(Path(out) if out else paths.results() / "play" / name)
@@ -152,6 +166,7 @@ class Book:
                 "lengths": lengths,
                 "seeds a length": t.seeds,
                 "recipe": recipe,
+                **({"beware": beware} if (beware := " ".join(t.beware(d))) and not self.smoke else {}),
                 "machine": f"{m['device']} ({m['summary']}), {m['threads']} threads, {bf16}, "
                 f"torch {m['torch']}",
                 "results": self._short(self.folder),
@@ -236,6 +251,7 @@ class Book:
             "verdicts": [v.record() for v in found],
             "caption": caption,
             "notes": self._notes(compared, notes),
+            "beware": list(dict.fromkeys(n for c in compared for n in c.beware())),
             **({} if kept is None else {"kept": kept}),
         }
         if compared:

@@ -110,7 +110,8 @@ def writing(path: Path | str) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):  # some file systems know no modes
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from effilib.caveats import caveats
 from effilib.errors import choose
 from effilib.experiment import Arm, check_arms, find_lengths, measure, shared_machine
 from effilib.statistics import (
@@ -17,6 +18,7 @@ from effilib.statistics import (
     SHARED,
     SMOKE,
     STALLED,
+    UNEVEN,
     WITHHELD,
     Curve,
     Length,
@@ -178,6 +180,9 @@ class Comparison:
         for name in (self.baseline, arm):
             if self.stalled(name) > STALLED:
                 return f"stalls: {self.stalled(name):.0%} of the time of {name} were taken off"
+        for name in (self.baseline, arm):
+            if uneven := self.uneven(name):
+                return uneven
         counted, raw = self.ratio(arm), self.ratio(arm, "raw_seconds")
         if counted and raw and abs(math.log(raw.value / counted.value)) > WITHHELD:
             return f"stalls: {raw.value:.2f}x as measured, {counted.value:.2f}x without them"
@@ -188,6 +193,21 @@ class Comparison:
         runs = self.histories(arm)
         raw = math.fsum(h.raw_seconds for h in runs)
         return 1 - math.fsum(h.seconds for h in runs) / raw if raw else 0.0
+
+    def uneven(self, arm: str) -> str:
+        """Return which of the arm's runs was disturbed by what else ran on the machine, in words, or "".
+
+        What a neighbour takes of caches and cores is no stall: the process has a processor all the time. A
+        run is disturbed whose steps take `UNEVEN` times the median of the other seeds at its length.
+        """
+        for length in self.lengths:
+            steps = {c["seed"]: c["arms"][arm].step_seconds for c in self.cells if c["length"] == length}
+            for seed, mine in steps.items():
+                others = [s for other, s in steps.items() if other != seed]
+                if others and mine > UNEVEN * (usual := stats.median(others)):
+                    times = f"{mine / usual:.1f} times as long as with the other seeds"
+                    return f"uneven: the steps of {arm}, length {length:g}, seed {seed}, took {times}"
+        return ""
 
     @property
     def held_out(self) -> int:
@@ -354,14 +374,19 @@ class Comparison:
                 f"Accuracies are of {self.held_out} held-out images, which leaves them uncertain by "
                 f"{binomial_error(mean, self.held_out):.2f} points."
             )
-        return [*notes, *self._majority()]
+        return [*notes, *self.beware()]
 
-    def _majority(self):
-        share = max(h.majority for h in self.histories(self.baseline))
-        if not share:
-            return []
-        classes = max(h.classes for h in self.histories(self.baseline)) or 1
-        notes = [f"The largest class has {share:.0f} % of the images."] if share > 1.5 * 100 / classes else []
+    def beware(self) -> list[str]:
+        """Return what must be said wherever accuracies of these runs are shown, in sentences."""
+        runs = [h for c in self.cells for h in c["arms"].values()]
+        base = self.histories(self.baseline)
+        steps = {} if self.task.preset == "smoke" else {"steps": min(h.steps for h in runs)}
+        share, classes = (max(getattr(h, name) for h in base) for name in ("majority", "classes"))
+        found = caveats(**steps, held_out=self.held_out, majority=share, classes=classes or 1)
+        return [*found, *(self._no_better(share) if share else [])]
+
+    def _no_better(self, share):
+        notes = []
         for arm in self.arms:
             best = max((h.accuracy for h in self.histories(arm.name) if h.rows), default=0)
             if best <= share:

@@ -35,6 +35,7 @@ EQUAL = 1.05  # an interval within 1/1.05 ... 1.05 is no difference worth the na
 FLAT = 1.0  # points: a curve that rises by less is saturated, an overlap that is smaller is thin
 WITHHELD = 0.03  # raw and counted ratios that differ by more, or ...
 STALLED = 0.05  # ... more of an arm's time taken off as stalls: no verdict
+UNEVEN = 1.5  # times the median step of the same arm and length, above which a run was disturbed: no verdict
 
 FASTER, SLOWER, NO_DIFFERENCE, UNDECIDED = "faster", "slower", "no difference", "undecided"
 DEPENDS, OUT_OF_REACH, DIVERGED = "depends on the budget", "out of reach", "diverged"

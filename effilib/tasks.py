@@ -4,14 +4,17 @@ The baselines were tuned before any method was run (`effilib tune`, sweeps in `r
 length by itself. Where nothing was tuned (a user's own data or network), the recipe is the preset's.
 """
 
+import functools
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from effilib import data, distributed, models, paths
+from effilib.caveats import caveats
 from effilib.errors import BadInput, choose
 from effilib.training import Recipe, stream
 
@@ -72,6 +75,22 @@ class Task:
             dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
 
+    def beware(self, dataset: data.Dataset) -> list[str]:
+        """Return in what the data set is too small, or too uneven, for the task, in sentences.
+
+        >>> t = task("quick", "synthetic")
+        >>> t.beware(t.load())
+        ["A training of 8 steps is too short: ..."]
+        """
+        held = dataset.validation.y.tolist() + dataset.test.y.tolist()
+        tasks = [self.at(length) for length in self.lengths]
+        images = [min(t.images or len(dataset.train), len(dataset.train)) for t in tasks]
+        steps = [
+            round(t.recipe.epochs * (n // t.recipe.batch_size)) for t, n in zip(tasks, images, strict=True)
+        ]
+        largest = 100 * Counter(held).most_common(1)[0][1] / len(held)
+        return caveats(steps=min(steps), held_out=len(held), majority=largest, classes=dataset.classes)
+
     def build(self, dataset: data.Dataset, seed: int = 0, **settings) -> nn.Module:
         """Build the baseline's network with the seed's initial weights; settings replace widths or depths."""
         init = stream(seed, "initial weights").initial_seed()
@@ -103,15 +122,33 @@ class Task:
         changes = {k: v for k, v in sizes.get(self.preset, {}).items() if k not in self.given}
         return self.but(**changes)
 
+    def wide(self) -> "Task":
+        """Return the task on the wide network, from which pruning starts, with all that the user asked for.
+
+        >>> task("quick", "mnist5k", lr=0.3).wide().recipe.lr
+        0.3
+        """
+        network = "" if self.network == "resnet" else self.network
+        both = {**vars(self), **vars(self.recipe)}
+        asked = {k: both[k] for k in self.given if k not in ("network", "widths")}
+        found = task(self.preset, self.dataset, network, "wide", device=self.device, **asked)
+        return replace(found, seeds=self.seeds, given=self.given)
+
     def at(self, length: float) -> "Task":
         """Return the task at a length: its share of epochs or images, with what was tuned for it."""
         if self.axis == "images":
-            total = self.images or len(data.load(self.dataset, size=self.size).train)
+            present = _training_images(self.dataset, self.size)
+            total = min(self.images or present, present)
             images = max(1, round(length * total))
             return self.but(images=images, epochs=self.recipe.epochs * total / images)
         epochs = length * self.recipe.epochs
         near = min(self.tuned, key=lambda e: abs(math.log(e / epochs)), default=None)
         return self.but(**self.tuned.get(near, {}), epochs=epochs)
+
+
+@functools.cache
+def _training_images(dataset, size):
+    return len(data.load(dataset, size=size).train)
 
 
 BASE = {

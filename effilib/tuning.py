@@ -9,7 +9,6 @@ import csv
 import itertools
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from effilib import data, paths
-from effilib.clock import now
+from effilib.clock import cores, now
 from effilib.experiment import Arm
 from effilib.progress import say_seconds
 from effilib.tasks import Task, recorded_tuning
@@ -74,7 +73,7 @@ def read(file: Path) -> list[dict]:
     """
     if not file.exists():
         return []
-    with file.open(newline="") as f:
+    with file.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     return [
         {
@@ -117,12 +116,12 @@ def sweep(
     if not file.exists():
         paths.write(file, ",".join(FIELDS) + "\n")
     begun, work, worked = now(), sum(length for length, *_ in grid), 0.0
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers or cores(), mp_context=multiprocessing.get_context("spawn"))
     with pool:
         jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in sorted(grid, key=lambda c: -c[0])}
         for i, job in enumerate(as_completed(jobs), 1):
             row = job.result()
-            with file.open("a", newline="") as f:
+            with file.open("a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, FIELDS).writerow(row)
             worked += jobs[job][0]
             left = (now() - begun) / worked * (work - worked)

@@ -152,6 +152,21 @@ def test_a_step_of_a_whole_network_is_three_times_its_forward_pass_less_the_firs
     assert step_flops(model, shape, 8) == 2 * expected
 
 
+def test_a_forward_pass_that_looks_at_its_numbers_is_counted_for_zeros_on_the_meta_device():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            x = self.bn(self.conv(x))
+            return x if x.mean() > -1 else self.conv(x)
+
+    net = Flow().to("meta")
+    assert step_flops(net, (1, 5, 5)) == 648
+    assert net.conv.weight.is_meta
+
+
 def test_counting_leaves_no_mode_behind():
     with pytest.raises(RuntimeError), Counter():
         torch.ones(2, 3) @ torch.ones(2, 3)

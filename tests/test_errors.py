@@ -2,7 +2,7 @@
 
 import pytest
 
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, NotApplicable, choose
 
 PRESETS = ["smoke", "quick", "study", "full"]
 
@@ -46,3 +46,4 @@ def test_of_many_choices_the_first_are_named_if_none_is_near():
 def test_bad_input_is_a_value_error_and_no_effect_is_not():
     assert issubclass(BadInput, ValueError)
     assert not issubclass(NoEffect, ValueError)
+    assert issubclass(NotApplicable, BadInput)

@@ -115,9 +115,8 @@ def test_papermill_runs_a_notebook_with_parameters_into_the_folder_it_is_told(tm
     assert not (results / "play").exists()
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert set(record) >= SCHEMA
-    assert record["parameters"] == dict(
-        preset="smoke", dataset="synthetic", network="", seeds=2, device="cpu", widths=[4]
-    )
+    given = dict(preset="smoke", dataset="synthetic", seeds=2, device="cpu", widths=[4])
+    assert record["parameters"] == {**notebook.DEFAULTS, **given}
     assert (record["schema"], record["status"], record["notebook"]) == (2, "complete", NAME)
     assert record["chapter"] == "3.2"
     assert record["paper"] == "Micikevicius et al. 2017, arXiv:1710.03740"
@@ -184,6 +183,15 @@ def test_nothing_is_injected_outside_of_a_notebook():
         ({"seeds": -1}, f"parameter seeds of {NAME} is -1, expected 0"),
         ({"seeds": 1.5}, r"is 1.5 \(float\), expected int"),
         ({"seeds": True}, r"is True \(bool\), expected int"),
+        ({"epochs": -1.0}, f"parameter epochs of {NAME} is -1.0, expected 0"),
+        ({"epochs": float("nan")}, "parameter epochs of .* is nan, expected 0"),
+        ({"batch_size": 16.0}, r"is 16.0 \(float\), expected int"),
+        (
+            {"batch_size": 4096},
+            "synthetic has 128 training images, fewer than a batch of 4096: batch_size sets",
+        ),
+        ({"lr": "0.1"}, r"is '0.1' \(str\), expected float"),
+        ({"size": -8}, "parameter size of .* is -8, expected 0"),
         ({"preset": 3}, r"parameter preset of .* is 3 \(int\), expected str"),
         ({"device": "cdua"}, "unknown device 'cdua'.*did you mean 'cuda'"),
     ],
@@ -203,6 +211,22 @@ def test_an_empty_parameter_is_the_presets_and_a_given_one_wins(monkeypatch):
     assert start(seeds=3).task.seeds == 3
     assert not start(preset="quick").smoke
     assert start(network="vgg").task.network == "vgg"
+
+
+def test_what_the_user_sets_is_trained_at_and_in_the_record():
+    asked = dict(epochs=1, batch_size=16, lr=0.05)
+    book = start(**asked, seeds=2)
+    task = book.task.sized({"smoke": dict(epochs=9, batch_size=9, lr=9, seeds=9)})
+    recipe = task.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, task.seeds) == (1, 16, 0.05, 2)
+    assert {k: book.parameters[k] for k in asked} == asked
+    assert start().task.given == ()
+
+
+def test_the_settings_say_what_the_data_are_too_small_for():
+    said = settings(start(preset="quick"))
+    assert "too short" in said["beware"]
+    assert "beware" not in settings(start())
 
 
 def test_results_that_cannot_be_written_are_bad_input(tmp_path, monkeypatch):

@@ -15,11 +15,10 @@ import nbformat
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from effilib import paths
+from effilib import notebook, paths
 from effilib.workbook import series
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
-PARAMETERS = {"preset": "", "dataset": "", "network": "", "seeds": 0, "device": "auto"}
 CHECKED = "nbval-check-output"
 each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
 
@@ -57,7 +56,7 @@ def test_it_has_one_parameters_cell_of_plain_literals(file):
     for node in ast.parse(cells[0].source).body:
         assert isinstance(node, ast.Assign)
         assigned[node.targets[0].id] = ast.literal_eval(node.value)
-    assert {k: assigned[k] for k in PARAMETERS} == PARAMETERS
+    assert {k: assigned[k] for k in notebook.DEFAULTS} == notebook.DEFAULTS
 
 
 @each
@@ -66,6 +65,7 @@ def test_it_starts_its_book_by_its_own_name_and_ends_in_its_record(file):
     starts = [n for c in cells for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Call)]
     starts = [n for n in starts if ast.unparse(n.func) == "notebook.start"]
     assert [n.args[0].value for n in starts] == [file.stem]
+    assert {k.arg for k in starts[0].keywords} >= {*notebook.DEFAULTS}
     assert [i for i, c in enumerate(cells) if "record" in tags(c)] == [len(cells) - 1]
     assert "book.record(" in cells[-1].source
 

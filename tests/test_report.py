@@ -640,6 +640,20 @@ def test_holms_correction(tmp_path):
     assert "all 3 tests of this page" in page.header.get_text()
 
 
+def test_of_one_test_nothing_is_corrected(tmp_path):
+    put(tmp_path, "04_1", record("04_1", verdict("faster", p=0.01)))
+    said = soup(report.index(tmp_path)).header.get_text()
+    assert "this page has one test" in said
+    assert "all 1" not in said
+
+
+def test_what_limits_accuracies_stands_on_the_scoreboard_once(tmp_path):
+    for name in ("04_1", "04_2"):
+        put(tmp_path, name, record(name, verdict(), beware=["The largest class has 95 % of the images."]))
+    said = soup(report.index(tmp_path)).header.get_text()
+    assert said.count("The largest class has 95 % of the images.") == 1
+
+
 def test_a_run_has_the_recorded_figure_beside_its_own(tmp_path, nothing_recorded):
     runs = tmp_path / "results" / "quick-mnist5k"
     for name in ("03_2_x", "03_3_y", "04_1_z"):

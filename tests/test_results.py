@@ -34,14 +34,17 @@ class Made:
     flops: float = 1e12
     held_out: int = 15_000
     majority: float = 10.0
+    steps: int = 30
+    disturbed: tuple = ()  # seeds
+    slowed: float = 1.6
 
     def history(self, length, seed):
-        raw = 30.0 * length
+        raw = 30.0 * length * (self.slowed if seed in self.disturbed else 1)
         accuracy = 84 + self.slope * math.log(length * self.faster) + self.noise * (seed % 3 - 1) + self.shift
         ends = (10, 40.0), (20, 60.0), (30, accuracy + 1)
         rows = [dict(step=s, epoch=s / 10, seconds=raw * s / 30, lr=0.1, accuracy=a) for s, a in ends]
         return History(
-            rows=rows, steps=30, seconds=raw * (1 - self.stalled), raw_seconds=raw,
+            rows=rows, steps=self.steps, seconds=raw * (1 - self.stalled), raw_seconds=raw,
             flops=self.flops * length,
             seen=round(1000 * length), images=500,
             memory={"parameters": 2**20, "saved": 2**20, "peak": 2**30},
@@ -133,6 +136,30 @@ def test_stalls_of_more_than_a_twentieth_withhold_the_verdict_and_say_why():
     assert apart.verdict == "stalls: 1.30x as measured, 1.35x without them"
     assert much.verdict("fast", "flops").verdict == "faster"  # FLOPs know no stalls
     assert much.notes()[0].startswith("15.9 of 397.8 s were stalls")
+
+
+def test_a_run_disturbed_by_a_neighbour_withholds_the_verdict_and_names_it():
+    """A neighbour with spinning threads takes caches and memory, not the processor: no stall shows it."""
+    slow = replace(FAST, disturbed=(1,))
+    found = made(BASE, slow)
+    words = "uneven: the steps of fast, length 0.5, seed 1, took 1.6 times as long as with the other seeds"
+    assert found.verdict("fast").verdict == words
+    assert found.verdict("fast", "flops").verdict == "faster"
+    assert (
+        made(replace(BASE, disturbed=(2,)), FAST)
+        .verdict("fast")
+        .verdict.startswith("uneven: the steps of base")
+    )
+    assert made(BASE, replace(FAST, disturbed=(1,), slowed=1.4)).uneven("fast") == ""
+
+
+def test_a_training_of_a_few_steps_says_so():
+    assert not any("too short" in n for n in made(BASE, FAST).beware())
+    few = made(replace(BASE, steps=12), FAST)
+    assert few.beware()[0].startswith("A training of 12 steps is too short: 28 % of BatchNorm's")
+    assert few.beware()[0] in few.notes()
+    smoke = made(replace(BASE, steps=12), FAST, task=replace(TASK, preset="smoke"))
+    assert smoke.beware() == []  # which is no measurement anyway
 
 
 def test_accuracies_say_how_far_they_can_be_trusted():

@@ -136,6 +136,44 @@ def test_a_length_may_be_a_share_of_the_images_at_as_many_updates(mine):
     assert (whole.at(0.5).images, whole.at(1.0).images) == (26, 51)
 
 
+def test_lengths_are_shares_of_the_images_that_are_there(mine):
+    t = task("quick", mine).but(axis="images", images=10**6, lengths=(0.5, 1.0))
+    there = len(t.load().train)
+    assert [t.at(x).images for x in t.lengths] == [round(0.5 * there), there]
+    assert [len(t.at(x).load().train) for x in t.lengths] == [round(0.5 * there), there]
+
+
+def test_the_wide_task_keeps_what_the_user_asked_for():
+    asked = dict(epochs=7, batch_size=50, lr=0.3, seeds=2, images=400)
+    wide = task("quick", "mnist5k", **asked).wide().sized({"quick": dict(epochs=1, lr=9, images=1)})
+    assert wide.variant == "wide"
+    assert wide.widths["widths"] == (32, 64, 128)
+    recipe, at = wide.recipe, wide.at(0.5).recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.lr) == (7, 50, 0.3)
+    assert (at.epochs, at.lr, wide.seeds, wide.images) == (3.5, 0.3, 2, 400)
+
+
+def test_a_size_of_the_images_goes_into_the_load(tmp_path):
+    from PIL import Image
+
+    for i, folder in enumerate(("train/a", "train/b", "test/a", "test/b")):
+        (tmp_path / folder).mkdir(parents=True)
+        for n in range(30):
+            Image.new("RGB", (12, 12), (50 * i, n, 0)).save(tmp_path / folder / f"{n}.png")
+    assert task("smoke", str(tmp_path), size=8).load().shape == (3, 8, 8)
+    with pytest.raises(BadInput, match="size is 0, it must be a whole number of pixels above 0"):
+        task("smoke", str(tmp_path), size=0)
+
+
+def test_what_a_data_set_is_too_small_for_is_said(mine):
+    t = task("quick", mine, epochs=1)
+    sentences = t.beware(t.load())
+    assert any(s.startswith("A training of ") and "too short" in s for s in sentences)
+    assert any("held-out images is" in s for s in sentences)
+    t = task("study", "mnist5k")
+    assert t.beware(t.load()) == []
+
+
 def test_changes_return_a_new_task():
     t = task("smoke", "mnist5k")
     changed = t.but(lr=0.5, images=64)

@@ -1,8 +1,6 @@
 """Chapter 6.4, the word taken literally: what is trained: replaced layers, and the same network narrower."""
 
-from dataclasses import replace
-
-from effilib import surgery, tasks
+from effilib import surgery
 from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.methods.layer_replacement import LayerReplacement
@@ -25,9 +23,7 @@ SETTINGS = {  # of the search: fewer rounds and candidates where there is no tim
 
 def wide(task: Task) -> Task:
     """Return the task on the wide network, of whose step convolutions are the larger part."""
-    network = "" if task.network == "resnet" else task.network
-    found = tasks.task(task.preset, task.dataset, network, "wide", device=task.device)
-    return replace(found, seeds=task.seeds, given=task.given).sized(SIZES)
+    return task.wide().sized(SIZES)
 
 
 def method(preset: str, budget: float = BUDGET) -> LayerReplacement:

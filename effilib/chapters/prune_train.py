@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from effilib import experiment, tasks
+from effilib import experiment
 from effilib.experiment import Arm
 from effilib.methods.prune_train import PruneTrain, Smaller
 from effilib.tasks import Task
@@ -31,9 +31,7 @@ SETTINGS = {  # until, at: shares of a run, so that schedules scale with its len
 
 def wide(task: Task) -> Task:
     """Return the task on the wide network, from which pruning starts."""
-    network = "" if task.network == "resnet" else task.network
-    found = tasks.task(task.preset, task.dataset, network, "wide", device=task.device)
-    return replace(found, seeds=task.seeds, given=task.given).sized(SIZES)
+    return task.wide().sized(SIZES)
 
 
 def method(preset: str, ratio: float | None = None) -> PruneTrain:

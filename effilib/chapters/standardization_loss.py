@@ -19,7 +19,7 @@ BANDS = {NONE: (0, 45), BN: (82, 89), SL: (65, 82)}
 STEPS = {"smoke": 4, "quick": 200}  # of that table; else 1,000
 LAMBDAS = (0.001, 0.01, 0.1, 10.0)  # beside the paper's 1; not in the short presets
 
-JUDGED = 32  # the batch size of the headline
+JUDGED = 32  # the batch size of the headline, unless the user asks for another
 UPDATES = {  # batch size -> updates, about equal seconds: the learning rates were tuned at these
     "smoke": {32: 8, 8: 8},
     "quick": {32: 250, 8: 300},
@@ -64,8 +64,8 @@ def methods(kind: str, lam: float = 0.1, normalized: bool = True) -> tuple:
 
 
 def rate(task: Task, kind: str, batch: int) -> float:
-    """Return the tuned learning rate; for another network the task's, scaled by the root of the batch."""
-    if task.network != NETWORK:
+    """Return the tuned learning rate; the user's or another network's is scaled by the root of the batch."""
+    if task.network != NETWORK or "lr" in task.given:
         return task.recipe.lr * math.sqrt(batch / task.recipe.batch_size)
     tuned = LR[_sweep(task)][kind]
     return tuned.get(batch) or math.exp(
@@ -79,24 +79,33 @@ def arm(task: Task, kind: str, batch: int, role: str = "method", normalized: boo
     return Arm(name=kind, role=role, methods=what, changes={"lr": rate(task, kind, batch)})
 
 
-def arms(task: Task, batch: int = JUDGED) -> list[Arm]:
+def judged(task: Task) -> int:
+    """Return the batch size of the headline."""
+    return task.recipe.batch_size if "batch_size" in task.given else JUDGED
+
+
+def arms(task: Task, batch: int = 0) -> list[Arm]:
     """Return all kinds, nothing first; the two without a BatchNorm where the network has none.
 
     Of one length there is no curve: then all have as many updates.
     """
+    batch = batch or judged(task)
     normalized = any(isinstance(m, NORMS) for m in task.build(task.load()).modules())
     roles = {NONE: "baseline", SL: "method"} | ({BN: "control", GN: "control"} if normalized else {})
-    if task.preset == "quick" and batch == JUDGED:
+    if task.preset == "quick" and batch == judged(task):
         roles.pop(GN, None)  # three arms are what there is time for
     own = task.lengths if len(task.lengths) == 1 else ()
     return [replace(arm(task, kind, batch, role, normalized), lengths=own) for kind, role in roles.items()]
 
 
-def at_batch(task: Task, batch: int = JUDGED) -> Task:
-    """Return the task at a batch size, for its number of updates."""
-    epochs = UPDATES[task.preset][batch] / (len(task.load().train) // batch)
-    own = {} if batch == JUDGED else ILLUSTRATED.get(task.preset, {})
-    return task.sized({task.preset: own}).but(batch_size=batch, epochs=epochs)
+def at_batch(task: Task, batch: int = 0) -> Task:
+    """Return the task at a batch size (default: the headline's), for its number of updates."""
+    main, updates = judged(task), UPDATES[task.preset]
+    own = {} if batch in (0, main) else ILLUSTRATED.get(task.preset, {})
+    batch = batch or main
+    steps = updates.get(batch, updates[JUDGED] * JUDGED / batch)
+    own = own | {"epochs": steps / max(1, len(task.load().train) // batch)}
+    return task.sized({task.preset: own}).but(batch_size=batch)
 
 
 def paper_task(task: Task) -> Task:
@@ -109,9 +118,9 @@ def paper_task(task: Task) -> Task:
     if large and name == "mnist5k" and data.present("mnist"):
         name = "mnist"
     chosen = task.but(
-        dataset=name, network=NETWORK, widths={}, images=None, validation=None, lengths=(1.0,), tuned={},
-        lr=1e-3, schedule="constant", warmup=0.0, momentum=0.0, weight_decay=4e-5, augmentation="none",
-        precision="fp32",
+        dataset=name, network=NETWORK, widths={}, images=None, validation=None, size=None, lengths=(1.0,),
+        tuned={}, lr=1e-3, schedule="constant", warmup=0.0, momentum=0.0, weight_decay=4e-5,
+        augmentation="none", precision="fp32",
     ).sized({"quick": dict(seeds=1)})  # fmt: skip
     images = len(chosen.load().train)
     batch = min(128, images)

@@ -27,7 +27,7 @@ from typing import Any
 
 from effilib.errors import BadInput
 
-__all__ = ["WorkerFailed", "end", "run"]
+__all__ = ["WorkerFailed", "end", "loopback", "run"]
 
 START = 120  # seconds that all processes together may need for their imports
 SILENCE = 20  # seconds without a message after which a rank gives up on another
@@ -116,6 +116,16 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
         p.stdin.close()
 
 
+def loopback() -> dict[str, str]:
+    """Return the environment in which gloo stays on this machine and looks up no host's name.
+
+    >>> loopback()
+    {'GLOO_SOCKET_IFNAME': 'lo...'}
+    """
+    names = {name for _, name in socket.if_nameindex()}
+    return next(({"GLOO_SOCKET_IFNAME": name} for name in ("lo", "lo0") if name in names), {})
+
+
 def _start(folder, rank, threads):
     modules = os.pathsep.join(
         p or os.getcwd() for p in sys.path
@@ -126,9 +136,7 @@ def _start(folder, rank, threads):
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
-    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if loopback:
-        environment["GLOO_SOCKET_IFNAME"] = loopback.pop()
+    environment |= loopback()
     with (folder / f"log-{rank}").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(folder), str(rank)],
@@ -184,7 +192,7 @@ def _cause(codes, folder):
             lost = any(sign in words.lower() for sign in LOST)
             found.append((2 if lost else 1, f"rank {rank} of {len(codes)} failed: {words}"))
         elif code is not None and not (folder / f"done-{rank}").exists():
-            log = (folder / f"log-{rank}").read_text(errors="replace").strip().splitlines()
+            log = (folder / f"log-{rank}").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             log = [line for line in log if not line.startswith("[Gloo]")]  # it greets
             found.append(
                 (

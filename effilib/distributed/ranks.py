@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from effilib.errors import BadInput, NoEffect
+from effilib.distributed.processes import loopback
+from effilib.errors import BadInput, NoEffect, NotApplicable
 
 if TYPE_CHECKING:
     from effilib.data import Batches
@@ -79,6 +80,9 @@ def ranks(device: torch.device | str = "cpu") -> "Ranks":
         cuda = torch.device(device).type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # needs no network
+            for name, value in loopback().items():
+                os.environ.setdefault(name, value)
         store, rank, size = next(rendezvous("env://"))
         if (
             os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -117,7 +121,8 @@ def _unpack(packed):
     kind, content = packed
     if kind is None:
         return pickle.loads(content)
-    raise {"BadInput": BadInput, "NoEffect": NoEffect}.get(kind, RuntimeError)(content or kind)
+    known = {error.__name__: error for error in (BadInput, NoEffect, NotApplicable)}
+    raise known.get(kind, RuntimeError)(content or kind)
 
 
 def _ranks():

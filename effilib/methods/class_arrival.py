@@ -17,7 +17,7 @@ from effilib import cost, models
 from effilib.clock import interleaved
 from effilib.convolution import probe
 from effilib.data import Dataset
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import NoEffect, NotApplicable
 from effilib.methods.tree_cnn import Tree, TreeCNN, fitting, relabel, transferred, weights
 from effilib.models import stream
 from effilib.tasks import Task
@@ -39,28 +39,28 @@ def stages(dataset: Dataset) -> list[tuple[int, ...]]:
     """Return the classes of each stage.
 
     6 + 4 of ten as in the paper's CIFAR-10, up to 20 likewise 60 % first; more in ten equal stages, as its
-    CIFAR-100. Raises `BadInput` for fewer than 3 classes, or a class with fewer than 2 training images.
+    CIFAR-100. Raises `NotApplicable` for fewer than 3 classes, or a class with fewer than 2 training images.
 
     >>> stages(load("synthetic"))
     [(0, 1), (2, 3)]
     """
     n = dataset.classes
     if n < 3:
-        raise BadInput(
+        raise NotApplicable(
             f"{dataset.name} has {n} classes: Tree-CNN needs 3 or more, two for its first stage and one that "
             "comes later"
         )
     counts = torch.bincount(dataset.train.y, minlength=n).tolist()
     least = counts.index(min(counts))
     if counts[least] < 2:
-        raise BadInput(
+        raise NotApplicable(
             f"{dataset.name}: class {dataset.names[least]!r} has {counts[least]} training images, "
             "at least 2 are needed"
         )
     order = ORDER.get(dataset.name, tuple(range(n)))
     sizes = [round(0.6 * n), n - round(0.6 * n)] if n <= 20 else [n // 10 + (i < n % 10) for i in range(10)]
     if not torch.isin(dataset.validation.y.cpu(), torch.tensor(order[: sizes[0]])).any():
-        raise BadInput(
+        raise NotApplicable(
             f"{dataset.name}: no validation image of the first stage's classes, there are too few images"
         )
     return [order[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]

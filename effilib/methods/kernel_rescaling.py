@@ -21,7 +21,7 @@ from torch import nn
 
 from effilib import models, surgery
 from effilib.convolution import ApproxConv2d
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, NotApplicable, choose
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -385,7 +385,7 @@ class KernelRescaling(Method):
         )
         starts = [start for start, *_ in phases] + [run.schedule.planned]
         if any(a >= b for a, b in itertools.pairwise(starts)):
-            raise BadInput(
+            raise NotApplicable(
                 f"kernel rescaling: of {run.schedule.planned} steps a phase of the schedule gets none; train "
                 f"longer or with fewer phases"
             )

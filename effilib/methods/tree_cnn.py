@@ -20,7 +20,7 @@ from torch import nn
 from effilib import cost
 from effilib.clock import Stopwatch
 from effilib.data import Dataset, Split
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import BadInput, NoEffect, NotApplicable
 from effilib.methods import Info
 from effilib.training import HELD_OUT, History, Recipe, autocast, judge_, resolve_precision, train
 
@@ -284,7 +284,7 @@ def head(make: Make) -> list[str]:
 def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
     """Return a new network with the weights of `old` in all layers but the last.
 
-    Raises `BadInput` if the two do not agree in these layers.
+    Raises `NotApplicable` if the two do not agree in these layers.
 
     >>> def make(outputs):
     ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
@@ -303,7 +303,7 @@ def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
     if missing or not last or not state:
         every = f"{'no' if not last else 'every'} layer depends on the number of outputs"
         why = f"{missing[0]} differs from one network to the next" if missing else every
-        raise BadInput(f"tree: the weights of {type(old).__name__} cannot be transferred: {why}")
+        raise NotApplicable(f"tree: the weights of {type(old).__name__} cannot be transferred: {why}")
     net.load_state_dict(state, strict=False)
     return net
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, NotApplicable, choose
 from effilib.models import Block, Constant, Gone
 
 __all__ = ["CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "nodes", "trace", "unknown"]
@@ -252,7 +252,7 @@ def _follow(model):
         ) as error:  # whatever a user's forward raises when it meets a symbol instead of numbers
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             if not tracer.failed or tracer.failed in opaque:
-                raise BadInput(
+                raise NotApplicable(
                     f"the forward pass of {type(model).__name__} cannot be followed for surgery: {reason}"
                 ) from error
             opaque[tracer.failed] = f"{tracer.failed} cannot be followed ({reason})"
@@ -261,7 +261,7 @@ def _follow(model):
 def trace(model: nn.Module) -> Structure:
     """Find the channel nodes and residual paths of `model`: a `Structure`.
 
-    Input channels and outputs of the network are never nodes. Raises `BadInput` if the forward pass as a
+    Input channels and outputs of the network are never nodes. Raises `NotApplicable` if the forward pass as a
     whole cannot be followed (data-dependent control flow at its top); inside a submodule only the nodes that
     touch it are refused.
 
@@ -286,8 +286,8 @@ def trace(model: nn.Module) -> Structure:
 
 
 def nodes(model: nn.Module) -> list[Node]:
-    """The channel nodes of `model` that can be changed. Raises `BadInput` with the first reason where there
-    are none.
+    """The channel nodes of `model` that can be changed. Raises `NotApplicable` with the first reason where
+    there are none.
 
     >>> [node.name for node in nodes(build("convnet", 10, (3, 32, 32), widths=(4, 8)))]
     ['features.0', 'features.4']
@@ -295,7 +295,7 @@ def nodes(model: nn.Module) -> list[Node]:
     found = trace(model)
     if not found.nodes:
         reason = f": {found.refused[0].name}: {found.refused[0].why}" if found.refused else ""
-        raise BadInput(f"{type(model).__name__} has no channels that could be pruned or widened{reason}")
+        raise NotApplicable(f"{type(model).__name__} has no channels that could be pruned or widened{reason}")
     return found.nodes
 
 

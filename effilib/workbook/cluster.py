@@ -324,7 +324,9 @@ def inputs(job: jobs.Job) -> dict[str, Path]:
     """
     results, recorded, notes = job.folder.parent, paths.recorded(), job.folder / ".cells" / job.name
     found = [file for name in ("record.json", "history.csv") for file in job.folder.glob(f"*/{name}")]
-    found += [results / name for name in notes.read_text().splitlines()] if notes.exists() else []
+    found += (
+        [results / name for name in notes.read_text(encoding="utf-8").splitlines()] if notes.exists() else []
+    )
     return {
         f"{job.name}.ipynb": job.notebook,
         **{f"results/{file.relative_to(results)}": file for file in found},
@@ -341,7 +343,7 @@ def keep_cells(job, archive):
     names = unpack(archive, job.folder.parent)
     notes = job.folder / ".cells" / job.name
     notes.parent.mkdir(exist_ok=True)
-    with notes.open("a") as file:
+    with notes.open("a", encoding="utf-8") as file:
         file.writelines(f"{name}\n" for name in names)
 
 

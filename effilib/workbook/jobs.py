@@ -4,7 +4,8 @@ It is complete if its process ended well *and* its `record.json` says so: paperm
 even after its kernel was killed. It runs in `.partial/<notebook>`, which takes the place of its results at
 the end. A failed run is kept too, with a report of how far it came: in the notebook's own folder if there is
 nothing better, else in `failed/<notebook>`; `run.json` tells that the last run failed, and why. An
-interrupted run leaves only its finished seeds.
+interrupted run leaves only its finished seeds. A notebook that raises `NotApplicable` or `NoEffect` is
+skipped, with that reason: its chapter does not apply to the network or the data, and nothing failed.
 
 While a report is rendered the next notebook may start and import, but not measure: at its cell tagged
 `parameters` it waits until the report is written.
@@ -32,6 +33,7 @@ from pathlib import Path
 from effilib import paths
 from effilib.errors import BadInput
 from effilib.workbook import report
+from effilib.workbook.report import SKIPPED
 
 __all__ = ["Job", "Outcome", "executed", "hold", "listing", "saved", "sentence"]
 
@@ -107,14 +109,14 @@ class Job:
     def held(self) -> bool:
         """Return whether the run that this job belongs to still holds the results folder."""
         try:
-            return (self.folder / ".running").read_text() == self.token
+            return (self.folder / ".running").read_text(encoding="utf-8") == self.token
         except OSError:
             return False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended: complete, up to date, failed or interrupted; and why.
+    """How one notebook ended: complete, up to date, skipped, failed or interrupted; and why.
 
     shared: something else was measured on its machine at the same time.
 
@@ -131,7 +133,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ran:
-    """A notebook that was executed, or needs only its report: where it lies, and why it failed.
+    """A notebook that was executed, or needs only its report: where it lies, and why it did not end well.
 
     >>> Ran(Path("results/mine/02_x"), "its kernel was killed", 3.0).failure
     'its kernel was killed'
@@ -181,7 +183,7 @@ def hold(folder: Path) -> Iterator[str]:
     True
     """
     file = folder / ".running"
-    with file.open("a") as lock:
+    with file.open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -192,14 +194,14 @@ def hold(folder: Path) -> Iterator[str]:
             pass  # a file system without locks
         token = uuid.uuid4().hex
         try:
-            file.write_text(token)
+            file.write_text(token, encoding="utf-8")
         except OSError as error:  # a disk without a byte left
             raise BadInput(f"cannot write results into {folder}: {error.strerror}") from error
         try:
             yield token
         finally:
             with contextlib.suppress(OSError):
-                file.write_text("")
+                file.write_text("", encoding="utf-8")
 
 
 # Executing
@@ -223,6 +225,7 @@ def execute(job: Job, wanted: Callable[[], bool] | None = None) -> str:
             "EFFILIB_OUT": str(job.partial),
             "JUPYTER_RUNTIME_DIR": sockets,
             "IPYTHONDIR": os.path.join(sockets, "ipython"),  # the user's profile is for the user's sessions
+            "PYTHONSTARTUP": None,  # and so is this
         }
         if job.shared:
             environment["EFFILIB_SHARED"] = "1"
@@ -258,14 +261,17 @@ def execute(job: Job, wanted: Callable[[], bool] | None = None) -> str:
 @contextlib.contextmanager
 def _short_folder():
     """A temporary folder for sockets, whose addresses must be short: not in TMPDIR where that is long."""
-    short = [None] if len(tempfile.gettempdir()) <= SOCKETS else ["/tmp", "/var/tmp", "/dev/shm", None]
-    for place in short:
-        if place is None or os.access(place, os.W_OK):
-            with tempfile.TemporaryDirectory(
-                prefix="effilib-", dir=place, ignore_cleanup_errors=True
-            ) as folder:
-                yield folder
-            return
+    usual = tempfile.gettempdir()
+    short = [
+        p for p in (usual, "/tmp", "/var/tmp", "/dev/shm") if len(p) <= SOCKETS and os.access(p, os.W_OK)
+    ]
+    if not short:
+        raise BadInput(
+            f"the temporary folder {usual} has too long a path for a kernel's sockets: set TMPDIR to one of "
+            f"at most {SOCKETS} characters"
+        )
+    with tempfile.TemporaryDirectory(prefix="effilib-", dir=short[0], ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 def end(out: Path) -> None:
@@ -345,7 +351,13 @@ def finish(job: Job, ran: Ran) -> Outcome:
         with contextlib.suppress(OSError):  # a full disk ends no series; it is said at its end
             report.index(job.folder)
     shared = bool(saved(job.results / "record.json").get("shared_machine"))
-    return Outcome(job.name, "failed" if reason else "complete", reason, ran.seconds, shared and not reason)
+    return Outcome(
+        job.name, _status(reason), reason.removeprefix(SKIPPED), ran.seconds, shared and not reason
+    )
+
+
+def _status(reason):
+    return "complete" if not reason else "skipped" if reason.startswith(SKIPPED) else "failed"
 
 
 def _note(job, folder, ran, reason):
@@ -353,8 +365,8 @@ def _note(job, folder, ran, reason):
     from effilib import clock
 
     state = {
-        "status": "failed" if reason else "complete",
-        "reason": reason,
+        "status": _status(reason),
+        "reason": reason.removeprefix(SKIPPED),
         "seconds": round(ran.seconds, 1),
         "key": job.key,
         "date": clock.date(),
@@ -368,7 +380,7 @@ def _locked(file):
     """Hold a file's lock, where there are locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
         yield
 
 
@@ -473,7 +485,7 @@ def _papermill(notebook, output, parameters, timeout, gate):
     def wait(cell, cell_index):
         """Measure nothing while a report is rendered."""
         if gate and "parameters" in cell.metadata.get("tags", []):
-            with contextlib.suppress(OSError), open(gate) as file:
+            with contextlib.suppress(OSError), open(gate, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
     settings = dict(
@@ -489,6 +501,8 @@ def _papermill(notebook, output, parameters, timeout, gate):
             notebook, output, parameters, progress_bar=False, execution_timeout=timeout, **settings
         )
     except papermill.PapermillExecutionError as error:
+        if error.ename in ("NotApplicable", "NoEffect"):
+            return _line(f"{SKIPPED}{error.evalue}")
         return _line(error.evalue if error.ename == "BadInput" else f"{error.ename}: {error.evalue}")
     except DeadKernelError:
         return f"its kernel was killed or crashed in the cell {_last_cell(output)} (out of memory, perhaps)"
@@ -513,14 +527,11 @@ def _kernel():
             super().__init__(**settings, transport="ipc", ip=sockets)
 
         def format_kernel_cmd(self, extra_arguments=None):
-            return [
-                sys.executable,
-                "-m",
-                "ipykernel_launcher",
-                "-f",
-                self.connection_file,
-                *(extra_arguments or ()),
-            ]
+            # the current folder comes last in the path: no file in it shadows a module
+            last = '--InteractiveShellApp.exec_lines=[\'__import__("sys").path.append("")\']'
+            path = ["--InteractiveShellApp.ignore_cwd=True", last]
+            launcher = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", self.connection_file]
+            return [*launcher, *path, *(extra_arguments or ())]
 
     return Kernel
 

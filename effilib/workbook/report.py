@@ -43,20 +43,24 @@ BADGES = {  # how a verdict or status begins -> tone (its colour in style.css), 
     "smoke: not a measurement": ("none", "○"),
     "shared machine: no verdict": ("none", "○"),
     "stalls": ("none", "○"),
+    "uneven": ("none", "○"),
     "illustration": ("none", "○"),
     "too few held-out images": ("none", "○"),
     series.OLDER: ("none", "○"),
     "failed": ("failed", "✗"),
     "unreadable": ("failed", "✗"),
+    "skipped": ("none", "○"),
     "not run": ("none", "○"),
 }
 EQUAL = {"seconds": "time", "flops": "FLOPs"}
+SKIPPED = "skipped: "  # how the reason begins of a notebook that does not apply to the network or the data
 SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
 SHARED = "Shared machine: something else was measured at the same time, so there is no verdict on times."
 HOLM = (
     "★ marks what is still significant when all {} tests of this page are judged together "
     "(Holm's correction at 5 %)."
 )
+ALONE = "★ marks what is significant at 5 %; this page has one test, so that there is nothing to correct for."
 
 RECORD_TEXT = ("chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "commit")
 RECORD_TEXT = (*RECORD_TEXT, "date", "caption")
@@ -67,6 +71,7 @@ EMPTY = {
     **dict.fromkeys((*VERDICT_NUMBERS, "seconds", "range", "survives")),
     **dict.fromkeys(("shared_machine", "older"), False),
     "notes": (),
+    "beware": (),
 }
 UNEXPECTED = (
     TypeError,
@@ -81,9 +86,9 @@ def scoreboard_rows(folder: str | Path, notebooks: Any = ()) -> list[dict]:
 
     folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`. notebooks:
     names that get a row even where nothing was run. Returns flat dicts with the same keys, ready for
-    `pandas.DataFrame`. `status` is "complete", "failed", "unreadable" or "not run", and `reason` says why it
-    is not complete; `survives` whether a verdict survives Holm's correction over all rows. Nothing that a
-    file contains raises.
+    `pandas.DataFrame`. `status` is "complete", "skipped", "failed", "unreadable" or "not run", and `reason`
+    says why it is not complete; `survives` whether a verdict survives Holm's correction over all rows.
+    Nothing that a file contains raises.
 
     >>> rows = scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])
     >>> rows[0]["chapter"], rows[0]["status"]
@@ -163,8 +168,8 @@ def _row(folder):
         row |= _read(folder)
     except UNEXPECTED as error:
         row |= {"status": "unreadable", "reason": _unexpected(error)}
-    # Where an earlier complete result was kept, the failed run has its report beside it.
-    places = [f"failed/{folder.name}"] * (row["status"] == "failed") + [folder.name]
+    # Where an earlier complete result was kept, the last run has its report beside it.
+    places = [f"failed/{folder.name}"] * (row["status"] in ("failed", "skipped")) + [folder.name]
     reports = (f"{place}/report.html" for place in places)
     return row | {"report": next((report for report in reports if (folder.parent / report).exists()), "")}
 
@@ -182,7 +187,8 @@ def _read(folder):
         return {"status": "not run", "reason": "not run"}
     if run is not None and run.get("status") != "complete":
         reason = _text(run.get("reason")) or "no reason given"
-        return {"status": "failed", "reason": reason, "date": _text(run.get("date"))}
+        status = "skipped" if run.get("status") == "skipped" else "failed"
+        return {"status": status, "reason": reason, "date": _text(run.get("date"))}
     if record is None:
         raise BadInput("record.json is missing, though the run ended well")
     if record.get("schema") not in (1, series.SCHEMA):
@@ -214,6 +220,7 @@ def _facts(record):
         "machine": _text(machine.get("summary")),
         "seconds": _number(record.get("duration_s")),
         "shared_machine": bool(record.get("shared_machine")),
+        "beware": [_text(note) for note in record.get("beware") or ()],
     }
 
 
@@ -268,9 +275,10 @@ def index(folder: str | Path) -> Path:
         ]
         or [folder.name],
         complete=counts.count("complete"),
+        skipped=counts.count("skipped"),
         failed=counts.count("failed") + counts.count("unreadable"),
-        notes=_warnings(rows),
-        holm=HOLM.format(tests) if any(row["survives"] for row in rows) else "",
+        notes=[*_warnings(rows), *dict.fromkeys(note for row in rows for note in row["beware"])],
+        holm=(HOLM if tests > 1 else ALONE).format(tests) if any(row["survives"] for row in rows) else "",
         with_recorded=any(row["recorded"] for row in rows),
         ticks=_place(rows),
         rows=rows,
@@ -392,7 +400,7 @@ def _templates():
 
 
 def _source(name):
-    return resources.files("effilib.workbook").joinpath("pages", name).read_text()
+    return resources.files("effilib.workbook").joinpath("pages", name).read_text(encoding="utf-8")
 
 
 # One report
@@ -426,8 +434,9 @@ def render(
     """Write an executed notebook as one HTML file that opens offline and needs no script.
 
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
-    there is one. failure: why the run failed; shown on top, and then even an unreadable notebook gives a
-    page. Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no failure was given.
+    there is one. failure: why the run failed, or was skipped; shown on top, and then even an unreadable
+    notebook gives a page. Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no
+    failure was given.
 
     >>> from nbformat import v4, write
     >>> cells = [v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]
@@ -449,6 +458,10 @@ def render(
             cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")]
         )
     row, warnings, notes, verdicts = EMPTY | _from_name(html.parent.name), [], [], []
+    if skipped := (failure or "").startswith(SKIPPED):
+        for cell in executed.cells:  # the sentence on top stands for the traceback
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
     heading = _take_heading(executed, row["chapter"])
     try:
         row |= {"title": heading or row["title"], **_facts(record or {})}
@@ -466,7 +479,8 @@ def render(
         up=up,
         title=row["title"],
         facts=_run_facts(row) or [html.parent.parent.name],
-        failure=failure,
+        failure=(failure or "").removeprefix(SKIPPED),
+        skipped=skipped,
         warnings=[*_warnings([row]), *warnings],
         notes=notes,
         ticks=_place(verdicts),

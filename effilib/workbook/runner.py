@@ -97,7 +97,7 @@ def select(selectors: Iterable[str] = (), notebooks: str | Path | None = None) -
 def _cells(notebook):
     """The cells of a notebook file as (type, source, tags). Raises `BadInput` if it is none."""
     try:
-        content = json.loads(Path(notebook).read_text())["cells"]
+        content = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
         return [
             (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content
         ]
@@ -225,7 +225,7 @@ def _library():
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
     return provenance.digest(
         {
-            name: provenance.normalized(file.read_text())
+            name: provenance.normalized(file.read_text(encoding="utf-8"))
             for name, file in files.items()
             if name not in NOT_IN_KEY
         }
@@ -233,31 +233,34 @@ def _library():
 
 
 def up_to_date(job: Job) -> bool:
-    """Return whether there is a complete result of this very job, and its report.
+    """Return whether there is a complete result of this very job, and its report; or it was skipped.
 
     >>> up_to_date(plan(["02"], preset="smoke")[0])
     False
     """
-    return (
-        executed(job)
-        and saved(job.results / "run.json")["status"] == "complete"
-        and (job.results / "report.html").exists()
-    )
+    run = saved(job.results / "run.json")
+    skipped = run.get("status") == "skipped" and run.get("key") == job.key
+    whole = skipped or (executed(job) and run["status"] == "complete")
+    return whole and (job.results / "report.html").exists()
 
 
 def expected(job: Job) -> float | None:
     """Return the seconds that a job will take at most, by earlier runs; None if there was none.
 
-    They are of the same notebook and preset, in any folder of results or recorded. A run that found its
-    measurements in the cache is short: the longest counts.
+    They are of the same notebook, preset and parameters, in any folder of results or recorded. A run that
+    found its measurements in the cache is short: the longest counts.
 
     >>> expected(plan(["02"], preset="smoke")[0])
     """
-    known = []
+    known, wanted = [], {**_defaults(job.notebook), **job.parameters}
+    for name in ("preset", "device"):
+        wanted.pop(name, None)
     for place in (paths.results(), paths.recorded()):
         for file in place.glob(f"*/{job.name}/record.json"):
             record, run = saved(file), saved(file.with_name("run.json"))
-            if record.get("preset") == job.preset and record.get("schema") == series.SCHEMA:
+            given = {**wanted, **(record.get("parameters") or {})}
+            same = record.get("preset") == job.preset and record.get("schema") == series.SCHEMA
+            if same and all(given[name] == value for name, value in wanted.items()):
                 last = run.get("seconds") if run.get("status") == "complete" else None
                 known += [s for s in (last, record.get("duration_s")) if isinstance(s, int | float) and s > 0]
     return max(known, default=None)
@@ -472,8 +475,8 @@ def run(
     jobs: notebooks at a time on this machine. scheduler: address of a dask scheduler whose workers execute
     them instead. timeout: seconds for one cell. compare: say whether ratios lie where a repetition of the
     recorded runs would. notebooks: another folder than that of the series. Returns the exit code: 0 if all
-    are complete, 1 if any failed or the scheduler went away, 130 if interrupted. Raises `BadInput` before
-    anything runs.
+    are complete, or skipped because their chapter does not apply, 1 if any failed or the scheduler went away,
+    130 if interrupted. Raises `BadInput` before anything runs.
 
     >>> run(["02"], preset="quikc")
     Traceback (most recent call last):
@@ -503,7 +506,8 @@ def run(
                 batch = [replace(job, key=run_key(job), token=token, shared=shared) for job in batch]
                 whole = [job for job in batch if up_to_date(job)]
                 for job in whole:
-                    ended(Outcome(job.name, "up to date"))
+                    reason = saved(job.results / "run.json").get("reason", "")
+                    ended(Outcome(job.name, "skipped" if reason else "up to date", reason))
                 for outcome in run_series([job for job in batch if job not in whole], executor, progress):
                     ended(replace(outcome, shared=outcome.shared and not shared))
     except (KeyboardInterrupt, cluster.SchedulerLost) as end:
@@ -514,9 +518,11 @@ def run(
         return 130 if isinstance(end, KeyboardInterrupt) else 1
     if compare:
         progress.say(comparison(planned))
-    failed = [outcome for outcome in outcomes if outcome.reason]
-    progress.say(f"{len(outcomes) - len(failed)} complete, {len(failed)} failed")
-    for outcome in failed:
+    skipped = [outcome for outcome in outcomes if outcome.status == "skipped"]
+    failed = [outcome for outcome in outcomes if outcome.reason and outcome not in skipped]
+    left = f"{len(skipped)} skipped, " if skipped else ""
+    progress.say(f"{len(outcomes) - len(skipped) - len(failed)} complete, {left}{len(failed)} failed")
+    for outcome in (*skipped, *failed):
         progress.say(f"  {outcome.name}: {outcome.reason}")
     try:
         progress.say(f"report: {report.index(folder)}")

@@ -24,11 +24,12 @@ from torch import nn
 
 from effilib import checkpoint, clock, distributed, models, paths, provenance, tasks, training
 from effilib import methods as package
+from effilib.caveats import LOPSIDED, caveats
 from effilib.data import Dataset, folder_name
 from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.progress import say_seconds
-from effilib.statistics import FLAT, binomial_error
+from effilib.statistics import binomial_error
 from effilib.tasks import Task
 from effilib.training import History, Method
 
@@ -455,28 +456,22 @@ def headline(record: dict) -> str:
 
 
 def cautions(history: History) -> list[str]:
-    """Return what keeps an accuracy from saying much: rare classes, few images.
+    """Return what keeps an accuracy from saying much: few steps or images, rare classes.
 
-    >>> history = History(final=82.0, balanced_accuracy=55.0, held_out=50, majority=82.0, classes=2)
-    >>> for sentence in cautions(history):
+    >>> uneven = dict(final=82.0, balanced_accuracy=55.0, held_out=50, majority=82.0, classes=2)
+    >>> for sentence in cautions(History(steps=100, **uneven)):
     ...     print(sentence)
-    The largest class has 82 % of the held-out images; accuracy by class is 55.00 % in the mean.
+    One of 50 held-out images is 2.0 points: smaller differences cannot be seen.
+    The largest class has 82 % of the images. Who always names it is right as often.
+    Accuracy by class is 55.00 % in the mean.
     That is no better than always naming the largest class (82 %).
-    One of the 50 held-out images is 2.0 points: smaller differences say nothing.
     """
-    share, said = history.majority, []
-    if share > 150 / history.classes:
-        said.append(
-            f"The largest class has {share:.0f} % of the held-out images; accuracy by class is"
-            f" {history.balanced_accuracy:.2f} % in the mean."
-        )
+    share, held_out, classes = history.majority, history.held_out, history.classes
+    said = caveats(steps=history.steps, held_out=held_out, majority=share, classes=classes)
+    if share > LOPSIDED * 100 / classes:
+        said.append(f"Accuracy by class is {history.balanced_accuracy:.2f} % in the mean.")
     if history.accuracy <= share:
         said.append(f"That is no better than always naming the largest class ({share:.0f} %).")
-    if 100 / history.held_out > FLAT:
-        said.append(
-            f"One of the {history.held_out} held-out images is {100 / history.held_out:.1f} points: smaller"
-            " differences say nothing."
-        )
     return said
 
 

@@ -32,6 +32,14 @@ def test_every_batch_size_has_its_updates_and_every_normalisation():
     assert {h.steps for h in measure(t, chapter.arms(t, 8))[0]["arms"].values()} == {8}
 
 
+def test_what_the_user_asks_for_is_the_headlines():
+    own = task("smoke", "synthetic", NETWORK, batch_size=16, lr=0.02)
+    t = chapter.at_batch(own)
+    assert (t.recipe.batch_size, t.recipe.epochs) == (16, 16 / (128 // 16))  # as many images as at 32
+    assert {a.changes["lr"] for a in chapter.arms(t)} == {0.02}
+    assert chapter.at_batch(task("smoke", "synthetic", NETWORK, epochs=3)).recipe.epochs == 3
+
+
 def test_a_users_network_without_batchnorm_has_two_arms():
     own = TASK.but(network="convnet", widths={"widths": (8, 8), "bn": False})
     assert [a.name for a in chapter.arms(own)] == [NONE, SL]
