@@ -219,6 +219,12 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque, self.failed = opaque, None
 
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        def forward(self, x):  # flags and masks keep their defaults, which are no symbols
+            return root_fn(self, x)
+
+        return super().create_args_for_root(forward, is_module)
+
     def is_leaf_module(self, m, name):
         return (
             name in self.opaque
@@ -297,6 +303,12 @@ def nodes(model: nn.Module) -> list[Node]:
         reason = f": {found.refused[0].name}: {found.refused[0].why}" if found.refused else ""
         raise BadInput(f"{type(model).__name__} has no channels that could be pruned or widened{reason}")
     return found.nodes
+
+
+def _frozen(m):
+    """Whether a layer's user holds its weights; of a normalisation, all that it has."""
+    parameters = [m.weight] if isinstance(m, CONVS) else list(m.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 class _Reader:
@@ -378,6 +390,8 @@ class _Reader:
             raise _Unclear(f"{name} shares its weights with another use of them")
         if not set(m._parameters) <= {"weight", "bias"} or getattr(m, "parametrizations", None):
             raise _Unclear(f"{name} has weights that are computed from others ({', '.join(m._parameters)})")
+        if _frozen(m):
+            raise _Unclear(f"{name} is frozen (requires_grad=False)")
         if getattr(m, "groups", 1) > 1:
             kind = "depth-wise" if m.groups == m.in_channels else "grouped"
             raise _Unclear(f"{name} is a {kind} convolution (groups={m.groups})")
