@@ -656,7 +656,9 @@ def contiguous_(model: nn.Module) -> RemovableHandle:
     >>> net(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)).is_contiguous(), is_contiguous(net)
     (True, True)
     """
-    model.to(memory_format=torch.contiguous_format)
+    for p in model.parameters():
+        if not nn.parameter.is_lazy(p):
+            p.data = _plainly(p.data)
     return model.register_forward_pre_hook(_contiguous_images)
 
 
@@ -670,7 +672,13 @@ def is_contiguous(model: nn.Module) -> bool:
 
 
 def _contiguous_images(model, inputs):
-    return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
+    return tuple(_plainly(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def _plainly(t):
+    """A tensor with the strides of the contiguous layout; with one channel, `contiguous` keeps others."""
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return t.clone(memory_format=torch.contiguous_format) if last else t.contiguous()
 
 
 def _contiguous(conv, inputs):

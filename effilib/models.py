@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import user_files
-from effilib.convolution import contiguous_, evaluating, guard_
+from effilib.convolution import contiguous_, evaluating, guard_, is_contiguous
 from effilib.errors import BadInput, choose, out_of_memory
 
 __all__ = [
@@ -444,7 +444,7 @@ def fits(
     except Exception as error:  # whatever a user's own code raises
         if out_of_memory(error):
             raise
-        if "view size is not compatible" not in str(error) or layout != torch.channels_last:
+        if "view size is not compatible" not in str(error) or is_contiguous(model):
             raise BadInput(f"network {network} {_why(error, model, x)}") from error
         hook, layout = contiguous_(model), torch.contiguous_format
         try:
