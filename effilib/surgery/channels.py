@@ -377,7 +377,10 @@ class _Reader:
                 self.nothing.add(n)
                 return None
             if isinstance(module, LAYERS) or type(module).__name__.startswith(("Conv", "Lazy")):
-                return self.layer(n.target, module, inputs)
+                out = self.layer(n.target, module, inputs)
+                for v in [*inputs, out] if _frozen(module) else ():
+                    v.group.stop(f"{n.target} is frozen (requires_grad=False)")
+                return out
             return self.operation(n, type(module), inputs, module)
         return self.operation(n, n.target, inputs)
 
@@ -390,8 +393,6 @@ class _Reader:
             raise _Unclear(f"{name} shares its weights with another use of them")
         if not set(m._parameters) <= {"weight", "bias"} or getattr(m, "parametrizations", None):
             raise _Unclear(f"{name} has weights that are computed from others ({', '.join(m._parameters)})")
-        if _frozen(m):
-            raise _Unclear(f"{name} is frozen (requires_grad=False)")
         if getattr(m, "groups", 1) > 1:
             kind = "depth-wise" if m.groups == m.in_channels else "grouped"
             raise _Unclear(f"{name} is a {kind} convolution (groups={m.groups})")
