@@ -7,7 +7,6 @@ All of a method's work is inside the clock. Outside: evaluation for the record, 
 import contextlib
 import copy
 import difflib
-import functools
 import itertools
 import math
 import shutil
@@ -178,7 +177,7 @@ def check_methods(methods: Iterable[Method]) -> tuple[Method, ...]:
     ...     def on_epoch_begin(self, run): ...
     >>> check_methods([Misspelt()])
     Traceback (most recent call last):
-    effilib.errors.BadInput: unknown hook of Misspelt 'on_epoch_begin': ... (did you mean 'on_epoch_start'?)
+    effilib.errors.BadInput: nothing calls Misspelt.on_epoch_begin: ... (did you mean 'on_epoch_start'?)
     """
     methods = tuple(methods)
     for m in methods:
@@ -186,10 +185,12 @@ def check_methods(methods: Iterable[Method]) -> tuple[Method, ...]:
         name = cls.__name__
         if not issubclass(cls, Method) or cls is m:
             raise BadInput(f"expected a method with its settings, an instance of effilib.Method, got {m!r}")
-        for word in dir(cls):
-            near = word.startswith("on_") or difflib.get_close_matches(word, HOOKS, n=1, cutoff=0.85)
-            if near and word not in HOOKS and callable(getattr(cls, word)):
-                choose(f"hook of {name}", word, HOOKS)
+        for word in sorted({*dir(cls)} - {*dir(Method)}):
+            meant = word.replace("begin", "start").replace("train", "fit")  # as other libraries say
+            near = difflib.get_close_matches(meant, HOOKS, n=1, cutoff=0.85)
+            if (near or word.startswith("on_")) and callable(getattr(cls, word)):
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise BadInput(f"nothing calls {name}.{word}: the hooks are {', '.join(HOOKS)}{hint}")
         try:
             hash(m)
         except TypeError as error:
@@ -206,7 +207,6 @@ def _hook(method, name):
     """A method's hook, which is named in what it raises, and whose answer is checked."""
     own, said = getattr(method, name), f"{type(method).__name__}.{name}"
 
-    @functools.wraps(own)
     def hook(run, *batch):
         try:
             answer = own(run, *batch)
@@ -214,18 +214,24 @@ def _hook(method, name):
             error.add_note(f"{said} raised this, at step {run.step}")
             raise
         if name == "on_batch" and not _is_batch(answer):
-            got = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in answer or ()]
             raise BadInput(
-                f"{said} has to return the (x, y) to train on, a label for each image; it returned "
-                + (" and ".join(map(str, got)) or "None")
+                f"{said} has to return the (x, y) to train on, a label for each image; it returned"
+                f" {_kind(answer)}"
             )
-        if isinstance(answer, torch.Tensor) and answer.dim():
-            raise BadInput(
-                f"{said} has to return one number, it returned a tensor of shape {tuple(answer.shape)}"
-            )
+        if name == "loss_terms" and answer is not None and getattr(answer, "ndim", isinstance(answer, str)):
+            raise BadInput(f"{said} has to return one number, it returned {_kind(answer)}")
         return answer
 
+    hook.__qualname__ = said
     return hook
+
+
+def _kind(answer):
+    """What a hook returned, in words."""
+    if isinstance(answer, tuple | list):
+        return f"({', '.join(map(_kind, answer))})"
+    shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else ""
+    return f"{'None' if answer is None else type(answer).__name__}{shape}"
 
 
 def _is_batch(answer):
