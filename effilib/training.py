@@ -675,6 +675,8 @@ def train(
             "sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process "
             "normalises its share"
         )
+    if any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        models.fits(model, type(model).__name__, dataset.classes, dataset.shape)  # gives layers their shapes
     dropout = f"dropout, process {ranks.rank}" if ranks.rank else "dropout"
     with models.seeded(stream(seed, dropout).initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
