@@ -82,7 +82,7 @@ CHANGES = [lambda net: net] * 6 + [
 ]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     networks(),
     st.sampled_from(CHANGES),

@@ -18,7 +18,19 @@ from torch import fx, nn
 from effilib.errors import BadInput, choose
 from effilib.models import Block, Constant, Gone
 
-__all__ = ["CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "nodes", "trace", "unknown"]
+__all__ = [
+    "CONVS",
+    "LAYERS",
+    "NORMS",
+    "Node",
+    "Path",
+    "Structure",
+    "Tracer",
+    "checked",
+    "nodes",
+    "trace",
+    "unknown",
+]
 
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -214,16 +226,28 @@ class _Value:
     flat: bool = False
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, opaque):
-        super().__init__()
-        self.opaque, self.failed = opaque, None
+class Tracer(fx.Tracer):
+    """Follows a forward pass for images alone: its flags and masks keep their defaults, and are no symbols.
+
+    >>> class Flags(nn.Linear):
+    ...     def forward(self, x, features=False):
+    ...         return x if features else super().forward(x)
+    >>> print(Tracer().trace(Flags(2, 3)))
+    graph():
+    ...
+    """
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        def forward(self, x):  # flags and masks keep their defaults, which are no symbols
+        def forward(self, x):
             return root_fn(self, x)
 
         return super().create_args_for_root(forward, is_module)
+
+
+class _Tracer(Tracer):
+    def __init__(self, opaque):
+        super().__init__()
+        self.opaque, self.failed = opaque, None
 
     def is_leaf_module(self, m, name):
         return (
