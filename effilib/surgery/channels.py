@@ -25,7 +25,6 @@ __all__ = [
     "Node",
     "Path",
     "Structure",
-    "Tracer",
     "checked",
     "nodes",
     "trace",
