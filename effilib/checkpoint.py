@@ -300,6 +300,7 @@ def shape_(model: nn.Module, saved: dict | None) -> nn.Module:
     """
     if saved and saved["settings"] != models.describe(model):
         rebuilt = type(model)(model.head.out_features, next(model.parameters()).shape[1], **saved["settings"])
+        _hold_alike_(rebuilt, model)
         model.__dict__ = rebuilt.__dict__  # the caller's model it stays
     elif saved and not saved["settings"]:
         operate_again_(model, saved["model"])
@@ -308,8 +309,18 @@ def shape_(model: nn.Module, saved: dict | None) -> nn.Module:
         if name in now and kernel != now[name]:
             conv, (size, *_) = model.get_submodule(name), kernel
             models.set_kernel_(conv, *kernel)
-            conv.weight = torch.nn.Parameter(conv.weight.new_empty(*conv.weight.shape[:2], *size))
+            new = conv.weight.new_empty(*conv.weight.shape[:2], *size)
+            conv.weight = torch.nn.Parameter(new, requires_grad=conv.weight.requires_grad)
     return model
+
+
+def _hold_alike_(new, old):
+    """Freeze, and leave in eval mode, the layers of `new` whose namesakes in `old` are so."""
+    parameters, modules = dict(old.named_parameters()), dict(old.named_modules())
+    for name, p in new.named_parameters():
+        p.requires_grad_(name not in parameters or parameters[name].requires_grad)
+    for name, m in new.named_modules():
+        m.training = name not in modules or modules[name].training
 
 
 def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -8,13 +8,15 @@ All of them are an `Approximation`: up to six functions, each of which replaces 
 methods on the same layer compose as long as they do not replace the same part. What is not replaced is
 computed as PyTorch computes it, and only where somebody asks for it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from effilib.errors import BadInput, NoEffect
 
@@ -27,12 +29,15 @@ __all__ = [
     "MatrixProduct",
     "approx_conv2d",
     "approx_linear",
+    "contiguous_",
     "convert_",
     "dw_of_outputs",
     "dw_of_samples",
     "dx_of_outputs",
     "dx_of_samples",
+    "evaluating",
     "guard_",
+    "is_contiguous",
     "layers",
     "merged",
     "on_device",
@@ -468,6 +473,26 @@ def merged(layer: nn.Module) -> Approximation:
     return whole
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in eval mode; afterwards every layer is in its own mode again.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(1).eval(), nn.Dropout())
+    >>> with evaluating(net):
+    ...     net[1].training
+    False
+    >>> net[0].training, net[1].training
+    (False, True)
+    """
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, was in modes.items():
+            m.training = was
+
+
 def probe(model: nn.Module, x: torch.Tensor, hooks: dict, grad: bool = False) -> None:
     """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was,
     whatever happens.
@@ -478,13 +503,10 @@ def probe(model: nn.Module, x: torch.Tensor, hooks: dict, grad: bool = False) ->
     >>> seen, net.training
     ([torch.Size([1, 3])], True)
     """
-    training = {m: m.training for m in model.modules()}
     try:
-        with torch.set_grad_enabled(grad):
-            model.eval()(x)
+        with evaluating(model), torch.set_grad_enabled(grad):
+            model(x)
     finally:
-        for m, was in training.items():
-            m.training = was
         for h in hooks:
             h.remove()
 
@@ -515,7 +537,14 @@ def layers(model: nn.Module, x: torch.Tensor | None = None, *, linear: bool = Fa
 
         for m in named:
             hooks.append(m.register_forward_hook(note))
-        probe(model, x, hooks, grad=True)
+        frozen = [p for p in model.parameters() if not p.requires_grad]  # a frozen trunk is no stem
+        try:
+            for p in frozen:
+                p.requires_grad_()
+            probe(model, x, hooks, grad=True)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
     stem.update(order[:1])
     wanted = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     # a linear layer in the first place is no stem: it holds most of a perceptron's work
@@ -617,6 +646,39 @@ def guard_(model: nn.Module) -> nn.Module:
         ):
             m.register_forward_pre_hook(_contiguous)
     return model
+
+
+def contiguous_(model: nn.Module) -> RemovableHandle:
+    """Give `model` its images in the contiguous layout, whichever they come in. Returns the hook.
+
+    >>> net = nn.Sequential(nn.Identity())
+    >>> _ = contiguous_(net)
+    >>> net(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)).is_contiguous(), is_contiguous(net)
+    (True, True)
+    """
+    for p in model.parameters():
+        if not nn.parameter.is_lazy(p):
+            p.data = _plainly(p.data)
+    return model.register_forward_pre_hook(_contiguous_images)
+
+
+def is_contiguous(model: nn.Module) -> bool:
+    """Return whether `model` gets its images in the contiguous layout, by `contiguous_`.
+
+    >>> is_contiguous(nn.Identity())
+    False
+    """
+    return _contiguous_images in model._forward_pre_hooks.values()
+
+
+def _contiguous_images(model, inputs):
+    return tuple(_plainly(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def _plainly(t):
+    """A tensor with the strides of the contiguous layout; with one channel, `contiguous` keeps others."""
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return t.clone(memory_format=torch.contiguous_format) if last else t.contiguous()
 
 
 def _contiguous(conv, inputs):

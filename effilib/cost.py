@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from effilib.clock import interleaved
+from effilib.convolution import probe
 from effilib.errors import BadInput
 
 __all__ = [
@@ -313,14 +314,7 @@ def layers(model: nn.Module, x: torch.Tensor) -> dict[str, Conv]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(note(name)))
-    was = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        model.train(was)
-        for h in hooks:
-            h.remove()
+    probe(model, x, hooks)
     return found
 
 

@@ -1,10 +1,13 @@
 """The errors of effilib that a person is meant to read: one clear sentence each."""
 
 import difflib
+import math
+import re
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import TypeVar
 
-__all__ = ["BadInput", "NoEffect", "NotApplicable", "choose"]
+__all__ = ["BadInput", "NoEffect", "NotApplicable", "choose", "out_of_memory", "within"]
 
 T = TypeVar("T")
 
@@ -57,3 +60,36 @@ def choose(kind: str, value: T, choices: Iterable[T]) -> T:
     if len(names) > 20:  # nobody reads fifty names: the nearest ones, and how many there are
         names = [*(near or names[:10]), f"... ({len(names)} in all)"]
     raise BadInput(f"unknown {kind} {value!r}: choose one of {', '.join(names)}{hint}")
+
+
+RANGES = {
+    "above 0": lambda n: 0 < n < math.inf,
+    "0 or above": lambda n: 0 <= n < math.inf,
+    "from 0 to 1": lambda n: 0 <= n <= 1,
+    "from 0 to below 1": lambda n: 0 <= n < 1,
+    "a whole number above 0": lambda n: isinstance(n, Integral) and n > 0,
+}
+
+
+def within(what: str, value: object, words: str) -> None:
+    """Raise `BadInput` unless `value` is a number in the range that `words` name.
+
+    >>> within("recipe: momentum", 2, "from 0 to below 1")
+    Traceback (most recent call last):
+    effilib.errors.BadInput: recipe: momentum is 2, it must be from 0 to below 1
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not RANGES[words](value):
+        raise BadInput(f"{what} is {value!r}, it must be {'' if number else 'a number, '}{words}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out, on whichever device.
+
+    >>> out_of_memory(RuntimeError("CUDA out of memory")), out_of_memory(ValueError("no such thing"))
+    (True, False)
+    """
+    said = r"out of memory|(can't|cannot) allocate memory|not enough memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search(said, str(error)))
+    )

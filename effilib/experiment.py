@@ -20,7 +20,7 @@ from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.progress import Progress
 from effilib.tasks import Task
-from effilib.training import History, resolve_layout, resolve_precision, train
+from effilib.training import History, check_methods, resolve_layout, resolve_precision, train
 
 __all__ = ["Arm", "cells", "check_arms", "find_lengths", "key", "measure", "order", "pilot", "shared_machine"]
 
@@ -54,6 +54,9 @@ class Arm:
     fit: Callable | None = None
     tuned: dict[float, dict] = field(default_factory=dict)
     lengths: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        check_methods(self.methods)  # before anything is trained
 
     def task(self, task: Task, length: float = 1.0) -> Task:
         """Return the task as this arm trains it at a length."""

@@ -7,17 +7,17 @@ network anew. A user's own network comes by its import path: `"torchvision.model
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib.convolution import guard_
-from effilib.errors import BadInput, choose
+from effilib import user_files
+from effilib.convolution import contiguous_, evaluating, guard_, is_contiguous
+from effilib.errors import BadInput, choose, out_of_memory
 
 __all__ = [
     "NETWORKS",
@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "find",
     "fits",
+    "in_training",
     "initialize_",
     "kernels",
     "reestimate_",
@@ -395,31 +396,133 @@ def check_name(network: str) -> None:
         )
 
 
-def fits(model: nn.Module, network: str, classes: int, shape: tuple[int, int, int]) -> None:
-    """Raise `BadInput` unless `model` takes images of `shape` (C, H, W) to logits (N, classes).
+def fits(
+    model: nn.Module,
+    network: str,
+    classes: int,
+    shape: tuple[int, int, int],
+    *,
+    batch: tuple[torch.Tensor, torch.Tensor] | None = None,
+    layout: torch.memory_format = torch.channels_last,
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 (it has no state)
+) -> None:
+    """Raise `BadInput` unless `model` can be trained on images of `shape` (C, H, W).
+
+    It has to take them to logits (N, classes) in eval and in training mode, and to gradients; of that nothing
+    is left behind. batch: (x, y) as in training (default: two black images). autocast: the training's number
+    format. Where only the layout is in the way, the model gets its images in the contiguous one
+    (`contiguous_`), with a warning.
 
     >>> fits(build("convnet", 10, (3, 8, 8)), "convnet", 10, (1, 8, 8))
     Traceback (most recent call last):
     effilib.errors.BadInput: network convnet takes 3 input channels, but the images have 1 ...
     """
+    first = next(iter(model.parameters()), torch.empty(0))
+    if batch is None:
+        x = torch.zeros(2, *shape, dtype=first.dtype, device=first.device)
+        batch = x, torch.arange(2, device=first.device) % classes
+    x, y = batch
+    x = x.contiguous(memory_format=layout)
     try:
-        with torch.no_grad():
-            was, dtype = model.training, next((p.dtype for p in model.parameters()), None)
-            logits = model.eval()(torch.zeros(2, *shape, dtype=dtype))
-            model.train(was)
+        with seeded(0, x.device), autocast:
+            with evaluating(model), torch.no_grad():
+                logits = model(x)  # what is lazy gets its shape
+            _check_logits(logits, network, (len(x), classes), "")
+            with _untouched(model):
+                trained = model(x)
+                _check_logits(trained, network, (len(x), classes), " in training")
+                learning = [p for p in model.parameters() if p.requires_grad]
+                if not learning:
+                    raise BadInput(f"network {network} cannot learn: it has no parameters, or all are frozen")
+                if not trained.requires_grad:
+                    raise BadInput(
+                        f"network {network} cannot learn: its logits are cut off from its parameters, by a"
+                        " detach() or no_grad() in its forward pass"
+                    )
+                torch.autograd.grad(F.cross_entropy(trained.float(), y), learning, allow_unused=True)
+    except BadInput:
+        raise
     except Exception as error:  # whatever a user's own code raises
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != shape[0]:
-            what = f"takes {first.in_channels} input channels, "
-            what += f"but the images have {shape[0]} (C, H, W = {shape})"
-        else:
-            what = f"cannot take images of C, H, W = {shape}: {_say(error)}"
-        raise BadInput(f"network {network} {what}") from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise BadInput(
-            f"network {network} returned {got} for 2 images, expected logits of shape (2, {classes})"
+        if out_of_memory(error):
+            raise
+        if "view size is not compatible" not in str(error) or is_contiguous(model):
+            raise BadInput(f"network {network} {_why(error, model, x)}") from error
+        hook, layout = contiguous_(model), torch.contiguous_format
+        try:
+            fits(model, network, classes, shape, batch=batch, layout=layout, autocast=autocast)
+        except BadInput:
+            hook.remove()
+            raise
+        warnings.warn(
+            "the network calls view() on feature maps: it runs in the contiguous layout, which is slower here"
+            " than channels_last; flatten(1) or reshape() take both",
+            stacklevel=1,
         )
+        return
+    sums = logits.float().sum(1)
+    if (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+        warnings.warn(
+            "the network ends in a softmax, and the loss applies its own: leave it out, it slows learning",
+            stacklevel=1,
+        )
+
+
+def _why(error, model, x):
+    """Why a network cannot be trained on images x, in words."""
+    shape = tuple(x.shape[1:])
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    formats = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
+    if conv is not None and conv.in_channels != shape[0]:
+        return f"takes {conv.in_channels} input channels, but the images have {shape[0]} (C, H, W = {shape})"
+    if formats:
+        return (
+            f"has parameters in {formats.pop()}, and the images are in {x.dtype}: call .float() on it"
+            " (precision=fp64 trains in 64 bits)"
+        )
+    if "more than 1 value per channel" in str(error):
+        return (
+            f"has a BatchNorm on maps of 1 x 1 pixel, and its batch (with several processes: its share) is"
+            f" {len(x)} image: take a larger batch_size"
+        )
+    return f"cannot take images of C, H, W = {shape}: {_say(error)}"
+
+
+def _check_logits(out, network, wanted, mode):
+    """Raise `BadInput` unless a network's output has the shape of logits: (N, classes)."""
+    if isinstance(out, torch.Tensor) and tuple(out.shape) == wanted:
+        return
+    got, hint = type(out).__name__, ": return these alone (heads of torchvision: aux_logits=False)"
+    if isinstance(out, torch.Tensor):
+        got, hint = tuple(out.shape), ""
+    said = f"network {network} returned {got} for {wanted[0]} images{mode}"
+    raise BadInput(f"{said}, expected logits of shape {wanted}{hint}")
+
+
+def in_training(model: nn.Module) -> nn.Module:
+    """Put `model` into training mode, but for layers that its user left in eval mode.
+
+    A network that is in eval mode as a whole comes along as a whole.
+
+    >>> [m.training for m in in_training(nn.Sequential(nn.BatchNorm2d(1).eval(), nn.Dropout()))]
+    [False, True]
+    """
+    return model if model.training else model.train()
+
+
+@contextlib.contextmanager
+def _untouched(model):
+    """Hold `model` in training mode; afterwards modes and buffers are as they were."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    modes = {m: m.training for m in model.modules()}
+    in_training(model)
+    try:
+        yield
+    finally:
+        for m, was in modes.items():
+            m.training = was
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
 
 
 def find(network: str, what: str = "network") -> Callable:
@@ -431,13 +534,7 @@ def find(network: str, what: str = "network") -> Callable:
     """
     place, _, name = network.rpartition(":")
     try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = (user_files.load if place.endswith(".py") else importlib.import_module)(place)
     except Exception as error:  # a user's file can fail in any way
         raise BadInput(f"{what} {network}: cannot import {place} ({_say(error)})") from error
     functions = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
@@ -518,7 +615,7 @@ def describe(model: nn.Module) -> dict:
 @torch.no_grad()
 def reestimate_(model: nn.Module, batches: Iterable, *, training: bool = False) -> int:
     """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in
-    place. Returns how many layers.
+    place. Returns how many layers: those that their user left in eval mode keep theirs.
 
     All other layers compute as in eval mode (exact products, no dropout), or with `training` as in training.
 
@@ -531,21 +628,25 @@ def reestimate_(model: nn.Module, batches: Iterable, *, training: bool = False) 
     norms = [
         m
         for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.running_mean is not None
+        and (m.training or not model.training)  # else its user holds the statistics
     ]
     if norms:
         modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
         try:
-            model.train(training)
-            for m in norms:
-                m.train()
-                m.reset_running_stats()
-                m.momentum = None  # a plain average
-            for x in batches:
-                model(x)
+            with evaluating(model):
+                if training:
+                    for m, was in modes.items():
+                        m.training = was
+                    in_training(model)
+                for m in norms:
+                    m.training = True
+                    m.reset_running_stats()
+                    m.momentum = None  # a plain average
+                for x in batches:
+                    model(x)
         finally:
             for m, momentum in zip(norms, momenta, strict=True):
                 m.momentum = momentum
-            for m, was in modes.items():
-                m.training = was
     return len(norms)

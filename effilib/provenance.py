@@ -24,7 +24,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import effilib
-from effilib import paths
+from effilib import paths, user_files
 from effilib.errors import BadInput
 
 __all__ = ["commit", "digest", "imports", "named_source", "normalized", "settings", "source"]
@@ -120,7 +120,7 @@ def _settings(value, where, above):
 
 
 def _name(thing):
-    return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{user_files.plain_name(str(thing.__module__))}.{thing.__qualname__}"
 
 
 # Source
@@ -200,7 +200,7 @@ def named_source(name: str) -> str:
         return ""
     thing = models.find(name)
     if place.endswith(".py"):
-        return digest(source(thing), _texts((), [Path(place).expanduser()]))
+        return digest(source(thing, user_files.load(place)))
     module = sys.modules[place]
     return digest(source(thing, module), getattr(sys.modules[place.split(".")[0]], "__version__", ""))
 
@@ -217,21 +217,17 @@ def imports(modules: Iterable[str]) -> set[str]:
     return set(_files(modules))
 
 
-def _texts(modules, files=()):
-    """Sorted pairs (name, normalised source) of modules, of files, and of all that they import."""
-    loaded = {vars(m).get("__file__"): name for name, m in list(sys.modules.items())} if files else {}
-    found = {**_files(modules, files), **{loaded.get(str(f), str(f)): f for f in files}}
+def _texts(modules):
+    """Sorted pairs (name, normalised source) of modules and of all that they import."""
     return sorted(
         [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
-        for name, file in found.items()
+        for name, file in _files(modules).items()
     )
 
 
-def _files(modules, files=()):
-    """Name -> file of the modules `modules`, and of all modules that these and `files` import."""
+def _files(modules):
+    """Name -> file of the modules `modules`, and of all modules that these import."""
     found, todo = {}, [(m, None) for m in modules]
-    for file in files:
-        todo += [(m, file.parent) for m in _imported(str(file), file)]
     while todo:
         module, beside = todo.pop()
         package, _, name = module.rpartition(".")
@@ -314,7 +310,10 @@ _first = {}  # file -> (spec of its module, its text) when it was first seen
 
 def _text(module, file):
     """The text of a module as it was loaded: what was edited since does not run."""
-    text, spec = file.read_text(encoding="utf-8"), getattr(sys.modules.get(module), "__spec__", None)
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if spec is not None and isinstance(spec.loader, user_files.Loader):
+        return spec.loader.get_source(module)
+    text = file.read_text(encoding="utf-8")
     if spec is None:
         return text
     if _first.setdefault(file, (spec, text))[0] is not spec:  # reloaded

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from effilib import user_files
 from effilib.caveats import caveats
 from effilib.errors import choose
 from effilib.experiment import Arm, check_arms, find_lengths, measure, shared_machine
@@ -60,6 +61,7 @@ def compare(
     >>> comparison.verdict("narrow").verdict
     'smoke: not a measurement'
     """
+    user_files.refuse_while_loading("a comparison")
     if seeds is not None:
         task = task.but(seeds=seeds)
     check_arms(task, arms)

@@ -15,13 +15,14 @@ from torch import nn
 
 from effilib import data, distributed, models, paths
 from effilib.caveats import caveats
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, choose, within
 from effilib.training import Recipe, stream
 
 __all__ = ["PRESETS", "TUNED", "Task", "pick_device", "recorded_tuning", "task"]
 
 PRESETS = ("smoke", "quick", "study", "full")
 AXES = ("epochs", "images")
+VARIANTS = ("base", "wide")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +58,26 @@ class Task:
     given: tuple[str, ...] = ()
 
     def __post_init__(self):
+        choose("preset", self.preset, PRESETS)
+        choose("variant", self.variant, VARIANTS)
         choose("axis of lengths", self.axis, AXES)
-        if not self.lengths or not all(length > 0 for length in self.lengths):
+        if not isinstance(self.lengths, tuple | list) or not self.lengths:
             raise BadInput(f"lengths must be shares above 0, got {self.lengths}")
         data.check_size(self.size)
-        if not isinstance(self.seeds, int) or self.seeds < 1:
-            raise BadInput(f"seeds is {self.seeds!r}, it must be a whole number above 0")
+        for length in self.lengths:
+            within("a length", length, "above 0")
+        within("seeds", self.seeds, "a whole number above 0")
+        for name in ("images", "validation"):
+            if getattr(self, name) is not None:
+                within(name, getattr(self, name), "a whole number above 0")
 
     def load(self) -> data.Dataset:
         """Load the data set, cut to the preset's size, on the task's device."""
         dataset = data.load(self.dataset, device=self.device, size=self.size)
         dataset = replace(dataset, batch=min(dataset.batch, self.recipe.batch_size))
-        if self.images:
+        if self.images is not None:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
-        if self.validation:
+        if self.validation is not None:
             n = self.validation
             dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
@@ -233,7 +240,7 @@ def task(
     data.check_name(dataset)
     if network:
         models.check_name(network)
-    choose("variant", variant, ("base", "wide"))
+    choose("variant", variant, VARIANTS)
     settings = dict(PRESET[preset], variant=variant)
     if variant == "wide" and preset != "smoke":
         settings["widths"] = WIDE

@@ -332,7 +332,8 @@ def _prepare(task, dataset, variant, *last):
     model = task.build(dataset, **variant.network)
     changed = variant.convert(model) if variant.convert else None
     model = changed if isinstance(changed, nn.Module) else model
-    model = model.to(memory_format=LAYOUTS[resolve_layout(recipe, dataset.device)]).train()
+    model = model.to(memory_format=LAYOUTS[resolve_layout(recipe, dataset.device, model)])
+    models.in_training(model)
     run = Run(model, dataset, recipe, (*variant.methods, *last), 0)
     x, y = batch(dataset, recipe.batch_size)
     run.batches = Batches(dataset, len(y), stream(0, "data")) if variant.methods else None

@@ -6,6 +6,7 @@ All of a method's work is inside the clock. Outside: evaluation for the record, 
 
 import contextlib
 import copy
+import difflib
 import itertools
 import math
 import shutil
@@ -20,16 +21,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import checkpoint as checkpoints
-from effilib import convolution, cost, distributed, models
+from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import Dataset
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.models import stream
 
 __all__ = [
     "EVALUATIONS", "LAYOUTS", "History", "Method", "Recipe", "Run", "Schedule", "at_least_fp32", "autocast",
-    "can_compile", "class_hits", "evaluate", "judge_", "native_bf16", "resolve_layout", "resolve_precision",
-    "stream", "train",
+    "can_compile", "check_methods", "class_hits", "evaluate", "judge_", "native_bf16", "resolve_layout",
+    "resolve_precision", "stream", "train",
 ]  # fmt: skip
 EVALUATIONS = 3  # of the validation set in a run: two for progress and pictures, and the end, which counts
 HELD_OUT = ("validation", "test")  # the splits of which the final accuracy is
@@ -67,9 +68,14 @@ class Recipe:
         choose("schedule", self.schedule, ("linear", "cosine", "constant"))
         choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16", "fp64"))
         choose("memory format", self.memory_format, ("auto", *LAYOUTS))
-        for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"recipe: {name} is {getattr(self, name)}, it must be above 0")
+        choose("augmentation", self.augmentation, ("auto", "none", "crop", "crop+flip"))
+        ranges = {
+            "epochs": "above 0", "batch_size": "a whole number above 0", "lr": "above 0",
+            "warmup": "from 0 to 1", "momentum": "from 0 to below 1", "weight_decay": "0 or above",
+            "label_smoothing": "from 0 to below 1",
+        }  # fmt: skip
+        for name, words in ranges.items():
+            within(f"recipe: {name}", getattr(self, name), words)
 
     def lr_at(self, step: float, steps: float) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""
@@ -162,6 +168,77 @@ class Method:
 HOOKS = [name for name in vars(Method) if name.startswith("on_") or name == "loss_terms"]
 
 
+def check_methods(methods: Iterable[Method]) -> tuple[Method, ...]:
+    """Return the methods; raise `BadInput` for what could not take part in a run.
+
+    That is a hook that nobody would call, or settings by which no state could be kept.
+
+    >>> class Misspelt(Method):
+    ...     def on_epoch_begin(self, run): ...
+    >>> check_methods([Misspelt()])
+    Traceback (most recent call last):
+    effilib.errors.BadInput: nothing calls Misspelt.on_epoch_begin: ... (did you mean 'on_epoch_start'?)
+    """
+    methods = tuple(methods)
+    for m in methods:
+        cls = m if isinstance(m, type) else type(m)
+        name = cls.__name__
+        if not issubclass(cls, Method) or cls is m:
+            raise BadInput(f"expected a method with its settings, an instance of effilib.Method, got {m!r}")
+        for word in sorted({*dir(cls)} - {*dir(Method)}):
+            meant = word.replace("begin", "start").replace("train", "fit")  # as other libraries say
+            near = difflib.get_close_matches(meant, HOOKS, n=1, cutoff=0.85)
+            if (near or word.startswith("on_")) and callable(getattr(cls, word)):
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise BadInput(f"nothing calls {name}.{word}: the hooks are {', '.join(HOOKS)}{hint}")
+        try:
+            hash(m)
+        except TypeError as error:
+            held = {k: type(v).__name__ for k, v in vars(m).items() if type(v).__hash__ is None}
+            said = ", ".join(f"{k!r} is a {kind}: make it a tuple" for k, kind in held.items())
+            frozen = "write @dataclass(frozen=True, kw_only=True) above it"
+            raise BadInput(f"the settings of {name} could change in mid-run; {said or frozen}") from error
+    if len(set(methods)) < len(methods):
+        raise BadInput(f"two methods are equal and would share their state: {', '.join(map(repr, methods))}")
+    return methods
+
+
+def _hook(method, name):
+    """A method's hook, which is named in what it raises, and whose answer is checked."""
+    own, said = getattr(method, name), f"{type(method).__name__}.{name}"
+
+    def hook(run, *batch):
+        try:
+            answer = own(run, *batch)
+        except Exception as error:
+            error.add_note(f"{said} raised this, at step {run.step}")
+            raise
+        if name == "on_batch" and not _is_batch(answer):
+            raise BadInput(
+                f"{said} has to return the (x, y) to train on, a label for each image; it returned"
+                f" {_kind(answer)}"
+            )
+        if name == "loss_terms" and answer is not None and getattr(answer, "ndim", isinstance(answer, str)):
+            raise BadInput(f"{said} has to return one number, it returned {_kind(answer)}")
+        return answer
+
+    hook.__qualname__ = said
+    return hook
+
+
+def _kind(answer):
+    """What a hook returned, in words."""
+    if isinstance(answer, tuple | list):
+        return f"({', '.join(map(_kind, answer))})"
+    shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else ""
+    return f"{'None' if answer is None else type(answer).__name__}{shape}"
+
+
+def _is_batch(answer):
+    tensors = isinstance(answer, tuple | list) and all(isinstance(t, torch.Tensor) for t in answer)
+    return tensors and len(answer) == 2 and 0 < len(answer[0]) == len(answer[1])
+
+
 class Run:
     """What a method sees of the training that it takes part in.
 
@@ -179,13 +256,13 @@ class Run:
     """
 
     def __init__(self, model, dataset, recipe, methods, seed, ranks=distributed.ALONE):
-        self.model, self.dataset, self.recipe, self.methods, self.seed = model, dataset, recipe, methods, seed
-        self.ranks = ranks
+        self._model, self.dataset, self.recipe = model, dataset, recipe
+        self.methods, self.seed, self.ranks = methods, seed, ranks
         self.resumed = False  # from a checkpoint: the model has its later shape when methods are set up
         self.device = dataset.device
         self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
-        self.layout = LAYOUTS[resolve_layout(recipe, self.device)]
+        self.layout = LAYOUTS[resolve_layout(recipe, self.device, model)]
         self.state = {}  # method -> its state; goes into checkpoints
         self.events = []  # what methods did, in words: goes into the history
         self.clock = Stopwatch(self.device)
@@ -205,11 +282,20 @@ class Run:
         # what a training step is timed as: "step" is one on full-size images
         self.step_kind = self._kind = "step"
         self.structures = 0  # how often the structure changed
+        self._parameters = _parameters(model)
         self.wrap()
         self._hooks = {
-            h: [getattr(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)]
-            for h in HOOKS
+            h: [_hook(m, h) for m in methods if getattr(type(m), h) is not getattr(Method, h)] for h in HOOKS
         }
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; another one takes its place by `restructure` only."""
+        return self._model
+
+    @model.setter
+    def model(self, model):
+        raise BadInput("a hook cannot set run.model: return the new one from run.restructure(change)")
 
     @property
     def lr(self) -> float:
@@ -253,11 +339,21 @@ class Run:
 
     def call(self, hook: str) -> None:
         """Call a hook of every method that has it; its time is its own segment."""
+        self._check_structure("a hook that is called at every step")
         if self._hooks[hook]:
             self.kind = hook
             for f in self._hooks[hook]:
                 f(self)
+                if hook != "on_fit_end":  # which leaves a plain model behind
+                    self._check_structure(f.__qualname__)
             self.kind = "step"
+
+    def _check_structure(self, who):
+        if self.methods and _parameters(self.model) != self._parameters:
+            raise BadInput(
+                f"{who} changed the network's parameters by itself: do it in run.restructure(change), so that"
+                " the optimizer follows"
+            )
 
     def restructure(self, change: Callable) -> None:
         """Change the structure in mid-training: the one way to do it.
@@ -270,7 +366,7 @@ class Run:
         optimizer and the model differ afterwards."""
         before, self.kind = self._kind, "reconfigure"
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
-        self.model = change(self.model, self.optimizer) or self.model
+        self._model = change(self.model, self.optimizer) or self.model
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if (
             len(held) != len(set(held))
@@ -324,6 +420,7 @@ class Run:
             self.optimizer.state[p]["momentum_buffer"] = (
                 torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
             )
+        self._parameters = _parameters(self.model)
         self.wrap()
 
     def align_gradients(self) -> None:
@@ -395,6 +492,10 @@ class Run:
         for hook in self._hooks["on_step_end"]:
             hook(self)
         return tuple(x.shape)
+
+
+def _parameters(model):
+    return {p: p.shape for p in model.parameters()}
 
 
 def _plain(value, what):
@@ -565,16 +666,21 @@ def train(
     >>> history.steps, len(history.rows), history.accuracy > 50
     (33, 3, True)
     """
-    ranks = distributed.ranks(dataset.device)
+    user_files.refuse_while_loading("a training")
+    methods, ranks = check_methods(methods), distributed.ranks(dataset.device)
+    if recipe.compile and (why := can_compile(dataset.device)):
+        raise BadInput(why)
     if recipe.sync_bn and dataset.device.type != "cuda":
         raise BadInput(
             "sync_bn needs CUDA: PyTorch's SyncBatchNorm has no other kernels; without it each process "
             "normalises its share"
         )
+    if any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        models.fits(model, type(model).__name__, dataset.classes, dataset.shape)  # gives layers their shapes
     dropout = f"dropout, process {ranks.rank}" if ranks.rank else "dropout"
     with models.seeded(stream(seed, dropout).initial_seed(), dataset.device), backend(recipe, dataset.device):
         steady_memory()
-        layout = LAYOUTS[resolve_layout(recipe, dataset.device)]
+        layout = LAYOUTS[resolve_layout(recipe, dataset.device, model)]
         mine = (
             checkpoints.identity(model, dataset, recipe, methods, seed, ranks)
             if checkpoint or ranks.size > 1
@@ -582,21 +688,23 @@ def train(
         )
         ranks.check(mine)
         saved = checkpoints.read(checkpoint, mine, ranks, dataset.device)
-        model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout).train()
+        model = checkpoints.shape_(model, saved).to(dataset.device, memory_format=layout)
+        models.in_training(model)
         dataset = replace(dataset, batch=min(dataset.batch, recipe.batch_size))  # what fits in training
         if recipe.precision == "fp64":
             model, dataset = model.double(), replace(dataset, dtype=torch.float64)
         batches = rank_batches(
             dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation
         )
-        run = Run(model, dataset, recipe, tuple(methods), seed, ranks)
+        warm = next(iter(rank_batches(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)))
+        _check(model, dataset, recipe, layout, warm, ranks)
+        run = Run(model, dataset, recipe, methods, seed, ranks)
         run.batches, run.resumed, per_epoch = batches, saved is not None, len(batches)
         run.steps = run.schedule.planned = max(1, round(recipe.epochs * per_epoch))
         marks = evaluation_steps(run.steps, evaluations)
         history = History(precision=run.precision, images=len(dataset.train))
         graphs = Counter(torch._dynamo.utils.counters["frames"]) if recipe.compile else None
-        warm = rank_batches(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)
-        history.warm_up = warm_up(run, next(iter(warm)))
+        history.warm_up = warm_up(run, warm)
         flops = _Flops()
         losses, pending = (
             [],
@@ -629,7 +737,7 @@ def train(
             run.epoch = epoch
             run.call("on_epoch_start")
             for x, y in itertools.islice(batches, run.steps - run.step):
-                x = x.contiguous(memory_format=layout)
+                x = x.contiguous(memory_format=run.layout)
                 structure = run.structures  # a hook may change it at the step's end
                 run.counting, kind = flops.due(structure), run.step_kind
                 if not run.counting:
@@ -670,6 +778,23 @@ def train(
         if graphs is not None:
             check_compiled(graphs)
         return finish(run, history)
+
+
+def _check(model, dataset, recipe, layout, batch, ranks):
+    """Raise `BadInput`, in all processes alike, unless the model can be trained as the recipe says."""
+    refused, precision = None, resolve_precision(recipe.precision, dataset.device)
+    try:
+        models.fits(
+            model, type(model).__name__, dataset.classes, dataset.shape,
+            batch=batch, layout=layout, autocast=autocast(precision, dataset.device),
+        )  # fmt: skip
+        if recipe.memory_format == "channels_last" and convolution.is_contiguous(model):
+            raise BadInput("this network cannot run in channels_last, for its view(): set memory_format=auto")
+    except BadInput as error:
+        refused = error
+    said = next(filter(None, ranks.gather(str(refused or ""))), "")
+    if said:
+        raise refused or BadInput(said)
 
 
 def check_compiled(before: Counter) -> None:
@@ -727,15 +852,13 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "f
     >>> 0 <= accuracy <= 100
     True
     """
-    was, total, correct = model.training, 0.0, 0
-    model.eval()
+    total, correct = 0.0, 0
     part = getattr(dataset, split)
-    with autocast(precision, dataset.device):
+    with convolution.evaluating(model), autocast(precision, dataset.device):
         for x, y in dataset.batches(part):
             logits = at_least_fp32(model(x))
             total += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
-    model.train(was)
     return float(total) / len(part), 100 * float(correct) / len(part)
 
 
@@ -748,16 +871,13 @@ def class_hits(model: nn.Module, dataset: Dataset, split: str, precision: str = 
     >>> sum(images) == len(data.test), all(c <= n for c, n in zip(correct, images))
     (True, True)
     """
-    was = model.training
-    model.eval()
     counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
-    with autocast(precision, dataset.device):
+    with convolution.evaluating(model), autocast(precision, dataset.device):
         for x, y in dataset.batches(getattr(dataset, split)):
             right = y[model(x).argmax(1) == y]
             counts += torch.stack(
                 [torch.bincount(labels, minlength=dataset.classes) for labels in (right, y)]
             )
-    model.train(was)
     return counts.tolist()
 
 
@@ -846,15 +966,17 @@ def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str
     return ("bf16" if native_bf16(device) else "fp32") if precision == "auto" else precision
 
 
-def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu") -> str:
+def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu", model: nn.Module | None = None) -> str:
     """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
-    tensor cores.
+    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`).
 
     >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
     ('channels_last', 'contiguous')
     """
     if recipe.memory_format != "auto":
         return recipe.memory_format
+    if model is not None and convolution.is_contiguous(model):
+        return "contiguous"
     cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in (
         "fp32",
         "fp64",

@@ -274,3 +274,43 @@ def test_unknown_names_are_bad_input_with_the_choices():
         found["stemm"]
     with pytest.raises(BadInput, match=r"unknown residual path .* stages\.0\.0"):
         found.path("stages")
+
+
+class Flags(nn.Module):
+    """What people give their forward besides the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x, features=False, mask=None, *, scale=1.0, size=(2, 3)):
+        h = F.relu(self.one(x))
+        if mask is not None:
+            h = h * mask
+        h = self.two(h).mean(size)
+        return h if features else self.head(h) * scale
+
+
+def test_flags_and_masks_of_the_forward_pass_have_their_defaults():
+    model, x = Flags(), torch.rand(2, 1, 8, 8)
+    found = trace(model)
+    assert [n.name for n in found.nodes] == ["one", "two"]
+    with torch.no_grad():
+        model.two.weight[:, 1:] = 0
+    before = model(x)
+    select_(found["one"], [0])
+    assert_close(model(x), before)
+
+
+def test_frozen_layers_are_no_nodes():
+    model = make("resnet")
+    model.stages[0].requires_grad_(False)
+    found = trace(model)
+    assert [n.name for n in found.nodes] == [
+        n.name for n in trace(make("resnet")).nodes if not n.name.startswith(("stem", "stages.0"))
+    ]
+    with pytest.raises(BadInput, match=r"stages\.0\.0\.conv1 is frozen \(requires_grad=False\)"):
+        found["stages.0.0.conv1"]
+    model.requires_grad_(False)
+    with pytest.raises(BadInput, match=r"no channels that could be pruned or widened: .* is frozen"):
+        nodes(model)

@@ -830,3 +830,13 @@ def test_every_cut_and_many_flipped_bits_are_noticed(tmp_path):
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1 :])
         with contextlib.suppress(BadInput):  # padding between the parts carries nothing
             assert str(checkpoint._read(path, "architecture")) == intact
+
+
+def test_what_its_user_froze_stays_so_in_a_network_that_is_built_anew():
+    model = models.build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    model.features[4].requires_grad_(False)
+    model.features[5].eval()
+    checkpoint.shape_(model, {"settings": {"widths": [[2], [8]], "bn": True}})
+    assert model.settings()["widths"] == [[2], [8]]
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["features.4.weight"]
+    assert [n for n, m in model.named_modules() if not m.training] == ["features.5"]

@@ -527,3 +527,13 @@ def test_a_network_of_ours_trains_at_an_odd_batch_size():
     data = synthetic(images=200, channels=3, size=24)
     net = models.build("resnet", data.classes, data.shape, widths=(8, 8, 8), blocks=(1, 1, 1))
     assert len(train(net, data, Recipe(epochs=1, batch_size=15)).rows) > 1
+
+
+def test_a_frozen_trunk_is_no_stem():
+    model = models.build("resnet", 4, (1, 8, 8), widths=(4, 8), blocks=(1, 1))
+    x, wanted = torch.rand(2, 1, 8, 8), list(layers(model, torch.rand(2, 1, 8, 8)))
+    model.requires_grad_(False)
+    model.head.requires_grad_()
+    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert list(layers(model, x)) == wanted != []
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == frozen

@@ -2,7 +2,11 @@
 get wrong.
 """
 
+import copy
 import json
+from collections import namedtuple
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import models
+from effilib import models, training
+from effilib.data import load
 from effilib.errors import BadInput
 from effilib.models import build, describe
+from effilib.training import Recipe, evaluate, train
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 8, 12)]
 OWN = '''
@@ -348,8 +354,117 @@ def test_a_mistake_within_a_users_function_shows_where_it_is(tmp_path):
         build(f"{tmp_path / 'bug.py'}:net", 5, (3, 8, 8))
 
 
+class Own(nn.Module):
+    """A network as people write them; what it does in training and to its logits is given."""
+
+    def __init__(self, classes=4, answer=lambda self, logits: logits, flat=lambda h: h.flatten(1)):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, classes)
+        self.drop, self.answer, self.flat = nn.Dropout(0.1), answer, flat
+
+    def forward(self, x):
+        return self.answer(self, self.head(self.drop(self.flat(self.bn(self.conv(x))))))
+
+
+PAIR = namedtuple("Outputs", "logits aux")
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (
+            lambda self, logits: PAIR(logits, logits) if self.training else logits,
+            r"returned Outputs for \d+ images in training, .*: return these alone \(.*aux_logits=False\)",
+        ),
+        (lambda self, logits: {"logits": logits}, r"returned dict for \d+ images, expected logits of shape"),
+        (lambda self, logits: logits if not self.training else logits[:, :1], r"returned \(\d+, 1\) for"),
+        (lambda self, logits: logits.detach(), r"its logits are cut off from its parameters"),
+        (lambda self, logits: logits.argmax(1), r"returned \(\d+,\) for \d+ images"),
+    ],
+)
+def test_what_a_network_returns_is_checked_in_both_modes(answer, sentence):
+    data = load("synthetic")
+    for check in (
+        lambda: models.fits(Own(answer=answer), "net", 4, (1, 8, 8)),
+        lambda: train(Own(answer=answer), data, Recipe(epochs=0.1)),
+    ):
+        with pytest.raises(BadInput, match=sentence) as error:
+            check()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "recipe", "sentence"),
+    [
+        (lambda net: net.requires_grad_(False), {}, "cannot learn: it has no parameters, or all are frozen"),
+        (lambda net: net.double(), {"precision": "fp32"}, r"parameters in torch\.float64, and .*\.float\(\)"),
+        (lambda net: net.double(), {"precision": "fp64"}, ""),
+        (lambda net: net.append(nn.LogSoftmax(1)), {}, ""),
+        (
+            lambda net: net,
+            {"batch_size": 1},
+            r"a BatchNorm on maps of 1 x 1 pixel, and its batch .* is 1 image",
+        ),
+        (lambda net: net, {"batch_size": 2}, ""),
+        (lambda net: net, {"compile": True}, "torch.compile needs a C\\+\\+ compiler"),
+    ],
+)
+def test_a_network_trains_or_one_sentence_says_why_not(change, recipe, sentence, monkeypatch):
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)  # no compiler
+    data = load("synthetic").limit(16)
+    net = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4))
+    with pytest.raises(BadInput, match=sentence) if sentence else nullcontext() as error:
+        train(change(net), data, Recipe(**{"epochs": 1, "batch_size": 8, **recipe}))
+    assert not sentence or "\n" not in str(error.value)
+
+
+def test_view_on_feature_maps_trains_in_the_contiguous_layout_and_says_so(tmp_path):
+    data, recipe = load("synthetic"), Recipe(epochs=1, batch_size=64, precision="fp32")
+
+    def lenet(**own):
+        return Own(flat=lambda h: h.view(h.size(0), -1), **own)
+
+    nets = [lenet(), lenet()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    with pytest.warns(UserWarning, match=r"calls view\(\) on feature maps: it runs in the contiguous layout"):
+        history = train(nets[0], data, recipe)
+    assert history.steps == 5
+    evaluate(nets[0], data, "test")
+    assert training.resolve_layout(recipe, "cpu", nets[0]) == "contiguous"
+    flat = Own()
+    flat.load_state_dict(nets[1].state_dict())
+    train(flat, data, replace(recipe, memory_format="contiguous"))
+    assert_close(weights(nets[0]), weights(flat), atol=1e-4, rtol=1e-4)
+    with (
+        pytest.warns(UserWarning, match="view"),
+        pytest.raises(BadInput, match=r"cannot run in channels_last, .* set memory_format=auto"),
+    ):
+        train(lenet(), data, replace(recipe, memory_format="channels_last"))
+    broken = lenet(answer=lambda self, logits: logits[:, :1])
+    with pytest.raises(BadInput, match="expected logits"):
+        models.fits(broken, "net", 4, (1, 8, 8))
+    assert not broken._forward_pre_hooks  # a refusal leaves all as it was
+
+
+def test_a_softmax_at_the_end_is_warned_of():
+    with pytest.warns(UserWarning, match="ends in a softmax, and the loss applies its own"):
+        models.fits(Own(answer=lambda self, logits: logits.softmax(1)), "net", 4, (1, 8, 8))
+
+
+def test_the_check_leaves_nothing_behind():
+    net = Own()
+    net.bn.eval()
+    before = copy.deepcopy(net.state_dict())
+    drawn = torch.get_rng_state()
+    models.fits(net, "net", 4, (1, 8, 8))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert [m.training for m in net.modules()] == [m is not net.bn for m in net.modules()]
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_fits_leaves_the_mode_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
-    for training in (True, False):
-        models.fits(model.train(training), "net", 2, (1, 2, 2))
-        assert model.training is training
+    for mode in (True, False):
+        models.fits(model.train(mode), "net", 2, (1, 2, 2))
+        assert model.training is mode

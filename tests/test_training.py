@@ -14,6 +14,7 @@ from torch import nn
 from effilib import cost, models
 from effilib.data import Batches, synthetic
 from effilib.errors import BadInput
+from effilib.experiment import Arm
 from effilib.training import (
     HOOKS,
     History,
@@ -1098,3 +1099,169 @@ def test_events_of_a_later_history_move_with_its_clock():
 def test_adding_nothing_changes_nothing():
     _, history = trained(replace(FP32, epochs=0.25))
     assert repr(History() + history) == repr(history)
+
+
+# What a user's method gets wrong
+
+
+def method(**hooks):
+    """A method of a user's, called Mine, with these hooks."""
+    return type("Mine", (Method,), hooks)()
+
+
+def swap(run, *batch):
+    run.model.head = nn.Linear(8, 4)
+    return batch or None
+
+
+def cut(run, *batch):
+    run.model.stem.weight.data = run.model.stem.weight.data[:4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (
+            {"on_epoch_begin": lambda self, run: None},
+            r"nothing calls Mine\.on_epoch_begin: the hooks are .* \(did you mean 'on_epoch_start'\?\)",
+        ),
+        (
+            {"on_train_start": lambda self, run: None},
+            r"nothing calls Mine\.on_train_start: .* \(did you mean 'on_fit_start'\?\)",
+        ),
+        (
+            {"loss_term": lambda self, run: None},
+            r"nothing calls Mine\.loss_term: .* \(did you mean 'loss_terms'\?\)",
+        ),
+        (
+            {"on_batch": lambda self, run, x, y: None},
+            r"Mine\.on_batch has to return the \(x, y\) .* returned None",
+        ),
+        ({"on_batch": lambda self, run, x, y: x}, r"Mine\.on_batch has to return"),
+        (
+            {"on_batch": lambda self, run, x, y: (x[:3], y)},
+            r"Tensor of shape \(3, 1, 8, 8\), Tensor of shape \(32,\)",
+        ),
+        ({"on_batch": lambda self, run, x, y: (x[:0], y[:0])}, r"it returned \(Tensor of shape \(0, "),
+        (
+            {"loss_terms": lambda self, run: run.logits.mean(0)},
+            r"Mine\.loss_terms has to return one number, .*\(4,\)",
+        ),
+        (
+            {"loss_terms": lambda self, run: "much"},
+            r"Mine\.loss_terms has to return one number, it returned str",
+        ),
+        (
+            {"on_step_end": lambda self, run: setattr(run, "model", network())},
+            r"run\.model: return the new one",
+        ),
+        (
+            {"on_fit_start": lambda self, run: swap(run)},
+            r"Mine\.on_fit_start changed the network's parameters by",
+        ),
+        (
+            {"on_epoch_start": lambda self, run: cut(run)},
+            r"Mine\.on_epoch_start changed the network's parameters",
+        ),
+        (
+            {"on_epoch_end": lambda self, run: swap(run)},
+            r"Mine\.on_epoch_end changed the network's parameters",
+        ),
+        (
+            {"on_batch": lambda self, run, *batch: swap(run, *batch)},
+            "at every step changed the network's parameters",
+        ),
+    ],
+)
+def test_a_method_that_is_wrong_is_refused_in_a_sentence(wrong, sentence):
+    with pytest.raises(BadInput, match=sentence) as error:
+        trained(replace(FP32, epochs=1), [method(**wrong)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_hook_raises_says_which_it_was(hook):
+    def wrong(self, run, *batch):
+        return {}["nothing"]
+
+    with pytest.raises(KeyError, match="nothing") as error:
+        trained(replace(FP32, epochs=0.1), [method(**{hook: wrong})])
+    assert error.value.__notes__ == [
+        f"Mine.{hook} raised this, at step {error.value.__notes__[0].split()[-1]}"
+    ]
+
+
+@dataclass
+class Changeable(Method):
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Listed(Method):
+    sizes: list = field(default_factory=list)
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("methods", "sentence"),
+    [
+        (
+            [Changeable()],
+            r"the settings of Changeable could change .*; write @dataclass\(frozen=True, kw_only=True\)",
+        ),
+        ([Listed(sizes=[1, 2])], "the settings of Listed could .*; 'sizes' is a list: make it a tuple"),
+        ([Changeable], "expected a method with its settings, an instance of effilib.Method, got <class"),
+        ([print], "expected a method with its settings"),
+        ([Listed(sizes=()), Listed(sizes=())], "two methods are equal and would share their state"),
+    ],
+)
+def test_methods_whose_state_could_not_be_kept_are_refused_before_anything_runs(methods, sentence):
+    for what in (
+        lambda: trained(methods=methods),
+        lambda: Arm(name="mine", methods=tuple(methods)),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            what()
+
+
+def test_a_generator_of_methods_is_read_once():
+    assert trained(replace(FP32, epochs=0.1), (m for m in [Diary()]))[1].steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("epochs", (0, -1, math.inf, math.nan, "3", None, True), (0.01, 3)),
+        ("batch_size", (0, -1, 10.5, 10.0, "10"), (1, np.int64(8))),
+        ("lr", (0, -0.1, math.nan), (np.float32(0.1),)),
+        ("warmup", (-1, 2, math.nan), (0, 1)),
+        ("momentum", (-1, 1, 2), (0, 0.99)),
+        ("weight_decay", (-1, math.inf), (0,)),
+        ("label_smoothing", (-1, 1, 5), (0, 0.1)),
+        ("augmentation", ("crops", 1), ("none",)),
+    ],
+)
+def test_every_setting_of_a_recipe_has_a_range_and_says_it(name, bad, good):
+    for value in bad:
+        with pytest.raises(BadInput, match=rf"{name} is .*, it must be |unknown {name} .*: choose one of"):
+            Recipe(**{name: value})
+    for value in good:
+        Recipe(**{name: value})
+
+
+def test_a_warm_up_may_take_the_whole_run():
+    assert trained(replace(FP32, epochs=0.5, warmup=1))[1].steps == 6
+
+
+def test_batchnorms_in_eval_mode_stay_so_in_training_and_evaluation():
+    model = network()
+    held = model.stages[0][0].bn1.eval()
+    held.running_var.fill_(4.0)
+    _, history = trained(replace(FP32, epochs=1), model=model)
+    assert len(history.rows) == 3
+    assert [m.training for m in model.modules()] == [m is not held for m in model.modules()]
+    assert torch.equal(held.running_var, torch.full((8,), 4.0))
+    assert not torch.equal(model.bn.running_var, torch.ones(8))
+    asleep = network().eval()
+    trained(replace(FP32, epochs=0.1), model=asleep)
+    assert all(m.training for m in asleep.modules())  # as a whole it was only looked at before

@@ -127,15 +127,14 @@ class FineTune(Method):
             return name and all(n in frozen for n in inside)
 
         run.state[self] = {"still": [name for name in frozen if whole(name)]}
+        for name in run.state[self]["still"]:
+            run.model.get_submodule(name).training = False
         text = f"all but the last {self.depth} layers frozen"
         run.log(self, text, weights=weights(run.model), samples=len(run.dataset.train))
 
-    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for name in run.state[self]["still"]:
-            run.model.get_submodule(name).training = False  # every evaluation sets it back
-        return x, y
-
     def on_fit_end(self, run: Run) -> None:
+        for name in run.state[self]["still"]:
+            run.model.get_submodule(name).training = True
         for p in run.model.parameters():
             p.requires_grad_(True)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import cost, models, surgery
+from effilib.convolution import evaluating
 from effilib.errors import BadInput, choose
 from effilib.methods import net2net
 from effilib.methods.decision import GROWTH
@@ -125,15 +126,13 @@ def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float
     True
     """
     model, part, loss, correct = run.model, run.decide[:images], 0.0, 0
-    model.eval()
-    with autocast(run.precision, run.device):
+    with evaluating(model), autocast(run.precision, run.device):
         for x, y in run.dataset.batches(part):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="bilinear", antialias=True)
             logits = at_least_fp32(model(x.contiguous(memory_format=run.layout)))
             loss += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
-    model.train()
     return float(loss) / len(part), 100 * float(correct) / len(part)
 
 

@@ -135,8 +135,8 @@ def kernels(model: nn.Module, smallest: int = SMALLEST) -> dict[str, int]:
 
     They are odd, square, of size >= `smallest` and stride 1; the stem may have any stride. The stem is the
     first convolution that the model holds; as a patch embedding it may have any size. Left alone are 1x1
-    kernels and even ones (half a pixel would be lost), convolutions of a user's own class, and weights that
-    two layers share.
+    kernels and even ones (half a pixel would be lost), convolutions of a user's own class, frozen weights,
+    and those that two layers share.
 
     >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(8, 8, 3, padding=1)))
     {'0': 7}
@@ -149,6 +149,7 @@ def kernels(model: nn.Module, smallest: int = SMALLEST) -> dict[str, int]:
         k = m.kernel_size[0]
         if (
             type(m) not in (nn.Conv2d, ApproxConv2d)
+            or not m.weight.requires_grad
             or m.kernel_size != (k, k)
             or sum(p is m.weight for p in holders) > 1
         ):

@@ -25,8 +25,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from effilib import cost, models
 from effilib.clock import elapsed, interleaved, pause
+from effilib.convolution import evaluating
 from effilib.errors import BadInput
 from effilib.methods import Info
+from effilib.surgery.channels import Tracer
 
 __all__ = [
     "Chain", "Cluster", "Job", "Layer", "Wire", "alone", "best_cut", "bubble", "estimate", "measure",
@@ -243,7 +245,7 @@ class Chain:
 
     def __init__(self, model: nn.Module):
         try:
-            self.traced = fx.symbolic_trace(model)
+            self.traced = fx.GraphModule(model, Tracer().trace(model))
         except Exception as error:  # a user's forward may raise anything when it meets a symbol
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BadInput(
@@ -571,10 +573,8 @@ def near_shape(near, x):
     >>> near_shape(nn.Conv2d(1, 4, 3), torch.zeros(1, 1, 8, 8))
     torch.Size([4, 6, 6])
     """
-    was = near.training
-    shape = near.eval()(x).shape[1:]
-    near.train(was)
-    return shape
+    with evaluating(near):
+        return near(x).shape[1:]
 
 
 def alone(job: Job) -> dict[str, torch.Tensor]:

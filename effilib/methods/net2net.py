@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import models, surgery
+from effilib.convolution import evaluating
 from effilib.data import Batches, Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
@@ -239,8 +240,9 @@ def _moments(model, where, x):
     )
     norms = [m for m in model.modules() if isinstance(m, surgery.NORMS)]
     buffers, was = [{k: b.clone() for k, b in m.named_buffers()} for m in norms], model.training
-    model.train()(x)
-    model.train(was)
+    models.in_training(model)(x)
+    if not was:
+        model.eval()
     hook.remove()
     for m, before in zip(norms, buffers, strict=True):
         for k, b in m.named_buffers():
@@ -356,11 +358,9 @@ def _around(model, first, second, x, y):
         output.register_hook(lambda dy: seen[m].__setitem__("dy", dy.detach().float()))
 
     hooks = [m.register_forward_hook(keep) for m in seen]
-    was = model.training
-    with torch.enable_grad():
-        loss = F.cross_entropy(model.eval()(x).float(), y)  # eval: no statistic moves
+    with evaluating(model), torch.enable_grad():  # no statistic moves
+        loss = F.cross_entropy(model(x).float(), y)
         torch.autograd.grad(loss, list(second.parameters()))
-    model.train(was)
     for h in hooks:
         h.remove()
     return seen[first], seen[second]

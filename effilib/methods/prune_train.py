@@ -350,8 +350,10 @@ class PruneTrain(Method):
             raise BadInput("PruneTrain: a batch grows at an epoch's end, so grow_batch needs every, not at")
 
     def on_fit_start(self, run: Run) -> None:
-        if not surgery.trace(run.model).nodes:
-            raise NoEffect(f"PruneTrain: {type(run.model).__name__} has no channels that could be cut")
+        found = surgery.trace(run.model)
+        if not found.nodes:
+            why = "".join(f": {node.name}: {node.why}" for node in found.refused[:1])
+            raise NoEffect(f"PruneTrain: {type(run.model).__name__} has no channels that could be cut{why}")
         start = activations(run.model, run.dataset.shape)
         run.state[self] = {"lambda": None, "widths": [], "epochs": [], "activations": start, "structure": -1}
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import models
+from effilib.convolution import evaluating
 from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.methods.wavelet import keep_sizes_
@@ -122,12 +123,10 @@ def energy_share(model: WAE, x: torch.Tensor) -> tuple[float, float]:
     >>> 0 <= share <= 1
     True
     """
-    was = model.training
-    model.eval()
-    I_L, I_H = model.images(x)
-    low, high = (i.float().square().sum() for i in (I_L, I_H))
-    error = F.mse_loss(model.reconstruct(I_L, I_H, x.shape[2:]).float(), x.float())
-    model.train(was)
+    with evaluating(model):
+        I_L, I_H = model.images(x)
+        low, high = (i.float().square().sum() for i in (I_L, I_H))
+        error = F.mse_loss(model.reconstruct(I_L, I_H, x.shape[2:]).float(), x.float())
     return (high / (low + high)).item(), 10 * math.log10(x.var().item() / max(error.item(), 1e-12))
 
 

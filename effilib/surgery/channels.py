@@ -18,7 +18,18 @@ from torch import fx, nn
 from effilib.errors import BadInput, NotApplicable, choose
 from effilib.models import Block, Constant, Gone
 
-__all__ = ["CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "nodes", "trace", "unknown"]
+__all__ = [
+    "CONVS",
+    "LAYERS",
+    "NORMS",
+    "Node",
+    "Path",
+    "Structure",
+    "checked",
+    "nodes",
+    "trace",
+    "unknown",
+]
 
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -214,7 +225,25 @@ class _Value:
     flat: bool = False
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Follows a forward pass for images alone: its flags and masks keep their defaults, and are no symbols.
+
+    >>> class Flags(nn.Linear):
+    ...     def forward(self, x, features=False):
+    ...         return x if features else super().forward(x)
+    >>> print(Tracer().trace(Flags(2, 3)))
+    graph():
+    ...
+    """
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        def forward(self, x):
+            return root_fn(self, x)
+
+        return super().create_args_for_root(forward, is_module)
+
+
+class _Tracer(Tracer):
     def __init__(self, opaque):
         super().__init__()
         self.opaque, self.failed = opaque, None
@@ -299,6 +328,12 @@ def nodes(model: nn.Module) -> list[Node]:
     return found.nodes
 
 
+def _frozen(m):
+    """Whether a layer's user holds its weights; of a normalisation, all that it has."""
+    parameters = [m.weight] if isinstance(m, CONVS) else list(m.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
 class _Reader:
     """Goes through the graph once and says for each value whose channels it holds."""
 
@@ -365,7 +400,10 @@ class _Reader:
                 self.nothing.add(n)
                 return None
             if isinstance(module, LAYERS) or type(module).__name__.startswith(("Conv", "Lazy")):
-                return self.layer(n.target, module, inputs)
+                out = self.layer(n.target, module, inputs)
+                for v in [*inputs, out] if _frozen(module) else ():
+                    v.group.stop(f"{n.target} is frozen (requires_grad=False)")
+                return out
             return self.operation(n, type(module), inputs, module)
         return self.operation(n, n.target, inputs)
 

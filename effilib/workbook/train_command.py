@@ -27,15 +27,13 @@ from effilib import methods as package
 from effilib.caveats import LOPSIDED, caveats
 from effilib.data import Dataset, folder_name
 from effilib.distributed import Ranks
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, out_of_memory
 from effilib.progress import say_seconds
 from effilib.statistics import binomial_error
 from effilib.tasks import Task
 from effilib.training import History, Method
 
 __all__ = ["cautions", "make", "make_task", "method", "methods", "run"]
-
-MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory"
 
 # Methods and settings, from words
 
@@ -88,7 +86,7 @@ def method(name: str, *texts) -> Method:
             )
             raise BadInput(f"{name} is no method: {choices}")
         cls = known[choose("method", name, known)]
-    return make(cls, name, texts)
+    return training.check_methods([make(cls, name, texts)])[0]
 
 
 def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> object:
@@ -101,7 +99,10 @@ def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> obj
     0.5
     """
     fields = [f.name for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
-    hints, inner, values = typing.get_type_hints(cls), {}, {}
+    try:
+        hints, inner, values = typing.get_type_hints(cls), {}, {}
+    except NameError as error:  # of a name that is imported for type checkers only
+        raise BadInput(f"{what}: the type of a setting is unknown when it runs ({error})") from error
     for text in texts:
         name, equals, value = text.partition("=")
         name, _, rest = name.strip().partition(".")
@@ -119,7 +120,9 @@ def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> obj
             if not dataclasses.is_dataclass(part):
                 raise BadInput(f"setting {name!r} of {what} has no settings of its own")
             new = dataclasses.replace(new, **{name: make(type(part), f"{what}'s {name}", texts, part)})
-    except TypeError as error:
+    except BadInput:
+        raise
+    except Exception as error:  # a user's own class can fail in any way
         raise BadInput(f"{what}: {error}") from error
     return new
 
@@ -136,7 +139,8 @@ def read(what, name, text, hint):
         value = frozen(ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError):
         value = text
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    either = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if either else (hint,)
     for candidate in (value, text):  # a number may be meant as a word
         for kind in (typing.get_origin(k) or k for k in kinds):
             if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
@@ -345,7 +349,7 @@ def fit(
     except NoEffect as error:
         raise BadInput(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search(MEMORY, str(error)):
+        if not out_of_memory(error):
             raise
         why = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
         raise BadInput(f"out of memory{why}; a smaller batch needs less: --set batch_size=...") from error
@@ -405,7 +409,8 @@ class Epochs:
         if start < epoch < self.epochs:
             left = f"; about {say_seconds((now - begun) / (epoch - start) * (self.epochs - epoch))} left"
         losses = f"training loss {row['train_loss']:.4f}, validation loss {row['loss']:.4f}"
-        self.say(f"epoch {epoch:.4g} of {self.epochs:g}: {losses}, {row['accuracy']:.2f} %{left}")
+        whole = max(self.epochs, epoch)  # at least one step is trained
+        self.say(f"epoch {epoch:.4g} of {whole:.4g}: {losses}, {row['accuracy']:.2f} %{left}")
 
 
 # What is written

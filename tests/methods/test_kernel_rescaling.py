@@ -431,16 +431,19 @@ def test_statistics_are_the_means_over_the_batches():
         nn.ReLU(),
         nn.BatchNorm2d(2, affine=False),
         nn.BatchNorm2d(2, track_running_stats=False),
+        nn.BatchNorm2d(2),
     )
     xs = [torch.randn(4, 2, 3, 3, generator=gen(s)) * 2 + s for s in range(3)]
     model[0](torch.randn(4, 2, 3, 3) + 9)
-    model[2].eval()  # a user's own choice, for after
+    model[4].eval()  # its user holds its statistics
     assert recalibrate_(model, xs) == 2
     assert_close(model[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in xs]).mean(0))
     assert_close(model[0].running_var, torch.stack([x.var((0, 2, 3)) for x in xs]).mean(0))
     hidden = [F.relu(F.batch_norm(x, None, None, model[0].weight, model[0].bias, training=True)) for x in xs]
     assert_close(model[2].running_mean, torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0).detach())
-    assert (model[0].momentum, model[0].training, model[2].training) == (0.3, True, False)
+    assert torch.equal(model[4].running_var, torch.ones(2))
+    assert [m.training for m in model] == [True] * 4 + [False]
+    assert model[0].momentum == 0.3
     with pytest.raises(NoEffect, match="no BatchNorm with running statistics"):
         recalibrate_(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), xs)
 

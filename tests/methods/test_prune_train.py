@@ -478,3 +478,29 @@ def test_a_users_network_is_cut_before_its_first_step():
     assert small(TASK, 0).flops < whole(TASK, 0).flops
     assert small(TASK, 0).structure["widths"][0] == 2
     assert whole(TASK, 0).accuracy == train(TASK.build(data, 0), data, TASK.recipe).accuracy
+
+
+# What a user has frozen
+
+
+@pytest.mark.parametrize("mode", ["proximal", "published"])
+def test_frozen_layers_and_held_statistics_stay_bit_equal(mode):
+    model = network()
+    model.stages[0].requires_grad_(False)
+    for m in model.stages[0].modules():
+        m.training = not isinstance(m, nn.BatchNorm2d)
+    before = copy.deepcopy(model.stages[0].state_dict())
+    train(model, DATA, RECIPE, [PruneTrain(ratio=0.5, scale=1000.0, multiple=1, mode=mode)])
+    assert all(torch.equal(t, before[name]) for name, t in model.stages[0].state_dict().items())
+    assert not any(p.requires_grad for p in model.stages[0].parameters())
+    assert not any(m.training for m in model.stages[0].modules() if isinstance(m, nn.BatchNorm2d))
+    assert model.bn.training
+    if mode == "proximal":
+        assert model.settings()["blocks"][1] != network().settings()["blocks"][1]  # the rest was pruned
+
+
+def test_a_network_that_is_all_frozen_but_its_head_says_why():
+    model = network().requires_grad_(False)
+    model.head.requires_grad_()
+    with pytest.raises(NoEffect, match=r"no channels that could be cut: stem: .*is frozen"):
+        train(model, DATA, RECIPE, [PruneTrain()])
