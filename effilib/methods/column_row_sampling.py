@@ -11,9 +11,11 @@ before every evaluation. The 2018 version of the paper counts operations; times 
 (NeurIPS).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from effilib import convolution as conv
@@ -25,8 +27,8 @@ from effilib.models import reestimate_
 from effilib.training import Method, Run, evaluate, stream
 
 __all__ = [
-    "INFO", "ColumnRowSampling", "backward_sampling", "choose_terms", "forward_sampling", "inclusion",
-    "norms", "sample_columns_", "squared_error",
+    "INFO", "ColumnRowSampling", "backward_sampling", "blocks", "choose_terms", "forward_sampling", "inclusion",
+    "norms", "rectified", "rectified_energy", "sample_columns_", "squared_error",
 ]  # fmt: skip
 
 INFO = Info(
@@ -119,8 +121,10 @@ def choose_terms(
         return index, times / (k * p[index]) if scaled else None
     p = inclusion(p, k)
     if scheme == "bernoulli":
-        index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
-        index = index if len(index) else p.argmax()[None]
+        index = p.new_empty(0)
+        while not len(index):  # no term at all is no estimate: drawn again, which makes each one likelier
+            index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
+        p = p / (1 - (1 - p).prod())
     else:  # a comb of k teeth, one apart, over the probabilities laid end to end in random order
         order = torch.randperm(n, generator=generator, device=w.device)
         ends = p[order].cumsum(0)
@@ -143,7 +147,8 @@ def squared_error(terms: torch.Tensor, k: int, scheme: str, *, p: torch.Tensor |
     if scheme == "replacement":
         return ((w2 / p).sum() - product.square().sum()) / k
     if scheme == "bernoulli":
-        return (w2 * (1 - p) / p).sum()
+        empty = (1 - p).prod()  # how often nothing is drawn, and drawn again
+        return (1 - empty) * (w2 * (1 - p) / p).sum() - empty * product.square().sum()
     return n * (n - k) / (k * (n - 1)) * (w2.sum() - product.square().sum() / n)
 
 
@@ -156,8 +161,71 @@ def how_many(ratio, n, minimal):
     return min(max(int(ratio * n), minimal), n)
 
 
-def forward_sampling(ratio: float, minimal: int, **how) -> Approximation:
+def blocks(ratio: float, channels: int, minimal: int, block: int) -> tuple[int, int, int]:
+    """Return (k, n, b): of n blocks of b neighbouring channels, k are computed.
+
+    b: the largest common divisor of `channels` and `block`.
+
+    >>> blocks(0.5, 64, minimal=10, block=16), blocks(0.3, 256, 10, 16), blocks(0.5, 24, 1, 16)
+    ((2, 4, 16), (5, 16, 16), (2, 3, 8))
+    """
+    b = math.gcd(channels, block)
+    k = how_many(ratio, channels, minimal) / b
+    return max(1, math.floor(k + 0.5)), channels // b, b
+
+
+def rectified_energy(gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Return E[relu(z)^2] for z ~ N(beta, gamma^2): what BatchNorm and ReLU let through, by channel.
+
+    With t = beta / |gamma| it is (beta^2 + gamma^2) Phi(t) + beta |gamma| phi(t). (C,), (C,) -> (C,).
+
+    >>> rectified_energy(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
+    tensor([0.5000, 2.0000])
+    """
+    sigma = gamma.abs().clamp(min=1e-12)
+    t = beta / sigma
+    density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+    return (beta.square() + sigma.square()) * torch.special.ndtr(t) + beta * sigma * density
+
+
+def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -> dict[str, nn.Module]:
+    """Return which layers read relu(BatchNorm(...)): layer's name -> that BatchNorm.
+
+    chosen: name -> layer. Found by comparing values on a batch of images x, so that it does not matter how a
+    network writes it; 2x2 max pooling in between is seen through.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> {name: bn.num_features for name, bn in rectified(net, conv.layers(net), torch.rand(2, 3, 8, 8)).items()}
+    {'features.4': 16, 'features.7': 32}
+    """
+    outputs, found, hooks = {}, {}, []
+
+    def look(name):
+        def hook(layer, inputs):
+            for bn, z in outputs.items():
+                if z.dim() == 4 and z.shape[2] == 2 * inputs[0].shape[2]:
+                    z = F.max_pool2d(z, 2)
+                if z.shape == inputs[0].shape and torch.equal(z, inputs[0]):
+                    found[name] = bn
+
+        return hook
+
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            hooks.append(m.register_forward_hook(lambda m, inputs, y: outputs.update({m: y.relu()})))
+    for name, layer in chosen.items():
+        hooks.append(layer.register_forward_pre_hook(look(name)))
+    conv.probe(model, x, hooks)
+    return found
+
+
+def forward_sampling(
+    ratio: float, minimal: int, *, block: int = 1, norm: nn.Module | None = None, **how
+) -> Approximation:
     """Return the `Approximation` by a share of the input channels, forward and backward.
+
+    block: channels are chosen in blocks of so many neighbours. norm: the BatchNorm that, with a ReLU, makes
+    the input: channels are scored by its parameters (`rectified_energy`); None: by the input itself.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
@@ -165,8 +233,18 @@ def forward_sampling(ratio: float, minimal: int, **how) -> Approximation:
     """
 
     def sample(x, w):
-        k = how_many(ratio, x.shape[1], minimal)
-        return None if k == x.shape[1] else choose_terms(norms(x, 1) * norms(w, 1), k, **how)
+        k, n, b = blocks(ratio, x.shape[1], minimal, block)
+        if k >= n:
+            return None
+        closed = norm is not None and norm.num_features == x.shape[1]
+        energy = rectified_energy(norm.weight, norm.bias) if closed else norms(x, 1).square()
+        # |x_c|^2 and |W_c|^2 of every block
+        squares = energy.view(n, b).sum(1), norms(w, 1).square().view(n, b).sum(1)
+        index, scale = choose_terms((squares[0] * squares[1]).sqrt(), k, **how)
+        if b == 1:
+            return index, scale
+        channels = b * index.sort().values[:, None] + torch.arange(b, device=index.device)
+        return channels, None if scale is None else scale[index.argsort()].repeat_interleave(b)
 
     return Approximation(sample=sample)
 
@@ -204,6 +282,8 @@ def sample_columns_(
     where: str = "forward",
     minimal: int = 10,
     linear: bool = True,
+    block: int = 16,
+    score: str = "auto",
     x: torch.Tensor | None = None,
     owner: object = "column-row sampling",
     **how,
@@ -211,50 +291,66 @@ def sample_columns_(
     """Sample the products of a model's convolutions and linear layers, in place.
 
     All but those of the stem and the classifier. ratio: share of the terms computed. where: "forward" or
-    "backward". x: a batch of images, see `effilib.convolution.layers`. how: as for `choose_terms`. Grouped
-    convolutions, whose terms are few already, stay exact, and so do layers with at most `minimal` channels.
-    Returns the names of the sampled layers. Raises `NoEffect` if there are none.
+    "backward". block: forward, channels are chosen in blocks of so many, as kernels take them. score: "auto",
+    by BatchNorm's parameters where a BatchNorm and a ReLU make the input (found if x is given), else by the
+    input's norms; "measured", always by these. x: a batch of images, see `effilib.convolution.layers`. how:
+    as for `choose_terms`. Grouped convolutions, whose terms are few already, stay exact, and so do layers
+    with at most `minimal` channels or a single block. Returns the names of the sampled layers. Raises
+    `NoEffect` if there are none.
 
     >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
-    ['features.4', 'features.7']
+    ['features.7']
     """
     choose("place of sampling", where, ("forward", "backward"))
+    choose("score of channels", score, ("auto", "measured"))
     if not 0 < ratio <= 1:
         raise BadInput(f"column-row sampling: ratio is {ratio}, it must be above 0 and at most 1")
-    approximation = {"forward": forward_sampling, "backward": backward_sampling}[where](ratio, minimal, **how)
-    chosen = conv.layers(model, x, linear=linear)
-    channels = {n: m.weight.shape[where == "forward"] for n, m in chosen.items()}
-    wanted = [
-        n
-        for n, m in chosen.items()
-        if getattr(m, "groups", 1) == 1 and how_many(ratio, channels[n], minimal) < channels[n]
-    ]
-    return conv.convert_(chosen, dict.fromkeys(wanted, approximation), owner, "column-row sampling")
+    if block < 1:
+        raise BadInput(f"column-row sampling: block is {block}, it must be a number of channels above 0")
+    chosen = {n: m for n, m in conv.layers(model, x, linear=linear).items() if getattr(m, "groups", 1) == 1}
+    norms = rectified(model, chosen, x) if score == "auto" and where == "forward" and x is not None else {}
+    approximations = {}
+    for name, m in chosen.items():
+        if where == "forward":
+            k, n, _ = blocks(ratio, m.weight.shape[1], minimal, block)
+            a = forward_sampling(ratio, minimal, block=block, norm=norms.get(name), **how)
+        else:
+            k, n = how_many(ratio, len(m.weight), minimal), len(m.weight)
+            a = backward_sampling(ratio, minimal, **how)
+        if k < n:
+            approximations[name] = a
+    return conv.convert_(chosen, approximations, owner, "column-row sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(Method):
-    """Train with sampled products.
-
-    ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see `choose_terms`. images: as many
-    training images re-estimate BatchNorm's statistics before an evaluation, with exact forward passes.
+    """Train with sampled products, for the first part of the run or all of it.
 
     >>> data = load("synthetic")
-    >>> net = build("convnet", data.classes, data.shape, widths=(16, 16))
+    >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
     >>> history = train(net, data, Recipe(epochs=1), [ColumnRowSampling(ratio=0.5)])
     >>> history.events[-1]["text"]
     '1 layers sampled; accuracy ... % with the statistics of training, ... % re-estimated'
     """
 
-    ratio: float = 0.5
+    ratio: float = 0.5  # share of the terms computed
+    until: float = 1.0  # share of the run after which products are exact
+    # which terms: "topk", in effect nearly always the same; "uniform", "norm" or "bernoulli", drawn anew in
+    # every step; see `choose_terms`, also for the next three
     scheme: str = "topk"
     replacement: bool = False
     scaled: bool = False
     mix: float = 0.1
-    where: str = "forward"
-    minimal: int = 10
-    linear: bool = True
-    images: int = 512
+    where: str = "forward"  # or "backward"
+    minimal: int = 10  # layers with at most so many terms stay exact
+    linear: bool = True  # linear layers too
+    block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
+    score: str = "auto"  # of channels: by BatchNorm's parameters where one can; or "measured"
+    images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
+
+    def __post_init__(self):
+        if not 0 < self.until <= 1:
+            raise BadInput(f"column-row sampling: until is {self.until}, it must be above 0 and at most 1")
 
     def on_fit_start(self, run: Run) -> None:
         how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
@@ -262,12 +358,26 @@ class ColumnRowSampling(Method):
         x = run.dataset.normalize(run.dataset.train.x[:2])
         names = sample_columns_(
             run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
-            owner=self, **how,
+            block=self.block, score=self.score, owner=self, **how,
         )  # fmt: skip
-        run.state[self] = {"layers": names}
+        run.state[self] = {"layers": names, "exact": False}
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.state[self]["exact"]:
+            conv.revert_(run.model, self)  # resumed: the network is as it was at the start
+
+    def on_step_end(self, run: Run) -> None:
+        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        if not run.state[self]["exact"] and self.until <= done < 1:
+            run.restructure(self._make_exact)
+            run.state[self]["exact"] = True
+            run.log(self, f"exact products after {done:.0%} of the run")
+
+    def _make_exact(self, model, optimizer):
+        conv.revert_(model, self)
 
     def on_evaluation(self, run: Run) -> None:
-        if self.where == "forward":
+        if self.where == "forward" and not run.state[self]["exact"]:
             size = min(run.recipe.batch_size, len(run.dataset.train))
             batches = Batches(
                 run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
@@ -283,12 +393,14 @@ class ColumnRowSampling(Method):
                 )
 
     def on_fit_end(self, run: Run) -> None:
+        if run.state[self]["exact"]:
+            return
         conv.revert_(run.model, self)
         with run.clock.paused():
             plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
         self.on_evaluation(run)  # on the clock: whoever uses the network needs it once
         with run.clock.paused():
             exact = evaluate(run.model, run.dataset, "validation", run.precision)[1]
-        layers = len(run.state[self]["layers"])
         text = f"accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
+        layers = len(run.state[self]["layers"])
         run.log(self, f"{layers} layers sampled; {text}", plain=plain, reestimated=exact)
