@@ -28,8 +28,8 @@ INFO = Info(
     name_de="Eingefrorener Anfang",
     chapter="4.2",
     paper="Brock, Lim, Ritchie & Weston 2017, arXiv:1706.04983 (FreezeOut)",
-    claim="Freezing the first layers one by one during training saves up to 20 % of the time, without loss of "
-    "accuracy for ResNets on CIFAR.",
+    claim="Freezing the first layers one by one during training saves 20 % of the time, for ResNets on CIFAR "
+    "without loss of accuracy.",
     cost_model="From then on the prefix costs its forward pass only, with BatchNorm folded in: about a third "
     "of what it did.",
 )
@@ -90,9 +90,10 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
         if sizes[m] is None or len(seen) > depth or called.count(m) > 1:
             break
         found.append(names[m])
-    if not found or len(found) == len(called):
-        what = "no layer comes before" if not found else "no layer comes after"
-        raise NoEffect(f"frozen prefix: in this network {what} what the first {depth} sizes of maps pass")
+    if not found:
+        raise NoEffect("frozen prefix: in this network no layer comes before one without maps, or one that is called again")
+    if len(found) == len(called):
+        raise NoEffect(f"frozen prefix: behind {depth} sizes of maps no layer would be left to be trained")
     return found
 
 
@@ -234,6 +235,7 @@ class FrozenPrefix(Method):
 
     def _freeze(self, run, depth):
         state, x = run.state[self], self._images(run)
+        run.ranks.statistics_(run.model)  # several processes fold the same
         thaw_(run.model, state["frozen"])
         layers = prefix(run.model, x, depth)
         state |= {"depth": depth, "layers": layers, "frozen": freeze_(run.model, x, layers)}
