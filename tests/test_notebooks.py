@@ -164,7 +164,6 @@ DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workb
 THICK = (
     "chapters/column_row_sampling.py",
     "chapters/dynamic_fixed_point.py",
-    "chapters/gradient_approximation.py",
 )
 TRAINS = sorted(
     p
