@@ -164,14 +164,15 @@ def how_many(ratio, n, minimal):
 def blocks(ratio: float, channels: int, minimal: int, block: int) -> tuple[int, int, int]:
     """Return (k, n, b): of n blocks of b neighbouring channels, k are computed.
 
-    b: the largest common divisor of `channels` and `block`.
+    b: a divisor of `channels`, at most `block`, and smaller where the ratio would be rounded up to 1.
 
-    >>> blocks(0.5, 64, minimal=10, block=16), blocks(0.3, 256, 10, 16), blocks(0.5, 24, 1, 16)
-    ((2, 4, 16), (5, 16, 16), (2, 3, 8))
+    >>> blocks(0.5, 64, minimal=10, block=16), blocks(0.3, 256, 10, 16), blocks(0.75, 32, 10, 16)
+    ((2, 4, 16), (5, 16, 16), (3, 4, 8))
     """
-    b = math.gcd(channels, block)
-    k = how_many(ratio, channels, minimal) / b
-    return max(1, math.floor(k + 0.5)), channels // b, b
+    count, b = how_many(ratio, channels, minimal), math.gcd(channels, block)
+    while b > 1 and count < channels and math.floor(count / b + 0.5) >= channels / b:
+        b = math.gcd(channels, b // 2)
+    return max(1, math.floor(count / b + 0.5)), channels // b, b
 
 
 def rectified_energy(gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -295,11 +296,11 @@ def sample_columns_(
     by BatchNorm's parameters where a BatchNorm and a ReLU make the input (found if x is given), else by the
     input's norms; "measured", always by these. x: a batch of images, see `effilib.convolution.layers`. how:
     as for `choose_terms`. Grouped convolutions, whose terms are few already, stay exact, and so do layers
-    with at most `minimal` channels or a single block. Returns the names of the sampled layers. Raises
-    `NoEffect` if there are none.
+    with at most `minimal` channels. Returns the names of the sampled layers. Raises `NoEffect` if there are
+    none.
 
     >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
-    ['features.7']
+    ['features.4', 'features.7']
     """
     choose("place of sampling", where, ("forward", "backward"))
     choose("score of channels", score, ("auto", "measured"))

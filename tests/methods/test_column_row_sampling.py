@@ -246,13 +246,18 @@ def test_gradients_through_fixed_blocks_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: approx_conv2d(x, w, sample=lambda x, w: fixed), (x, w))
 
 
-def test_blocks_divide_the_channels_and_a_single_one_is_exact():
+def test_blocks_divide_the_channels_and_none_is_all_of_them():
     assert [crs.blocks(r, 128, 4, 16) for r in (0.75, 0.5, 0.3)] == [(6, 8, 16), (4, 8, 16), (2, 8, 16)]
     assert crs.blocks(0.5, 20, 4, 16) == (3, 5, 4)  # 2.5 of 5
     assert crs.blocks(0.01, 64, 1, 16) == (1, 4, 16)
-    model = network(widths=(16, 32))
-    x = torch.zeros(2, 1, 8, 8)
-    assert sample_columns_(model, 0.5, x=x) == ["stages.1.0.conv2"]  # the others read 16 channels
+    assert crs.blocks(0.75, 36, 1, 12) == (2, 3, 12)  # 2.25 of 3
+    for channels in range(1, 70):
+        for block in (1, 12, 16):
+            k, n, b = crs.blocks(0.75, channels, 1, block)
+            assert n * b == channels
+            assert 0 < k < n or channels == 1
+    k, n, _ = crs.blocks(0.5, 16, 16, 16)
+    assert k == n  # at most `minimal` channels: exact
 
 
 # Scores in closed form
