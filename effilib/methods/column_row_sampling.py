@@ -17,11 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from effilib import convolution as conv
+from effilib import surgery
 from effilib.convolution import Approximation
 from effilib.data import Batches
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.models import reestimate_
 from effilib.training import Method, Run, evaluate, stream
@@ -323,6 +325,95 @@ def sample_columns_(
     return conv.convert_(chosen, approximations, owner, "column-row sampling")
 
 
+# What no product reads is not computed either
+
+
+def sample_channels_(
+    model: nn.Module,
+    ratio: float = 0.5,
+    *,
+    minimal: int = 16,
+    block: int = 16,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Let a model compute, in each training step, a uniform choice of its channels only. In place.
+
+    In forward sampling a channel that is left out gets a gradient of 0. Where all of its readers leave out
+    the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
+    products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
+    `effilib.surgery`) that only convolutions write and read. Returns the nodes' names. Raises `NoEffect` if
+    there are none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
+    ['features.4']
+    """
+    chosen = {}
+    for node in surgery.trace(model).nodes:
+        ends = [model.get_submodule(n) for n in (*node.producers, *node.consumers)]
+        k, n, b = blocks(ratio, node.width, minimal, block)
+        if k < n and k * b >= min(conv.BLOCK, node.width // 2) and all(map(_is_plain, ends)):
+            chosen[node] = k, n, b
+    if not chosen:
+        raise NoEffect("column-row sampling: no channels are written and read by convolutions only")
+    exact, inside = model.forward, []
+
+    def forward(*args, **kwargs):
+        if not model.training or inside:
+            return exact(*args, **kwargs)
+        drawn = {node: _draw(k, n, generator) for node, (k, n, _) in chosen.items()}
+        parts = _parts(model, {node: (drawn[node], chosen[node][2]) for node in chosen})
+        inside.append(True)
+        try:
+            y = functional_call(model, parts, args, kwargs)
+        finally:
+            inside.clear()
+        for node, index in drawn.items():
+            for bn in node.bns:
+                for name in ("running_mean", "running_var"):
+                    whole = getattr(model.get_submodule(bn), name).view(-1, chosen[node][2])
+                    whole[index] = parts[f"{bn}.{name}"].view(-1, chosen[node][2])
+        return y
+
+    model.forward = forward
+    return [node.name for node in chosen]
+
+
+def _is_plain(m):
+    return type(m) is nn.Conv2d and m.groups == 1
+
+
+def _draw(k, n, generator):
+    return torch.randperm(n, generator=generator)[:k].sort().values
+
+
+def _parts(model, chosen):
+    """Name -> tensor of all layers of nodes of which only some blocks take part: node -> (blocks, size)."""
+    parts, tensors = {}, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for node, (index, b) in chosen.items():
+        places = [(n, 0, ("weight", "bias")) for n in node.producers]
+        places += [(n, 0, ("weight", "bias", "running_mean", "running_var")) for n in node.bns]
+        places += [(n, 1, ("weight",)) for n in node.consumers]
+        for layer, axis, names in places:
+            for key in (f"{layer}.{name}" for name in names if f"{layer}.{name}" in tensors):
+                t = parts.get(key, tensors[key])
+                part = t.unflatten(axis, (-1, b)).index_select(axis, index.to(t.device))
+                parts[key] = part.flatten(axis, axis + 1)
+    return parts
+
+
+def exact_channels_(model: nn.Module) -> None:
+    """Let a model compute all channels again, in place.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> names = sample_channels_(net, 0.5)
+    >>> exact_channels_(net)
+    >>> "forward" in vars(net)
+    False
+    """
+    vars(model).pop("forward", None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(Method):
     """Train with sampled products, for the first part of the run or all of it.
@@ -342,7 +433,8 @@ class ColumnRowSampling(Method):
     replacement: bool = False
     scaled: bool = False
     mix: float = 0.1
-    where: str = "forward"  # or "backward"
+    # "forward", "backward", or "channels": forward, and what is not read is not computed (`sample_channels_`)
+    where: str = "forward"
     minimal: int = 10  # layers with at most so many terms stay exact
     linear: bool = True  # linear layers too
     block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
@@ -357,6 +449,12 @@ class ColumnRowSampling(Method):
         how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
         how["generator"] = run.generator(self, share=True)
         x = run.dataset.normalize(run.dataset.train.x[:2])
+        if self.where == "channels":
+            names = sample_channels_(
+                run.model, self.ratio, minimal=self.minimal, block=self.block, generator=how["generator"]
+            )
+            run.state[self] = {"layers": names, "exact": False}
+            return
         names = sample_columns_(
             run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
             block=self.block, score=self.score, owner=self, **how,
@@ -364,8 +462,8 @@ class ColumnRowSampling(Method):
         run.state[self] = {"layers": names, "exact": False}
 
     def on_epoch_start(self, run: Run) -> None:
-        if run.state[self]["exact"]:
-            conv.revert_(run.model, self)  # resumed: the network is as it was at the start
+        if run.state[self]["exact"]:  # resumed: the network is as it was at the start
+            self._make_exact(run.model)
 
     def on_step_end(self, run: Run) -> None:
         done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
@@ -374,11 +472,12 @@ class ColumnRowSampling(Method):
             run.state[self]["exact"] = True
             run.log(self, f"exact products after {done:.0%} of the run")
 
-    def _make_exact(self, model, optimizer):
+    def _make_exact(self, model, optimizer=None):
         conv.revert_(model, self)
+        exact_channels_(model)
 
     def on_evaluation(self, run: Run) -> None:
-        if self.where == "forward" and not run.state[self]["exact"]:
+        if self.where != "backward" and not run.state[self]["exact"]:
             size = min(run.recipe.batch_size, len(run.dataset.train))
             batches = Batches(
                 run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
@@ -396,7 +495,7 @@ class ColumnRowSampling(Method):
     def on_fit_end(self, run: Run) -> None:
         if run.state[self]["exact"]:
             return
-        conv.revert_(run.model, self)
+        self._make_exact(run.model)
         with run.clock.paused():
             plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
         self.on_evaluation(run)  # on the clock: whoever uses the network needs it once
