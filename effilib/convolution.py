@@ -636,7 +636,9 @@ def _contiguous(conv, inputs):
     """Before the layer. In whichever layout, the weights of a 1 x 1 kernel lie in the same order: only their
     strides say which it is.
     """
-    if conv.stride == (1, 1) or conv.in_channels >= BLOCK or not inputs or inputs[0].device.type != "cpu":
+    if conv.stride == (1, 1) or not inputs or inputs[0].device.type != "cpu":
+        return None
+    if inputs[0].shape[-3] >= BLOCK:  # of the input: some of the layer's channels may be left out
         return None
     w = conv.weight
     if w.stride(2) != 1:

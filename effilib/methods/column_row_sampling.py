@@ -29,8 +29,9 @@ from effilib.models import reestimate_
 from effilib.training import Method, Run, evaluate, stream
 
 __all__ = [
-    "INFO", "ColumnRowSampling", "backward_sampling", "blocks", "choose_terms", "forward_sampling", "inclusion",
-    "norms", "rectified", "rectified_energy", "sample_columns_", "squared_error",
+    "INFO", "ChannelSampling", "ColumnRowSampling", "backward_sampling", "blocks", "choose_terms",
+    "exact_channels_", "forward_sampling", "inclusion", "norms", "rectified", "rectified_energy",
+    "sample_channels_", "sample_columns_", "squared_error",
 ]  # fmt: skip
 
 INFO = Info(
@@ -306,10 +307,7 @@ def sample_columns_(
     """
     choose("place of sampling", where, ("forward", "backward"))
     choose("score of channels", score, ("auto", "measured"))
-    if not 0 < ratio <= 1:
-        raise BadInput(f"column-row sampling: ratio is {ratio}, it must be above 0 and at most 1")
-    if block < 1:
-        raise BadInput(f"column-row sampling: block is {block}, it must be a number of channels above 0")
+    _check(ratio, block)
     chosen = {n: m for n, m in conv.layers(model, x, linear=linear).items() if getattr(m, "groups", 1) == 1}
     norms = rectified(model, chosen, x) if score == "auto" and where == "forward" and x is not None else {}
     approximations = {}
@@ -323,6 +321,13 @@ def sample_columns_(
         if k < n:
             approximations[name] = a
     return conv.convert_(chosen, approximations, owner, "column-row sampling")
+
+
+def _check(ratio, block):
+    if not 0 < ratio <= 1:
+        raise BadInput(f"column-row sampling: ratio is {ratio}, it must be above 0 and at most 1")
+    if block < 1:
+        raise BadInput(f"column-row sampling: block is {block}, it must be a number of channels above 0")
 
 
 # What no product reads is not computed either
@@ -342,37 +347,40 @@ def sample_channels_(
     the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
     products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
     `effilib.surgery`) that only convolutions write and read. Returns the nodes' names. Raises `NoEffect` if
-    there are none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it.
+    there are none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the
+    network's widths must stay.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
     >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
     ['features.4']
     """
-    chosen = {}
+    _check(ratio, block)
+    chosen = {}  # node -> (blocks computed, blocks, channels a block)
     for node in surgery.trace(model).nodes:
-        ends = [model.get_submodule(n) for n in (*node.producers, *node.consumers)]
         k, n, b = blocks(ratio, node.width, minimal, block)
-        if k < n and k * b >= min(conv.BLOCK, node.width // 2) and all(map(_is_plain, ends)):
+        ends = [model.get_submodule(name) for name in (*node.producers, *node.consumers)]
+        if k < n and all(map(_is_plain, ends)):
             chosen[node] = k, n, b
     if not chosen:
         raise NoEffect("column-row sampling: no channels are written and read by convolutions only")
     exact, inside = model.forward, []
 
     def forward(*args, **kwargs):
-        if not model.training or inside:
+        if inside or not model.training:
             return exact(*args, **kwargs)
-        drawn = {node: _draw(k, n, generator) for node, (k, n, _) in chosen.items()}
-        parts = _parts(model, {node: (drawn[node], chosen[node][2]) for node in chosen})
+        drawn = {node: (_draw(k, n, generator), b) for node, (k, n, b) in chosen.items()}
+        parts = _parts(model, drawn)
         inside.append(True)
         try:
             y = functional_call(model, parts, args, kwargs)
         finally:
             inside.clear()
-        for node, index in drawn.items():
-            for bn in node.bns:
-                for name in ("running_mean", "running_var"):
-                    whole = getattr(model.get_submodule(bn), name).view(-1, chosen[node][2])
-                    whole[index] = parts[f"{bn}.{name}"].view(-1, chosen[node][2])
+        for node, (index, b) in drawn.items():
+            for name in node.bns:
+                for statistic in ("running_mean", "running_var"):
+                    whole = getattr(model.get_submodule(name), statistic)
+                    if whole is not None:
+                        whole.view(-1, b)[index.to(whole.device)] = parts[f"{name}.{statistic}"].view(-1, b)
         return y
 
     model.forward = forward
@@ -414,8 +422,58 @@ def exact_channels_(model: nn.Module) -> None:
     vars(model).pop("forward", None)
 
 
+# The methods
+
+
+class _ForAShare:
+    """Hooks of both methods: sampled for the first part of the run, exact for the rest."""
+
+    def __post_init__(self):
+        if not 0 < self.until <= 1:
+            raise BadInput(f"column-row sampling: until is {self.until}, it must be above 0 and at most 1")
+
+    def on_epoch_start(self, run):
+        if run.state[self]["exact"]:  # resumed: the network is as it was at the start
+            self.make_exact_(run.model)
+
+    def on_step_end(self, run):
+        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        if not run.state[self]["exact"] and self.until <= done < 1:
+            run.restructure(lambda model, optimizer: self.make_exact_(model))
+            run.state[self]["exact"] = True
+            run.log(self, f"exact products after {done:.0%} of the run")
+
+    def on_evaluation(self, run):
+        if getattr(self, "where", "") != "backward" and not run.state[self]["exact"]:
+            size = min(run.recipe.batch_size, len(run.dataset.train))
+            batches = Batches(
+                run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
+            )
+            few = max(1, self.images // size)
+            with run.autocast():
+                reestimate_(
+                    run.model,
+                    (
+                        x.contiguous(memory_format=run.layout)
+                        for (x, _), _ in zip(batches, range(few), strict=False)
+                    ),
+                )
+
+    def on_fit_end(self, run):
+        if run.state[self]["exact"]:
+            return
+        self.make_exact_(run.model)
+        with run.clock.paused():
+            plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
+        self.on_evaluation(run)  # on the clock: whoever uses the network needs it once
+        with run.clock.paused():
+            exact = evaluate(run.model, run.dataset, "validation", run.precision)[1]
+        text = f"accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
+        run.log(self, f"{run.state[self]['what']} sampled; {text}", plain=plain, reestimated=exact)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ColumnRowSampling(Method):
+class ColumnRowSampling(_ForAShare, Method):
     """Train with sampled products, for the first part of the run or all of it.
 
     >>> data = load("synthetic")
@@ -433,74 +491,51 @@ class ColumnRowSampling(Method):
     replacement: bool = False
     scaled: bool = False
     mix: float = 0.1
-    # "forward", "backward", or "channels": forward, and what is not read is not computed (`sample_channels_`)
-    where: str = "forward"
+    where: str = "forward"  # or "backward"
     minimal: int = 10  # layers with at most so many terms stay exact
     linear: bool = True  # linear layers too
     block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
     score: str = "auto"  # of channels: by BatchNorm's parameters where one can; or "measured"
     images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
 
-    def __post_init__(self):
-        if not 0 < self.until <= 1:
-            raise BadInput(f"column-row sampling: until is {self.until}, it must be above 0 and at most 1")
-
     def on_fit_start(self, run: Run) -> None:
         how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
         how["generator"] = run.generator(self, share=True)
         x = run.dataset.normalize(run.dataset.train.x[:2])
-        if self.where == "channels":
-            names = sample_channels_(
-                run.model, self.ratio, minimal=self.minimal, block=self.block, generator=how["generator"]
-            )
-            run.state[self] = {"layers": names, "exact": False}
-            return
         names = sample_columns_(
             run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
             block=self.block, score=self.score, owner=self, **how,
         )  # fmt: skip
-        run.state[self] = {"layers": names, "exact": False}
+        run.state[self] = {"what": f"{len(names)} layers", "exact": False}
 
-    def on_epoch_start(self, run: Run) -> None:
-        if run.state[self]["exact"]:  # resumed: the network is as it was at the start
-            self._make_exact(run.model)
-
-    def on_step_end(self, run: Run) -> None:
-        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
-        if not run.state[self]["exact"] and self.until <= done < 1:
-            run.restructure(self._make_exact)
-            run.state[self]["exact"] = True
-            run.log(self, f"exact products after {done:.0%} of the run")
-
-    def _make_exact(self, model, optimizer=None):
+    def make_exact_(self, model: nn.Module) -> None:
+        """Take the sampling out of a model, in place."""
         conv.revert_(model, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSampling(_ForAShare, Method):
+    """Train a uniform choice of the channels in each step, for the first part of the run or all of it.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
+    >>> history = train(net, data, Recipe(epochs=1), [ChannelSampling(ratio=0.5, until=0.5)])
+    >>> history.events[-1]["text"]
+    'exact products after 50% of the run'
+    """
+
+    ratio: float = 0.5  # share of the channels
+    until: float = 0.6  # share of the run after which all are computed
+    minimal: int = 16  # layers with at most so many channels stay exact
+    block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
+    images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
+
+    def on_fit_start(self, run: Run) -> None:
+        # one stream for all processes: each has the same channels
+        how = dict(minimal=self.minimal, block=self.block, generator=run.generator(self))
+        names = sample_channels_(run.model, self.ratio, **how)
+        run.state[self] = {"what": f"channels of {len(names)} nodes", "exact": False}
+
+    def make_exact_(self, model: nn.Module) -> None:
+        """Take the sampling out of a model, in place."""
         exact_channels_(model)
-
-    def on_evaluation(self, run: Run) -> None:
-        if self.where != "backward" and not run.state[self]["exact"]:
-            size = min(run.recipe.batch_size, len(run.dataset.train))
-            batches = Batches(
-                run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
-            )
-            few = max(1, self.images // size)
-            with run.autocast():
-                reestimate_(
-                    run.model,
-                    (
-                        x.contiguous(memory_format=run.layout)
-                        for (x, _), _ in zip(batches, range(few), strict=False)
-                    ),
-                )
-
-    def on_fit_end(self, run: Run) -> None:
-        if run.state[self]["exact"]:
-            return
-        self._make_exact(run.model)
-        with run.clock.paused():
-            plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
-        self.on_evaluation(run)  # on the clock: whoever uses the network needs it once
-        with run.clock.paused():
-            exact = evaluate(run.model, run.dataset, "validation", run.precision)[1]
-        text = f"accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
-        layers = len(run.state[self]["layers"])
-        run.log(self, f"{layers} layers sampled; {text}", plain=plain, reestimated=exact)

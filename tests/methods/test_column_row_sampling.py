@@ -11,24 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models
-from effilib.convolution import ApproxConv2d, Convolution, MatrixProduct, approx_conv2d, approx_linear
+from effilib import cost, models, surgery
+from effilib.convolution import ApproxConv2d, Approximation, Convolution, MatrixProduct, approx_conv2d, approx_linear
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import column_row_sampling as crs
 from effilib.methods.column_row_sampling import (
     INFO,
+    ChannelSampling,
     ColumnRowSampling,
     choose_terms,
     how_many,
     inclusion,
     norms,
+    exact_channels_,
     reestimate_,
+    sample_channels_,
     sample_columns_,
     squared_error,
 )
 from effilib.training import Method, Recipe, train
-from tests.common import equal, g, resumed_and_whole
+from tests.common import equal, g, resumed_and_whole, shake, users
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
@@ -405,6 +408,84 @@ def test_settings_that_change_nothing_have_no_effect_and_bad_ones_are_named():
         sample_columns_(network(), 0.5, where="sideways")
 
 
+# Channels that nobody reads
+
+
+def traced(name):
+    """A network, images, and the nodes that `sample_channels_` samples of it."""
+    if name == "users":
+        return shake(users()), torch.randn(6, 1, 8, 8, generator=g())
+    settings = {"resnet": {"widths": (8, 16), "blocks": (1, 2)}, "vgg": {"widths": ((8,), (16, 12), (8,))}}
+    model = models.build(name, 4, (1, 8, 8), **settings[name])
+    return shake(model), torch.randn(6, 1, 8, 8, generator=g())
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "users"])
+def test_channels_that_nobody_reads_change_neither_sums_nor_gradients(name):
+    fast, x = traced(name)
+    fast.train()
+    for m in fast.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    slow, y = copy.deepcopy(fast), torch.arange(len(x)) % 4
+    how = dict(minimal=4, block=4)
+    names = sample_channels_(fast, 0.5, generator=g(3), **how)
+    nodes, generator = surgery.trace(slow), g(3)
+    for node in (nodes[n] for n in names):  # all of its readers leave out the same channels
+        k, n, b = crs.blocks(0.5, node.width, 4, 4)
+        index = (b * crs._draw(k, n, generator)[:, None] + torch.arange(b)).flatten()
+        sample = Approximation(sample=lambda x, w, index=index: (index, None))
+        readers = {c: slow.get_submodule(c) for c in node.consumers}
+        crs.conv.convert_(readers, dict.fromkeys(readers, sample), "slow", "test")
+    assert names
+    logits = [net(x) for net in (fast, slow)]
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+    for z in logits:
+        F.cross_entropy(z, y).backward()
+    for (key, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), key
+
+
+def test_only_chosen_channels_have_new_statistics_and_evaluation_is_exact():
+    model, x = traced("vgg")
+    expected, before = model.eval()(x), copy.deepcopy(model.state_dict())
+    sample_channels_(model, 0.5, minimal=4, block=4, generator=g())
+    assert torch.equal(model(x), expected)
+    model.train()(x)
+    moved = model.features[1].running_mean != before["features.1.running_mean"]
+    assert moved.view(2, 4).all(1).sum() == 1
+    assert moved.sum() == 4
+    seen = torch.zeros(8, dtype=torch.bool)
+    for _ in range(20):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        seen |= model.features[0].weight.grad.flatten(1).any(1)
+    assert seen.all()
+    exact_channels_(model)
+    model.load_state_dict(before)
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_half_of_the_channels_are_a_quarter_of_the_products_between_them():
+    model, x = models.build("vgg", 4, (1, 8, 8), widths=((32, 32, 32, 32),)), torch.zeros(2, 1, 8, 8)
+
+    def flops():
+        return cost.count_flops(lambda: model.train()(x).sum().backward())
+
+    exact, layer = flops(), cost.layers(model, x)["features.3"].flops
+    assert sample_channels_(model, 0.5) == ["features.0", "features.3", "features.6"]
+    stem = 2 * cost.layers(model, x)["features.0"].flops  # forward and dW
+    assert exact - flops() == 3 * layer * (0.75 + 0.75 + 0.5) + stem / 2
+
+
+def test_networks_without_such_channels_have_no_effect():
+    for model in (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), network(widths=(16, 16))):
+        with pytest.raises(NoEffect, match="column-row sampling"):
+            sample_channels_(model, 0.5)
+    with pytest.raises(BadInput, match="ratio"):
+        sample_channels_(network(), 2.0)
+
+
 # BatchNorm
 
 
@@ -447,6 +528,7 @@ ARMS = {
     "norm": ColumnRowSampling(minimal=4, block=4, scheme="norm"),
     "bernoulli": ColumnRowSampling(minimal=4, block=4, scheme="bernoulli", scaled=True),
     "backward": ColumnRowSampling(minimal=4, block=4, where="backward", scheme="bernoulli", scaled=True),
+    "channels": ChannelSampling(minimal=4, block=4, until=1.0),
 }
 
 
@@ -457,10 +539,12 @@ def test_no_arm_is_bit_equal_to_the_exact_one_or_to_another():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sampled_training_learns_saves_flops_and_leaves_a_plain_model_behind(precision):
+@pytest.mark.parametrize("name", ["topk", "channels"])
+def test_sampled_training_learns_saves_flops_and_leaves_a_plain_model_behind(precision, name):
     recipe = replace(RECIPE, epochs=6, precision=precision)
-    model, history = trained([ARMS["topk"]], recipe)
-    assert history.accuracy > 85
+    model, history = trained([ARMS[name]], recipe)
+    assert history.accuracy > 80
+    assert "forward" not in vars(model)
     assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
     assert history.flops < 0.7 * trained(recipe=recipe)[1].flops
 
@@ -513,7 +597,7 @@ def test_backward_sampling_needs_no_reestimation():
 
 
 @pytest.mark.parametrize("until", [1.0, 0.3, 0.8], ids=["whole", "exact before", "exact after"])
-@pytest.mark.parametrize("name", ["topk", "bernoulli"])
+@pytest.mark.parametrize("name", ["topk", "bernoulli", "channels"])
 def test_a_resumed_run_ends_bit_equal(name, until, tmp_path):
     method = replace(ARMS[name], until=until)
     (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [method], tmp_path / "run.pt")
