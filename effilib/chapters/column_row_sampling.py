@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from effilib.experiment import Arm
-from effilib.methods.column_row_sampling import ColumnRowSampling
+from effilib.methods.column_row_sampling import ChannelSampling, ColumnRowSampling
 from effilib.tasks import Task
 
 RATIOS = (0.75, 0.5, 0.3)
@@ -26,8 +26,8 @@ GRID["quick"] |= dict(epochs=0.4)
 GRID["study"] |= dict(epochs=1)
 # Drawn anew in every step, so that all channels are trained, and exact for the rest of the run, so that the
 # network is trained as it is evaluated.
-METHOD = ColumnRowSampling(scheme="uniform", until=0.6, minimal=16)
-SETTINGS = {f"{r:.0%} of the channels": replace(METHOD, ratio=r) for r in RATIOS}
+UNTIL = 0.6
+SETTINGS = {f"{r:.0%} of the channels": ChannelSampling(ratio=r, until=UNTIL) for r in RATIOS}
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 RATES: dict[str, dict[float, dict]] = {}
 CONTENDER = HALF
@@ -52,22 +52,20 @@ def narrower(task: Task, share: float = 0.72) -> list[Arm]:
 
 def grid(task: Task) -> list[Arm]:
     """Return the choices of half of the channels (quick: two); all take the same steps."""
-    whole = replace(METHOD, until=1.0)
-    methods = {
-        "top-k, all the time (2018)": replace(whole, scheme="topk", block=1, score="measured"),
-        "uniform, exact from 60%": METHOD,
-    }
+    half, forward = SETTINGS[HALF], ColumnRowSampling(scheme="uniform", minimal=16)
+    topk = ColumnRowSampling(block=1, score="measured", minimal=4)
+    methods = {"top-k, all the time (2018)": topk, f"exact from {UNTIL:.0%}": half}
     if task.preset in ("study", "full"):
         methods |= {
-            "top-k in blocks, all the time": replace(whole, scheme="topk"),
-            "top-k in blocks, exact from 60%": replace(METHOD, scheme="topk"),
-            "uniform, all the time": whole,
-            "uniform, exact from 80%": replace(METHOD, until=0.8),
-            "uniform and scaled, exact from 60%": replace(METHOD, scaled=True),
-            "norm, exact from 60%": replace(METHOD, scheme="norm"),
-            "Bernoulli and scaled, exact from 60%": replace(METHOD, scheme="bernoulli", scaled=True),
+            "top-k in blocks, all the time": replace(forward, scheme="topk"),
+            f"top-k in blocks, exact from {UNTIL:.0%}": replace(forward, scheme="topk", until=UNTIL),
+            f"unread ones computed, exact from {UNTIL:.0%}": replace(forward, until=UNTIL),
+            "exact from 40%": replace(half, until=0.4),
+            "exact from 80%": replace(half, until=0.8),
+            "all the time": replace(half, until=1.0),
+            "Bernoulli and scaled, all the time": replace(forward, scheme="bernoulli", scaled=True),
             "backward only, Bernoulli and scaled": replace(
-                whole, where="backward", scheme="bernoulli", scaled=True
+                forward, where="backward", scheme="bernoulli", scaled=True
             ),
         }
     return [
