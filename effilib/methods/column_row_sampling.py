@@ -3,7 +3,9 @@
 A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a
 convolution the terms are the input channels. In forward sampling the backward pass runs through the same k
 channels, so that all three products shrink to k/n; the channels that were left out get a dX and dW of 0. In
-backward sampling the forward pass is exact, dX samples output channels and dW samples examples.
+backward sampling the forward pass is exact, dX samples output channels and dW samples examples. Channels are
+chosen in blocks of 16, which kernels take at once and which are copied as a whole (`ColumnRowSampling`); where
+all readers of a channel leave it out, it is not computed at all (`ChannelSampling`).
 
 Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics
 under sampled activations but is evaluated with exact ones: they are re-estimated by exact forward passes
@@ -41,8 +43,8 @@ INFO = Info(
     paper="Adelman & Silberstein 2018, arXiv:1805.08079 (extended: NeurIPS 2021)",
     claim="Computing half of the channels of a wide residual network's convolutions costs about a point of "
     "accuracy on CIFAR-100 and saves half of the operations (2018); up to 1.37x less training time (2021).",
-    cost_model="All three products of a sampled layer shrink to k/C; added: scoring and gathering channels, "
-    "and scattering dX.",
+    cost_model="All three products of a sampled layer shrink to k/C, or to (k/C)^2 where what no product reads "
+    "is not computed; added: scoring and copying channels, and putting dX back.",
 )
 
 SCHEMES = ("topk", "uniform", "norm", "bernoulli")
@@ -199,7 +201,8 @@ def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -
     network writes it; 2x2 max pooling in between is seen through.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
-    >>> {name: bn.num_features for name, bn in rectified(net, conv.layers(net), torch.rand(2, 3, 8, 8)).items()}
+    >>> found = rectified(net, conv.layers(net), torch.rand(2, 3, 8, 8))
+    >>> {name: bn.num_features for name, bn in found.items()}
     {'features.4': 16, 'features.7': 32}
     """
     outputs, found, hooks = {}, {}, []

@@ -91,7 +91,7 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
             break
         found.append(names[m])
     if not found:
-        raise NoEffect("frozen prefix: in this network no layer comes before one without maps, or one that is called again")
+        raise NoEffect("frozen prefix: no layer comes before one that has no maps, or is called again")
     if len(found) == len(called):
         raise NoEffect(f"frozen prefix: behind {depth} sizes of maps no layer would be left to be trained")
     return found
@@ -208,7 +208,9 @@ class FrozenPrefix(Method):
         if self.anneal:
             first, done = run.optimizer.param_groups[0], set()
             for share, layers in zip(self.at, names, strict=True):
-                mine = {p for n in layers for p in run.model.get_submodule(n).parameters(recurse=False)} - done
+                mine = {
+                    p for n in layers for p in run.model.get_submodule(n).parameters(recurse=False)
+                } - done
                 done |= mine
                 kept = [p for p in first["params"] if p in mine]
                 first["params"] = [p for p in first["params"] if p not in mine]
@@ -231,7 +233,9 @@ class FrozenPrefix(Method):
         if depth > run.state[self]["depth"] and run.step + 1 < run.steps:
             run.restructure(lambda model, optimizer: self._freeze(run, depth))
             layers, share = run.state[self]["layers"], self.at[depth - 1]
-            run.log(self, f"after {share:.0%} of the run, {len(layers)} layers are frozen, up to {layers[-1]}")
+            run.log(
+                self, f"after {share:.0%} of the run, {len(layers)} layers are frozen, up to {layers[-1]}"
+            )
 
     def _freeze(self, run, depth):
         state, x = run.state[self], self._images(run)

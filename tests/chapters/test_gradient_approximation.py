@@ -8,7 +8,12 @@ from effilib.tasks import task
 def test_the_judged_arms_are_the_prefix_and_the_papers_beside_the_published_control():
     study, quick = (task(p, "synthetic").sized(chapter.SIZES) for p in ("study", "quick"))
     check_arms(study, chapter.arms(study))
-    assert [a.name for a in chapter.arms(study)] == ["exact", chapter.FROZEN, chapter.ZERO, "ResNet-14, exact"]
+    assert [a.name for a in chapter.arms(study)] == [
+        "exact",
+        chapter.FROZEN,
+        chapter.ZERO,
+        "ResNet-14, exact",
+    ]
     assert [a.role for a in chapter.arms(quick)] == ["baseline", "method", "control"]
     assert chapter.arms(study)[1].methods == (chapter.SETTINGS[chapter.FROZEN],)
     assert chapter.CONTENDER in chapter.SETTINGS
