@@ -24,8 +24,8 @@ SIZES["study"] |= dict(epochs=2.5)  # five arms of a minute: 880 steps the longe
 GRID = {p: dict(size) for p, size in SIZES.items()}  # of what is only shown
 GRID["quick"] |= dict(epochs=0.4)
 GRID["study"] |= dict(epochs=1)
-# Drawn anew in every step, so that all channels are trained, and exact for the rest of the run, so that the
-# network is trained as it is evaluated.
+# The same channels in every step, then all for the rest of the run, in which the others catch up: from trial
+# runs of 156 steps with a seed that is not measured, where drawing anew in every step lost 12 points (n = 1).
 UNTIL = 0.6
 SETTINGS = {f"{r:.0%} of the channels": ChannelSampling(ratio=r, until=UNTIL) for r in RATIOS}
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
@@ -62,7 +62,8 @@ def grid(task: Task) -> list[Arm]:
             f"unread ones computed, exact from {UNTIL:.0%}": replace(forward, until=UNTIL),
             "exact from 40%": replace(half, until=0.4),
             "exact from 80%": replace(half, until=0.8),
-            "all the time": replace(half, until=1.0),
+            f"drawn anew, exact from {UNTIL:.0%}": replace(half, fixed=False),
+            "drawn anew, all the time": replace(half, fixed=False, until=1.0),
             "Bernoulli and scaled, all the time": replace(forward, scheme="bernoulli", scaled=True),
             "backward only, Bernoulli and scaled": replace(
                 forward, where="backward", scheme="bernoulli", scaled=True

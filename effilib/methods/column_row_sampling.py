@@ -3,9 +3,9 @@
 A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a
 convolution the terms are the input channels. In forward sampling the backward pass runs through the same k
 channels, so that all three products shrink to k/n; the channels that were left out get a dX and dW of 0. In
-backward sampling the forward pass is exact, dX samples output channels and dW samples examples. Channels are
-chosen in blocks of 16, which kernels take at once and which are copied as a whole (`ColumnRowSampling`); where
-all readers of a channel leave it out, it is not computed at all (`ChannelSampling`).
+backward sampling the forward pass is exact, dX samples output channels and dW samples examples. Channels
+are chosen in blocks of 16, which kernels take at once and which are copied as a whole (`ColumnRowSampling`);
+where all readers of a channel leave it out, it is not computed at all (`ChannelSampling`).
 
 Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics
 under sampled activations but is evaluated with exact ones: they are re-estimated by exact forward passes
@@ -43,8 +43,8 @@ INFO = Info(
     paper="Adelman & Silberstein 2018, arXiv:1805.08079 (extended: NeurIPS 2021)",
     claim="Computing half of the channels of a wide residual network's convolutions costs about a point of "
     "accuracy on CIFAR-100 and saves half of the operations (2018); up to 1.37x less training time (2021).",
-    cost_model="All three products of a sampled layer shrink to k/C, or to (k/C)^2 where what no product reads "
-    "is not computed; added: scoring and copying channels, and putting dX back.",
+    cost_model="All three products of a sampled layer shrink to k/C, or to (k/C)^2 where what no product "
+    "reads is not computed; added: scoring and copying channels, and putting dX back.",
 )
 
 SCHEMES = ("topk", "uniform", "norm", "bernoulli")
@@ -340,18 +340,20 @@ def sample_channels_(
     model: nn.Module,
     ratio: float = 0.5,
     *,
+    fixed: bool = False,
     minimal: int = 16,
     block: int = 16,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Let a model compute, in each training step, a uniform choice of its channels only. In place.
+    """Let a model compute, in training steps, a uniform choice of its channels only. In place.
 
     In forward sampling a channel that is left out gets a gradient of 0. Where all of its readers leave out
     the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
     products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
-    `effilib.surgery`) that only convolutions write and read. Returns the nodes' names. Raises `NoEffect` if
-    there are none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the
-    network's widths must stay.
+    `effilib.surgery`) that only convolutions write and read. fixed: always the same ones, a narrower network
+    within this one; else drawn anew in every step. Returns the nodes' names. Raises `NoEffect` if there are
+    none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the network's
+    widths must stay.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
     >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
@@ -368,10 +370,15 @@ def sample_channels_(
         raise NoEffect("column-row sampling: no channels are written and read by convolutions only")
     exact, inside = model.forward, []
 
+    def draw():
+        return {node: (_draw(k, n, generator), b) for node, (k, n, b) in chosen.items()}
+
+    kept = draw() if fixed else {}
+
     def forward(*args, **kwargs):
         if inside or not model.training:
             return exact(*args, **kwargs)
-        drawn = {node: (_draw(k, n, generator), b) for node, (k, n, b) in chosen.items()}
+        drawn = kept or draw()
         parts = _parts(model, drawn)
         inside.append(True)
         try:
@@ -518,7 +525,7 @@ class ColumnRowSampling(_ForAShare, Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSampling(_ForAShare, Method):
-    """Train a uniform choice of the channels in each step, for the first part of the run or all of it.
+    """Train a choice of the channels, for the first part of the run or all of it.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
@@ -529,13 +536,14 @@ class ChannelSampling(_ForAShare, Method):
 
     ratio: float = 0.5  # share of the channels
     until: float = 0.6  # share of the run after which all are computed
+    fixed: bool = True  # the same channels in every step, which learn more in a short run; else drawn anew
     minimal: int = 16  # layers with at most so many channels stay exact
     block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
     images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
 
     def on_fit_start(self, run: Run) -> None:
         # one stream for all processes: each has the same channels
-        how = dict(minimal=self.minimal, block=self.block, generator=run.generator(self))
+        how = dict(fixed=self.fixed, minimal=self.minimal, block=self.block, generator=run.generator(self))
         names = sample_channels_(run.model, self.ratio, **how)
         run.state[self] = {"what": f"channels of {len(names)} nodes", "exact": False}
 

@@ -33,7 +33,7 @@ def test_half_is_half_of_the_blocks_of_the_widest_layers(preset):
 
 
 def test_the_grid_compares_at_equal_steps_and_has_no_two_arms_alike():
-    for preset, count in (("quick", 3), ("study", 11)):
+    for preset, count in (("quick", 3), ("study", 12)):
         t = task(preset, "synthetic", lengths=(1.0,))
         arms = chapter.grid(t)
         check_arms(t, arms)

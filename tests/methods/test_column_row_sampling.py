@@ -477,6 +477,18 @@ def test_only_chosen_channels_have_new_statistics_and_evaluation_is_exact():
     assert torch.equal(model.eval()(x), expected)
 
 
+def test_a_fixed_choice_trains_always_the_same_channels():
+    model, x = traced("vgg")
+    sample_channels_(model, 0.5, fixed=True, minimal=4, block=4, generator=g())
+    found = []
+    for _ in range(5):
+        model.train().zero_grad()
+        model(x).square().sum().backward()
+        found.append(model.features[0].weight.grad.flatten(1).any(1))
+    assert found[0].sum() == 4
+    assert all(torch.equal(f, found[0]) for f in found)
+
+
 def test_half_of_the_channels_are_a_quarter_of_the_products_between_them():
     model, x = models.build("vgg", 4, (1, 8, 8), widths=((32, 32, 32, 32),)), torch.zeros(2, 1, 8, 8)
 
@@ -540,6 +552,7 @@ ARMS = {
     "bernoulli": ColumnRowSampling(minimal=4, block=4, scheme="bernoulli", scaled=True),
     "backward": ColumnRowSampling(minimal=4, block=4, where="backward", scheme="bernoulli", scaled=True),
     "channels": ChannelSampling(minimal=4, block=4, until=1.0),
+    "channels, drawn anew": ChannelSampling(minimal=4, block=4, until=1.0, fixed=False),
 }
 
 
@@ -608,7 +621,7 @@ def test_backward_sampling_needs_no_reestimation():
 
 
 @pytest.mark.parametrize("until", [1.0, 0.3, 0.8], ids=["whole", "exact before", "exact after"])
-@pytest.mark.parametrize("name", ["topk", "bernoulli", "channels"])
+@pytest.mark.parametrize("name", ["topk", "bernoulli", "channels", "channels, drawn anew"])
 def test_a_resumed_run_ends_bit_equal(name, until, tmp_path):
     method = replace(ARMS[name], until=until)
     (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [method], tmp_path / "run.pt")
