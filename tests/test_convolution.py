@@ -255,6 +255,22 @@ def test_put_undoes_take(dtype, shape, dim, layout):
     assert torch.equal(whole, expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 12, 4, 2), (3, 12, 1, 1), (1, 4, 4, 4), (5, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_their_channels_one_by_one(dtype, shape, layout):
+    t = torch.randn(shape, generator=g()).to(dtype)
+    t = t.contiguous(memory_format=LAYOUTS[layout]) if t.dim() == 4 else t
+    first = torch.tensor([8, 0, 4][: shape[1] // 4][-2:])  # blocks 0 and 1 of three, or the only one
+    index = first[:, None] % shape[1] + torch.arange(4)
+    part, one_by_one = c.take(t, 1, index), c.take(t, 1, index.flatten())
+    assert torch.equal(part, one_by_one)
+    assert part.stride() == one_by_one.stride()
+    whole, expected = (c.put(part, 1, i, shape[1]) for i in (index, index.flatten()))
+    assert torch.equal(whole, expected)
+    assert whole.stride() == expected.stride()
+
+
 # Layers
 
 
@@ -427,7 +443,7 @@ def test_a_converted_model_can_be_copied_and_saved(tmp_path):
 
 DATA = synthetic(images=300)
 METHODS = {
-    "sampling": ColumnRowSampling(minimal=4),
+    "sampling": ColumnRowSampling(minimal=4, block=4),
     "pruning": GradientPruning(fifo=0),
     "subsets": GradientSubsets(),
     "approximation": GradientApproximation(how="top", schedule="S3"),

@@ -161,11 +161,7 @@ def test_a_methods_notebook_shows_its_source_and_its_curves(file):
 
 DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workbook", "matplotlib", "pandas")
 # Still in version 1's form: their notebooks do not hold their own cells yet.
-THICK = (
-    "chapters/column_row_sampling.py",
-    "chapters/dynamic_fixed_point.py",
-    "chapters/gradient_approximation.py",
-)
+THICK = ("chapters/dynamic_fixed_point.py",)
 TRAINS = sorted(
     p
     for f in ("chapters", "methods")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from effilib import models
 from effilib.chapters import (
+    column_row_sampling,
+    gradient_approximation,
     gradient_pruning,
     kernel_rescaling,
     layer_replacement,
@@ -16,9 +18,7 @@ from effilib.chapters.tree_cnn import cap
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.methods.class_arrival import Growing
-from effilib.methods.column_row_sampling import ColumnRowSampling
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
-from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.gradient_pruning import GradientPruning
 from effilib.methods.net2net import Grown
 from effilib.methods.standardization_loss import StandardizationLoss
@@ -125,14 +125,16 @@ def _encoder(task):
 
 
 CONVS, NORMS, NETWORK, IMAGES = "the convolutions", "the norms", "the network", "the images"
+SAMPLED = column_row_sampling.SETTINGS[column_row_sampling.CONTENDER]
+FROZEN = gradient_approximation.SETTINGS[gradient_approximation.CONTENDER]
 STRENGTH = StructureAndStrength(scope="auto")
 CONTENDERS = (
     Contender("fp32", "", ("the number format",), _fp32),
     Contender("smaller network", "", (NETWORK,), _smaller),
     Contender("dynamic fixed point", "3.3", (CONVS,), _one(DynamicFixedPoint(), precision="fp32"), 3),
-    Contender("column-row sampling", "3.4", (CONVS,), _one(ColumnRowSampling()), 3),
+    Contender("column-row sampling", "3.4", (CONVS, NETWORK), _one(SAMPLED), 3),
     Contender("gradient pruning", "4.1", (CONVS,), _one(GradientPruning(p=0.9)), 3),
-    Contender("gradient approximation", "4.2", (CONVS,), _one(GradientApproximation()), 3),
+    Contender("gradient approximation", "4.2", (CONVS, NORMS), _one(FROZEN), 3),
     Contender("stochastic pooling", "5.1", ("the pooling",), _one(StochasticPooling()), 3),
     Contender("structure and strength", "5.2", (CONVS, NORMS), _one(STRENGTH), 2),
     Contender("PruneTrain", "6.1", (CONVS, NORMS), _pruned, 4),

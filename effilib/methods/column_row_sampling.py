@@ -3,7 +3,9 @@
 A product is a sum over its inner dimension, AB = sum_i A^(i) B_(i); of n such terms k are computed. For a
 convolution the terms are the input channels. In forward sampling the backward pass runs through the same k
 channels, so that all three products shrink to k/n; the channels that were left out get a dX and dW of 0. In
-backward sampling the forward pass is exact, dX samples output channels and dW samples examples.
+backward sampling the forward pass is exact, dX samples output channels and dW samples examples. Channels
+are chosen in blocks of 16, which kernels take at once and which are copied as a whole (`ColumnRowSampling`);
+where all readers of a channel leave it out, it is not computed at all (`ChannelSampling`).
 
 Taking the k largest terms, unscaled, is biased and works best in practice. BatchNorm gathers its statistics
 under sampled activations but is evaluated with exact ones: they are re-estimated by exact forward passes
@@ -11,22 +13,27 @@ before every evaluation. The 2018 version of the paper counts operations; times 
 (NeurIPS).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from effilib import convolution as conv
+from effilib import surgery
 from effilib.convolution import Approximation
 from effilib.data import Batches
-from effilib.errors import BadInput, choose
+from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.models import reestimate_
 from effilib.training import Method, Run, evaluate, stream
 
 __all__ = [
-    "INFO", "ColumnRowSampling", "backward_sampling", "choose_terms", "forward_sampling", "inclusion",
-    "norms", "sample_columns_", "squared_error",
+    "INFO", "ChannelSampling", "ColumnRowSampling", "backward_sampling", "blocks", "choose_terms",
+    "exact_channels_", "forward_sampling", "inclusion", "norms", "rectified", "rectified_energy",
+    "sample_channels_", "sample_columns_", "squared_error",
 ]  # fmt: skip
 
 INFO = Info(
@@ -36,8 +43,8 @@ INFO = Info(
     paper="Adelman & Silberstein 2018, arXiv:1805.08079 (extended: NeurIPS 2021)",
     claim="Computing half of the channels of a wide residual network's convolutions costs about a point of "
     "accuracy on CIFAR-100 and saves half of the operations (2018); up to 1.37x less training time (2021).",
-    cost_model="All three products of a sampled layer shrink to k/C; added: scoring and gathering channels, "
-    "and scattering dX.",
+    cost_model="All three products of a sampled layer shrink to k/C, or to (k/C)^2 where what no product "
+    "reads is not computed; added: scoring and copying channels, and putting dX back.",
 )
 
 SCHEMES = ("topk", "uniform", "norm", "bernoulli")
@@ -119,8 +126,10 @@ def choose_terms(
         return index, times / (k * p[index]) if scaled else None
     p = inclusion(p, k)
     if scheme == "bernoulli":
-        index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
-        index = index if len(index) else p.argmax()[None]
+        index = p.new_empty(0)
+        while not len(index):  # no term at all is no estimate: drawn again, which makes each one likelier
+            index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
+        p = p / (1 - (1 - p).prod())
     else:  # a comb of k teeth, one apart, over the probabilities laid end to end in random order
         order = torch.randperm(n, generator=generator, device=w.device)
         ends = p[order].cumsum(0)
@@ -143,7 +152,8 @@ def squared_error(terms: torch.Tensor, k: int, scheme: str, *, p: torch.Tensor |
     if scheme == "replacement":
         return ((w2 / p).sum() - product.square().sum()) / k
     if scheme == "bernoulli":
-        return (w2 * (1 - p) / p).sum()
+        empty = (1 - p).prod()  # how often nothing is drawn, and drawn again
+        return (1 - empty) * (w2 * (1 - p) / p).sum() - empty * product.square().sum()
     return n * (n - k) / (k * (n - 1)) * (w2.sum() - product.square().sum() / n)
 
 
@@ -156,8 +166,73 @@ def how_many(ratio, n, minimal):
     return min(max(int(ratio * n), minimal), n)
 
 
-def forward_sampling(ratio: float, minimal: int, **how) -> Approximation:
+def blocks(ratio: float, channels: int, minimal: int, block: int) -> tuple[int, int, int]:
+    """Return (k, n, b): of n blocks of b neighbouring channels, k are computed.
+
+    b: a divisor of `channels`, at most `block`, and smaller where the ratio would be rounded up to 1.
+
+    >>> blocks(0.5, 64, minimal=10, block=16), blocks(0.3, 256, 10, 16), blocks(0.75, 32, 10, 16)
+    ((2, 4, 16), (5, 16, 16), (3, 4, 8))
+    """
+    count, b = how_many(ratio, channels, minimal), math.gcd(channels, block)
+    while b > 1 and count < channels and math.floor(count / b + 0.5) >= channels / b:
+        b = math.gcd(channels, b // 2)
+    return max(1, math.floor(count / b + 0.5)), channels // b, b
+
+
+def rectified_energy(gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Return E[relu(z)^2] for z ~ N(beta, gamma^2): what BatchNorm and ReLU let through, by channel.
+
+    With t = beta / |gamma| it is (beta^2 + gamma^2) Phi(t) + beta |gamma| phi(t). (C,), (C,) -> (C,).
+
+    >>> rectified_energy(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
+    tensor([0.5000, 2.0000])
+    """
+    sigma = gamma.abs().clamp(min=1e-12)
+    t = beta / sigma
+    density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+    return (beta.square() + sigma.square()) * torch.special.ndtr(t) + beta * sigma * density
+
+
+def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -> dict[str, nn.Module]:
+    """Return which layers read relu(BatchNorm(...)): layer's name -> that BatchNorm.
+
+    chosen: name -> layer. Found by comparing values on a batch of images x, so that it does not matter how a
+    network writes it; 2x2 max pooling in between is seen through.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> found = rectified(net, conv.layers(net), torch.rand(2, 3, 8, 8))
+    >>> {name: bn.num_features for name, bn in found.items()}
+    {'features.4': 16, 'features.7': 32}
+    """
+    outputs, found, hooks = {}, {}, []
+
+    def look(name):
+        def hook(layer, inputs):
+            for bn, z in outputs.items():
+                if z.dim() == 4 and z.shape[2] == 2 * inputs[0].shape[2]:
+                    z = F.max_pool2d(z, 2)
+                if z.shape == inputs[0].shape and torch.equal(z, inputs[0]):
+                    found[name] = bn
+
+        return hook
+
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            hooks.append(m.register_forward_hook(lambda m, inputs, y: outputs.update({m: y.relu()})))
+    for name, layer in chosen.items():
+        hooks.append(layer.register_forward_pre_hook(look(name)))
+    conv.probe(model, x, hooks)
+    return found
+
+
+def forward_sampling(
+    ratio: float, minimal: int, *, block: int = 1, norm: nn.Module | None = None, **how
+) -> Approximation:
     """Return the `Approximation` by a share of the input channels, forward and backward.
+
+    block: channels are chosen in blocks of so many neighbours. norm: the BatchNorm that, with a ReLU, makes
+    the input: channels are scored by its parameters (`rectified_energy`); None: by the input itself.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
@@ -165,8 +240,18 @@ def forward_sampling(ratio: float, minimal: int, **how) -> Approximation:
     """
 
     def sample(x, w):
-        k = how_many(ratio, x.shape[1], minimal)
-        return None if k == x.shape[1] else choose_terms(norms(x, 1) * norms(w, 1), k, **how)
+        k, n, b = blocks(ratio, x.shape[1], minimal, block)
+        if k >= n:
+            return None
+        closed = norm is not None and norm.num_features == x.shape[1]
+        energy = rectified_energy(norm.weight, norm.bias) if closed else norms(x, 1).square()
+        # |x_c|^2 and |W_c|^2 of every block
+        squares = energy.view(n, b).sum(1), norms(w, 1).square().view(n, b).sum(1)
+        index, scale = choose_terms((squares[0] * squares[1]).sqrt(), k, **how)
+        if b == 1:
+            return index, scale
+        channels = b * index.sort().values[:, None] + torch.arange(b, device=index.device)
+        return channels, None if scale is None else scale[index.argsort()].repeat_interleave(b)
 
     return Approximation(sample=sample)
 
@@ -204,6 +289,8 @@ def sample_columns_(
     where: str = "forward",
     minimal: int = 10,
     linear: bool = True,
+    block: int = 16,
+    score: str = "auto",
     x: torch.Tensor | None = None,
     owner: object = "column-row sampling",
     **how,
@@ -211,63 +298,163 @@ def sample_columns_(
     """Sample the products of a model's convolutions and linear layers, in place.
 
     All but those of the stem and the classifier. ratio: share of the terms computed. where: "forward" or
-    "backward". x: a batch of images, see `effilib.convolution.layers`. how: as for `choose_terms`. Grouped
-    convolutions, whose terms are few already, stay exact, and so do layers with at most `minimal` channels.
-    Returns the names of the sampled layers. Raises `NoEffect` if there are none.
+    "backward". block: forward, channels are chosen in blocks of so many, as kernels take them. score: "auto",
+    by BatchNorm's parameters where a BatchNorm and a ReLU make the input (found if x is given), else by the
+    input's norms; "measured", always by these. x: a batch of images, see `effilib.convolution.layers`. how:
+    as for `choose_terms`. Grouped convolutions, whose terms are few already, stay exact, and so do layers
+    with at most `minimal` channels. Returns the names of the sampled layers. Raises `NoEffect` if there are
+    none.
 
     >>> sample_columns_(build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32))), 0.5)
     ['features.4', 'features.7']
     """
     choose("place of sampling", where, ("forward", "backward"))
+    choose("score of channels", score, ("auto", "measured"))
+    _check(ratio, block)
+    chosen = {n: m for n, m in conv.layers(model, x, linear=linear).items() if getattr(m, "groups", 1) == 1}
+    norms = rectified(model, chosen, x) if score == "auto" and where == "forward" and x is not None else {}
+    approximations = {}
+    for name, m in chosen.items():
+        if where == "forward":
+            k, n, _ = blocks(ratio, m.weight.shape[1], minimal, block)
+            a = forward_sampling(ratio, minimal, block=block, norm=norms.get(name), **how)
+        else:
+            k, n = how_many(ratio, len(m.weight), minimal), len(m.weight)
+            a = backward_sampling(ratio, minimal, **how)
+        if k < n:
+            approximations[name] = a
+    return conv.convert_(chosen, approximations, owner, "column-row sampling")
+
+
+def _check(ratio, block):
     if not 0 < ratio <= 1:
         raise BadInput(f"column-row sampling: ratio is {ratio}, it must be above 0 and at most 1")
-    approximation = {"forward": forward_sampling, "backward": backward_sampling}[where](ratio, minimal, **how)
-    chosen = conv.layers(model, x, linear=linear)
-    channels = {n: m.weight.shape[where == "forward"] for n, m in chosen.items()}
-    wanted = [
-        n
-        for n, m in chosen.items()
-        if getattr(m, "groups", 1) == 1 and how_many(ratio, channels[n], minimal) < channels[n]
-    ]
-    return conv.convert_(chosen, dict.fromkeys(wanted, approximation), owner, "column-row sampling")
+    if block < 1:
+        raise BadInput(f"column-row sampling: block is {block}, it must be a number of channels above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ColumnRowSampling(Method):
-    """Train with sampled products.
+# What no product reads is not computed either
 
-    ratio, where, minimal, linear: see `sample_columns_`; scheme to mix: see `choose_terms`. images: as many
-    training images re-estimate BatchNorm's statistics before an evaluation, with exact forward passes.
 
-    >>> data = load("synthetic")
-    >>> net = build("convnet", data.classes, data.shape, widths=(16, 16))
-    >>> history = train(net, data, Recipe(epochs=1), [ColumnRowSampling(ratio=0.5)])
-    >>> history.events[-1]["text"]
-    '1 layers sampled; accuracy ... % with the statistics of training, ... % re-estimated'
+def sample_channels_(
+    model: nn.Module,
+    ratio: float = 0.5,
+    *,
+    fixed: bool = False,
+    minimal: int = 16,
+    block: int = 16,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Let a model compute, in training steps, a uniform choice of its channels only. In place.
+
+    In forward sampling a channel that is left out gets a gradient of 0. Where all of its readers leave out
+    the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
+    products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
+    `effilib.surgery`) that only convolutions write and read. fixed: always the same ones, a narrower network
+    within this one; else drawn anew in every step. Returns the nodes' names. Raises `NoEffect` if there are
+    none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the network's
+    widths must stay.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
+    ['features.4']
     """
+    _check(ratio, block)
+    chosen = {}  # node -> (blocks computed, blocks, channels a block)
+    for node in surgery.trace(model).nodes:
+        k, n, b = blocks(ratio, node.width, minimal, block)
+        ends = [model.get_submodule(name) for name in (*node.producers, *node.consumers)]
+        if k < n and all(map(_is_plain, ends)):
+            chosen[node] = k, n, b
+    if not chosen:
+        raise NoEffect("column-row sampling: no channels are written and read by convolutions only")
+    exact, inside = model.forward, []
 
-    ratio: float = 0.5
-    scheme: str = "topk"
-    replacement: bool = False
-    scaled: bool = False
-    mix: float = 0.1
-    where: str = "forward"
-    minimal: int = 10
-    linear: bool = True
-    images: int = 512
+    def draw():
+        return {node: (_draw(k, n, generator), b) for node, (k, n, b) in chosen.items()}
 
-    def on_fit_start(self, run: Run) -> None:
-        how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
-        how["generator"] = run.generator(self, share=True)
-        x = run.dataset.normalize(run.dataset.train.x[:2])
-        names = sample_columns_(
-            run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
-            owner=self, **how,
-        )  # fmt: skip
-        run.state[self] = {"layers": names}
+    kept = draw() if fixed else {}
 
-    def on_evaluation(self, run: Run) -> None:
-        if self.where == "forward":
+    def forward(*args, **kwargs):
+        if inside or not model.training:
+            return exact(*args, **kwargs)
+        drawn = kept or draw()
+        parts = _parts(model, drawn)
+        inside.append(True)
+        try:
+            y = functional_call(model, parts, args, kwargs)
+        finally:
+            inside.clear()
+        for node, (index, b) in drawn.items():
+            for name in node.bns:
+                for statistic in ("running_mean", "running_var"):
+                    whole = getattr(model.get_submodule(name), statistic)
+                    if whole is not None:
+                        whole.view(-1, b)[index.to(whole.device)] = parts[f"{name}.{statistic}"].view(-1, b)
+        return y
+
+    model.forward = forward
+    return [node.name for node in chosen]
+
+
+def _is_plain(m):
+    return type(m) is nn.Conv2d and m.groups == 1
+
+
+def _draw(k, n, generator):
+    return torch.randperm(n, generator=generator)[:k].sort().values
+
+
+def _parts(model, chosen):
+    """Name -> tensor of all layers of nodes of which only some blocks take part: node -> (blocks, size)."""
+    parts, tensors = {}, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for node, (index, b) in chosen.items():
+        places = [(n, 0, ("weight", "bias")) for n in node.producers]
+        places += [(n, 0, ("weight", "bias", "running_mean", "running_var")) for n in node.bns]
+        places += [(n, 1, ("weight",)) for n in node.consumers]
+        for layer, axis, names in places:
+            for key in (f"{layer}.{name}" for name in names if f"{layer}.{name}" in tensors):
+                t = parts.get(key, tensors[key])
+                part = t.unflatten(axis, (-1, b)).index_select(axis, index.to(t.device))
+                parts[key] = part.flatten(axis, axis + 1)
+    return parts
+
+
+def exact_channels_(model: nn.Module) -> None:
+    """Let a model compute all channels again, in place.
+
+    >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
+    >>> names = sample_channels_(net, 0.5)
+    >>> exact_channels_(net)
+    >>> "forward" in vars(net)
+    False
+    """
+    vars(model).pop("forward", None)
+
+
+# The methods
+
+
+class _ForAShare:
+    """Hooks of both methods: sampled for the first part of the run, exact for the rest."""
+
+    def __post_init__(self):
+        if not 0 < self.until <= 1:
+            raise BadInput(f"column-row sampling: until is {self.until}, it must be above 0 and at most 1")
+
+    def on_epoch_start(self, run):
+        if run.state[self]["exact"]:  # resumed: the network is as it was at the start
+            self.make_exact_(run.model)
+
+    def on_step_end(self, run):
+        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        if not run.state[self]["exact"] and self.until <= done < 1:
+            run.restructure(lambda model, optimizer: self.make_exact_(model))
+            run.state[self]["exact"] = True
+            run.log(self, f"exact products after {done:.0%} of the run")
+
+    def on_evaluation(self, run):
+        if getattr(self, "where", "") != "backward" and not run.state[self]["exact"]:
             size = min(run.recipe.batch_size, len(run.dataset.train))
             batches = Batches(
                 run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
@@ -282,13 +469,84 @@ class ColumnRowSampling(Method):
                     ),
                 )
 
-    def on_fit_end(self, run: Run) -> None:
-        conv.revert_(run.model, self)
+    def on_fit_end(self, run):
+        if run.state[self]["exact"]:
+            return
+        self.make_exact_(run.model)
         with run.clock.paused():
             plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
         self.on_evaluation(run)  # on the clock: whoever uses the network needs it once
         with run.clock.paused():
             exact = evaluate(run.model, run.dataset, "validation", run.precision)[1]
-        layers = len(run.state[self]["layers"])
         text = f"accuracy {plain:.2f} % with the statistics of training, {exact:.2f} % re-estimated"
-        run.log(self, f"{layers} layers sampled; {text}", plain=plain, reestimated=exact)
+        run.log(self, f"{run.state[self]['what']} sampled; {text}", plain=plain, reestimated=exact)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnRowSampling(_ForAShare, Method):
+    """Train with sampled products, for the first part of the run or all of it.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
+    >>> history = train(net, data, Recipe(epochs=1), [ColumnRowSampling(ratio=0.5)])
+    >>> history.events[-1]["text"]
+    '1 layers sampled; accuracy ... % with the statistics of training, ... % re-estimated'
+    """
+
+    ratio: float = 0.5  # share of the terms computed
+    until: float = 1.0  # share of the run after which products are exact
+    # which terms: "topk", in effect nearly always the same; "uniform", "norm" or "bernoulli", drawn anew in
+    # every step; see `choose_terms`, also for the next three
+    scheme: str = "topk"
+    replacement: bool = False
+    scaled: bool = False
+    mix: float = 0.1
+    where: str = "forward"  # or "backward"
+    minimal: int = 10  # layers with at most so many terms stay exact
+    linear: bool = True  # linear layers too
+    block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
+    score: str = "auto"  # of channels: by BatchNorm's parameters where one can; or "measured"
+    images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
+
+    def on_fit_start(self, run: Run) -> None:
+        how = dict(scheme=self.scheme, replacement=self.replacement, scaled=self.scaled, mix=self.mix)
+        how["generator"] = run.generator(self, share=True)
+        x = run.dataset.normalize(run.dataset.train.x[:2])
+        names = sample_columns_(
+            run.model, self.ratio, where=self.where, minimal=self.minimal, linear=self.linear, x=x,
+            block=self.block, score=self.score, owner=self, **how,
+        )  # fmt: skip
+        run.state[self] = {"what": f"{len(names)} layers", "exact": False}
+
+    def make_exact_(self, model: nn.Module) -> None:
+        """Take the sampling out of a model, in place."""
+        conv.revert_(model, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSampling(_ForAShare, Method):
+    """Train a choice of the channels, for the first part of the run or all of it.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
+    >>> history = train(net, data, Recipe(epochs=1), [ChannelSampling(ratio=0.5, until=0.5)])
+    >>> history.events[-1]["text"]
+    'exact products after 50% of the run'
+    """
+
+    ratio: float = 0.5  # share of the channels
+    until: float = 0.6  # share of the run after which all are computed
+    fixed: bool = True  # the same channels in every step, which learn more in a short run; else drawn anew
+    minimal: int = 16  # layers with at most so many channels stay exact
+    block: int = 16  # neighbouring channels that are chosen together, as many as kernels take at once
+    images: int = 512  # as many training images re-estimate BatchNorm's statistics before an evaluation
+
+    def on_fit_start(self, run: Run) -> None:
+        # one stream for all processes: each has the same channels
+        how = dict(fixed=self.fixed, minimal=self.minimal, block=self.block, generator=run.generator(self))
+        names = sample_channels_(run.model, self.ratio, **how)
+        run.state[self] = {"what": f"channels of {len(names)} nodes", "exact": False}
+
+    def make_exact_(self, model: nn.Module) -> None:
+        """Take the sampling out of a model, in place."""
+        exact_channels_(model)

@@ -29,7 +29,7 @@ INFO = Info(
     name="Gradient approximation",
     name_de="Gradientenapproximation",
     chapter="4.2",
-    paper="Wang et al. 2019, arXiv:1908.05460",
+    paper="Wang et al. 2019, arXiv:1908.05460; FreezeOut: Brock et al. 2017, arXiv:1706.04983",
     claim="With the weight gradient of a quarter of the convolutions set to zero, ResNet-20 on CIFAR-10 "
     "trains 7.1 % faster and loses 1.5 points; approximated from one location it trains 3.5 % faster and "
     "loses 0.75 (Titan Xp).",

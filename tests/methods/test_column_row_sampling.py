@@ -3,6 +3,7 @@ statistics.
 """
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,24 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models
-from effilib.convolution import ApproxConv2d, Convolution, MatrixProduct, approx_conv2d, approx_linear
+from effilib import cost, models, surgery
+from effilib.convolution import (
+    ApproxConv2d,
+    Approximation,
+    Convolution,
+    MatrixProduct,
+    approx_conv2d,
+    approx_linear,
+)
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import column_row_sampling as crs
 from effilib.methods.column_row_sampling import (
     INFO,
+    ChannelSampling,
     ColumnRowSampling,
     choose_terms,
+    exact_channels_,
     how_many,
     inclusion,
     norms,
     reestimate_,
+    sample_channels_,
     sample_columns_,
     squared_error,
 )
 from effilib.training import Method, Recipe, train
-from tests.common import equal, g, resumed_and_whole
+from tests.common import equal, g, resumed_and_whole, shake, users
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")
@@ -145,6 +156,16 @@ def test_inclusion_probabilities_add_up_to_k_and_stop_at_one(k):
     assert torch.allclose(p, torch.tensor([1.0, 0.25, 0.25, 0.5]))
 
 
+def test_a_bernoulli_draw_that_would_be_empty_is_no_bias():
+    terms = torch.arange(1.0, 11)[:, None, None].double()  # k = 1 of 10: a third of the draws are empty
+    for how in (dict(scheme="bernoulli"), dict(scheme="bernoulli", mix=1.0)):
+        found = estimates(terms, torch.ones(10), 1, how).flatten()
+        assert abs(found.mean() - 55) < 4 * found.std() / DRAWS**0.5
+        expected = squared_error(terms, 1, "bernoulli", p=torch.full((10,), 0.1).double())
+        squared = (found - 55).square()
+        assert abs(squared.mean() - expected) < 5 * squared.std() / DRAWS**0.5
+
+
 def test_a_systematic_samples_terms_come_as_often_as_their_probability_says():
     w = torch.tensor([8.0, 4, 2, 1, 1, 0.5, 0.5, 3])
     p, count = inclusion(w, 3), torch.zeros(8)
@@ -208,6 +229,88 @@ def test_forward_sampling_is_a_mask_on_the_channels_in_all_three_products(layout
     assert (dx[:, left_out] == 0).all()
     assert (dw[:, left_out] == 0).all()
     assert not torch.allclose(y, F.conv2d(x, w, padding=1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("scheme", ["topk", "bernoulli"])
+def test_blocks_are_chosen_by_their_norms_and_masked_as_a_whole(scheme, layout):
+    x, w = conv_case(layout=layout)
+    how = dict(scheme=scheme, scaled=scheme != "topk")
+    a = crs.forward_sampling(0.5, 1, block=4, generator=g(7), **how)
+    squares = [norms(t.detach(), 1).square().view(3, 4).sum(1) for t in (x, w)]
+    index, scale = choose_terms((squares[0] * squares[1]).sqrt(), 2, generator=g(7), **how)
+    mask = torch.zeros(3, dtype=x.dtype)
+    mask[index] = 1.0 if scale is None else scale.to(x.dtype)
+    expected = F.conv2d(x * mask.repeat_interleave(4)[:, None, None], w, padding=1)
+    y = approx_conv2d(x, w, padding=1, approximation=a)
+    assert torch.allclose(y, expected)
+    dy = torch.randn(y.shape, generator=g(2), dtype=y.dtype)
+    for mine, theirs in zip(*(torch.autograd.grad(z, (x, w), dy) for z in (y, expected)), strict=True):
+        assert torch.allclose(mine, theirs)
+
+
+def test_gradients_through_fixed_blocks_pass_gradcheck():
+    x, w = conv_case()
+    x, w = x.detach()[:2, :, :3, :3].requires_grad_(), w.detach()[:2].requires_grad_()
+    fixed = torch.tensor([[8, 9, 10, 11], [0, 1, 2, 3]]), torch.rand(8, generator=g(), dtype=x.dtype) + 0.5
+    assert torch.autograd.gradcheck(lambda x, w: approx_conv2d(x, w, sample=lambda x, w: fixed), (x, w))
+
+
+def test_blocks_divide_the_channels_and_none_is_all_of_them():
+    assert [crs.blocks(r, 128, 4, 16) for r in (0.75, 0.5, 0.3)] == [(6, 8, 16), (4, 8, 16), (2, 8, 16)]
+    assert crs.blocks(0.5, 20, 4, 16) == (3, 5, 4)  # 2.5 of 5
+    assert crs.blocks(0.01, 64, 1, 16) == (1, 4, 16)
+    assert crs.blocks(0.75, 36, 1, 12) == (2, 3, 12)  # 2.25 of 3
+    for channels in range(1, 70):
+        for block in (1, 12, 16):
+            k, n, b = crs.blocks(0.75, channels, 1, block)
+            assert n * b == channels
+            assert 0 < k < n or channels == 1
+    k, n, _ = crs.blocks(0.5, 16, 16, 16)
+    assert k == n  # at most `minimal` channels: exact
+
+
+# Scores in closed form
+
+
+def test_the_energy_behind_batchnorm_and_relu_is_the_measured_one():
+    gamma = torch.tensor([1.0, 0.5, -2.0, 0.1, 0.0, 0.0])
+    beta = torch.tensor([0.0, 1.0, -1.0, -0.3, 2.0, -2.0])
+    z = beta + gamma * torch.randn(200_000, 6, generator=g())
+    measured = z.relu().square().mean(0)
+    assert torch.allclose(crs.rectified_energy(gamma, beta), measured, rtol=0.02, atol=1e-5)
+
+
+def test_closed_and_measured_scores_choose_nearly_the_same_channels_of_a_trained_network():
+    model = models.build("vgg", 4, (1, 8, 8), widths=((32, 32), (32,)))
+    train(model, DATA, replace(RECIPE, epochs=4))
+    chosen = crs.conv.layers(model)
+    found = crs.rectified(model, chosen, DATA.normalize(DATA.train.x[:2]))
+    assert [(n, bn is model.features[i]) for (n, bn), i in zip(found.items(), (1, 4), strict=True)] == [
+        ("features.3", True), ("features.7", True),
+    ]  # fmt: skip
+    x = model.train().features[:3](DATA.normalize(DATA.train.x[:200])).detach()
+    bn = model.features[1]
+    closed, measured = crs.rectified_energy(bn.weight, bn.bias).detach(), norms(x, 1).square()
+    assert torch.corrcoef(torch.stack([closed, measured]))[0, 1] > 0.9
+
+
+def test_what_is_no_batchnorm_and_relu_is_measured():
+    model, x = network(), DATA.normalize(DATA.train.x[:2])
+    found = crs.rectified(model, crs.conv.layers(model, x), x)
+    assert {n: bn is model.get_submodule(n.replace("conv2", "bn1")) for n, bn in found.items()} == {
+        "stages.0.0.conv2": True,
+        "stages.1.0.conv2": True,
+        "stages.0.0.conv1": False,  # behind the stem's BatchNorm
+    }
+    plain = models.build("convnet", 4, (1, 8, 8), widths=(8, 8), bn=False)
+    assert crs.rectified(plain, crs.conv.layers(plain, x), x) == {}
+    bn = nn.BatchNorm2d(4)  # of other channels than the layer's, after surgery
+    x, w = torch.rand(2, 8, 3, 3, generator=g()), torch.ones(4, 8, 3, 3)
+    y, expected = (
+        approx_conv2d(x, w, approximation=crs.forward_sampling(0.5, 1, norm=m)) for m in (bn, None)
+    )
+    assert torch.equal(y, expected)
 
 
 def test_all_channels_are_bit_equal_to_the_exact_product():
@@ -287,7 +390,7 @@ def test_stem_classifier_grouped_and_narrow_layers_stay_exact():
     )  # fmt: skip
     x = torch.randn(2, 1, 8, 8, generator=g())
     trained, evaluated = model(x), model.eval()(x)
-    assert sample_columns_(model.train(), 0.5, x=x) == ["1", "3", "7"]
+    assert sample_columns_(model.train(), 0.5, x=x, block=1) == ["1", "3", "7"]
     assert not torch.equal(model(x), trained)
     assert torch.equal(model.eval()(x), evaluated)
     assert sample_columns_(copy.deepcopy(model), 0.5, linear=False, owner="another", where="backward") == [
@@ -305,8 +408,105 @@ def test_settings_that_change_nothing_have_no_effect_and_bad_ones_are_named():
     for ratio in (0, -1, 1.5):
         with pytest.raises(BadInput, match="ratio"):
             sample_columns_(network(), ratio)
+    with pytest.raises(BadInput, match="block is 0"):
+        sample_columns_(network(), block=0)
+    with pytest.raises(BadInput, match="unknown score of channels 'measure'"):
+        sample_columns_(network(), score="measure")
+    for until in (0, 1.5):
+        with pytest.raises(BadInput, match="until"):
+            ColumnRowSampling(until=until)
     with pytest.raises(BadInput, match="place of sampling"):
         sample_columns_(network(), 0.5, where="sideways")
+
+
+# Channels that nobody reads
+
+
+def traced(name):
+    """A network, images, and the nodes that `sample_channels_` samples of it."""
+    if name == "users":
+        return shake(users()), torch.randn(6, 1, 8, 8, generator=g())
+    settings = {"resnet": {"widths": (8, 16), "blocks": (1, 2)}, "vgg": {"widths": ((8,), (16, 12), (8,))}}
+    model = models.build(name, 4, (1, 8, 8), **settings[name])
+    return shake(model), torch.randn(6, 1, 8, 8, generator=g())
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "users"])
+def test_channels_that_nobody_reads_change_neither_sums_nor_gradients(name):
+    fast, x = traced(name)
+    fast.train()
+    for m in fast.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    slow, y = copy.deepcopy(fast), torch.arange(len(x)) % 4
+    how = dict(minimal=4, block=4)
+    names = sample_channels_(fast, 0.5, generator=g(3), **how)
+    nodes, generator = surgery.trace(slow), g(3)
+    for node in (nodes[n] for n in names):  # all of its readers leave out the same channels
+        k, n, b = crs.blocks(0.5, node.width, 4, 4)
+        index = (b * crs._draw(k, n, generator)[:, None] + torch.arange(b)).flatten()
+        sample = Approximation(sample=lambda x, w, index=index: (index, None))
+        readers = {c: slow.get_submodule(c) for c in node.consumers}
+        crs.conv.convert_(readers, dict.fromkeys(readers, sample), "slow", "test")
+    assert names
+    logits = [net(x) for net in (fast, slow)]
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+    for z in logits:
+        F.cross_entropy(z, y).backward()
+    for (key, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), key
+
+
+def test_only_chosen_channels_have_new_statistics_and_evaluation_is_exact():
+    model, x = traced("vgg")
+    expected, before = model.eval()(x), copy.deepcopy(model.state_dict())
+    sample_channels_(model, 0.5, minimal=4, block=4, generator=g())
+    assert torch.equal(model(x), expected)
+    model.train()(x)
+    moved = model.features[1].running_mean != before["features.1.running_mean"]
+    assert moved.view(2, 4).all(1).sum() == 1
+    assert moved.sum() == 4
+    seen = torch.zeros(8, dtype=torch.bool)
+    for _ in range(20):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        seen |= model.features[0].weight.grad.flatten(1).any(1)
+    assert seen.all()
+    exact_channels_(model)
+    model.load_state_dict(before)
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_a_fixed_choice_trains_always_the_same_channels():
+    model, x = traced("vgg")
+    sample_channels_(model, 0.5, fixed=True, minimal=4, block=4, generator=g())
+    found = []
+    for _ in range(5):
+        model.train().zero_grad()
+        model(x).square().sum().backward()
+        found.append(model.features[0].weight.grad.flatten(1).any(1))
+    assert found[0].sum() == 4
+    assert all(torch.equal(f, found[0]) for f in found)
+
+
+def test_half_of_the_channels_are_a_quarter_of_the_products_between_them():
+    model, x = models.build("vgg", 4, (1, 8, 8), widths=((32, 32, 32, 32),)), torch.zeros(2, 1, 8, 8)
+
+    def flops():
+        return cost.count_flops(lambda: model.train()(x).sum().backward())
+
+    exact, layer = flops(), cost.layers(model, x)["features.3"].flops
+    assert sample_channels_(model, 0.5) == ["features.0", "features.3", "features.6"]
+    stem = 2 * cost.layers(model, x)["features.0"].flops  # forward and dW
+    assert exact - flops() == 3 * layer * (0.75 + 0.75 + 0.5) + stem / 2
+
+
+def test_networks_without_such_channels_have_no_effect():
+    for model in (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), network(widths=(16, 16))):
+        with pytest.raises(NoEffect, match="column-row sampling"):
+            sample_channels_(model, 0.5)
+    with pytest.raises(BadInput, match="ratio"):
+        sample_channels_(network(), 2.0)
 
 
 # BatchNorm
@@ -314,7 +514,7 @@ def test_settings_that_change_nothing_have_no_effect_and_bad_ones_are_named():
 
 def test_reestimated_statistics_are_the_average_over_exact_batches():
     model = network().train()
-    sample_columns_(model, 0.5)
+    sample_columns_(model, 0.5, block=4)
     x = DATA.normalize(DATA.train.x[:96]).split(32)
     for part in x:
         model(part)
@@ -345,12 +545,14 @@ def trained(methods=(), recipe=RECIPE, **options):
 
 
 ARMS = {
-    "topk": ColumnRowSampling(minimal=4),
-    "uniform": ColumnRowSampling(minimal=4, scheme="uniform", scaled=True),
-    "norm, replacement": ColumnRowSampling(minimal=4, scheme="norm", replacement=True, scaled=True),
-    "norm": ColumnRowSampling(minimal=4, scheme="norm"),
-    "bernoulli": ColumnRowSampling(minimal=4, scheme="bernoulli", scaled=True),
-    "backward": ColumnRowSampling(minimal=4, where="backward", scheme="bernoulli", scaled=True),
+    "topk": ColumnRowSampling(minimal=4, block=4),
+    "uniform": ColumnRowSampling(minimal=4, block=4, scheme="uniform", scaled=True),
+    "norm, replacement": ColumnRowSampling(minimal=4, block=4, scheme="norm", replacement=True, scaled=True),
+    "norm": ColumnRowSampling(minimal=4, block=4, scheme="norm"),
+    "bernoulli": ColumnRowSampling(minimal=4, block=4, scheme="bernoulli", scaled=True),
+    "backward": ColumnRowSampling(minimal=4, block=4, where="backward", scheme="bernoulli", scaled=True),
+    "channels": ChannelSampling(minimal=4, block=4, until=1.0),
+    "channels, drawn anew": ChannelSampling(minimal=4, block=4, until=1.0, fixed=False),
 }
 
 
@@ -361,12 +563,34 @@ def test_no_arm_is_bit_equal_to_the_exact_one_or_to_another():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sampled_training_learns_saves_flops_and_leaves_a_plain_model_behind(precision):
+@pytest.mark.parametrize("name", ["topk", "channels"])
+def test_sampled_training_learns_saves_flops_and_leaves_a_plain_model_behind(precision, name):
     recipe = replace(RECIPE, epochs=6, precision=precision)
-    model, history = trained([ARMS["topk"]], recipe)
-    assert history.accuracy > 85
+    model, history = trained([ARMS[name]], recipe)
+    assert history.accuracy > 80
+    assert "forward" not in vars(model)
     assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
     assert history.flops < 0.7 * trained(recipe=recipe)[1].flops
+
+
+def test_products_are_exact_after_their_share_of_the_run():
+    @dataclass(frozen=True)
+    class Look(Method):
+        seen: list = field(default_factory=list, hash=False, compare=False, repr=False)
+
+        def on_batch(self, run, x, y):
+            self.seen.append(any(isinstance(m, ApproxConv2d) for m in run.model.modules()))
+            return x, y
+
+    look = Look()
+    method = replace(ARMS["topk"], until=0.6)
+    model, history = trained([method, look])
+    sampled = math.ceil(0.6 * history.steps)
+    assert look.seen == [True] * sampled + [False] * (history.steps - sampled)
+    assert not any(isinstance(m, ApproxConv2d) for m in model.modules())
+    assert [e["text"].partition(" after")[0] for e in history.events] == ["exact products"]
+    whole, exact = trained([ARMS["topk"]])[1].flops, trained()[1].flops
+    assert whole < history.flops < exact
 
 
 def test_both_accuracies_are_logged_and_the_last_row_has_the_reestimated_one():
@@ -396,9 +620,11 @@ def test_backward_sampling_needs_no_reestimation():
         assert torch.equal(look.seen[-2], look.seen[-1]) != moved
 
 
-@pytest.mark.parametrize("name", ["topk", "bernoulli"])
-def test_a_resumed_run_ends_bit_equal(name, tmp_path):
-    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [ARMS[name]], tmp_path / "run.pt")
+@pytest.mark.parametrize("until", [1.0, 0.3, 0.8], ids=["whole", "exact before", "exact after"])
+@pytest.mark.parametrize("name", ["topk", "bernoulli", "channels", "channels, drawn anew"])
+def test_a_resumed_run_ends_bit_equal(name, until, tmp_path):
+    method = replace(ARMS[name], until=until)
+    (a, ha), (b, hb) = resumed_and_whole(network, DATA, RECIPE, [method], tmp_path / "run.pt")
     assert equal(a, b)
     assert ha.events == hb.events
 
