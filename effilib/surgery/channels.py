@@ -18,7 +18,9 @@ from torch import fx, nn
 from effilib.errors import BadInput, choose
 from effilib.models import Block, Constant, Gone
 
-__all__ = ["CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "nodes", "trace", "unknown"]
+__all__ = [
+    "CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "follow", "nodes", "trace", "unknown",
+]  # fmt: skip
 
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -234,9 +236,13 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _follow(model):
+def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.Tensor]]:
     """(graph, modules that cannot be followed, with the reason, constant tensors): such modules are taken as
-    they are.
+    they are. Raises `BadInput` where the forward pass as a whole cannot be followed.
+
+    >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    >>> [node.name for node in graph.nodes], opaque
+    (['input_1', '_0', '_1', 'output'], {})
     """
     opaque, before = {}, set(vars(model))
     while True:
@@ -269,7 +275,7 @@ def trace(model: nn.Module) -> Structure:
     >>> {node.name: node.width for node in found.nodes}
     {'stem': 8, 'stages.0.0.conv1': 8, 'stages.1.0.conv1': 16, 'stages.1.0.conv2': 16}
     """
-    graph, opaque, constants = _follow(model)
+    graph, opaque, constants = follow(model)
     groups = _Reader(model, graph, opaque, constants).read()
     order = {n.target: i for i, n in enumerate(graph.nodes) if n.op == "call_module"}
     nodes = []
