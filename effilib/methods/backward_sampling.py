@@ -53,7 +53,7 @@ def probabilities(norms: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
     u, rank = norms.double().sort(descending=True).values, torch.arange(len(norms), device=norms.device)
     rest = u.flip(0).cumsum(0).flip(0)  # of all that are not larger
     certain = ((k - rank) * u > rest).sum(-1, keepdim=True)  # the largest have p = 1
-    return (norms * (k - certain) / rest[certain]).clamp(max=1)
+    return (norms * ((k - certain) / rest[certain])).clamp(max=1).to(norms.dtype)
 
 
 def systematic(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
