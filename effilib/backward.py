@@ -19,7 +19,7 @@ from torch import fx, nn
 from effilib import convolution as conv
 from effilib.errors import NoEffect
 from effilib.kernels.compiler import load
-from effilib.surgery.channels import ADDITIONS, follow
+from effilib.surgery.channels import ADDITIONS, follow, place_of
 
 __all__ = ["Part", "batch_norm_backward", "partial_backward_", "whole_backward_"]
 
@@ -135,7 +135,7 @@ class _Samplewise(_Operation):
     def call(self, x):
         n = self.node
         if self.module is not None:
-            return self.module(x)
+            return self.module.forward(x)  # no hooks: this runs within a backward pass too
         return n.target(x, *n.args[1:], **n.kwargs)
 
     def forward(self, keep, x):
@@ -153,7 +153,7 @@ OPERATIONS = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), _ReLU),
     **dict.fromkeys(ADDITIONS, _Sum),
     **dict.fromkeys((nn.Identity, nn.MaxPool2d, nn.AvgPool2d, F.max_pool2d, F.avg_pool2d), _Samplewise),
-    **dict.fromkeys((nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, F.gelu, F.silu), _Samplewise),
+    **dict.fromkeys((nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, F.gelu, F.silu), _Samplewise),
 }
 
 
@@ -179,12 +179,13 @@ def _known(node, model):
 class Part:
     """The part of a network whose backward pass can be done for some of the samples.
 
-    borders: names of places at which samples may be dropped, lowest first. above: the operation at which it
-    ends. Raises `NoEffect` where it would hold no convolution.
+    borders: places at which samples may be dropped, lowest first, by the layer or block below. above: the
+    operation at which it ends. Raises `NoEffect` where it would hold no layer.
 
-    >>> part = Part(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).train(), lambda border, norms: None)
+    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).train()
+    >>> part = Part(net, lambda border, norms: None)
     >>> part.borders, part.above
-    (['relu', 'relu_2'], 'mean')
+    (['bn', 'stages.0.0'], 'mean')
     """
 
     def __init__(self, model: nn.Module, sampler: Sampler):
@@ -207,10 +208,22 @@ class Part:
             )
         top = candidates[-1]
         self.operations = operations[: place[top]]
-        self.borders = [n.name for n in candidates if n is top or self._read_by_conv(n)]
+        self.names = {n.name: self._label(n) for n in candidates if n is top or self._read_by_conv(n)}
         self.images, self.top, self.sampler = nodes[0].name, top.name, sampler
         self.below, self.rest = nodes[: place[top]], (model, graph, top)
         self.convs = [o.node.target for o in self.operations if isinstance(o, _Conv)]
+
+    @property
+    def borders(self) -> list[str]:
+        """Names of the places at which samples may be dropped, lowest first."""
+        return list(self.names.values())
+
+    def _label(self, node):
+        """What a person calls the place behind a node: the layer, or the block that ends there."""
+        if node.op == "call_module":
+            return node.target
+        layers = [o.node for o in self.operations if o.parameters()]
+        return place_of(node) or next(n.target for n in reversed(layers) if n < node)
 
     def _read_by_conv(self, node):
         return any(o.node in node.users for o in self.operations if isinstance(o, _Conv))
@@ -220,7 +233,7 @@ class Part:
         return list(dict.fromkeys(p for o in self.operations for p in o.parameters()))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the network makes of images x, with the gradients of some of the samples."""
+        """Return what the network makes of images x; its gradients will be of some of the samples."""
         model, graph, top = self.rest
         y = _Lower.apply(self, x, *self.parameters())
         done = dict.fromkeys(self.below) | {top: y}
@@ -256,8 +269,8 @@ class _Lower(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             for o, note in zip(reversed(part.operations), reversed(ctx.notes), strict=True):
                 dy = gradients.pop(o.name)
-                if o.name in part.borders:
-                    drawn = part.sampler(o.name, _norms(dy))
+                if o.name in part.names:
+                    drawn = part.sampler(part.names[o.name], _norms(dy))
                     dy = dy if drawn is None else kept.sample(dy, *drawn)
                 dxs, own = o.backward(kept, dy, *note)
                 for name, dx in zip(o.inputs, dxs, strict=True):

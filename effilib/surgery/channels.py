@@ -19,7 +19,8 @@ from effilib.errors import BadInput, choose
 from effilib.models import Block, Constant, Gone
 
 __all__ = [
-    "CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "follow", "nodes", "trace", "unknown",
+    "CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "follow", "nodes", "place_of",
+    "trace", "unknown",
 ]  # fmt: skip
 
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
@@ -108,7 +109,7 @@ class Path:
     shortcut: list
 
     @property
-    def in_place(self) -> bool:
+    def inplace_of(self) -> bool:
         """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not
         tell, only ours is sure.
         """
@@ -361,7 +362,7 @@ class _Reader:
                 return None  # a number: the same for all channels
             raise _Unclear(
                 f"{n.target} is used outside of a layer"
-                + "".join(f", in {_place(u)}" for u in list(n.users)[:1] if _place(u))
+                + "".join(f", in {place_of(u)}" for u in list(n.users)[:1] if place_of(u))
             )
         if n.op == "call_module":
             module = self.model.get_submodule(n.target)
@@ -419,7 +420,7 @@ class _Reader:
         where = (
             n.target
             if module is not None
-            else f"{getattr(n.target, '__name__', n.target)} in {_place(n) or 'the forward pass'}"
+            else f"{getattr(n.target, '__name__', n.target)} in {place_of(n) or 'the forward pass'}"
         )
         if n.target == "size" or (n.target is getattr and n.args[1] == "shape"):
             self.sizes(n)
@@ -509,7 +510,7 @@ class _Reader:
         else:
             fine = all(r.target is operator.getitem and (not r.users or harmless(r.args[1])) for r in n.users)
         if not fine:
-            v.group.stop(f"size or shape in {_place(n) or 'the forward pass'} reads the number of channels")
+            v.group.stop(f"size or shape in {place_of(n) or 'the forward pass'} reads the number of channels")
 
 
 def _is_batch(size):
@@ -525,8 +526,13 @@ def _is_batch(size):
     return size.target is operator.getitem and is_shape and size.args[1] == 0
 
 
-def _place(n):
-    """The module whose forward holds an operation."""
+def place_of(n: fx.Node) -> str:
+    """The module whose forward holds an operation, "" for the network itself.
+
+    >>> graph, *_ = follow(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)))
+    >>> [place_of(node) for node in graph.nodes if "relu" in node.name]
+    ['', 'stages.0.0', 'stages.0.0']
+    """
     return (list(n.meta.get("nn_module_stack") or {}) or [""])[-1]
 
 
@@ -562,7 +568,7 @@ def _paths(model, graph):
             if all(ends) and ends[0][1] is ends[1][1]:
                 (longer, _), (shorter, _) = sorted(ends, key=lambda e: -convs(e[0]))
                 if convs(longer) > convs(shorter):
-                    found.append(Path(model, _place(n), longer, shorter))
+                    found.append(Path(model, place_of(n), longer, shorter))
     return found
 
 
