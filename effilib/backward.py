@@ -292,9 +292,10 @@ class _Partial:
     """Mixed into a model's class: in training it has the backward pass of its `Part`."""
 
     def forward(self, x):
-        if self.training and torch.is_grad_enabled() and not x.requires_grad:
-            return self.part(x)
-        return super().forward(x)
+        followed = isinstance(x, fx.Proxy)  # by surgery, which knows plain layers
+        if followed or not self.training or not torch.is_grad_enabled() or x.requires_grad:
+            return super().forward(x)
+        return self.part(x)
 
 
 def partial_backward_(model: nn.Module, sampler: Sampler) -> Part:

@@ -106,7 +106,7 @@ class BackwardSampling(Method):
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
     >>> history = train(net, data, Recipe(epochs=1), [BackwardSampling(keep=0.5)])
     >>> history.events[-1]["text"]
-    'samples kept: relu 50%, relu_1 50%; ...'
+    'samples kept: features.6 50%, features.3 50%'
     """
 
     tau: float = 0.1  # variance that a border may add, of SGD's own; decides how many samples stay
@@ -115,7 +115,8 @@ class BackwardSampling(Method):
     multiple: int = 8  # as many samples, or a multiple, stay: kernels are chosen anew for each size
 
     def __post_init__(self):
-        if self.tau <= 0 or not 0 < (self.keep or 1) <= 1 or not 0 <= self.begin < 1 or self.multiple < 1:
+        share = 1 if self.keep is None else self.keep
+        if self.tau <= 0 or not 0 < share <= 1 or not 0 <= self.begin < 1 or self.multiple < 1:
             raise BadInput(
                 f"backward sampling: tau is {self.tau}, it must be above 0; keep is {self.keep}, it must be "
                 f"above 0 and at most 1; begin is {self.begin}, it must be from 0 to below 1; multiple is "
