@@ -15,6 +15,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -130,7 +131,9 @@ def prune(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> tor
     >>> pruned[0].item(), set(pruned[1:].tolist()) <= {-1.0, 0.0, 1.0}
     (3.0, True)
     """
-    return prune_in_one_pass(g, tau, generator)[0] if _kernel(g) else prune_by_steps(g, tau, generator)
+    if _kernel(g):
+        return prune_in_one_pass(g, tau.item(), generator)[0]
+    return prune_by_steps(g, tau, generator)
 
 
 def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -140,7 +143,7 @@ def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generato
     [3.0, -2.0]
     """
     precise = torch.float64 if g.dtype == torch.float64 else torch.float32
-    tau = _finite(tau, g)
+    tau = torch.where(tau.isfinite(), tau, 0.0).to(g)
     magnitude = g.abs()
     # 0 and 1 in the operands' own format: booleans, and `where`, are several times slower
     stays = torch.ge(magnitude, tau, out=torch.empty_like(magnitude))
@@ -150,41 +153,38 @@ def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generato
 
 
 def prune_in_one_pass(
-    g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator
+    g: torch.Tensor, tau: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return g pruned by the compiled kernel, and what it summed on the way.
 
     That is: mean |g|, the share of zeros, and the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
 
     >>> g = torch.tensor([3.0, 0.0, -1.0])
-    >>> prune_in_one_pass(g, torch.tensor(0.0), torch.Generator())[1]["mean"]  # nothing is pruned
-    1.333...
+    >>> if load("gradient_pruning", "there is no kernel"):
+    ...     assert prune_in_one_pass(g, 0.0, torch.Generator())[1]["mean"] == 4 / 3  # nothing is pruned
     """
-    if not torch.ops.aten.is_non_overlapping_and_dense(g):
+    if not (g.is_contiguous() or g.is_contiguous(memory_format=torch.channels_last)):
         g = g.contiguous()
-    pruned, sums = torch.empty_like(g), (ctypes.c_double * 5)()
+    pruned, sums, n = torch.empty_like(g), (ctypes.c_double * 5)(), g.numel()
+    level = torch.tensor(tau if math.isfinite(tau) else 0.0, dtype=g.dtype).item()
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    _kernel(g)(
-        ctypes.c_void_p(g.data_ptr()), ctypes.c_void_p(pruned.data_ptr()), ctypes.c_int64(g.numel()),
-        ctypes.c_float(_finite(tau, g).item()), ctypes.c_uint64(seed), sums,
-        ctypes.c_int64(torch.get_num_threads()),
-    )  # fmt: skip
+    _kernel(g)(g.data_ptr(), pruned.data_ptr(), n, level, seed, sums, torch.get_num_threads())
     magnitude, zeros, product, square, after = sums
-    n, norms = g.numel(), math.sqrt(square * after)
-    cosine = product / norms if norms else 0.0
-    return pruned, {"mean": magnitude / n, "zeros": zeros / n, "cosine": cosine}
+    norms = math.sqrt(square * after)
+    return pruned, {"mean": magnitude / n, "zeros": zeros / n, "cosine": product / norms if norms else 0.0}
 
 
 def _kernel(g):
     """The compiled kernel for such gradients, or None."""
     name = {torch.float32: "prune_float32", torch.bfloat16: "prune_bfloat16"}.get(g.dtype)
     library = load("gradient_pruning", "gradients are pruned step by step") if name and g.is_cpu else None
-    return library and getattr(library, name)
-
-
-def _finite(tau, g):
-    """The threshold in the gradient's format; 0 where it is not finite."""
-    return torch.where(tau.isfinite(), tau, 0.0).to(g.dtype)
+    if library is None:
+        return None
+    function, pointer = getattr(library, name), ctypes.c_void_p
+    function.argtypes = [
+        pointer, pointer, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64, pointer, ctypes.c_int64
+    ]  # fmt: skip
+    return function
 
 
 def _uniform_like(t, generator, dtype):
@@ -224,29 +224,29 @@ class Pruner:
         past, own = state["taus"], None if self.fifo else self._threshold(g)
         tau = own
         if self.fifo:  # predicted, or 0: nothing is pruned
-            tau = torch.tensor(past).mean() if len(past) == self.fifo else torch.zeros(())
+            tau = fmean(past) if len(past) == self.fifo else 0.0
         if _kernel(g):
             pruned, sums = prune_in_one_pass(g, tau, generator)
         else:
-            pruned, sums = prune_by_steps(g, tau, generator) if tau > 0 else g, {}
+            pruned, sums = prune_by_steps(g, torch.tensor(tau), generator) if tau > 0 else g, {}
         own = self._threshold(g, **sums) if self.fifo else own
-        sound = bool(own.isfinite())
+        sound = math.isfinite(own)
         if self.fifo and sound:
-            state["taus"] = [*past, own.item()][-self.fifo :]
+            state["taus"] = [*past, own][-self.fifo :]
         if state["calls"] % self.every == 0 and sound and tau > 0 and own > 0:
             sums = sums or _compared(g, pruned)
             state["counted"] += 1
             state["zeros"] += sums["zeros"]
-            state["error"] += abs(tau / own - 1).item()
+            state["error"] += abs(tau / own - 1)
             state["cosine"] += sums["cosine"]
         state["calls"] += 1
         return pruned
 
     def _threshold(self, g, mean=None, **others):
-        """This batch's own tau; mean: |g|'s, where it is known."""
+        """This batch's own tau, a float; mean: |g|'s, where it is known."""
         if self.law == "lognormal":
-            return lognormal_threshold(g, self.p)
-        return threshold(g, self.p) if mean is None else _times(self.p) * torch.tensor(mean)
+            return lognormal_threshold(g, self.p).item()
+        return threshold(g, self.p).item() if mean is None else _times(self.p) * mean
 
 
 def _compared(g, pruned):

@@ -203,14 +203,14 @@ def test_what_the_kernel_sums_on_the_way_is_right_and_no_affair_of_the_threads(d
     tau, threads, found = threshold(x, 0.9), torch.get_num_threads(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(prune_in_one_pass(x, tau, g(1)))
+        found.append(prune_in_one_pass(x, tau.item(), g(1)))
     torch.set_num_threads(threads)
     (y, sums), *others = found
     assert all(torch.equal(y, z) and sums == more for z, more in others)
     assert sums["mean"] == pytest.approx(x.abs().double().mean().item(), rel=1e-6)
     assert sums["zeros"] == pytest.approx((y == 0).double().mean().item())
     assert sums["cosine"] == pytest.approx(torch.cosine_similarity(x.double(), y.double(), 0).item(), rel=1e-5)
-    assert not torch.equal(y, prune_in_one_pass(x, tau, g(2))[0])
+    assert not torch.equal(y, prune_in_one_pass(x, tau.item(), g(2))[0])
 
 
 def test_without_a_compiler_it_is_said_once_and_pruning_goes_on(tmp_path):
