@@ -37,6 +37,7 @@ INFO = Info(
     "Added: their activations are copied once, and a norm of the gradient a sample.",
 )
 
+PHASES = 16  # of a run, in each of which the FLOPs of a step are counted: fewer and fewer samples stay
 DEFENSIVE = 0.1  # of the mean norm is added to each: no weight grows without bound
 
 # The equations
@@ -126,17 +127,25 @@ class BackwardSampling(Method):
     def on_fit_start(self, run: Run) -> None:
         if run.recipe.compile:
             raise BadInput("backward sampling: its backward pass can't be compiled; train without `compile`")
-        run.state[self] = {"structures": run.structures, "borders": {}}
+        run.state[self] = {"structures": run.structures, "phase": (0, False), "borders": {}}
         part = self._install(run)
         text = f"{len(part.convs)} convolutions below {part.above}, borders: {', '.join(part.borders)}"
         run.log(self, text, borders=part.borders, above=part.above)
+        whole_backward_(run.model)  # until it begins
 
     def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = run.state[self]
-        if state["structures"] != run.structures:  # surgery made another network of it
-            state["structures"] = run.structures
+        if self._on(run) and (not hasattr(run.model, "part") or state["structures"] != run.structures):
+            state["structures"] = run.structures  # surgery may have made another network of it
             self._install(run)
         return x, y
+
+    def on_step_end(self, run: Run) -> None:
+        state = run.state[self]
+        phase = PHASES * (run.step + 1) // run.steps, self._on(run, run.step + 1)
+        if phase != state["phase"]:  # as after surgery, the FLOPs of a step are counted anew
+            state["phase"], state["structures"] = phase, state["structures"] + 1
+            run.structures += 1
 
     def on_fit_end(self, run: Run) -> None:
         whole_backward_(run.model)
@@ -145,12 +154,15 @@ class BackwardSampling(Method):
         text = ", ".join(f"{n} {share:.0%}" for n, share in means["share"].items()) or "all"
         run.log(self, f"samples kept: {text}", **means)
 
+    def _on(self, run, step=None):
+        return (run.step if step is None else step) >= self.begin * run.steps
+
     def _install(self, run):
         generator = run.generator(self, share=True)
 
         def sampler(border, norms):
             state, n = run.state[self]["borders"], len(run.logits)
-            if run.step < self.begin * run.steps or not norms.isfinite().all() or not norms.any():
+            if not norms.isfinite().all() or not norms.any():
                 return None  # what overflowed stays, to be seen
             norms = norms.cpu()
             u = norms + DEFENSIVE * norms.mean()

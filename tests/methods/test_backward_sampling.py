@@ -120,13 +120,15 @@ def test_the_variance_that_a_border_may_add_decides_how_many_stay():
 
 
 def test_until_it_begins_training_is_exact_and_then_it_is_not():
-    exact = trained()[0]
-    assert not equal(trained(BackwardSampling(keep=0.5))[0], exact)
-    late = BackwardSampling(keep=0.5, begin=0.9)
-    model, history = trained(late)
+    exact, whole = trained()
+    begun, half = trained(BackwardSampling(keep=0.5))
+    assert not equal(begun, exact)
+    model, history = trained(BackwardSampling(keep=0.5, begin=0.9))
     assert "samples kept: stages.1.0 50%" in history.events[-1]["text"]
     assert not equal(model, exact)
     assert equal(trained(BackwardSampling(tau=1e-9))[0], exact)
+    middle = trained(BackwardSampling(keep=0.5, begin=0.5))[1].flops  # each half is counted by itself
+    assert middle == pytest.approx((whole.flops + half.flops) / 2, rel=0.05)
 
 
 def test_a_resumed_run_ends_bit_equal(tmp_path):
