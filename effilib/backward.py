@@ -179,8 +179,8 @@ def _known(node, model):
 class Part:
     """The part of a network whose backward pass can be done for some of the samples.
 
-    borders: places at which samples may be dropped, lowest first, by the layer or block below. above: the
-    operation at which it ends. Raises `NoEffect` where it would hold no layer.
+    borders: places at which samples may be dropped, lowest first, by the layer or block below; top_only: only
+    the uppermost. above: the operation at which it ends. Raises `NoEffect` where it would hold no layer.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).train()
     >>> part = Part(net, lambda border, norms: None)
@@ -188,7 +188,7 @@ class Part:
     (['bn', 'stages.0.0'], 'mean')
     """
 
-    def __init__(self, model: nn.Module, sampler: Sampler):
+    def __init__(self, model: nn.Module, sampler: Sampler, top_only: bool = False):
         graph, _, constants = follow(model)
         nodes, operations, candidates, reach = list(graph.nodes), [], [], 0
         place = {n: i for i, n in enumerate(nodes)}
@@ -208,7 +208,8 @@ class Part:
             )
         top = candidates[-1]
         self.operations = operations[: place[top]]
-        self.names = {n.name: self._label(n) for n in candidates if n is top or self._read_by_conv(n)}
+        lower = [] if top_only else [n for n in candidates[:-1] if self._read_by_conv(n)]
+        self.names = {n.name: self._label(n) for n in [*lower, top]}
         self.images, self.top, self.sampler = nodes[0].name, top.name, sampler
         self.below, self.rest = nodes[: place[top]], (model, graph, top)
         self.convs = [o.node.target for o in self.operations if isinstance(o, _Conv)]
@@ -298,10 +299,10 @@ class _Partial:
         return self.part(x)
 
 
-def partial_backward_(model: nn.Module, sampler: Sampler) -> Part:
+def partial_backward_(model: nn.Module, sampler: Sampler, top_only: bool = False) -> Part:
     """Give `model` a backward pass for some of the samples, in place. Returns the part that has it.
 
-    In eval mode, and where the images need a gradient, all is as before. Raises `NoEffect` as `Part` does.
+    sampler, top_only: as of `Part`. In eval mode, and where the images need a gradient, all is as before. Raises `NoEffect` as `Part` does.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8)).train()
     >>> half = lambda border, norms: (torch.arange(1), torch.full((1,), 2.0)) if len(norms) == 2 else None
@@ -311,7 +312,7 @@ def partial_backward_(model: nn.Module, sampler: Sampler) -> Part:
     (torch.Size([4, 1, 3, 3]), 2)
     """
     whole_backward_(model)
-    part = Part(model, sampler)
+    part = Part(model, sampler, top_only)
     cls = type(model)
     model.__class__ = type(cls.__name__, (_Partial, cls), {"__module__": cls.__module__})
     model.part = part

@@ -3,15 +3,16 @@
 Pruning elements of a gradient leaves dense kernels as much to do as before. Dropping *samples* makes every
 product below smaller: at a border between two blocks sample i stays with probability p_i, in proportion to
 |g_i| and at most 1, and then has the weight 1 / p_i. All that lies below, dX, dW, BatchNorm, ReLU and sums, is
-computed for the samples that stayed. The forward pass is exact, and the loss sees every sample.
-
-The backward pass for some of the samples is `effilib.backward`'s.
+computed for the samples that stayed. The forward pass is exact, and the loss sees every sample. The backward
+pass for some of the samples is `effilib.backward`'s.
 
 Wang, Chen & Zhu (ICLR 2024) measure the variance of sampling, and that of SGD, by six extra passes every 100
 steps, and steer by their ratio. Here the ratio is predicted from the norms of each batch (`added_variance`),
-which costs nothing and needs no time to settle. They drop samples independently; here as many as planned stay
-(`systematic`), in multiples of a few, since kernels are chosen anew for each size. Their sampling of tokens for
-dW is left out.
+which costs nothing and needs no time to settle. With it either a variance is allowed at every border (`fewest`,
+in their spirit), or the number of samples is found at which noise and time are worth most together
+(`most_efficient`): at the uppermost border only, since below it what stayed has norms that are alike. They drop
+samples independently; here as many as planned stay (`systematic`), in multiples of a few, since kernels are
+chosen anew for each size. Their sampling of tokens for dW is left out.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from effilib.errors import BadInput
 from effilib.methods import Info
 from effilib.training import Method, Run
 
-__all__ = ["INFO", "BackwardSampling", "added_variance", "fewest", "probabilities", "systematic"]
+__all__ = [
+    "INFO", "BackwardSampling", "added_variance", "fewest", "most_efficient", "probabilities", "systematic",
+]  # fmt: skip
 
 INFO = Info(
     name="Sampled backward passes",
@@ -96,6 +99,21 @@ def fewest(norms: torch.Tensor, tau: float, multiple: int = 8) -> int:
     return int(ks[good[0, 0]]) if len(good) else len(norms)
 
 
+def most_efficient(norms: torch.Tensor, fixed: float, multiple: int = 8) -> int:
+    """Return with how many samples training gets furthest in its time.
+
+    While noise is most of a gradient, a step with an added variance v is worth 1 / (1 + v) steps. fixed: the
+    share of a step's time that does not depend on how many stay. A multiple of `multiple`, or all.
+
+    >>> most_efficient(torch.ones(32), fixed=0.4), most_efficient(torch.tensor([0.01] * 24 + [1.0] * 8), fixed=0.4)
+    (32, 8)
+    """
+    n = len(norms)
+    ks = torch.tensor([*range(multiple, n, multiple), n], device=norms.device)
+    v = added_variance(norms, probabilities(norms, ks[:, None]))
+    return int(ks[((1 + v) * (fixed + (1 - fixed) * ks / n)).argmin()])
+
+
 # In training
 
 
@@ -107,22 +125,26 @@ class BackwardSampling(Method):
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
     >>> history = train(net, data, Recipe(epochs=1), [BackwardSampling(keep=0.5)])
     >>> history.events[-1]["text"]
-    'samples kept: features.6 50%, features.3 50%'
+    'samples kept: features.6 50%'
     """
 
-    tau: float = 0.1  # variance that a border may add, of SGD's own; decides how many samples stay
+    fixed: float = 0.4  # share of a step that samples don't shorten; the most efficient number of them stays
     keep: float | None = None  # or a fixed share of the batch
+    tau: float | None = None  # or as many as add this variance, of SGD's own, at every border, as VCAS does
     begin: float = 0.0  # share of the run after which it begins; until then gradients are exact
     multiple: int = 8  # as many samples, or a multiple, stay: kernels are chosen anew for each size
 
     def __post_init__(self):
-        share = 1 if self.keep is None else self.keep
-        if self.tau <= 0 or not 0 < share <= 1 or not 0 <= self.begin < 1 or self.multiple < 1:
-            raise BadInput(
-                f"backward sampling: tau is {self.tau}, it must be above 0; keep is {self.keep}, it must be "
-                f"above 0 and at most 1; begin is {self.begin}, it must be from 0 to below 1; multiple is "
-                f"{self.multiple}, it must be at least 1"
-            )
+        if self.keep is not None and self.tau is not None:
+            raise BadInput("backward sampling: keep and tau both say how many samples stay; give one of them")
+        within = {
+            "fixed": 0 <= self.fixed < 1, "keep": self.keep is None or 0 < self.keep <= 1,
+            "tau": self.tau is None or self.tau > 0, "begin": 0 <= self.begin < 1, "multiple": self.multiple >= 1,
+        }  # fmt: skip
+        for name, good in within.items():
+            if not good:
+                ranges = "tau above 0, keep above 0 up to 1, fixed and begin from 0 to below 1, multiple from 1"
+                raise BadInput(f"backward sampling: {name} is {getattr(self, name)}; choose {ranges}")
 
     def on_fit_start(self, run: Run) -> None:
         if run.recipe.compile:
@@ -158,25 +180,28 @@ class BackwardSampling(Method):
         return (run.step if step is None else step) >= self.begin * run.steps
 
     def _install(self, run):
-        generator = run.generator(self, share=True)
+        generator, device = run.generator(self, share=True), run.device
 
         def sampler(border, norms):
-            state, n = run.state[self]["borders"], len(run.logits)
             if not norms.isfinite().all() or not norms.any():
                 return None  # what overflowed stays, to be seen
             norms = norms.cpu()
             u = norms + DEFENSIVE * norms.mean()
-            k = fewest(u, self.tau, self.multiple) if self.keep is None else self._fixed(n)
-            p = probabilities(u, min(k, len(u)))
+            p = probabilities(u, self._size(u))
             index = systematic(p, generator)
-            s = state.setdefault(border, {"calls": 0, "share": 0.0, "variance": 0.0})
+            s = run.state[self]["borders"].setdefault(border, {"calls": 0, "share": 0.0, "variance": 0.0})
             s["calls"] += 1
-            s["share"] += len(index) / n
+            s["share"] += len(index) / len(run.logits)
             s["variance"] += added_variance(norms, p).item()
-            return None if len(index) == len(u) else (index.to(run.device), (1 / p[index]).to(run.device))
+            return None if len(index) == len(u) else (index.to(device), (1 / p[index]).to(device))
 
-        return partial_backward_(run.model, sampler)
+        return partial_backward_(run.model, sampler, top_only=self.tau is None)
 
-    def _fixed(self, n):
-        """The samples of a batch of n that a fixed share is, in whole multiples."""
-        return max(1, round(self.keep * n / self.multiple)) * self.multiple
+    def _size(self, norms):
+        """How many samples stay."""
+        if self.keep is not None:
+            k = round(self.keep * len(norms) / self.multiple) * self.multiple
+            return min(max(k, self.multiple), len(norms))
+        if self.tau is not None:
+            return fewest(norms, self.tau, self.multiple)
+        return most_efficient(norms, self.fixed, self.multiple)

@@ -15,6 +15,7 @@ from effilib.methods.backward_sampling import (
     BackwardSampling,
     added_variance,
     fewest,
+    most_efficient,
     probabilities,
     systematic,
 )
@@ -86,6 +87,18 @@ def test_alike_samples_all_stay_and_unlike_ones_do_not():
     assert fewest(norms(32, s=2.0), 0.1) < 20
 
 
+def test_the_most_efficient_number_is_the_best_of_all_and_all_where_nothing_is_gained():
+    u = norms(64)
+
+    def seconds(k):  # for the information of a whole batch
+        return (1 + added_variance(u, probabilities(u, k)).item()) * (0.4 + 0.6 * k / 64)
+
+    assert most_efficient(u, 0.4, 1) == min(range(1, 65), key=seconds)
+    assert seconds(most_efficient(u, 0.4, 8)) <= min(seconds(k) for k in range(8, 65, 8)) + 1e-12
+    assert most_efficient(torch.ones(64), 0.4) == 64
+    assert most_efficient(u, 0.9, 1) > most_efficient(u, 0.1, 1)  # the less there is to save, the more stay
+
+
 # In training
 
 
@@ -103,9 +116,7 @@ def test_it_learns_with_fewer_products_and_leaves_a_plain_model_behind(precision
     assert not hasattr(model, "part")
     assert history.accuracy > 70
     assert 0.6 < history.flops / exact.flops < 0.75  # the forward pass, and half of the rest
-    share = history.events[-1]["share"]
-    assert list(share) == ["stages.1.0", "stages.0.0", "bn"]
-    assert set(share.values()) == {0.5}
+    assert history.events[-1]["share"] == {"stages.1.0": 0.5}
 
 
 def test_the_variance_that_a_border_may_add_decides_how_many_stay():
@@ -117,6 +128,9 @@ def test_the_variance_that_a_border_may_add_decides_how_many_stay():
         assert list(end["share"].values()) == sorted(end["share"].values(), reverse=True)  # fewer further down
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
+    free = trained(BackwardSampling(multiple=2))[1].events[-1]  # by itself, at the uppermost border only
+    assert list(free["share"]) == ["stages.1.0"]
+    assert 0 < free["share"]["stages.1.0"] <= 1
 
 
 def test_until_it_begins_training_is_exact_and_then_it_is_not():
@@ -166,11 +180,15 @@ def test_a_gradient_that_overflowed_reaches_the_weights():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tau": 0.0}, {"keep": 0.0}, {"keep": 1.5}, {"begin": 1.0}, {"multiple": 0}], ids=str
+    "wrong",
+    [{"tau": 0.0}, {"keep": 0.0}, {"keep": 1.5}, {"begin": 1.0}, {"multiple": 0}, {"fixed": 1.0}],
+    ids=str,
 )
 def test_wrong_settings_are_named(wrong):
-    with pytest.raises(BadInput, match=next(iter(wrong))):
+    with pytest.raises(BadInput, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
         BackwardSampling(**wrong)
+    with pytest.raises(BadInput, match="keep and tau"):
+        BackwardSampling(keep=0.5, tau=0.1)
 
 
 def test_what_it_cannot_do_is_refused_and_the_model_left_as_it_was():
