@@ -211,7 +211,8 @@ class Part:
         lower = [] if top_only else [n for n in candidates[:-1] if self._read_by_conv(n)]
         self.names = {n.name: self._label(n) for n in [*lower, top]}
         self.images, self.top, self.sampler = nodes[0].name, top.name, sampler
-        self.below, self.rest = nodes[: place[top]], (model, graph, top)
+        self.done, self.rest = dict.fromkeys(nodes[: place[top]]), fx.Interpreter(model, graph=graph)
+        self.end = top
         self.convs = [o.node.target for o in self.operations if isinstance(o, _Conv)]
 
     @property
@@ -229,21 +230,19 @@ class Part:
     def _read_by_conv(self, node):
         return any(o.node in node.users for o in self.operations if isinstance(o, _Conv))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of its layers, each once."""
-        return list(dict.fromkeys(p for o in self.operations for p in o.parameters()))
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the network makes of images x; its gradients will be of some of the samples."""
-        model, graph, top = self.rest
-        y = _Lower.apply(self, x, *self.parameters())
-        done = dict.fromkeys(self.below) | {top: y}
-        return fx.Interpreter(model, graph=graph).run(x, initial_env=done)
+        owned = [o.parameters() for o in self.operations]
+        y = _Lower.apply(self, owned, x, *dict.fromkeys(p for own in owned for p in own))
+        try:
+            return self.rest.run(x, initial_env=self.done | {self.end: y})
+        finally:
+            self.rest.env = {}  # else the last step's graph would stay
 
 
 class _Lower(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part, x, *parameters):
+    def forward(ctx, part, owned, x, *parameters):
         values, places, kept, notes = {part.images: x}, {}, [], []
 
         def keep(t):
@@ -257,7 +256,7 @@ class _Lower(torch.autograd.Function):
             notes.append(note)
         y = values[part.top]
         ctx.save_for_backward(*kept)
-        ctx.part, ctx.notes, ctx.parameters = part, notes, parameters
+        ctx.part, ctx.notes, ctx.owned, ctx.parameters = part, notes, owned, parameters
         last = y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last)
         ctx.layout = torch.channels_last if last else torch.contiguous_format
         return y
@@ -268,7 +267,8 @@ class _Lower(torch.autograd.Function):
         part, kept = ctx.part, _Kept(ctx.saved_tensors, ctx.layout)
         found, gradients = {}, {part.top: dy}
         with torch.autocast(dy.device.type, enabled=False):
-            for o, note in zip(reversed(part.operations), reversed(ctx.notes), strict=True):
+            steps = zip(part.operations, ctx.notes, ctx.owned, strict=True)
+            for o, note, owned in reversed(list(steps)):
                 dy = gradients.pop(o.name)
                 if o.name in part.names:
                     drawn = part.sampler(part.names[o.name], _norms(dy))
@@ -276,11 +276,11 @@ class _Lower(torch.autograd.Function):
                 dxs, own = o.backward(kept, dy, *note)
                 for name, dx in zip(o.inputs, dxs, strict=True):
                     gradients[name] = gradients[name] + dx if gradients.get(name) is not None else dx
-                for p, g in zip(o.parameters(), own, strict=False):
+                for p, g in zip(owned, own, strict=False):
                     if g is not None:
                         found[p] = found[p] + g.to(p.dtype) if p in found else g.to(p.dtype)
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *(found.get(p) if w else None for p, w in zip(ctx.parameters, wanted, strict=True))
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(found.get(p) if w else None for p, w in zip(ctx.parameters, wanted, strict=True))
 
 
 def _norms(g):
