@@ -3,10 +3,10 @@
     part = partial_backward_(net, sampler)   # in place; `whole_backward_` takes it back
 
 PyTorch's autograd wants gradients of the whole batch. So the lower part of the network, as far up as its
-operations are known here, is one `torch.autograd.Function`: it notes what it does, and undoes it for the samples
-that are left. What lies above is autograd's. At each *border*, a place through which everything flows, `sampler`
-may drop samples: (border, norm of the gradient of each sample that is left) -> (index, weight) of those that
-stay, or None. Gradients are multiplied by their weights there, so that sums over samples are sums again.
+operations are known here, is one `torch.autograd.Function`: it notes what it does, and undoes it for the
+samples that are left. What lies above is autograd's. At each *border*, a place through which all flows,
+`sampler` may drop samples: (border, norm of the gradient of each sample that is left) -> (index, weight) of
+those that stay, or None. Gradients are multiplied by their weights there, so that sums stay sums.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ aten = torch.ops.aten
 Sampler = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 
 
-# Operations. `forward` returns what they compute and what `backward` needs; tensors are kept by `keep(t)`, a place
-# from which `_Kept` takes them again.
+# Operations. `forward` returns what they compute and what `backward` needs; tensors are kept by `keep(t)`, a
+# place from which `_Kept` takes them again.
 
 
 class _Kept:
@@ -279,8 +279,8 @@ class _Lower(torch.autograd.Function):
                 for p, g in zip(owned, own, strict=False):
                     if g is not None:
                         found[p] = found[p] + g.to(p.dtype) if p in found else g.to(p.dtype)
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *(found.get(p) if w else None for p, w in zip(ctx.parameters, wanted, strict=True))
+        wanted = zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(found.get(p) if w else None for p, w in wanted)
 
 
 def _norms(g):
@@ -302,7 +302,8 @@ class _Partial:
 def partial_backward_(model: nn.Module, sampler: Sampler, top_only: bool = False) -> Part:
     """Give `model` a backward pass for some of the samples, in place. Returns the part that has it.
 
-    sampler, top_only: as of `Part`. In eval mode, and where the images need a gradient, all is as before. Raises `NoEffect` as `Part` does.
+    sampler, top_only: as of `Part`, which says what is refused. In eval mode, and where the images need a
+    gradient, all is as before.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8)).train()
     >>> half = lambda border, norms: (torch.arange(1), torch.full((1,), 2.0)) if len(norms) == 2 else None
@@ -348,8 +349,8 @@ def batch_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dX of the samples that are left, dgamma, dbeta of a batch normalization.
 
-    dy: (n, C, H, W), weighted by 1 / p. x: (N, C, H, W), whole; index, weight: (n,). mean, invstd: (C,), of the
-    whole batch.
+    dy: (n, C, H, W), weighted by 1 / p. x: (N, C, H, W), whole; index, weight: (n,). mean, invstd: (C,), of
+    the whole batch.
 
     The exact dX is gamma / sigma times what is left of dy without its parts along 1 and xhat, over the batch:
 
@@ -362,8 +363,8 @@ def batch_norm_backward(
                                                     (sum w xhat sum w xhat^2) (b) = (sum dy xhat)
 
     Dividing by the m of the whole batch would estimate a and b without bias, but dX would no longer add up to
-    0, and dW, a product with inputs that have a mean, would be mostly noise. As quotients of two estimates a
-    and b have a bias of the order of 1 / n; so has dX anyway, which is a product of the two draws.
+    0, which dW, a product with inputs that have a mean, amplifies (by a tenth of the noise where we measured
+    it). As quotients a and b have a bias of the order of 1 / n; so has w a anyway, a product of two draws.
 
     >>> x, dy = torch.randn(4, 2, 3, 3), torch.randn(2, 2, 3, 3)
     >>> mean, invstd = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0).rsqrt()

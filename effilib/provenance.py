@@ -221,10 +221,12 @@ def _texts(modules, files=()):
     """Sorted pairs (name, normalised source) of modules, of files, and of all that they import."""
     loaded = {vars(m).get("__file__"): name for name, m in list(sys.modules.items())} if files else {}
     found = {**_files(modules, files), **{loaded.get(str(f), str(f)): f for f in files}}
-    return sorted(
+    texts = [
         [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
         for name, file in found.items()
-    )
+    ]
+    kernels = {f for name, file in found.items() if ".kernels" in name for f in file.parent.glob("*.cpp")}
+    return sorted(texts + [[f.name, f.read_text(encoding="utf-8")] for f in kernels])
 
 
 def _files(modules, files=()):

@@ -1,4 +1,4 @@
-"""Backward passes for some of the samples: autograd's numbers where all are left, and sums over those that are."""
+"""Backward passes for some of the samples: autograd's where all are left, else sums over those that are."""
 
 import copy
 
@@ -56,7 +56,9 @@ def test_with_all_samples_it_is_autograds(name, sampler):
 
 
 def test_in_bf16_and_channels_last_it_is_autograds_to_the_last_bit():
-    exact = models.build("resnet", 5, (3, 8, 8), widths=(16, 32), blocks=(1, 1)).to(memory_format=torch.channels_last)
+    exact = models.build("resnet", 5, (3, 8, 8), widths=(16, 32), blocks=(1, 1)).to(
+        memory_format=torch.channels_last
+    )
     mine = copy.deepcopy(exact)
     partial_backward_(mine, everything)
     x, y = batch("resnet", torch.float32)
@@ -92,10 +94,14 @@ def test_gradients_below_a_border_are_those_of_the_weighted_samples_that_stay():
     assert partial_backward_(mine, first).borders == ["a", "b", "act"]
     found = dict(zip(dict(exact.named_parameters()), gradients(mine, x, y)[1], strict=True))
     losses = F.cross_entropy(exact(x), y, reduction="none") / 8
-    expected = torch.autograd.grad((losses[index] * weight).sum(), list(exact.parameters())[:6], retain_graph=True)
+    expected = torch.autograd.grad(
+        (losses[index] * weight).sum(), list(exact.parameters())[:6], retain_graph=True
+    )
     for name, g_ in zip(list(found)[:6], expected, strict=True):
         assert torch.allclose(found[name], g_), name
-    head = torch.autograd.grad(losses.sum(), list(exact.head.parameters()))  # above the first border all is exact
+    head = torch.autograd.grad(
+        losses.sum(), list(exact.head.parameters())
+    )  # above the first border all is exact
     assert all(torch.allclose(found[f"head.{n}"], g_) for n, g_ in zip(("weight", "bias"), head, strict=True))
 
 
@@ -141,7 +147,11 @@ def test_over_many_draws_the_gradient_is_the_exact_one(name, share):
 
 
 def norm_case(channels, dtype, layout=torch.channels_last, pixels=5):
-    x = (torch.randn(6, channels, pixels, 3, generator=g()).double() + 1).to(dtype).contiguous(memory_format=layout)
+    x = (
+        (torch.randn(6, channels, pixels, 3, generator=g()).double() + 1)
+        .to(dtype)
+        .contiguous(memory_format=layout)
+    )
     index, weight = torch.tensor([4, 0, 3]), torch.tensor([1.5, 2.0, 4.0])
     dy = torch.randn(3, channels, pixels, 3, generator=g(1)).to(dtype).contiguous(memory_format=layout)
     mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)

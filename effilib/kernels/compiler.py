@@ -42,6 +42,7 @@ def _compiled(source):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole, or not at all
             new = Path(folder) / file.name
-            subprocess.run([*command, str(source), "-o", str(new)], check=True, capture_output=True, text=True)
+            command += [str(source), "-o", str(new)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(new, file)
     return file

@@ -1,18 +1,18 @@
-"""Backward passes on a part of the batch: samples kept by the norm of their gradient (VCAS, arXiv:2402.17227).
+"""Backward passes on a part of the batch: samples kept by the norm of their gradient (arXiv:2402.17227).
 
 Pruning elements of a gradient leaves dense kernels as much to do as before. Dropping *samples* makes every
 product below smaller: at a border between two blocks sample i stays with probability p_i, in proportion to
-|g_i| and at most 1, and then has the weight 1 / p_i. All that lies below, dX, dW, BatchNorm, ReLU and sums, is
-computed for the samples that stayed. The forward pass is exact, and the loss sees every sample. The backward
-pass for some of the samples is `effilib.backward`'s.
+|g_i| and at most 1, and then has the weight 1 / p_i. All that lies below, dX, dW, BatchNorm, ReLU and sums,
+is computed for the samples that stayed. The forward pass is exact, and the loss sees every sample. The
+backward pass for some of the samples is `effilib.backward`'s.
 
 Wang, Chen & Zhu (ICLR 2024) measure the variance of sampling, and that of SGD, by six extra passes every 100
 steps, and steer by their ratio. Here the ratio is predicted from the norms of each batch (`added_variance`),
-which costs nothing and needs no time to settle. With it either a variance is allowed at every border (`fewest`,
-in their spirit), or the number of samples is found at which noise and time are worth most together
-(`most_efficient`): at the uppermost border only, since below it what stayed has norms that are alike. They drop
-samples independently; here as many as planned stay (`systematic`), in multiples of a few, since kernels are
-chosen anew for each size. Their sampling of tokens for dW is left out.
+which costs nothing and needs no time to settle. With it either a variance is allowed at every border
+(`fewest`, in their spirit), or the number of samples is found with which training gets furthest in its time
+(`most_efficient`): at the uppermost border only, since below it what stayed has norms that are alike. They
+drop samples independently; here as many as planned stay (`systematic`), in multiples of a few, since kernels
+are chosen anew for each size. Their sampling of tokens for dW is left out.
 """
 
 from dataclasses import dataclass
@@ -77,8 +77,8 @@ def systematic(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def added_variance(norms: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return the variance that sampling adds to a gradient, as a share of SGD's own.
 
-    sum (1 / p_i - 1) |g_i|^2 / sum |g_i|^2, over the last dimension: for samples that are drawn independently,
-    and gradients of the weights as long as those of the activations and in all directions.
+    sum (1 / p_i - 1) |g_i|^2 / sum |g_i|^2, over the last dimension: for samples drawn independently, and
+    whose gradients of the weights are as long as those of the activations, at right angles.
 
     >>> added_variance(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5])).item()
     1.0
@@ -105,7 +105,8 @@ def most_efficient(norms: torch.Tensor, fixed: float, multiple: int = 8) -> int:
     While noise is most of a gradient, a step with an added variance v is worth 1 / (1 + v) steps. fixed: the
     share of a step's time that does not depend on how many stay. A multiple of `multiple`, or all.
 
-    >>> most_efficient(torch.ones(32), fixed=0.4), most_efficient(torch.tensor([0.01] * 24 + [1.0] * 8), fixed=0.4)
+    >>> alike, unlike = torch.ones(32), torch.tensor([0.01] * 24 + [1.0] * 8)
+    >>> most_efficient(alike, fixed=0.4), most_efficient(unlike, fixed=0.4)
     (32, 8)
     """
     n = len(norms)
@@ -139,11 +140,12 @@ class BackwardSampling(Method):
             raise BadInput("backward sampling: keep and tau both say how many samples stay; give one of them")
         within = {
             "fixed": 0 <= self.fixed < 1, "keep": self.keep is None or 0 < self.keep <= 1,
-            "tau": self.tau is None or self.tau > 0, "begin": 0 <= self.begin < 1, "multiple": self.multiple >= 1,
+            "tau": self.tau is None or self.tau > 0, "begin": 0 <= self.begin < 1,
+            "multiple": self.multiple >= 1,
         }  # fmt: skip
         for name, good in within.items():
             if not good:
-                ranges = "tau above 0, keep above 0 up to 1, fixed and begin from 0 to below 1, multiple from 1"
+                ranges = "tau above 0, keep above 0 to 1, fixed and begin from 0 to below 1, multiple from 1"
                 raise BadInput(f"backward sampling: {name} is {getattr(self, name)}; choose {ranges}")
 
     def on_fit_start(self, run: Run) -> None:

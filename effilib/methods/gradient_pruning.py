@@ -157,18 +157,21 @@ def prune_in_one_pass(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return g pruned by the compiled kernel, and what it summed on the way.
 
-    That is: mean |g|, the share of zeros, and the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
+    That is: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
 
     >>> g = torch.tensor([3.0, 0.0, -1.0])
     >>> if load("gradient_pruning", "there is no kernel"):
     ...     assert prune_in_one_pass(g, 0.0, torch.Generator())[1]["mean"] == 4 / 3  # nothing is pruned
     """
+    kernel = _kernel(g)
+    if kernel is None:
+        raise BadInput(f"gradient pruning: there is no compiled kernel for {g.dtype} on {g.device}")
     if not (g.is_contiguous() or g.is_contiguous(memory_format=torch.channels_last)):
         g = g.contiguous()
     pruned, sums, n = torch.empty_like(g), (ctypes.c_double * 5)(), g.numel()
     level = torch.tensor(tau if math.isfinite(tau) else 0.0, dtype=g.dtype).item()
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    _kernel(g)(g.data_ptr(), pruned.data_ptr(), n, level, seed, sums, torch.get_num_threads())
+    kernel(g.data_ptr(), pruned.data_ptr(), n, level, seed, sums, torch.get_num_threads())
     magnitude, zeros, product, square, after = sums
     norms = math.sqrt(square * after)
     return pruned, {"mean": magnitude / n, "zeros": zeros / n, "cosine": product / norms if norms else 0.0}
@@ -221,10 +224,10 @@ class Pruner:
 
     def __call__(self, g: torch.Tensor, state: dict, generator: torch.Generator) -> torch.Tensor:
         """Return g pruned, and note in `state` what became of it."""
-        past, own = state["taus"], None if self.fifo else self._threshold(g)
-        tau = own
-        if self.fifo:  # predicted, or 0: nothing is pruned
-            tau = fmean(past) if len(past) == self.fifo else 0.0
+        past = state["taus"]
+        own = tau = 0.0 if self.fifo else self._threshold(g)
+        if self.fifo and len(past) == self.fifo:  # until then nothing is pruned
+            tau = fmean(past)
         if _kernel(g):
             pruned, sums = prune_in_one_pass(g, tau, generator)
         else:

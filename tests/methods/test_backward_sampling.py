@@ -125,7 +125,9 @@ def test_the_variance_that_a_border_may_add_decides_how_many_stay():
         end = trained(BackwardSampling(tau=tau, multiple=2))[1].events[-1]
         shares.append(end["share"]["stages.1.0"])
         assert all(v <= tau for v in end["variance"].values())
-        assert list(end["share"].values()) == sorted(end["share"].values(), reverse=True)  # fewer further down
+        assert list(end["share"].values()) == sorted(
+            end["share"].values(), reverse=True
+        )  # fewer further down
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
     free = trained(BackwardSampling(multiple=2))[1].events[-1]  # by itself, at the uppermost border only
@@ -198,7 +200,10 @@ def test_what_it_cannot_do_is_refused_and_the_model_left_as_it_was():
     assert type(model) is type(network())
     with pytest.raises(NoEffect, match="none of Sequential"):
         train(
-            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), DATA, RECIPE, [BackwardSampling()]
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)),
+            DATA,
+            RECIPE,
+            [BackwardSampling()],
         )
 
 

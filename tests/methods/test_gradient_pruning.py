@@ -185,7 +185,12 @@ def test_either_way_nan_and_infinity_stay_and_a_threshold_of_nothing_prunes_noth
 @pytest.mark.parametrize("shape", [(1,), (15,), (17,), (2, 3, 5, 7), (3, 16, 33, 9)])
 def test_either_way_all_layouts_keep_each_element_in_its_place(shape, dtype):
     whole = torch.randn(shape, generator=g()).to(dtype)
-    laid = [whole, whole.transpose(0, -1), torch.stack((whole, whole))[::2][0], torch.stack((whole, whole), -1)[..., 0]]
+    laid = [
+        whole,
+        whole.transpose(0, -1),
+        torch.stack((whole, whole))[::2][0],
+        torch.stack((whole, whole), -1)[..., 0],
+    ]
     if len(shape) == 4:
         laid.append(whole.contiguous(memory_format=torch.channels_last))
     for x in laid:
@@ -209,7 +214,9 @@ def test_what_the_kernel_sums_on_the_way_is_right_and_no_affair_of_the_threads(d
     assert all(torch.equal(y, z) and sums == more for z, more in others)
     assert sums["mean"] == pytest.approx(x.abs().double().mean().item(), rel=1e-6)
     assert sums["zeros"] == pytest.approx((y == 0).double().mean().item())
-    assert sums["cosine"] == pytest.approx(torch.cosine_similarity(x.double(), y.double(), 0).item(), rel=1e-5)
+    assert sums["cosine"] == pytest.approx(
+        torch.cosine_similarity(x.double(), y.double(), 0).item(), rel=1e-5
+    )
     assert not torch.equal(y, prune_in_one_pass(x, tau.item(), g(2))[0])
 
 
