@@ -18,12 +18,13 @@ from torch import fx, nn
 
 from effilib import convolution as conv
 from effilib.errors import NoEffect
-from effilib.kernels.compiler import load
+from effilib.kernels import compiler
 from effilib.surgery.channels import ADDITIONS, follow, place_of
 
 __all__ = ["Part", "batch_norm_backward", "partial_backward_", "whole_backward_"]
 
 aten = torch.ops.aten
+INSTEAD = "batch normalization of some samples takes more passes"
 Sampler = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 
 
@@ -375,8 +376,7 @@ def batch_norm_backward(
     """
     name = {torch.float32: "batch_norm_rows_float32", torch.bfloat16: "batch_norm_rows_bfloat16"}.get(x.dtype)
     rows = x.is_contiguous(memory_format=torch.channels_last)
-    kernels = load("batch_norm_rows", "it takes more passes") if name and rows and x.is_cpu else None
-    if kernels:
+    if name and rows and x.is_cpu and (kernels := compiler.load("batch_norm_rows", INSTEAD)):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, weight = torch.empty_like(dy), weight.float()
         dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)

@@ -20,8 +20,8 @@ GRID = {  # of what is only shown
 SETTINGS = {
     # About half of the elements become 0 (`zero_fraction`).
     PRUNED: GradientPruning(p=0.9),
-    # As many samples as train fastest: all in the beginning, when they are alike, then fewer and fewer.
-    SAMPLED: BackwardSampling(),
+    # As many samples as train fastest, which are fewer and fewer; in the beginning, when they are alike, all.
+    SAMPLED: BackwardSampling(begin=0.25),
 }
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 TUNED: dict[str, dict[float, dict]] = {}

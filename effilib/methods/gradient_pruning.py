@@ -23,7 +23,7 @@ from torch import nn
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, NoEffect, choose
-from effilib.kernels.compiler import load
+from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -160,7 +160,7 @@ def prune_in_one_pass(
     That is: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
 
     >>> g = torch.tensor([3.0, 0.0, -1.0])
-    >>> if load("gradient_pruning", "there is no kernel"):
+    >>> if compiler.load("gradient_pruning", "there is no kernel"):
     ...     assert prune_in_one_pass(g, 0.0, torch.Generator())[1]["mean"] == 4 / 3  # nothing is pruned
     """
     kernel = _kernel(g)
@@ -180,7 +180,9 @@ def prune_in_one_pass(
 def _kernel(g):
     """The compiled kernel for such gradients, or None."""
     name = {torch.float32: "prune_float32", torch.bfloat16: "prune_bfloat16"}.get(g.dtype)
-    library = load("gradient_pruning", "gradients are pruned step by step") if name and g.is_cpu else None
+    library = (
+        compiler.load("gradient_pruning", "gradients are pruned step by step") if name and g.is_cpu else None
+    )
     if library is None:
         return None
     function, pointer = getattr(library, name), ctypes.c_void_p
