@@ -109,7 +109,7 @@ class Path:
     shortcut: list
 
     @property
-    def inplace_of(self) -> bool:
+    def in_place(self) -> bool:
         """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not
         tell, only ours is sure.
         """
@@ -238,8 +238,10 @@ class _Tracer(fx.Tracer):
 
 
 def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.Tensor]]:
-    """(graph, modules that cannot be followed, with the reason, constant tensors): such modules are taken as
-    they are. Raises `BadInput` where the forward pass as a whole cannot be followed.
+    """Return (graph, opaque modules with the reason, constant tensors) of the forward pass.
+
+    Opaque modules cannot be followed, and are taken as they are. Raises `BadInput` where the forward pass as a
+    whole cannot be followed.
 
     >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     >>> [node.name for node in graph.nodes], opaque
@@ -527,7 +529,7 @@ def _is_batch(size):
 
 
 def place_of(n: fx.Node) -> str:
-    """The module whose forward holds an operation, "" for the network itself.
+    """Return the module whose forward holds an operation, "" for the network itself.
 
     >>> graph, *_ = follow(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)))
     >>> [place_of(node) for node in graph.nodes if "relu" in node.name]
