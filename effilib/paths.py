@@ -12,7 +12,8 @@ from typing import IO
 from effilib.errors import BadInput
 
 __all__ = [
-    "cache", "data", "make", "notebooks", "read_json", "recorded", "results", "root", "write", "writing",
+    "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write",
+    "writing",
 ]  # fmt: skip
 
 
@@ -71,6 +72,15 @@ def cache() -> Path:
     True
     """
     return results() / "cache"
+
+
+def kernels() -> Path:
+    """Return the user's folder of compiled kernels; safe to delete, costs seconds.
+
+    >>> kernels().name
+    'effilib-kernels'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effilib-kernels"
 
 
 def make(folder: Path | str, what: str = "results") -> Path:

@@ -218,11 +218,14 @@ def imports(modules: Iterable[str]) -> set[str]:
 
 
 def _texts(modules):
-    """Sorted pairs (name, normalised source) of modules and of all that they import."""
-    return sorted(
+    """Sorted pairs (name, normalised source) of modules and of all that they import, C++ included."""
+    found = _files(modules)
+    texts = [
         [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
-        for name, file in _files(modules).items()
-    )
+        for name, file in found.items()
+    ]
+    kernels = {f for name, file in found.items() if ".kernels" in name for f in file.parent.glob("*.cpp")}
+    return sorted(texts + [[f.name, f.read_text(encoding="utf-8")] for f in kernels])
 
 
 def _files(modules):

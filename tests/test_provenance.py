@@ -378,7 +378,8 @@ def test_an_arm_depends_on_its_methods_module_alone():
 def checkout(tmp_path):
     """A copy of effilib's sources that may be edited; `says(code)` is what fresh processes print there."""
     folder = tmp_path / "effilib"
-    for file in Path(effilib.__file__).parent.rglob("*.py"):
+    sources = Path(effilib.__file__).parent
+    for file in [*sources.rglob("*.py"), *sources.rglob("*.cpp")]:
         copy = folder / file.relative_to(Path(effilib.__file__).parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
@@ -453,6 +454,11 @@ def test_captions_columns_and_docstrings_are_in_no_key_and_what_trains_is_in_tho
     baseline, *methods = zip(before["04_1"], after["04_1"], strict=True)
     assert baseline[0] == baseline[1]
     assert any(a != b for a, b in methods)
+
+    before = after
+    add(checkout / "kernels" / "gradient_pruning.cpp", "// another kernel\n")
+    after = says(checkout, KEYS)
+    assert [name for name in after if after[name] != before[name]] == ["04_1"]
 
     add(checkout / "training.py")
     last = says(checkout, KEYS)

@@ -1,11 +1,12 @@
-"""Chapter 4.1: what is trained: pruned gradients, a structured subset of them, a smaller exact network."""
+"""Chapter 4.1: what is trained: pruned gradients, backward passes on some samples, a smaller network."""
 
 from effilib.experiment import Arm
+from effilib.methods.backward_sampling import BackwardSampling
 from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets, zero_fraction
 from effilib.tasks import Task
 
-PRUNED, SUBSET = "pruned, p = 90%", "dW from half of the samples"
-RATES = (0.7, 0.8, 0.9, 0.99)
+PRUNED, SAMPLED, SMALLER = "pruned, p = 90%", "samples by norm", "smaller network, exact"
+RATES = (0.7, 0.8, 0.9, 0.99)  # target rates of pruning
 SIZES = {
     "quick": dict(epochs=1),
     "study": dict(epochs=4),  # of the tuned network: four arms of up to a minute a training
@@ -17,19 +18,20 @@ GRID = {  # of what is only shown
     "full": dict(epochs=10),
 }
 SETTINGS = {
-    # dX stays exact, so that no layer adds to the noise of those behind it.
-    SUBSET: GradientSubsets(keep=0.5, dx=None, dw="samples"),
     # About half of the elements become 0 (`zero_fraction`).
     PRUNED: GradientPruning(p=0.9),
+    # As many samples as train fastest, which are fewer and fewer; in the beginning, when they are alike, all.
+    SAMPLED: BackwardSampling(begin=0.25),
 }
+# arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
+TUNED: dict[str, dict[float, dict]] = {}
+CONTENDER = SAMPLED
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return exact training, pruned gradients, the subset (not in quick), and the smaller network."""
-    found = [Arm(name="exact", role="baseline"), Arm(name=PRUNED, methods=(SETTINGS[PRUNED],))]
-    if task.preset != "quick":
-        found.append(Arm(name=SUBSET, methods=(SETTINGS[SUBSET],)))
-    return [*found, *smaller(task)]
+    """Return exact training, pruned gradients, sampled backward passes, and the smaller network."""
+    methods = [Arm(name=n, methods=(m,), tuned=TUNED.get(n, {})) for n, m in SETTINGS.items()]
+    return [Arm(name="exact", role="baseline"), *methods, *smaller(task)]
 
 
 def smaller(task: Task) -> list[Arm]:
@@ -42,19 +44,24 @@ def smaller(task: Task) -> list[Arm]:
     if blocks[deepest] > 1:
         blocks[deepest] -= 1
         network = {"blocks": tuple(blocks)}
-    return [Arm(name="smaller network, exact", role="control", network=network)]
+    return [Arm(name=SMALLER, role="control", network=network, tuned=TUNED.get(SMALLER, {}))]
 
 
 def grid(task: Task) -> list[Arm]:
-    """Return target rates and laws (quick: two), and in the study the subsets; all take the same steps."""
+    """Return target rates and laws (quick: one), samples, and random subsets; all take the same steps."""
     methods = {f"p = {p:.0%}": GradientPruning(p=p) for p in RATES}
     methods["p = 90%, the batch's own tau"] = GradientPruning(fifo=0)
     alike = round(zero_fraction(0.9), 3)
     methods["lognormal, as many zeros"] = GradientPruning(p=alike, law="lognormal")
     if task.preset in ("study", "full"):
+        methods["samples, the most efficient number"] = SETTINGS[SAMPLED]
+        methods |= {f"samples, tau = {tau:g}": BackwardSampling(tau=tau) for tau in (0.03, 0.1)}
+        methods["half of the samples"] = BackwardSampling(keep=0.5)
+        methods["half of the samples from 50%"] = BackwardSampling(keep=0.5, begin=0.5)
         methods |= {f"half: {name}": method for name, method in subsets().items()}
     else:
-        methods = {n: methods[n] for n in ("p = 99%", "lognormal, as many zeros")}
+        few = ("p = 99%",) if task.preset == "quick" else ("p = 99%", "lognormal, as many zeros")
+        methods = {n: methods[n] for n in few}
     return [
         Arm(name="exact", role="baseline"),
         *(Arm(name=n, methods=(m,), lengths=task.lengths) for n, m in methods.items()),
@@ -62,10 +69,9 @@ def grid(task: Task) -> list[Arm]:
 
 
 def subsets(keep: float = 0.5) -> dict[str, GradientSubsets]:
-    """Return the structured subsets by name."""
+    """Return random structured subsets by name, drawn anew in every layer."""
     return {
         "outputs for dX and dW": GradientSubsets(keep=keep),
-        "outputs for dX, samples for dW": GradientSubsets(keep=keep, dw="samples"),
         "samples for dX and dW": GradientSubsets(keep=keep, dx="samples", dw="samples"),
         "samples for dW, dX exact": GradientSubsets(keep=keep, dx=None, dw="samples"),
     }

@@ -11,9 +11,11 @@ output channels, or samples; they stand beside it. Chmiel et al. (2021, arXiv:20
 nearer to lognormal: their threshold aims at the share of zeros itself.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -21,12 +23,14 @@ from torch import nn
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, NoEffect, choose
+from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import Method, Run
 
 __all__ = [
     "INFO", "GradientPruning", "GradientSubsets", "Pruner", "lognormal_threshold", "placements", "prune",
-    "prune_gradients_", "subset_gradients_", "threshold", "zero_fraction",
+    "prune_by_steps", "prune_gradients_", "prune_in_one_pass", "subset_gradients_", "threshold",
+    "zero_fraction",
 ]  # fmt: skip
 
 INFO = Info(
@@ -63,8 +67,12 @@ def threshold(g: torch.Tensor, p: float) -> torch.Tensor:
     >>> round((g.abs() < threshold(g, 0.9)).float().mean().item(), 2)
     0.9
     """
-    sigma = math.sqrt(math.pi / 2) * g.abs().mean(dtype=torch.float32)  # E|g| = sigma sqrt(2 / pi)
-    return normal_quantile((1 + p) / 2) * sigma
+    return _times(p) * g.abs().mean(dtype=torch.float32)
+
+
+def _times(p):
+    """How many times E|g| = sigma sqrt(2 / pi) the threshold is."""
+    return normal_quantile((1 + p) / 2) * math.sqrt(math.pi / 2)
 
 
 def zero_fraction(p: float) -> float:
@@ -117,20 +125,71 @@ def prune(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> tor
 
     g where |g| >= tau, else sign(g) tau with probability |g| / tau: E = g, Var = |g| (tau - |g|). Same shape,
     layout and format. tau: 0-d; one that is 0 or not finite (a gradient overflowed) prunes nothing. The
-    probability has 16 bits.
+    probability has 24 bits, or 16 where there is no compiled kernel.
 
     >>> pruned = prune(torch.tensor([3.0, 0.5, -0.5]), torch.tensor(1.0), torch.Generator().manual_seed(0))
     >>> pruned[0].item(), set(pruned[1:].tolist()) <= {-1.0, 0.0, 1.0}
     (3.0, True)
     """
+    if _kernel(g):
+        return prune_in_one_pass(g, tau.item(), generator)[0]
+    return prune_by_steps(g, tau, generator)
+
+
+def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Prune as `prune` does, by PyTorch's operations.
+
+    >>> prune_by_steps(torch.tensor([3.0, -2.0]), torch.tensor(1.0), torch.Generator()).tolist()
+    [3.0, -2.0]
+    """
     precise = torch.float64 if g.dtype == torch.float64 else torch.float32
-    tau = torch.where(tau.isfinite(), tau, 0.0).to(g.dtype)
+    tau = torch.where(tau.isfinite(), tau, 0.0).to(g)
     magnitude = g.abs()
     # 0 and 1 in the operands' own format: booleans, and `where`, are several times slower
     stays = torch.ge(magnitude, tau, out=torch.empty_like(magnitude))
     share = magnitude.to(precise) / tau.to(precise)
     becomes = torch.gt(share, _uniform_like(magnitude, generator, precise), out=share).to(g.dtype)
     return torch.maximum(magnitude.mul_(stays), becomes.mul_(tau)).copysign_(g)  # nan stays, to be seen
+
+
+def prune_in_one_pass(
+    g: torch.Tensor, tau: float, generator: torch.Generator
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return g pruned by the compiled kernel, and what it summed on the way.
+
+    That is: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
+
+    >>> g = torch.tensor([3.0, 0.0, -1.0])
+    >>> if compiler.load("gradient_pruning", "there is no kernel"):
+    ...     assert prune_in_one_pass(g, 0.0, torch.Generator())[1]["mean"] == 4 / 3  # nothing is pruned
+    """
+    kernel = _kernel(g)
+    if kernel is None:
+        raise BadInput(f"gradient pruning: there is no compiled kernel for {g.dtype} on {g.device}")
+    if not (g.is_contiguous() or g.is_contiguous(memory_format=torch.channels_last)):
+        g = g.contiguous()
+    pruned, sums, n = torch.empty_like(g), (ctypes.c_double * 5)(), g.numel()
+    level = torch.tensor(tau if math.isfinite(tau) else 0.0, dtype=g.dtype).item()
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    kernel(g.data_ptr(), pruned.data_ptr(), n, level, seed, sums, torch.get_num_threads())
+    magnitude, zeros, product, square, after = sums
+    norms = math.sqrt(square * after)
+    return pruned, {"mean": magnitude / n, "zeros": zeros / n, "cosine": product / norms if norms else 0.0}
+
+
+def _kernel(g):
+    """The compiled kernel for such gradients, or None."""
+    name = {torch.float32: "prune_float32", torch.bfloat16: "prune_bfloat16"}.get(g.dtype)
+    library = (
+        compiler.load("gradient_pruning", "gradients are pruned step by step") if name and g.is_cpu else None
+    )
+    if library is None:
+        return None
+    function, pointer = getattr(library, name), ctypes.c_void_p
+    function.argtypes = [
+        pointer, pointer, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64, pointer, ctypes.c_int64
+    ]  # fmt: skip
+    return function
 
 
 def _uniform_like(t, generator, dtype):
@@ -167,20 +226,38 @@ class Pruner:
 
     def __call__(self, g: torch.Tensor, state: dict, generator: torch.Generator) -> torch.Tensor:
         """Return g pruned, and note in `state` what became of it."""
-        own = threshold(g, self.p) if self.law == "normal" else lognormal_threshold(g, self.p)
-        past, tau, sound = state["taus"], own, bool(own.isfinite())
-        if self.fifo:
-            tau = torch.tensor(past).mean().to(own) if len(past) == self.fifo else torch.zeros_like(own)
-            state["taus"] = [*past, own.item()][-self.fifo :] if sound else past
-        pruned = prune(g, tau, generator) if tau > 0 else g
+        past = state["taus"]
+        own = tau = 0.0 if self.fifo else self._threshold(g)
+        if self.fifo and len(past) == self.fifo:  # until then nothing is pruned
+            tau = fmean(past)
+        if _kernel(g):
+            pruned, sums = prune_in_one_pass(g, tau, generator)
+        else:
+            pruned, sums = prune_by_steps(g, torch.tensor(tau), generator) if tau > 0 else g, {}
+        own = self._threshold(g, **sums) if self.fifo else own
+        sound = math.isfinite(own)
+        if self.fifo and sound:
+            state["taus"] = [*past, own][-self.fifo :]
         if state["calls"] % self.every == 0 and sound and tau > 0 and own > 0:
+            sums = sums or _compared(g, pruned)
             state["counted"] += 1
-            state["zeros"] += (pruned == 0).float().mean().item()
-            state["error"] += abs(tau / own - 1).item()
-            cosine = torch.cosine_similarity(g.flatten().float(), pruned.flatten().float(), 0)
-            state["cosine"] += cosine.item()
+            state["zeros"] += sums["zeros"]
+            state["error"] += abs(tau / own - 1)
+            state["cosine"] += sums["cosine"]
         state["calls"] += 1
         return pruned
+
+    def _threshold(self, g, mean=None, **others):
+        """This batch's own tau, a float; mean: |g|'s, where it is known."""
+        if self.law == "lognormal":
+            return lognormal_threshold(g, self.p).item()
+        return threshold(g, self.p).item() if mean is None else _times(self.p) * mean
+
+
+def _compared(g, pruned):
+    """What `prune_in_one_pass` sums, of gradients that were pruned step by step."""
+    cosine = torch.cosine_similarity(g.flatten().float(), pruned.flatten().float(), 0).item()
+    return {"zeros": (pruned == 0).float().mean().item(), "cosine": cosine}
 
 
 def placements(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -> dict[str, str]:

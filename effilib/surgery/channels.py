@@ -19,17 +19,9 @@ from effilib.errors import BadInput, NotApplicable, choose
 from effilib.models import Block, Constant, Gone
 
 __all__ = [
-    "CONVS",
-    "LAYERS",
-    "NORMS",
-    "Node",
-    "Path",
-    "Structure",
-    "checked",
-    "nodes",
-    "trace",
-    "unknown",
-]
+    "CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "follow", "nodes", "place_of",
+    "trace", "unknown",
+]  # fmt: skip
 
 CONVS = (nn.Conv2d, nn.Linear)  # exactly these: a subclass may do anything
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -263,9 +255,15 @@ class _Tracer(Tracer):
             raise
 
 
-def _follow(model):
-    """(graph, modules that cannot be followed, with the reason, constant tensors): such modules are taken as
-    they are.
+def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.Tensor]]:
+    """Return (graph, opaque modules with the reason, constant tensors) of the forward pass.
+
+    Opaque modules cannot be followed, and are taken as they are. Raises `BadInput` where the forward pass as a
+    whole cannot be followed.
+
+    >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    >>> [node.name for node in graph.nodes], opaque
+    (['input_1', '_0', '_1', 'output'], {})
     """
     opaque, before = {}, set(vars(model))
     while True:
@@ -298,7 +296,7 @@ def trace(model: nn.Module) -> Structure:
     >>> {node.name: node.width for node in found.nodes}
     {'stem': 8, 'stages.0.0.conv1': 8, 'stages.1.0.conv1': 16, 'stages.1.0.conv2': 16}
     """
-    graph, opaque, constants = _follow(model)
+    graph, opaque, constants = follow(model)
     groups = _Reader(model, graph, opaque, constants).read()
     order = {n.target: i for i, n in enumerate(graph.nodes) if n.op == "call_module"}
     nodes = []
@@ -390,7 +388,7 @@ class _Reader:
                 return None  # a number: the same for all channels
             raise _Unclear(
                 f"{n.target} is used outside of a layer"
-                + "".join(f", in {_place(u)}" for u in list(n.users)[:1] if _place(u))
+                + "".join(f", in {place_of(u)}" for u in list(n.users)[:1] if place_of(u))
             )
         if n.op == "call_module":
             module = self.model.get_submodule(n.target)
@@ -451,7 +449,7 @@ class _Reader:
         where = (
             n.target
             if module is not None
-            else f"{getattr(n.target, '__name__', n.target)} in {_place(n) or 'the forward pass'}"
+            else f"{getattr(n.target, '__name__', n.target)} in {place_of(n) or 'the forward pass'}"
         )
         if n.target == "size" or (n.target is getattr and n.args[1] == "shape"):
             self.sizes(n)
@@ -541,7 +539,7 @@ class _Reader:
         else:
             fine = all(r.target is operator.getitem and (not r.users or harmless(r.args[1])) for r in n.users)
         if not fine:
-            v.group.stop(f"size or shape in {_place(n) or 'the forward pass'} reads the number of channels")
+            v.group.stop(f"size or shape in {place_of(n) or 'the forward pass'} reads the number of channels")
 
 
 def _is_batch(size):
@@ -557,8 +555,13 @@ def _is_batch(size):
     return size.target is operator.getitem and is_shape and size.args[1] == 0
 
 
-def _place(n):
-    """The module whose forward holds an operation."""
+def place_of(n: fx.Node) -> str:
+    """Return the module whose forward holds an operation, "" for the network itself.
+
+    >>> graph, *_ = follow(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)))
+    >>> [place_of(node) for node in graph.nodes if "relu" in node.name]
+    ['', 'stages.0.0', 'stages.0.0']
+    """
     return (list(n.meta.get("nn_module_stack") or {}) or [""])[-1]
 
 
@@ -594,7 +597,7 @@ def _paths(model, graph):
             if all(ends) and ends[0][1] is ends[1][1]:
                 (longer, _), (shorter, _) = sorted(ends, key=lambda e: -convs(e[0]))
                 if convs(longer) > convs(shorter):
-                    found.append(Path(model, _place(n), longer, shorter))
+                    found.append(Path(model, place_of(n), longer, shorter))
     return found
 
 

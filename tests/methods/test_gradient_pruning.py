@@ -3,6 +3,9 @@ subsets beside it.
 """
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -26,6 +29,7 @@ from effilib.methods.gradient_pruning import (
     placements,
     prune,
     prune_gradients_,
+    prune_in_one_pass,
     random_subset,
     subset_gradients_,
     threshold,
@@ -119,6 +123,124 @@ def test_the_lognormal_threshold_hits_the_share_of_zeros_where_the_normal_one_mi
     if s == 2:
         normal = (prune(x, threshold(x, 0.9), g(2)) == 0).float().mean().item()
         assert normal == pytest.approx(0.79, abs=0.015)  # 0.54 for normal gradients
+
+
+# The compiled kernel
+
+FORMATS = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["compiled", "step by step"])
+def way(request, monkeypatch):
+    """Both ways in which `prune` computes; the second is that without a compiler."""
+    if request.param == "compiled":
+        if gp.compiler.load("gradient_pruning", "") is None:
+            pytest.skip("no compiler")
+    else:
+        monkeypatch.setattr(gp.compiler, "load", lambda *words: None)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_either_way_pruning_is_unbiased_with_its_variance(dtype):
+    x, draws, generator = torch.randn(333, generator=g()).to(dtype), 3000, g(1)
+    tau = threshold(x, 0.9).to(dtype)
+    found = torch.stack([prune(x, tau, generator) for _ in range(draws)]).double()
+    exact, tau = x.double(), tau.double()
+    variance = (exact.abs() * (tau - exact.abs())).clamp(min=0)
+    assert ((found.mean(0) - exact).abs() <= 4.5 * (variance / draws).sqrt() + 1e-4 * tau).all()
+    small = exact.abs() < tau
+    assert (found.var(0)[small] / variance[small] - 1).abs().median() < 0.05
+    pairs = (found - exact)[:, small]  # neighbours are drawn by themselves
+    assert (pairs[:, 1:] * pairs[:, :-1]).mean().abs() < 0.01 * variance[small].mean()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_either_way_an_element_keeps_its_bits_or_becomes_tau_or_zero(dtype):
+    x = torch.randn(1000, generator=g()).to(dtype)
+    tau = threshold(x, 0.9).to(dtype)
+    y = prune(x, tau, g(1))
+    assert y.dtype == dtype
+    large = x.abs() >= tau
+    assert torch.equal(y[large], x[large])
+    assert {v.item() for v in y[~large].abs().unique()} == {0.0, tau.item()}
+    assert torch.equal(y.signbit(), x.signbit())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_either_way_nan_and_infinity_stay_and_a_threshold_of_nothing_prunes_nothing(dtype):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.5, 3.0] * 7).to(dtype)
+    for tau in (0.0, math.inf, math.nan):
+        assert torch.equal(prune(x, torch.tensor(tau), g()).nan_to_num(9.0), x.nan_to_num(9.0))
+    pruned = prune(x, torch.tensor(1.0), g())
+    assert torch.equal(pruned.isnan(), x.isnan())
+    assert torch.equal(pruned.isinf(), x.isinf())
+    assert (pruned[3::6] == 0).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("shape", [(1,), (15,), (17,), (2, 3, 5, 7), (3, 16, 33, 9)])
+def test_either_way_all_layouts_keep_each_element_in_its_place(shape, dtype):
+    whole = torch.randn(shape, generator=g()).to(dtype)
+    laid = [
+        whole,
+        whole.transpose(0, -1),
+        torch.stack((whole, whole))[::2][0],
+        torch.stack((whole, whole), -1)[..., 0],
+    ]
+    if len(shape) == 4:
+        laid.append(whole.contiguous(memory_format=torch.channels_last))
+    for x in laid:
+        tau = threshold(x, 0.9).to(dtype)
+        y = prune(x, tau, g(1))
+        assert y.shape == x.shape
+        large = x.abs() >= tau
+        assert torch.equal(y[large], x[large])
+        assert torch.equal(y.signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_what_the_kernel_sums_on_the_way_is_right_and_no_affair_of_the_threads(dtype):
+    x = torch.randn(300_001, generator=g()).to(dtype)
+    tau, threads, found = threshold(x, 0.9), torch.get_num_threads(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(prune_in_one_pass(x, tau.item(), g(1)))
+    torch.set_num_threads(threads)
+    (y, sums), *others = found
+    assert all(torch.equal(y, z) and sums == more for z, more in others)
+    assert sums["mean"] == pytest.approx(x.abs().double().mean().item(), rel=1e-6)
+    assert sums["zeros"] == pytest.approx((y == 0).double().mean().item())
+    assert sums["cosine"] == pytest.approx(
+        torch.cosine_similarity(x.double(), y.double(), 0).item(), rel=1e-5
+    )
+    assert not torch.equal(y, prune_in_one_pass(x, tau.item(), g(2))[0])
+
+
+def test_without_a_compiler_it_is_said_once_and_pruning_goes_on(tmp_path):
+    """In a process of its own, since a kernel is loaded once."""
+    code = (
+        "import torch\n"
+        "from effilib.methods.gradient_pruning import Pruner\n"
+        "pruner, g = Pruner(0.9, every=1), torch.Generator().manual_seed(0)\n"
+        "state = pruner.new_state()\n"
+        "for _ in range(3):\n"
+        "    pruner(torch.randn(10_000, generator=g), state, g)\n"
+        "print(round(state['zeros'] / 3, 2))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert found[0].startswith("no C++ kernel, gradients are pruned step by step")
+    assert found[1:] == ["0.54"]
+    assert not list(tmp_path.rglob("*.so"))
 
 
 # The FIFO
