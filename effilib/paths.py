@@ -12,7 +12,7 @@ from typing import IO
 from effilib.errors import BadInput
 
 __all__ = [
-    "cache", "data", "make", "notebooks", "read_json", "recorded", "results", "root", "write", "writing",
+    "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write", "writing",
 ]  # fmt: skip
 
 
@@ -71,6 +71,17 @@ def cache() -> Path:
     True
     """
     return results() / "cache"
+
+
+def kernels() -> Path:
+    """Return the user's folder of compiled kernels; safe to delete, costs seconds.
+
+    `XDG_CACHE_HOME/effilib`, else `~/.cache/effilib`.
+
+    >>> kernels().name
+    'effilib'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effilib"
 
 
 def make(folder: Path | str, what: str = "results") -> Path:

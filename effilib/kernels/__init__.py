@@ -1,0 +1,193 @@
+"""Exact convolutions of integers: in C++ with AVX512-VNNI's 16-bit products, elsewhere in float64.
+
+Both give the same numbers, the integer sum rounded once to fp32 and times a power of two, so that no result
+depends on the machine. The C++ (`int16_convolution.cpp`) is compiled once, at first use, by the system's
+compiler; it needs neither PyTorch's headers nor ninja, and takes seconds.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from effilib import paths
+from effilib.clock import cpu_flags
+from effilib.convolution import Convolution
+
+__all__ = ["backward_w", "backward_x", "forward", "library", "quantise"]
+
+SOURCE = Path(__file__).with_name("int16_convolution.cpp")
+NEEDS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+LANES = 16  # output channels of a register
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None without them, and say why once.
+
+    CXX names another compiler than g++.
+
+    >>> library() is library()
+    True
+    """
+    missing = [f for f in NEEDS if f not in cpu_flags()]
+    try:
+        if missing:
+            raise OSError(f"this processor has no {missing[0]}")
+        found = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        print(f"products of 16-bit integers are computed in float64, which is slow: {lines[0]}", flush=True)
+        return None
+    size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    found.quantise.argtypes = [
+        pointer, number, size, number, number, number, ctypes.c_uint32, pointer, size
+    ]  # fmt: skip
+    found.convolve.argtypes = [
+        pointer, pointer, pointer, number, size, size, ctypes.c_float, pointer, size
+    ]  # fmt: skip
+    found.weight_gradient.argtypes = [pointer, pointer, pointer, size, pointer, size]
+    return found
+
+
+def _compiled():
+    """The shared library of this source, made if it is not there."""
+    flags = [f"-m{f.replace('_', '')}" for f in NEEDS]
+    command = [os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    file = paths.kernels() / f"{SOURCE.stem}-{name}.so"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole, or not at all
+            new = Path(folder) / file.name
+            subprocess.run([*command, str(SOURCE), "-o", str(new)], check=True, capture_output=True, text=True)
+            os.replace(new, file)
+    return file
+
+
+def quantise(
+    x: torch.Tensor, bits: int, *, stochastic: bool = False, seed: int = 0, guess: int = 0
+) -> tuple[torch.Tensor, float] | None:
+    """Return x, fp32 or bf16, as (integers, scf), or None without a kernel.
+
+    scf is nan if x is not finite. guess: the scf that is tried first; a right one saves a pass, and changes
+    nothing else. Random numbers follow from the seed and an element's place in memory.
+
+    >>> found = quantise(torch.tensor([1.0, 0.3]), 4)
+    >>> found is None or (found[0].tolist(), found[1]) == ([4, 1], 2)
+    True
+    """
+    formats = {torch.float32: 0, torch.bfloat16: 1}
+    if x.device.type != "cpu" or x.dtype not in formats or library() is None:
+        return None
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous()
+    I = torch.empty_like(x, dtype=torch.int8 if bits <= 8 else torch.int16)  # noqa: E741  (the paper's symbol)
+    scf = library().quantise(
+        x.data_ptr(), formats[x.dtype], x.numel(), bits, guess, stochastic, seed, I.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return I, float("nan") if scf == -(2**31) else scf
+
+
+def forward(
+    x: torch.Tensor, w: torch.Tensor, product: Convolution, bits: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Return scale (x * w) in fp32: (N, C, H, W) by (O, C, k, k).
+
+    x, w: int8 or int16 of at most `bits` bits, sign included. scale: a power of two.
+
+    >>> x, w = torch.full((1, 1, 4, 4), 200, dtype=torch.int16), torch.full((1, 1, 3, 3), 200, dtype=torch.int16)
+    >>> forward(x, w, Convolution(), bits=9).unique().tolist()  # 9 x 200^2
+    [360000.0]
+    """
+    if _compiled_for(x) is None:
+        return _exact(product.forward(x.double(), w.double()), scale)
+    spans = zip(x.shape[2:], w.shape[2:], product.stride, product.padding, product.dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
+    return _convolve(x, w.permute(2, 3, 1, 0), (len(x), len(w), *size), product, False, bits, scale)
+
+
+def backward_x(
+    dy: torch.Tensor, x_shape: torch.Size, w: torch.Tensor, product: Convolution, bits: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Return dX of integers as `forward` returns y.
+
+    >>> dy, w = torch.ones(1, 1, 2, 2).short(), torch.ones(1, 1, 3, 3).short()
+    >>> backward_x(dy, (1, 1, 4, 4), w, Convolution(), bits=2)[0, 0, 0].tolist()
+    [1.0, 2.0, 2.0, 1.0]
+    """
+    if _compiled_for(dy) is None:
+        x = dy.new_empty(x_shape, dtype=torch.float64)
+        return _exact(product.backward(dy.double(), x, w.double(), (True, False))[0], scale)
+    return _convolve(dy, w.permute(2, 3, 0, 1), x_shape, product, True, bits, scale)
+
+
+def backward_w(
+    dy: torch.Tensor, x: torch.Tensor, w_shape: torch.Size, product: Convolution, bits: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Return dW, (O, C, k, k), of integers as `forward` returns y.
+
+    >>> dy, x = torch.ones(1, 1, 2, 2).short(), torch.ones(1, 1, 4, 4).short()
+    >>> backward_w(dy, x, (1, 1, 3, 3), Convolution(), bits=2).unique().tolist()
+    [4.0]
+    """
+    kernels = _compiled_for(dy)
+    if kernels is None:
+        w = x.new_empty(w_shape, dtype=torch.float64)
+        return _exact(product.backward(dy.double(), x.double(), w, (False, True))[1], scale)
+    O, C, *size = w_shape  # noqa: E741
+    dy, x = _rows(dy), _rows(x)
+    dw = torch.zeros(*size, C, O, dtype=torch.float64)
+    shape = _shape(x.shape, dy.shape, size, product)
+    kernels.weight_gradient(
+        dy.data_ptr(), x.data_ptr(), shape, _largest(bits), dw.data_ptr(), torch.get_num_threads()
+    )
+    return _exact(dw, scale).permute(3, 2, 0, 1)
+
+
+def _compiled_for(t):
+    return library() if t.device.type == "cpu" else None
+
+
+def _exact(whole, scale):
+    """float64 integers, each rounded once, times a power of two."""
+    return whole.float() * scale
+
+
+def _largest(bits):
+    return 2 ** (bits - 1) - 1
+
+
+def _rows(t):
+    """t as it is read: int16, channels side by side."""
+    return t.to(torch.int16).contiguous(memory_format=torch.channels_last)
+
+
+def _shape(x, y, size, product):
+    """`Shape` in C++."""
+    (N, C, *HW), (_, O, *out) = x, y
+    return (ctypes.c_int64 * 15)(
+        N, *HW, C, *out, O, *size, *product.stride, *product.padding, *product.dilation
+    )
+
+
+def _convolve(x, w, y_shape, product, transposed, bits, scale):
+    """y = x * w or its adjoint. w: (k, k, C, O), C channels of what is read and O of what is written."""
+    *size, C, O = w.shape  # noqa: E741
+    lanes = LANES if -O % (2 * LANES) >= LANES else 2 * LANES
+    w = F.pad(w.to(torch.int16), (0, -O % lanes, 0, C % 2)).reshape(-1, (C + 1) // 2, 2, (O - 1) // lanes + 1, lanes)
+    w = w.permute(3, 0, 1, 4, 2).contiguous()  # (blocks, taps, pairs, lanes, 2)
+    x, y = _rows(x), torch.empty(y_shape, memory_format=torch.channels_last)
+    shape = _shape(x.shape, y_shape, size, product)
+    library().convolve(
+        x.data_ptr(), w.data_ptr(), shape, transposed, lanes, _largest(bits), scale, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
