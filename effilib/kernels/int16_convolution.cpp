@@ -14,14 +14,18 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
 
 using std::int16_t, std::int32_t, std::int64_t;
 
+#define INLINE __attribute__((always_inline))
+
 constexpr int LANES = 16;           // int32 of a register
 constexpr int64_t NEAR = 256 << 10;  // bytes of images that stay in the second-level cache beside the weights
+constexpr int64_t BAND = 256;        // pixels of which two operands stay in the first-level cache
 
 struct Shape {  // of a convolution: x (N, H, W, C) and y (N, OH, OW, O)
   int64_t N, H, W, C, OH, OW, O, kh, kw, sh, sw, ph, pw, dh, dw;
@@ -34,9 +38,6 @@ struct Step {  // products of pairs that follow each other in both operands
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Beyond this sum of magnitudes of one operand an int32 could overflow.
-int64_t limit(int64_t largest) { return std::min<int64_t>(INT32_MAX / largest, 1 << 30); }
-
 // f(begin, end) over 0..n, a range a thread.
 void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int64_t)>& f) {
   threads = std::max<int64_t>(1, std::min(n, threads));
@@ -46,19 +47,62 @@ void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int6
   for (auto& other : others) other.join();
 }
 
+// f(0), f(1), ..., unrolled before arrays become registers
+template <int... I, typename F>
+[[gnu::always_inline]] inline void each(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+[[gnu::always_inline]] inline void each(F&& f) {
+  each(std::make_integer_sequence<int, N>{}, f);
+}
+template <int N, int M, typename F>
+[[gnu::always_inline]] inline void each(F&& f) {
+  each<N>([&](auto n) INLINE { each<M>([&](auto m) INLINE { f(n, m); }); });
+}
+
 __m512i pair(const int16_t* p) {  // in all lanes
   int32_t both;
   std::memcpy(&both, p, sizeof both);
   return _mm512_set1_epi32(both);
 }
 
+// sum += products of pairs. Not the intrinsic: GCC 12 copies every sum before and after it.
+[[gnu::always_inline]] inline void dot(__m512i& sum, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
 __m512d low(__m512i a) { return _mm512_cvtepi32_pd(_mm512_castsi512_si256(a)); }
 __m512d high(__m512i a) { return _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(a, 1)); }
 
-void add(double* sum, __m512i a) {
-  _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), low(a)));
-  _mm512_storeu_pd(sum + 8, _mm512_add_pd(_mm512_loadu_pd(sum + 8), high(a)));
+// The end of a chain
+[[gnu::always_inline]] inline void add(double* whole, __m512i& sum) {
+  _mm512_storeu_pd(whole, _mm512_add_pd(_mm512_loadu_pd(whole), low(sum)));
+  _mm512_storeu_pd(whole + 8, _mm512_add_pd(_mm512_loadu_pd(whole + 8), high(sum)));
+  sum = _mm512_setzero_si512();
 }
+
+// Sums of magnitudes, a lane each, of the pairs in the chain so far
+class Chain {
+  std::vector<int32_t> sum, more;
+  __m512i most;
+
+ public:
+  Chain(int64_t lanes, int64_t largest)
+      : sum(lanes, 0), more(lanes), most(_mm512_set1_epi32(std::min<int64_t>(INT32_MAX / largest, 1 << 30))) {}
+  // Whether a new one begins with these pairs, because |sum x w| <= largest * sum |w| could outgrow int32
+  bool ends(const int16_t* pairs, int64_t first, int64_t lanes) {
+    __mmask16 above = 0;
+    for (int64_t o = 0; o < lanes; o += LANES) {
+      const __m512i m = _mm512_dpwssd_epi32(_mm512_setzero_si512(), _mm512_set1_epi16(1),
+                                            _mm512_abs_epi16(_mm512_loadu_si512(pairs + 2 * o)));
+      const __m512i whole = _mm512_add_epi32(_mm512_loadu_si512(&sum[first + o]), m);
+      above |= _mm512_cmpgt_epi32_mask(whole, most);
+      _mm512_storeu_si512(&more[first + o], m);
+      _mm512_storeu_si512(&sum[first + o], whole);
+    }
+    return above;
+  }
+  void begin() { sum = more; }
+};
 
 // Rows and columns `at` (from low) of an image (H, W, C) into a frame (rows, columns, width), 0 outside of it.
 struct Frame {
@@ -96,46 +140,35 @@ void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<St
   __m512i sum[P][B];
   alignas(64) double whole[P][B][LANES];
   bool chains = false;
-  for (auto& row : sum)
-    for (auto& s : row) s = _mm512_setzero_si512();
+  each<P, B>([&](auto p, auto b) INLINE { sum[p][b] = _mm512_setzero_si512(); });
   for (const Step& step : plan) {
-    const int16_t *xs = x + step.x, *ws = w + step.w;
-    for (int64_t i = 0; i < step.pairs; ++i, xs += 2, ws += 2 * LANES * B) {
+    const int16_t *ws = w + step.w, *xs[(P + 3) / 4];  // every fourth pixel: few enough for registers
+    each<(P + 3) / 4>([&](auto q) INLINE { xs[q] = x + step.x + 4 * q * next; });
+    for (int64_t i = 0; i < step.pairs; ++i, ws += 2 * LANES * B) {
       __m512i v[B];
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) v[b] = _mm512_loadu_si512(ws + 2 * LANES * b);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        __m512i u = pair(xs + p * next);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpwssd_epi32(sum[p][b], u, v[b]);
-      }
+      each<B>([&](auto b) INLINE { v[b] = _mm512_loadu_si512(ws + 2 * LANES * b); });
+      each<P>([&](auto p) INLINE {
+        const __m512i u = pair(xs[p / 4] + p % 4 * next);
+        each<B>([&](auto b) INLINE { dot(sum[p][b], u, v[b]); });
+      });
+      each<(P + 3) / 4>([&](auto q) INLINE { xs[q] += 2; });
     }
     if (step.last) {
       if (!chains) std::memset(whole, 0, sizeof whole);
       chains = true;
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-          add(whole[p][b], sum[p][b]);
-          sum[p][b] = _mm512_setzero_si512();
-        }
+      each<P, B>([&](auto p, auto b) INLINE { add(whole[p][b], sum[p][b]); });
     }
   }
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      __m512 f = _mm512_cvtepi32_ps(sum[p][b]);
-      if (chains) {
-        add(whole[p][b], sum[p][b]);
-        f = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_load_pd(whole[p][b]))),
-                               _mm512_cvtpd_ps(_mm512_load_pd(whole[p][b] + 8)), 1);
-      }
-      int64_t left = std::clamp<int64_t>(outputs - b * LANES, 0, LANES);
-      _mm512_mask_storeu_ps(y + p * y_next + b * LANES, (1u << left) - 1, _mm512_mul_ps(f, _mm512_set1_ps(scale)));
+  each<P, B>([&](auto p, auto b) INLINE {
+    __m512 f = _mm512_cvtepi32_ps(sum[p][b]);
+    if (chains) {
+      add(whole[p][b], sum[p][b]);
+      f = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_load_pd(whole[p][b]))),
+                             _mm512_cvtpd_ps(_mm512_load_pd(whole[p][b] + 8)), 1);
     }
+    const int64_t left = std::clamp<int64_t>(outputs - b * LANES, 0, LANES);
+    _mm512_mask_storeu_ps(y + p * y_next + b * LANES, (1u << left) - 1, _mm512_mul_ps(f, _mm512_set1_ps(scale)));
+  });
 }
 
 // A row of `count` pixels in tiles, each half as wide as the one before
@@ -178,24 +211,18 @@ std::vector<Phase> phases(const Shape& s, bool transposed) {
 
 // Products with one block of outputs, in chains. w: (taps, pairs, lanes, 2)
 std::vector<Step> plan(const int16_t* w, const Phase& phase, const Frame& frame, int64_t pairs, int64_t lanes,
-                       int64_t most) {
+                       int64_t largest) {
   std::vector<Step> steps;
-  std::vector<int32_t> magnitude(lanes, 0), more(lanes);
+  Chain chain(lanes, largest);
   for (const Tap& tap : phase.taps) {
     const int64_t x = ((tap.row - frame.top) * frame.columns + tap.column - frame.left) * frame.width;
     const int64_t at = tap.index * pairs * lanes * 2;
     int64_t begin = 0;
     for (int64_t i = 0; i < pairs; ++i) {
-      const int16_t* p = w + at + i * lanes * 2;
-      int32_t top = 0;
-      for (int64_t o = 0; o < lanes; ++o) {
-        more[o] = std::abs(int32_t(p[2 * o])) + std::abs(int32_t(p[2 * o + 1]));
-        top = std::max(top, magnitude[o] += more[o]);
-      }
-      if (top > most) {
+      if (chain.ends(w + at + i * lanes * 2, 0, lanes)) {
         steps.push_back({x + 2 * begin, at + begin * lanes * 2, i - begin, true});
         begin = i;
-        magnitude = more;
+        chain.begin();
       }
     }
     steps.push_back({x + 2 * begin, at + begin * lanes * 2, pairs - begin, false});
@@ -225,7 +252,7 @@ void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool tr
   std::vector<std::vector<Step>> plans;
   for (const Phase& p : parts)
     for (int64_t b = 0; b < blocks; ++b)
-      plans.push_back(plan(w + b * s.kh * s.kw * pairs * lanes * 2, p, frame, pairs, lanes, limit(largest)));
+      plans.push_back(plan(w + b * s.kh * s.kw * pairs * lanes * 2, p, frame, pairs, lanes, largest));
   const int64_t group = std::clamp<int64_t>(NEAR / (frame.size() * 2), 1, std::max<int64_t>(1, s.N / threads));
   parallel((s.N + group - 1) / group, threads, [&](int64_t begin, int64_t end) {
     std::vector<int16_t> framed(group * frame.size());
@@ -252,30 +279,18 @@ template <int R, int B>
 void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next, const std::vector<Step>& steps,
            double* sums, int64_t outputs) {
   __m512i sum[R][B];
-  for (auto& row : sum)
-    for (auto& s : row) s = _mm512_setzero_si512();
+  each<R, B>([&](auto r, auto b) INLINE { sum[r][b] = _mm512_setzero_si512(); });
   for (const Step& step : steps) {
     const int16_t *xs = x + step.x, *ds = dy + step.w;
     for (int64_t i = 0; i < step.pairs; ++i, xs += x_next, ds += dy_next) {
       __m512i v[B];
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) v[b] = _mm512_loadu_si512(ds + 2 * LANES * b);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        __m512i u = pair(xs + 2 * r);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) sum[r][b] = _mm512_dpwssd_epi32(sum[r][b], u, v[b]);
-      }
+      each<B>([&](auto b) INLINE { v[b] = _mm512_loadu_si512(ds + 2 * LANES * b); });
+      each<R>([&](auto r) INLINE {
+        const __m512i u = pair(xs + 2 * r);
+        each<B>([&](auto b) INLINE { dot(sum[r][b], u, v[b]); });
+      });
     }
-    if (step.last) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-          add(sums + r * outputs + b * LANES, sum[r][b]);
-          sum[r][b] = _mm512_setzero_si512();
-        }
-    }
+    if (step.last || &step == &steps.back()) each<R, B>([&](auto r, auto b) INLINE { add(sums + r * outputs + b * LANES, sum[r][b]); });
   }
 }
 
@@ -293,76 +308,90 @@ void interleave(const int16_t* a, const int16_t* b, int64_t n, int64_t width, in
 template <int R, int B>
 void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t largest, double* dw,
                    int64_t threads) {
+  constexpr int64_t WIDE = 2 * LANES, BLOCK = B * WIDE;  // pairs of input channels, and of output channels
   const int64_t outputs = round_up(s.O, B * LANES), pairs = (s.OW + 1) / 2, taps = s.kh * s.kw;
   const Frame frame{-s.ph, -s.pw, (s.OH - 1) * s.sh + (s.kh - 1) * s.dh + 1,
-                    (2 * pairs - 1) * s.sw + (s.kw - 1) * s.dw + 1, LANES};
-  const int64_t x_size = 2 * frame.size(), dy_size = s.OH * pairs * outputs * 2;  // of a sample, in pairs
-  const int64_t group =
-      std::clamp<int64_t>(NEAR / (2 * (x_size + dy_size)), 1, std::max<int64_t>(1, s.N / threads));
-  const int64_t groups = (s.N + group - 1) / group, most = limit(largest);
+                    (2 * pairs - 1) * s.sw + (s.kw - 1) * s.dw + 1, WIDE};
+  const int64_t dy_size = s.OH * pairs * 2 * outputs, dy_block = s.OH * pairs * BLOCK;
+  const int64_t group = std::clamp<int64_t>(NEAR / (2 * (frame.size() + dy_size)), 1, std::max<int64_t>(1, s.N / threads));
+  const int64_t groups = (s.N + group - 1) / group;
 
-  // dy with two pixels of a row side by side, and where its chains end
-  std::vector<std::vector<Step>> steps(groups);
+  // dy: (N, blocks, OH, pairs, lanes, 2), two pixels of a row side by side; and its chains, in bands of pixels
+  // that stay in the first-level cache
+  std::vector<std::vector<std::vector<Step>>> bands(groups);
   std::unique_ptr<int16_t[]> paired(new int16_t[s.N * dy_size]);
   parallel(groups, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> magnitude(outputs), more(outputs);
     for (int64_t g = begin; g < end; ++g) {
-      std::fill(magnitude.begin(), magnitude.end(), 0);
+      Chain chain(outputs, largest);
+      int64_t pixels = BAND;
       for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n)
-        for (int64_t h = 0; h < s.OH; ++h) {
-          const int64_t m = n - g * group, row = m * dy_size + h * pairs * outputs * 2;
+        for (int64_t h = 0; h < s.OH; ++h, pixels += s.OW) {
+          if (pixels >= BAND) {
+            bands[g].emplace_back();
+            chain = Chain(outputs, largest);
+            pixels = 0;
+          }
+          const int64_t m = n - g * group, row = h * pairs * BLOCK;
           int64_t first = 0;
           auto push = [&](int64_t to, bool last) {
-            steps[g].push_back({m * x_size + (h * s.sh * frame.columns + 2 * first * s.sw) * 2 * LANES,
-                                row + first * outputs * 2, to - first, last});
+            bands[g].back().push_back({m * frame.size() + (h * s.sh * frame.columns + 2 * first * s.sw) * WIDE,
+                                m * dy_size + row + first * BLOCK, to - first, last});
             first = to;
           };
           for (int64_t i = 0; i < pairs; ++i) {
             const int16_t* pixel = dy + ((n * s.OH + h) * s.OW + 2 * i) * s.O;
-            int16_t* to = paired.get() + g * group * dy_size + row + i * outputs * 2;
-            interleave(pixel, 2 * i + 1 < s.OW ? pixel + s.O : nullptr, s.O, outputs, to);
-            int32_t top = 0;
-            for (int64_t o = 0; o < outputs; ++o) {
-              more[o] = std::abs(int32_t(to[2 * o])) + std::abs(int32_t(to[2 * o + 1]));
-              top = std::max(top, magnitude[o] += more[o]);
+            bool ends = false;
+            for (int64_t o = 0; o < outputs; o += B * LANES) {
+              int16_t* to = paired.get() + n * dy_size + o / (B * LANES) * dy_block + row + i * BLOCK;
+              interleave(pixel + o, 2 * i + 1 < s.OW ? pixel + s.O + o : nullptr, s.O - o, B * LANES, to);
+              ends |= chain.ends(to, o, B * LANES);
             }
-            if (top > most) {
+            if (ends) {
               push(i, true);
-              magnitude = more;
+              chain.begin();
             }
           }
           push(pairs, false);
         }
-      steps[g].back().last = true;
     }
   });
 
-  // LANES input channels at a time, so that sums and images stay near
+  // x: LANES input channels at a time, so that sums and images stay near; every pixel with the one that the
+  // next output reads
+  auto read = [](int64_t size, int64_t k, int64_t dilation, int64_t stride) {
+    std::vector<char> found(size);
+    for (int64_t at = 0; at < size; ++at)
+      for (int64_t i = 0; i < k; ++i) found[at] |= (at - i * dilation) % stride == 0;
+    return found;
+  };
+  const auto rows = read(frame.rows, s.kh, s.dh, s.sh), columns = read(frame.columns, s.kw, s.dw, s.sw);
   const int64_t chunks = (s.C + LANES - 1) / LANES;
   std::mutex adding;
   parallel(chunks * groups, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int16_t> framed(frame.size()), images(group * x_size);
+    const int16_t zeros[LANES] = {};
+    std::vector<int16_t> images(group * frame.size());
     std::vector<double> sums(taps * LANES * outputs, 0.0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t c = unit / groups * LANES, g = unit % groups, channels = std::min<int64_t>(LANES, s.C - c);
-      for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n) {
-        int16_t* to = images.data() + (n - g * group) * x_size;
-        for (int64_t r = 0; r < frame.rows; ++r)
-          for (int64_t q = 0; q < frame.columns; ++q, to += 2 * LANES) {
-            const int64_t h = frame.top + r, w = frame.left + q, v = w + s.sw;
-            const int16_t* image = x + (n * s.H + h) * s.W * s.C + c;
-            const bool inside = h >= 0 && h < s.H;
-            const int16_t* one = inside && w >= 0 && w < s.W ? image + w * s.C : nullptr;
-            const int16_t* two = inside && v >= 0 && v < s.W ? image + v * s.C : nullptr;
-            interleave(one ? one : framed.data(), two, channels, LANES, to);
-          }
-      }
-      for (int64_t o = 0; o < outputs; o += B * LANES)
-        for (int64_t t = 0; t < taps; ++t)
-          for (int64_t r = 0; r < LANES; r += R)
-            outer<R, B>(images.data() + (t / s.kw * s.dh * frame.columns + t % s.kw * s.dw) * 2 * LANES + 2 * r,
-                        2 * s.sw * 2 * LANES, paired.get() + g * group * dy_size + 2 * o, outputs * 2, steps[g],
-                        sums.data() + (t * LANES + r) * outputs + o, outputs);
+      for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n)
+        for (int64_t r = 0; r < frame.rows; ++r) {
+          const int64_t h = frame.top + r;
+          const int16_t* row = h >= 0 && h < s.H ? x + (n * s.H + h) * s.W * s.C + c : nullptr;
+          auto pixel = [&](int64_t w) { return row && w >= 0 && w < s.W ? row + w * s.C : nullptr; };
+          int16_t* to = images.data() + (n - g * group) * frame.size() + r * frame.columns * WIDE;
+          for (int64_t q = 0; rows[r] && q < frame.columns; ++q, to += WIDE)
+            if (columns[q]) {
+              const int16_t *one = pixel(frame.left + q), *two = pixel(frame.left + q + s.sw);
+              interleave(one ? one : zeros, two, channels, LANES, to);
+            }
+        }
+      for (const auto& band : bands[g])
+        for (int64_t o = 0; o < outputs; o += B * LANES)
+          for (int64_t t = 0; t < taps; ++t)
+            for (int64_t r = 0; r < LANES; r += R)
+              outer<R, B>(images.data() + (t / s.kw * s.dh * frame.columns + t % s.kw * s.dw) * WIDE + 2 * r,
+                        2 * s.sw * WIDE, paired.get() + g * group * dy_size + o / (B * LANES) * dy_block, BLOCK,
+                        band, sums.data() + (t * LANES + r) * outputs + o, outputs);
       if (unit + 1 == end || g + 1 == groups) {  // another thread may have the chunk's other groups
         std::lock_guard<std::mutex> lock(adding);
         for (int64_t t = 0; t < taps; ++t)
