@@ -61,6 +61,8 @@ template <int N, int M, typename F>
   each<N>([&](auto n) INLINE { each<M>([&](auto m) INLINE { f(n, m); }); });
 }
 
+__mmask16 first(int64_t n) { return (1u << std::clamp<int64_t>(n, 0, LANES)) - 1; }
+
 __m512i pair(const int16_t* p) {  // in all lanes
   int32_t both;
   std::memcpy(&both, p, sizeof both);
@@ -135,7 +137,7 @@ struct Frame {
 
 // y of P pixels and B * LANES output channels
 template <int P, int B>
-void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<Step>& plan, float scale, float* y,
+[[gnu::noinline]] void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<Step>& plan, float scale, float* y,
           int64_t y_next, int64_t outputs) {
   __m512i sum[P][B];
   alignas(64) double whole[P][B][LANES];
@@ -166,8 +168,8 @@ void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<St
       f = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_load_pd(whole[p][b]))),
                              _mm512_cvtpd_ps(_mm512_load_pd(whole[p][b] + 8)), 1);
     }
-    const int64_t left = std::clamp<int64_t>(outputs - b * LANES, 0, LANES);
-    _mm512_mask_storeu_ps(y + p * y_next + b * LANES, (1u << left) - 1, _mm512_mul_ps(f, _mm512_set1_ps(scale)));
+    _mm512_mask_storeu_ps(y + p * y_next + b * LANES, first(outputs - b * LANES),
+                          _mm512_mul_ps(f, _mm512_set1_ps(scale)));
   });
 }
 
@@ -276,7 +278,7 @@ void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool tr
 
 // dW of R input channels and B * LANES output channels, of one tap; sums: (R, outputs)
 template <int R, int B>
-void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next, const std::vector<Step>& steps,
+[[gnu::noinline]] void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next, const std::vector<Step>& steps,
            double* sums, int64_t outputs) {
   __m512i sum[R][B];
   each<R, B>([&](auto r, auto b) INLINE { sum[r][b] = _mm512_setzero_si512(); });
@@ -294,15 +296,11 @@ void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next,
   }
 }
 
-// Two rows of int16 channel by channel: (a0, b0, a1, b1, ...). b: null is zeros. to: 2 * width numbers, of which
-// those beyond n are 0.
-void interleave(const int16_t* a, const int16_t* b, int64_t n, int64_t width, int16_t* to) {
-  for (int64_t c = 0; c < width; c += LANES) {
-    const auto mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(n - c, 0, LANES)) - 1);
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + c));
-    if (b) low = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + c)), 16));
-    _mm512_storeu_si512(to + 2 * c, low);
-  }
+// Two pixels side by side, channel by channel: (a0, b0, a1, b1, ...) of those in the masks, and zeros
+INLINE inline __m512i interleave(const int16_t* a, __mmask16 in_a, const int16_t* b, __mmask16 in_b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in_a, a));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in_b, b));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
 template <int R, int B>
@@ -318,43 +316,52 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
 
   // dy: (N, blocks, OH, pairs, lanes, 2), two pixels of a row side by side; and its chains, in bands of pixels
   // that stay in the first-level cache
-  std::vector<std::vector<std::vector<Step>>> bands(groups);
-  std::unique_ptr<int16_t[]> paired(new int16_t[s.N * dy_size]);
-  parallel(groups, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      Chain chain(outputs, largest);
-      int64_t pixels = BAND;
-      for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n)
-        for (int64_t h = 0; h < s.OH; ++h, pixels += s.OW) {
-          if (pixels >= BAND) {
-            bands[g].emplace_back();
-            chain = Chain(outputs, largest);
-            pixels = 0;
-          }
-          const int64_t m = n - g * group, row = h * pairs * BLOCK;
-          int64_t first = 0;
-          auto push = [&](int64_t to, bool last) {
-            bands[g].back().push_back({m * frame.size() + (h * s.sh * frame.columns + 2 * first * s.sw) * WIDE,
-                                m * dy_size + row + first * BLOCK, to - first, last});
-            first = to;
-          };
-          for (int64_t i = 0; i < pairs; ++i) {
-            const int16_t* pixel = dy + ((n * s.OH + h) * s.OW + 2 * i) * s.O;
-            bool ends = false;
-            for (int64_t o = 0; o < outputs; o += B * LANES) {
-              int16_t* to = paired.get() + n * dy_size + o / (B * LANES) * dy_block + row + i * BLOCK;
-              interleave(pixel + o, 2 * i + 1 < s.OW ? pixel + s.O + o : nullptr, s.O - o, B * LANES, to);
-              ends |= chain.ends(to, o, B * LANES);
-            }
-            if (ends) {
-              push(i, true);
-              chain.begin();
-            }
-          }
-          push(pairs, false);
+  using Bands = std::vector<std::vector<Step>>;
+  auto pack = [&](int64_t g, int16_t* paired) {
+    Bands bands;
+    Chain chain(outputs, largest);
+    int64_t pixels = BAND;
+    for (int64_t m = 0; m < std::min(group, s.N - g * group); ++m)
+      for (int64_t h = 0; h < s.OH; ++h, pixels += s.OW) {
+        if (pixels >= BAND) {
+          bands.emplace_back();
+          chain = Chain(outputs, largest);
+          pixels = 0;
         }
-    }
-  });
+        int64_t begun = 0;
+        auto push = [&](int64_t end, bool last) {
+          bands.back().push_back({m * frame.size() + (h * s.sh * frame.columns + 2 * begun * s.sw) * WIDE,
+                                  m * dy_size + (h * pairs + begun) * BLOCK, end - begun, last});
+          begun = end;
+        };
+        for (int64_t i = 0; i < pairs; ++i) {
+          const int16_t* pixel = dy + (((g * group + m) * s.OH + h) * s.OW + 2 * i) * s.O;
+          bool ends = false;
+          for (int64_t o = 0; o < outputs; o += LANES) {
+            int16_t* to = paired + m * dy_size + o / (B * LANES) * dy_block + (h * pairs + i) * BLOCK +
+                          o % (B * LANES) * 2;
+            const __mmask16 in = first(s.O - o);
+            _mm512_storeu_si512(to, interleave(pixel + o, in, pixel + s.O + o, 2 * i + 1 < s.OW ? in : 0));
+            ends |= chain.ends(to, o, LANES);
+          }
+          if (ends) {
+            push(i, true);
+            chain.begin();
+          }
+        }
+        push(pairs, false);
+      }
+    return bands;
+  };
+  // Made anew for each chunk of inputs while that is cheaper than to read it again from memory
+  const int64_t chunks = (s.C + LANES - 1) / LANES;
+  const bool kept = chunks > 2;
+  std::vector<Bands> all(groups);
+  std::unique_ptr<int16_t[]> whole(new int16_t[kept ? s.N * dy_size : 0]);
+  if (kept)
+    parallel(groups, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) all[g] = pack(g, whole.get() + g * group * dy_size);
+    });
 
   // x: LANES input channels at a time, so that sums and images stay near; every pixel with the one that the
   // next output reads
@@ -365,32 +372,33 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
     return found;
   };
   const auto rows = read(frame.rows, s.kh, s.dh, s.sh), columns = read(frame.columns, s.kw, s.dw, s.sw);
-  const int64_t chunks = (s.C + LANES - 1) / LANES;
   std::mutex adding;
   parallel(chunks * groups, threads, [&](int64_t begin, int64_t end) {
-    const int16_t zeros[LANES] = {};
-    std::vector<int16_t> images(group * frame.size());
+    std::vector<int16_t> images(group * frame.size()), own(kept ? 0 : group * dy_size);
     std::vector<double> sums(taps * LANES * outputs, 0.0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t c = unit / groups * LANES, g = unit % groups, channels = std::min<int64_t>(LANES, s.C - c);
       for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n)
         for (int64_t r = 0; r < frame.rows; ++r) {
           const int64_t h = frame.top + r;
-          const int16_t* row = h >= 0 && h < s.H ? x + (n * s.H + h) * s.W * s.C + c : nullptr;
-          auto pixel = [&](int64_t w) { return row && w >= 0 && w < s.W ? row + w * s.C : nullptr; };
+          const int16_t* row = x + (n * s.H + h) * s.W * s.C + c;
+          const __mmask16 in = h >= 0 && h < s.H ? first(channels) : 0;
+          auto inside = [&](int64_t w) { return w >= 0 && w < s.W ? in : __mmask16(0); };
           int16_t* to = images.data() + (n - g * group) * frame.size() + r * frame.columns * WIDE;
           for (int64_t q = 0; rows[r] && q < frame.columns; ++q, to += WIDE)
             if (columns[q]) {
-              const int16_t *one = pixel(frame.left + q), *two = pixel(frame.left + q + s.sw);
-              interleave(one ? one : zeros, two, channels, LANES, to);
+              const int64_t one = frame.left + q, two = one + s.sw;
+              _mm512_storeu_si512(to, interleave(row + one * s.C, inside(one), row + two * s.C, inside(two)));
             }
         }
-      for (const auto& band : bands[g])
+      const int16_t* paired = kept ? whole.get() + g * group * dy_size : own.data();
+      const Bands made = kept ? Bands() : pack(g, own.data());
+      for (const auto& band : kept ? all[g] : made)
         for (int64_t o = 0; o < outputs; o += B * LANES)
           for (int64_t t = 0; t < taps; ++t)
             for (int64_t r = 0; r < LANES; r += R)
               outer<R, B>(images.data() + (t / s.kw * s.dh * frame.columns + t % s.kw * s.dw) * WIDE + 2 * r,
-                        2 * s.sw * WIDE, paired.get() + g * group * dy_size + o / (B * LANES) * dy_block, BLOCK,
+                        2 * s.sw * WIDE, paired + o / (B * LANES) * dy_block, BLOCK,
                         band, sums.data() + (t * LANES + r) * outputs + o, outputs);
       if (unit + 1 == end || g + 1 == groups) {  // another thread may have the chunk's other groups
         std::lock_guard<std::mutex> lock(adding);
@@ -431,7 +439,7 @@ int32_t round_all(const In* x, int64_t n, int scf, uint32_t seed, Out* I, int64_
     __m512i top = _mm512_setzero_si512();
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t i = begin * PIECE; i < std::min(end * PIECE, n); i += LANES) {
-      const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(n - i, LANES)) - 1);
+      const __mmask16 mask = first(n - i);
       const __m512 value = load(x + i, mask);
       top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff)));
       __m512 scaled = _mm512_mul_ps(value, power);
