@@ -20,7 +20,7 @@ from effilib import paths
 from effilib.clock import cpu_flags
 from effilib.convolution import Convolution
 
-__all__ = ["backward_w", "backward_x", "forward", "library", "quantise"]
+__all__ = ["backward_w", "backward_x", "convolve_int8", "forward", "library", "quantise"]
 
 SOURCE = Path(__file__).with_name("int16_convolution.cpp")
 NEEDS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
@@ -150,6 +150,29 @@ def backward_w(
         dy.data_ptr(), x.data_ptr(), shape, _largest(bits), dw.data_ptr(), torch.get_num_threads()
     )
     return _exact(dw, scale).permute(3, 2, 0, 1)
+
+
+def convolve_int8(
+    x: torch.Tensor, w: torch.Tensor, product: Convolution, x_scale: float, w_scale: float
+) -> torch.Tensor:
+    """Return x_scale w_scale (x * w) in bf16, of int8 by oneDNN where processors have such products.
+
+    Without groups. w has at most 7 bits and a sign, as x.
+
+    >>> x, w = torch.full((1, 1, 4, 4), -100).to(torch.int8), torch.ones(1, 1, 3, 3).to(torch.int8)
+    >>> convolve_int8(x, w, Convolution(), 0.5, 0.5).unique().tolist()
+    [-225.0]
+    """
+    native = x.device.type == "cpu" and cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}
+    if not (native and hasattr(torch.ops.onednn, "qconv2d_pointwise")):
+        return forward(x, w, product, 8, x_scale * w_scale).bfloat16()
+    geometry = (list(product.stride), list(product.padding), list(product.dilation), 1)
+    scales, zeros = torch.full((len(w),), w_scale), torch.zeros(len(w), dtype=torch.int32)
+    packed = torch.ops.onednn.qconv_prepack(w.contiguous(), scales, x_scale, 128, *geometry, list(x.shape))
+    x = x.contiguous(memory_format=torch.channels_last).view(torch.uint8) + 128  # it reads unsigned numbers
+    return torch.ops.onednn.qconv2d_pointwise(
+        x, x_scale, 128, packed, scales, zeros, None, *geometry, 1.0, 0, torch.bfloat16, "none", [], ""
+    )
 
 
 def _compiled_for(t):

@@ -353,9 +353,9 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
       }
     return bands;
   };
-  // Made anew for each chunk of inputs while that is cheaper than to read it again from memory
+  // Several chunks of inputs read it
   const int64_t chunks = (s.C + LANES - 1) / LANES;
-  const bool kept = chunks > 2;
+  const bool kept = chunks > 1;
   std::vector<Bands> all(groups);
   std::unique_ptr<int16_t[]> whole(new int16_t[kept ? s.N * dy_size : 0]);
   if (kept)

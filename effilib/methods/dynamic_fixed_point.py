@@ -237,3 +237,126 @@ def use_fixed_point_(model, bits, *, x=None, owner="dynamic fixed point", **how)
 def _convert(model, make, x, owner):
     chosen = {n: m for n, m in conv.layers(model, x).items() if m.groups == 1}
     return conv.convert_(chosen, {n: make() for n in chosen}, owner, "dynamic fixed point")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicFixedPoint(Method):
+    """Train in dynamic fixed point of `bits` bits.
+
+    Goes with precision "fp32"; raises `BadInput` with any other.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1, precision="fp32"), [DynamicFixedPoint(bits=14)])
+    >>> history.events[-1]["text"]
+    '1 layers in 14 bits, products ...'
+    """
+
+    bits: int = 14  # the authors' 16 without the two that they leave free for sums
+    exponents: str = "tensor"  # or "channel": see `fixed_point`
+    rounding: str = "nearest"  # or "stochastic"
+    master: bool = True  # keep weights and momentum in fp32, else round them after every step
+
+    def on_fit_start(self, run: Run) -> None:
+        if run.precision not in ("fp32", "tf32"):
+            raise BadInput(
+                "dynamic fixed point: what is not integer is fp32, so it needs precision 'fp32', not "
+                f"{run.precision!r}"
+            )
+        with run.clock.paused():  # compiling is once a machine's, not a training's
+            kernels.library()
+        names = use_fixed_point_(
+            run.model, self.bits, x=run.dataset.normalize(run.dataset.train.x[:2]), owner=self,
+            exponents=self.exponents, rounding=self.rounding, generator=run.generator(self, share=True),
+        )  # fmt: skip
+        run.state[self] = {"layers": names}
+
+    def on_step_end(self, run: Run) -> None:
+        if self.master:
+            return
+        for name in run.state[self]["layers"]:
+            w = run.model.get_submodule(name).weight
+            momentum = run.optimizer.state[w].get("momentum_buffer")
+            for t in (w.data, momentum):
+                if t is not None:
+                    q = quantise(t, self.bits, rounding=self.rounding, generator=run.generator(self))
+                    t.copy_(dequantise(q))
+
+    def on_fit_end(self, run: Run) -> None:
+        layers = conv.revert_(run.model, self)
+        compiled = run.device.type == "cpu" and kernels.library()
+        how = "by AVX512-VNNI" if compiled else "in float64"
+        run.log(self, f"{layers} layers in {self.bits} bits, products {how}")
+
+
+# What became of it: 8 bits
+
+
+def eight_bits(generator: torch.Generator) -> Approximation:
+    """Return the `Approximation` with int8 products forward and for dX, dW in bf16.
+
+    Per tensor an exponent of 8 bits. dy is rounded at random for dX, so that the gradients that are passed on
+    are unbiased; dW, a sum over all pixels, reads x and dy themselves. dX of a convolution with a stride,
+    which is not a convolution of dy as it is, stays bf16.
+
+    >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    >>> conv.approx_conv2d(x, w, approximation=eight_bits(torch.Generator())).unique().tolist()
+    [9.0]
+    """
+    last = {}
+
+    def rounded(key, t, **how):
+        q = quantise(t, 8, guess=last.get(key, torch.nan), **how)
+        last[key] = q.scf.item()
+        return q
+
+    def forward(x, w, product):
+        return kernels.convolve_int8(x[0].I, w[0].I, product, 2.0 ** -x[0].scf.item(), 2.0 ** -w[0].scf.item())
+
+    def dx(dy, x, w, product):
+        reach = [d * (k - 1) for d, k in zip(product.dilation, w[1].shape[2:], strict=True)]
+        padding = tuple(r - p for r, p in zip(reach, product.padding, strict=True))
+        if product.stride != (1, 1) or min(padding) < 0:
+            return product.backward(dy, x[1], w[1], (True, False))[0]
+        q = rounded("dy", dy, rounding="stochastic", generator=generator)
+        mirrored = w[0].I.flip(2, 3).transpose(0, 1)
+        full = conv.Convolution(padding=padding, dilation=product.dilation)
+        return kernels.convolve_int8(q.I, mirrored, full, 2.0 ** -q.scf.item(), 2.0 ** -w[0].scf.item())
+
+    return Approximation(
+        operands=lambda x, w: (
+            (rounded("x", x), x.bfloat16()),
+            (rounded("w", w), w.bfloat16()),
+        ),
+        forward=forward,
+        output_gradient=lambda dy: dy.bfloat16(),
+        dx=dx,
+        dw=lambda dy, x, w, product: product.backward(dy, x[1], w[1], (False, True))[1],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EightBits(Method):
+    """Train with 8-bit products: forward and dX in int8, dW in bf16.
+
+    Goes with precision "bf16"; raises `BadInput` with any other. Stem and classifier stay bf16.
+
+    >>> data = load("synthetic")
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> history = train(net, data, Recipe(epochs=1, precision="bf16"), [EightBits()])
+    >>> history.events[-1]["text"]
+    '1 layers in 8 bits, dW in bf16'
+    """
+
+    def on_fit_start(self, run: Run) -> None:
+        if run.precision != "bf16":
+            raise BadInput(
+                f"8-bit products: what is not int8 is bf16, so they need precision 'bf16', not {run.precision!r}"
+            )
+        with run.clock.paused():
+            kernels.library()
+        x = run.dataset.normalize(run.dataset.train.x[:2])
+        _convert(run.model, lambda: eight_bits(run.generator(self, share=True)), x, self)
+
+    def on_fit_end(self, run: Run) -> None:
+        run.log(self, f"{conv.revert_(run.model, self)} layers in 8 bits, dW in bf16")
