@@ -12,7 +12,8 @@ from typing import IO
 from effilib.errors import BadInput
 
 __all__ = [
-    "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write", "writing",
+    "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write",
+    "writing",
 ]  # fmt: skip
 
 

@@ -221,9 +221,13 @@ def _texts(modules, files=()):
     """Sorted pairs (name, normalised source) of modules, of files, and of all that they import."""
     loaded = {vars(m).get("__file__"): name for name, m in list(sys.modules.items())} if files else {}
     found = {**_files(modules, files), **{loaded.get(str(f), str(f)): f for f in files}}
+    compiled = [p for f in found.values() if f.name == "__init__.py" for p in f.parent.glob("*.cpp")]
     return sorted(
-        [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
-        for name, file in found.items()
+        [[p.name, p.read_text(encoding="utf-8")] for p in compiled]
+        + [
+            [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
+            for name, file in found.items()
+        ]
     )
 
 

@@ -66,7 +66,9 @@ def _compiled():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole, or not at all
             new = Path(folder) / file.name
-            subprocess.run([*command, str(SOURCE), "-o", str(new)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(new)], check=True, capture_output=True, text=True
+            )
             os.replace(new, file)
     return file
 
@@ -103,7 +105,7 @@ def forward(
 
     x, w: int8 or int16 of at most `bits` bits, sign included. scale: a power of two.
 
-    >>> x, w = torch.full((1, 1, 4, 4), 200, dtype=torch.int16), torch.full((1, 1, 3, 3), 200, dtype=torch.int16)
+    >>> x, w = (torch.full(shape, 200, dtype=torch.int16) for shape in ((1, 1, 4, 4), (1, 1, 3, 3)))
     >>> forward(x, w, Convolution(), bits=9).unique().tolist()  # 9 x 200^2
     [360000.0]
     """
@@ -115,7 +117,12 @@ def forward(
 
 
 def backward_x(
-    dy: torch.Tensor, x_shape: torch.Size, w: torch.Tensor, product: Convolution, bits: int, scale: float = 1.0
+    dy: torch.Tensor,
+    x_shape: torch.Size,
+    w: torch.Tensor,
+    product: Convolution,
+    bits: int,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Return dX of integers as `forward` returns y.
 
@@ -130,7 +137,12 @@ def backward_x(
 
 
 def backward_w(
-    dy: torch.Tensor, x: torch.Tensor, w_shape: torch.Size, product: Convolution, bits: int, scale: float = 1.0
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w_shape: torch.Size,
+    product: Convolution,
+    bits: int,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Return dW, (O, C, k, k), of integers as `forward` returns y.
 
@@ -157,7 +169,7 @@ def convolve_int8(
 ) -> torch.Tensor:
     """Return x_scale w_scale (x * w) in bf16, of int8 by oneDNN where processors have such products.
 
-    Without groups. w has at most 7 bits and a sign, as x.
+    x, w: int8, without groups.
 
     >>> x, w = torch.full((1, 1, 4, 4), -100).to(torch.int8), torch.ones(1, 1, 3, 3).to(torch.int8)
     >>> convolve_int8(x, w, Convolution(), 0.5, 0.5).unique().tolist()
@@ -195,7 +207,7 @@ def _rows(t):
 
 def _shape(x, y, size, product):
     """`Shape` in C++."""
-    (N, C, *HW), (_, O, *out) = x, y
+    (N, C, *HW), (_, O, *out) = x, y  # noqa: E741
     return (ctypes.c_int64 * 15)(
         N, *HW, C, *out, O, *size, *product.stride, *product.padding, *product.dilation
     )
@@ -205,7 +217,9 @@ def _convolve(x, w, y_shape, product, transposed, bits, scale):
     """y = x * w or its adjoint. w: (k, k, C, O), C channels of what is read and O of what is written."""
     *size, C, O = w.shape  # noqa: E741
     lanes = LANES if -O % (2 * LANES) >= LANES else 2 * LANES
-    w = F.pad(w.to(torch.int16), (0, -O % lanes, 0, C % 2)).reshape(-1, (C + 1) // 2, 2, (O - 1) // lanes + 1, lanes)
+    w = F.pad(w.to(torch.int16), (0, -O % lanes, 0, C % 2)).reshape(
+        -1, (C + 1) // 2, 2, (O - 1) // lanes + 1, lanes
+    )
     w = w.permute(3, 0, 1, 4, 2).contiguous()  # (blocks, taps, pairs, lanes, 2)
     x, y = _rows(x), torch.empty(y_shape, memory_format=torch.channels_last)
     shape = _shape(x.shape, y_shape, size, product)

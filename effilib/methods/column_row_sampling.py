@@ -119,8 +119,10 @@ def choose_terms(
         return index, times / (k * p[index]) if scaled else None
     p = inclusion(p, k)
     if scheme == "bernoulli":
-        index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
-        index = index if len(index) else p.argmax()[None]
+        index = p[:0]
+        while not len(index):  # drawn again if empty: then P(i) is p_i / P(not empty)
+            index = (torch.rand(n, generator=generator, device=w.device) < p).nonzero().flatten()
+        p = p / (1 - (1 - p).prod())
     else:  # a comb of k teeth, one apart, over the probabilities laid end to end in random order
         order = torch.randperm(n, generator=generator, device=w.device)
         ends = p[order].cumsum(0)

@@ -144,9 +144,7 @@ def forward(x, w, product, bits):
     >>> forward(quantise(x), quantise(w), conv.Convolution(), 14).unique().tolist()
     [9.0]
     """
-    return _scaled(
-        lambda scale: kernels.forward(x.I, w.I, product, bits, scale), x.scf, _per_channel(w.scf)
-    )
+    return _scaled(lambda scale: kernels.forward(x.I, w.I, product, bits, scale), x.scf, _per_channel(w.scf))
 
 
 def backward_x(dy, x_shape, w, product, bits):
@@ -157,7 +155,9 @@ def backward_x(dy, x_shape, w, product, bits):
     [1.0, 2.0, 2.0, 1.0]
     """
     return _scaled(
-        lambda scale: kernels.backward_x(dy.I, x_shape, w.I, product, bits, scale), dy.scf, _per_channel(w.scf)
+        lambda scale: kernels.backward_x(dy.I, x_shape, w.I, product, bits, scale),
+        dy.scf,
+        _per_channel(w.scf),
     )
 
 
@@ -199,9 +199,7 @@ def fixed_point(
     last = {}  # exponents move slowly: that of the step before is the guess
 
     def rounded(t, dim, key=""):
-        q = quantise(
-            t, bits, dim=dim, rounding=rounding, generator=generator, guess=last.get(key, torch.nan)
-        )
+        q = quantise(t, bits, dim=dim, rounding=rounding, generator=generator, guess=last.get(key, torch.nan))
         if dim is None:
             last[key] = q.scf.item()
         return q
@@ -311,7 +309,9 @@ def eight_bits(generator: torch.Generator) -> Approximation:
         return q
 
     def forward(x, w, product):
-        return kernels.convolve_int8(x[0].I, w[0].I, product, 2.0 ** -x[0].scf.item(), 2.0 ** -w[0].scf.item())
+        return kernels.convolve_int8(
+            x[0].I, w[0].I, product, 2.0 ** -x[0].scf.item(), 2.0 ** -w[0].scf.item()
+        )
 
     def dx(dy, x, w, product):
         reach = [d * (k - 1) for d, k in zip(product.dilation, w[1].shape[2:], strict=True)]
@@ -351,7 +351,8 @@ class EightBits(Method):
     def on_fit_start(self, run: Run) -> None:
         if run.precision != "bf16":
             raise BadInput(
-                f"8-bit products: what is not int8 is bf16, so they need precision 'bf16', not {run.precision!r}"
+                "8-bit products: what is not int8 is bf16, so they need precision 'bf16', not "
+                f"{run.precision!r}"
             )
         with run.clock.paused():
             kernels.library()
