@@ -163,7 +163,6 @@ DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workb
 # Still in version 1's form: their notebooks do not hold their own cells yet.
 THICK = (
     "chapters/column_row_sampling.py",
-    "chapters/dynamic_fixed_point.py",
     "chapters/gradient_approximation.py",
 )
 TRAINS = sorted(
