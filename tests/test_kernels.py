@@ -7,6 +7,7 @@ import torch
 
 from effilib import kernels, paths
 from effilib.convolution import Convolution
+from effilib.cost import count_flops
 from tests.common import g
 
 COMPILED = kernels.library() is not None
@@ -114,6 +115,17 @@ def test_a_scale_is_a_power_of_two_of_all_of_it(route):
     y = kernels.forward(x, w, Convolution(), 14)
     assert torch.equal(kernels.forward(x, w, Convolution(), 14, 2.0**-40), y * 2.0**-40)
     assert kernels.forward(x, w, Convolution(), 14, float("nan")).isnan().all()
+
+
+def test_integer_convolutions_are_counted_as_the_products_that_they_are(route):
+    for k, product in GEOMETRIES.values():
+        x, w = integers((2, 5, 9, 8), 8, 0), integers((6, 5, k, k), 8, 1)
+        y = product.forward(x.double(), w.double())
+        one = 2 * y.numel() * w[0].numel()
+        assert count_flops(lambda x=x, w=w, p=product: kernels.forward(x, w, p, 8)) == one
+        assert count_flops(lambda y=y, x=x, w=w, p=product: kernels.backward_x(y, x.shape, w, p, 8)) == one
+        assert count_flops(lambda y=y, x=x, w=w, p=product: kernels.backward_w(y, x, w.shape, p, 8)) == one
+        assert count_flops(lambda x=x, w=w, p=product: kernels.convolve_int8(x, w, p, 1.0, 1.0)) == one
 
 
 @pytest.mark.skipif(not COMPILED, reason="no AVX512-VNNI")

@@ -8,6 +8,7 @@ compiler; it needs neither PyTorch's headers nor ninja, and takes seconds.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from effilib import paths
 from effilib.clock import cpu_flags
@@ -113,7 +115,8 @@ def forward(
         return _exact(product.forward(x.double(), w.double()), scale)
     spans = zip(x.shape[2:], w.shape[2:], product.stride, product.padding, product.dilation, strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
-    return _convolve(x, w.permute(2, 3, 1, 0), (len(x), len(w), *size), product, False, bits, scale)
+    shape = [len(x), len(w), *size]
+    return OPS.convolve_int16(x, w.permute(2, 3, 1, 0), shape, _geometry(product), False, bits, scale)
 
 
 def backward_x(
@@ -133,7 +136,8 @@ def backward_x(
     if _compiled_for(dy) is None:
         x = dy.new_empty(x_shape, dtype=torch.float64)
         return _exact(product.backward(dy.double(), x, w.double(), (True, False))[0], scale)
-    return _convolve(dy, w.permute(2, 3, 0, 1), x_shape, product, True, bits, scale)
+    shape = list(x_shape)
+    return OPS.convolve_int16(dy, w.permute(2, 3, 0, 1), shape, _geometry(product), True, bits, scale)
 
 
 def backward_w(
@@ -150,18 +154,11 @@ def backward_w(
     >>> backward_w(dy, x, (1, 1, 3, 3), Convolution(), bits=2).unique().tolist()
     [4.0]
     """
-    kernels = _compiled_for(dy)
-    if kernels is None:
+    if _compiled_for(dy) is None:
         w = x.new_empty(w_shape, dtype=torch.float64)
         return _exact(product.backward(dy.double(), x.double(), w, (False, True))[1], scale)
-    O, C, *size = w_shape  # noqa: E741
-    dy, x = _rows(dy), _rows(x)
-    dw = torch.zeros(*size, C, O, dtype=torch.float64)
-    shape = _shape(x.shape, dy.shape, size, product)
-    kernels.weight_gradient(
-        dy.data_ptr(), x.data_ptr(), shape, _largest(bits), dw.data_ptr(), torch.get_num_threads()
-    )
-    return _exact(dw, scale).permute(3, 2, 0, 1)
+    whole = OPS.weight_gradient_int16(dy, x, list(w_shape[2:]), _geometry(product), bits)
+    return _exact(whole, scale).permute(3, 2, 0, 1)
 
 
 def convolve_int8(
@@ -176,13 +173,13 @@ def convolve_int8(
     [-225.0]
     """
     native = x.device.type == "cpu" and cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}
-    if not (native and hasattr(torch.ops.onednn, "qconv2d_pointwise")):
+    if not (native and INT8):
         return forward(x, w, product, 8, x_scale * w_scale).bfloat16()
     geometry = (list(product.stride), list(product.padding), list(product.dilation), 1)
     scales, zeros = torch.full((len(w),), w_scale), torch.zeros(len(w), dtype=torch.int32)
     packed = torch.ops.onednn.qconv_prepack(w.contiguous(), scales, x_scale, 128, *geometry, list(x.shape))
     x = x.contiguous(memory_format=torch.channels_last).view(torch.uint8) + 128  # it reads unsigned numbers
-    return torch.ops.onednn.qconv2d_pointwise(
+    return INT8(
         x, x_scale, 128, packed, scales, zeros, None, *geometry, 1.0, 0, torch.bfloat16, "none", [], ""
     )
 
@@ -200,31 +197,74 @@ def _largest(bits):
     return 2 ** (bits - 1) - 1
 
 
+def _geometry(product):
+    return [*product.stride, *product.padding, *product.dilation]
+
+
 def _rows(t):
     """t as it is read: int16, channels side by side."""
     return t.to(torch.int16).contiguous(memory_format=torch.channels_last)
 
 
-def _shape(x, y, size, product):
+def _shape(x, y, size, geometry):
     """`Shape` in C++."""
     (N, C, *HW), (_, O, *out) = x, y  # noqa: E741
-    return (ctypes.c_int64 * 15)(
-        N, *HW, C, *out, O, *size, *product.stride, *product.padding, *product.dilation
-    )
+    return (ctypes.c_int64 * 15)(N, *HW, C, *out, O, *size, *geometry)
 
 
-def _convolve(x, w, y_shape, product, transposed, bits, scale):
+def _convolve(x, w, y_shape, geometry, transposed, bits, scale):
     """y = x * w or its adjoint. w: (k, k, C, O), C channels of what is read and O of what is written."""
     *size, C, O = w.shape  # noqa: E741
     lanes = LANES if -O % (2 * LANES) >= LANES else 2 * LANES
-    w = F.pad(w.to(torch.int16), (0, -O % lanes, 0, C % 2)).reshape(
-        -1, (C + 1) // 2, 2, (O - 1) // lanes + 1, lanes
-    )
-    w = w.permute(3, 0, 1, 4, 2).contiguous()  # (blocks, taps, pairs, lanes, 2)
+    w = F.pad(w.to(torch.int16), (0, -O % lanes, 0, C % 2))
+    w = w.reshape(-1, (C + 1) // 2, 2, (O - 1) // lanes + 1, lanes).permute(3, 0, 1, 4, 2).contiguous()
     x, y = _rows(x), torch.empty(y_shape, memory_format=torch.channels_last)
-    shape = _shape(x.shape, y_shape, size, product)
     library().convolve(
-        x.data_ptr(), w.data_ptr(), shape, transposed, lanes, _largest(bits), scale, y.data_ptr(),
-        torch.get_num_threads(),
+        x.data_ptr(), w.data_ptr(), _shape(x.shape, y_shape, size, geometry), transposed, lanes,
+        _largest(bits), scale, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def _weight_gradient(dy, x, size, geometry, bits):
+    """dW as exact sums, (k, k, C, O)."""
+    dy, x = _rows(dy), _rows(x)
+    dw = torch.zeros(*size, x.shape[1], dy.shape[1], dtype=torch.float64)
+    library().weight_gradient(
+        dy.data_ptr(), x.data_ptr(), _shape(x.shape, dy.shape, size, geometry), _largest(bits),
+        dw.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dw
+
+
+# As operations of PyTorch, so that its counter of FLOPs sees them
+
+_DEFINED = torch.library.Library("effilib", "DEF")
+_DEFINED.define(
+    "convolve_int16(Tensor x, Tensor w, int[] y_shape, int[] geometry, bool transposed, int bits, "
+    "float scale) -> Tensor"
+)
+_DEFINED.define("weight_gradient_int16(Tensor dy, Tensor x, int[] size, int[] geometry, int bits) -> Tensor")
+_DEFINED.impl("convolve_int16", _convolve, "CPU")
+_DEFINED.impl("weight_gradient_int16", _weight_gradient, "CPU")
+OPS = torch.ops.effilib
+
+
+@register_flop_formula(OPS.convolve_int16)
+def _convolve_flops(x, w, y_shape, geometry, transposed, *args, **kwargs):
+    pixels = x if transposed else y_shape
+    return 2 * x[0] * math.prod(pixels[2:]) * math.prod(w)
+
+
+@register_flop_formula(OPS.weight_gradient_int16)
+def _weight_gradient_flops(dy, x, size, *args, **kwargs):
+    return 2 * math.prod(dy) * x[1] * math.prod(size)
+
+
+def _int8_flops(x, x_scale, x_zero, w, *args, out_shape, **kwargs):
+    return 2 * math.prod(out_shape) * math.prod(w[1:])
+
+
+INT8 = getattr(torch.ops.onednn, "qconv2d_pointwise", None)  # PyTorch has it on x86 only
+if INT8:
+    register_flop_formula(INT8)(_int8_flops)

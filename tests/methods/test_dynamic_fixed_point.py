@@ -274,6 +274,12 @@ def test_training_learns_and_leaves_a_plain_fp32_model_behind(name):
     assert history.events[-1]["text"].startswith(f"5 layers in {ARMS[name].bits} bits, products ")
 
 
+def test_a_step_in_integers_has_as_many_flops_as_in_floats():
+    floats = trained()[1].flops
+    assert trained([ARMS["14 bits"]])[1].flops == floats
+    assert trained([EightBits()], replace(RECIPE, precision="bf16"))[1].flops == floats
+
+
 def test_fourteen_bits_follow_fp32_closely_and_two_do_not():
     def first(bits):
         model = trained([DynamicFixedPoint(bits=bits)] if bits else [], replace(RECIPE, epochs=1 / 9))[0]
