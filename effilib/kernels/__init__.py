@@ -97,7 +97,7 @@ def quantise(
         x.data_ptr(), formats[x.dtype], x.numel(), bits, guess, stochastic, seed, I.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return I, float("nan") if scf == -(2**31) else scf
+    return I, float("nan") if scf == -(2**31) else float(scf)
 
 
 def forward(

@@ -133,7 +133,7 @@ def test_numbers_are_the_same_with_and_without_the_compiled_kernel(bits, monkeyp
         slow = quantise(t, bits)
         assert torch.equal(q.scf, slow.scf) or (q.scf.isnan() and slow.scf.isnan())
         assert torch.equal(q.I, slow.I) or q.scf.isnan()
-        assert (q.I.dtype, q.I.shape) == (slow.I.dtype, t.shape)
+        assert (q.I.dtype, q.scf.dtype, q.I.shape) == (slow.I.dtype, slow.scf.dtype, t.shape)
 
 
 def test_an_exponent_a_channel_serves_small_channels_better():
