@@ -1,8 +1,8 @@
 // Convolutions of 16-bit integers by AVX512-VNNI's vpdpwssd: int32 += pair of int16 times pair of int16.
 //
-// Images lie as (N, H, W, C), their samples copied with zeros around them before use. A sum is cut into chains
-// that int32 holds for certain: |sum x w| <= largest * sum |w| < 2^31. Chains are added up in float64, which is
-// exact too, so that no result depends on lengths of chains, tiles or threads: it is the integer, rounded once.
+// Images lie as (N, H, W, C); samples are copied, with zeros around them, before use. A sum is cut into
+// chains that int32 holds for certain, |sum x w| <= largest * sum |w| < 2^31. Chains are added up in float64,
+// which is exact too: no result depends on chains, tiles or threads, it is the integer, rounded once.
 
 #include <immintrin.h>
 
@@ -21,9 +21,9 @@ namespace {
 
 using std::int16_t, std::int32_t, std::int64_t;
 
-#define INLINE __attribute__((always_inline))
+#define INLINE __attribute__((always_inline))  // lambdas too, or arrays would not become registers
 
-constexpr int LANES = 16;           // int32 of a register
+constexpr int LANES = 16;            // int32 of a register
 constexpr int64_t NEAR = 256 << 10;  // bytes of images that stay in the second-level cache beside the weights
 constexpr int64_t BAND = 256;        // pixels of which two operands stay in the first-level cache
 
@@ -38,6 +38,11 @@ struct Step {  // products of pairs that follow each other in both operands
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// How many samples of so many bytes are worked on at once
+int64_t samples(int64_t bytes, int64_t N, int64_t threads) {
+  return std::clamp<int64_t>(NEAR / bytes, 1, std::max<int64_t>(1, N / threads));
+}
+
 // f(begin, end) over 0..n, a range a thread.
 void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int64_t)>& f) {
   threads = std::max<int64_t>(1, std::min(n, threads));
@@ -49,15 +54,15 @@ void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int6
 
 // f(0), f(1), ..., unrolled before arrays become registers
 template <int... I, typename F>
-[[gnu::always_inline]] inline void each(std::integer_sequence<int, I...>, F&& f) {
+INLINE inline void each(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 template <int N, typename F>
-[[gnu::always_inline]] inline void each(F&& f) {
+INLINE inline void each(F&& f) {
   each(std::make_integer_sequence<int, N>{}, f);
 }
 template <int N, int M, typename F>
-[[gnu::always_inline]] inline void each(F&& f) {
+INLINE inline void each(F&& f) {
   each<N>([&](auto n) INLINE { each<M>([&](auto m) INLINE { f(n, m); }); });
 }
 
@@ -70,13 +75,15 @@ __m512i pair(const int16_t* p) {  // in all lanes
 }
 
 // sum += products of pairs. Not the intrinsic: GCC 12 copies every sum before and after it.
-[[gnu::always_inline]] inline void dot(__m512i& sum, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+INLINE inline void dot(__m512i& sum, __m512i a, __m512i b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
 
 __m512d low(__m512i a) { return _mm512_cvtepi32_pd(_mm512_castsi512_si256(a)); }
 __m512d high(__m512i a) { return _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(a, 1)); }
 
 // The end of a chain
-[[gnu::always_inline]] inline void add(double* whole, __m512i& sum) {
+INLINE inline void add(double* whole, __m512i& sum) {
   _mm512_storeu_pd(whole, _mm512_add_pd(_mm512_loadu_pd(whole), low(sum)));
   _mm512_storeu_pd(whole + 8, _mm512_add_pd(_mm512_loadu_pd(whole + 8), high(sum)));
   sum = _mm512_setzero_si512();
@@ -85,11 +92,11 @@ __m512d high(__m512i a) { return _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(a,
 // Sums of magnitudes, a lane each, of the pairs in the chain so far
 class Chain {
   std::vector<int32_t> sum, more;
-  __m512i most;
+  int32_t most;
 
  public:
   Chain(int64_t lanes, int64_t largest)
-      : sum(lanes, 0), more(lanes), most(_mm512_set1_epi32(std::min<int64_t>(INT32_MAX / largest, 1 << 30))) {}
+      : sum(lanes, 0), more(lanes), most(std::min<int64_t>(INT32_MAX / largest, 1 << 30)) {}
   // Whether a new one begins with these pairs, because |sum x w| <= largest * sum |w| could outgrow int32
   bool ends(const int16_t* pairs, int64_t first, int64_t lanes) {
     __mmask16 above = 0;
@@ -97,7 +104,7 @@ class Chain {
       const __m512i m = _mm512_dpwssd_epi32(_mm512_setzero_si512(), _mm512_set1_epi16(1),
                                             _mm512_abs_epi16(_mm512_loadu_si512(pairs + 2 * o)));
       const __m512i whole = _mm512_add_epi32(_mm512_loadu_si512(&sum[first + o]), m);
-      above |= _mm512_cmpgt_epi32_mask(whole, most);
+      above |= _mm512_cmpgt_epi32_mask(whole, _mm512_set1_epi32(most));
       _mm512_storeu_si512(&more[first + o], m);
       _mm512_storeu_si512(&sum[first + o], whole);
     }
@@ -106,7 +113,7 @@ class Chain {
   void begin() { sum = more; }
 };
 
-// Rows and columns `at` (from low) of an image (H, W, C) into a frame (rows, columns, width), 0 outside of it.
+// A part of an image (H, W, C), which may reach beyond it: (rows, columns, width), 0 outside of the image
 struct Frame {
   int64_t top, left, rows, columns, width;
   int64_t size() const { return rows * columns * width; }
@@ -137,8 +144,8 @@ struct Frame {
 
 // y of P pixels and B * LANES output channels
 template <int P, int B>
-[[gnu::noinline]] void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<Step>& plan, float scale, float* y,
-          int64_t y_next, int64_t outputs) {
+[[gnu::noinline]] void tile(const int16_t* x, int64_t next, const int16_t* w, const std::vector<Step>& plan,
+                            float scale, float* y, int64_t y_next, int64_t outputs) {
   __m512i sum[P][B];
   alignas(64) double whole[P][B][LANES];
   bool chains = false;
@@ -235,9 +242,10 @@ std::vector<Step> plan(const int16_t* w, const Phase& phase, const Frame& frame,
 template <int P, int B>
 void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool transposed, int64_t largest,
                      float scale, float* y, int64_t threads) {
-  const int64_t in_h = transposed ? 1 : s.sh, in_w = transposed ? 1 : s.sw;      // from one output to the next
+  const int64_t in_h = transposed ? 1 : s.sh, in_w = transposed ? 1 : s.sw;  // from one output to the next
   const int64_t out_h = transposed ? s.sh : 1, out_w = transposed ? s.sw : 1;
   const int64_t pairs = (s.C + 1) / 2, lanes = B * LANES, blocks = (s.O + lanes - 1) / lanes;
+  const int64_t block = s.kh * s.kw * pairs * lanes * 2;  // of w
   const auto parts = phases(s, transposed);
   auto rows = [&](const Phase& p) { return (s.OH - p.r + out_h - 1) / out_h; };
   auto columns = [&](const Phase& p) { return (s.OW - p.q + out_w - 1) / out_w; };
@@ -254,8 +262,8 @@ void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool tr
   std::vector<std::vector<Step>> plans;
   for (const Phase& p : parts)
     for (int64_t b = 0; b < blocks; ++b)
-      plans.push_back(plan(w + b * s.kh * s.kw * pairs * lanes * 2, p, frame, pairs, lanes, largest));
-  const int64_t group = std::clamp<int64_t>(NEAR / (frame.size() * 2), 1, std::max<int64_t>(1, s.N / threads));
+      plans.push_back(plan(w + b * block, p, frame, pairs, lanes, largest));
+  const int64_t group = samples(2 * frame.size(), s.N, threads);
   parallel((s.N + group - 1) / group, threads, [&](int64_t begin, int64_t end) {
     std::vector<int16_t> framed(group * frame.size());
     for (int64_t n0 = begin * group; n0 < std::min(end * group, s.N); n0 += group) {
@@ -266,11 +274,13 @@ void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool tr
         const Phase& p = parts[k / blocks];
         const int64_t b = k % blocks;
         for (int64_t n = n0; n < n1; ++n)
-          for (int64_t a = 0; a < rows(p); ++a)
-            tiles<P, B>(columns(p), framed.data() + (n - n0) * frame.size() + a * in_h * frame.columns * frame.width,
-                        in_w * frame.width, w + b * s.kh * s.kw * pairs * lanes * 2, plans[k], scale,
-                        y + ((n * s.OH + p.r + a * out_h) * s.OW + p.q) * s.O + b * lanes, out_w * s.O,
+          for (int64_t a = 0; a < rows(p); ++a) {
+            const int64_t row = (n - n0) * frame.rows + a * in_h;
+            const int16_t* from = framed.data() + row * frame.columns * frame.width;
+            float* to = y + ((n * s.OH + p.r + a * out_h) * s.OW + p.q) * s.O + b * lanes;
+            tiles<P, B>(columns(p), from, in_w * frame.width, w + b * block, plans[k], scale, to, out_w * s.O,
                         s.O - b * lanes);
+          }
       }
     }
   });
@@ -278,8 +288,8 @@ void convolve_blocks(const int16_t* x, const int16_t* w, const Shape& s, bool tr
 
 // dW of R input channels and B * LANES output channels, of one tap; sums: (R, outputs)
 template <int R, int B>
-[[gnu::noinline]] void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next, const std::vector<Step>& steps,
-           double* sums, int64_t outputs) {
+[[gnu::noinline]] void outer(const int16_t* x, int64_t x_next, const int16_t* dy, int64_t dy_next,
+                             const std::vector<Step>& steps, double* sums, int64_t outputs) {
   __m512i sum[R][B];
   each<R, B>([&](auto r, auto b) INLINE { sum[r][b] = _mm512_setzero_si512(); });
   for (const Step& step : steps) {
@@ -292,7 +302,8 @@ template <int R, int B>
         each<B>([&](auto b) INLINE { dot(sum[r][b], u, v[b]); });
       });
     }
-    if (step.last || &step == &steps.back()) each<R, B>([&](auto r, auto b) INLINE { add(sums + r * outputs + b * LANES, sum[r][b]); });
+    if (step.last || &step == &steps.back())
+      each<R, B>([&](auto r, auto b) INLINE { add(sums + r * outputs + b * LANES, sum[r][b]); });
   }
 }
 
@@ -311,11 +322,11 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
   const Frame frame{-s.ph, -s.pw, (s.OH - 1) * s.sh + (s.kh - 1) * s.dh + 1,
                     (2 * pairs - 1) * s.sw + (s.kw - 1) * s.dw + 1, WIDE};
   const int64_t dy_size = s.OH * pairs * 2 * outputs, dy_block = s.OH * pairs * BLOCK;
-  const int64_t group = std::clamp<int64_t>(NEAR / (2 * (frame.size() + dy_size)), 1, std::max<int64_t>(1, s.N / threads));
+  const int64_t group = samples(2 * (frame.size() + dy_size), s.N, threads);
   const int64_t groups = (s.N + group - 1) / group;
 
-  // dy: (N, blocks, OH, pairs, lanes, 2), two pixels of a row side by side; and its chains, in bands of pixels
-  // that stay in the first-level cache
+  // dy: (N, blocks, OH, pairs, lanes, 2), two pixels of a row side by side; and its chains, in bands of
+  // pixels that stay in the first-level cache
   using Bands = std::vector<std::vector<Step>>;
   auto pack = [&](int64_t g, int16_t* paired) {
     Bands bands;
@@ -377,7 +388,8 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
     std::vector<int16_t> images(group * frame.size()), own(kept ? 0 : group * dy_size);
     std::vector<double> sums(taps * LANES * outputs, 0.0);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t c = unit / groups * LANES, g = unit % groups, channels = std::min<int64_t>(LANES, s.C - c);
+      const int64_t c = unit / groups * LANES, g = unit % groups;
+      const int64_t channels = std::min<int64_t>(LANES, s.C - c);
       for (int64_t n = g * group; n < std::min((g + 1) * group, s.N); ++n)
         for (int64_t r = 0; r < frame.rows; ++r) {
           const int64_t h = frame.top + r;
@@ -404,7 +416,8 @@ void weight_blocks(const int16_t* dy, const int16_t* x, const Shape& s, int64_t 
         std::lock_guard<std::mutex> lock(adding);
         for (int64_t t = 0; t < taps; ++t)
           for (int64_t r = 0; r < channels; ++r)
-            for (int64_t o = 0; o < s.O; ++o) dw[(t * s.C + c + r) * s.O + o] += sums[(t * LANES + r) * outputs + o];
+            for (int64_t o = 0; o < s.O; ++o)
+              dw[(t * s.C + c + r) * s.O + o] += sums[(t * LANES + r) * outputs + o];
         std::fill(sums.begin(), sums.end(), 0.0);
       }
     }
@@ -419,7 +432,9 @@ __m512 load(const uint16_t* x, __mmask16 mask) {  // bf16: the upper half of an 
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
 
-void store(int16_t* I, __mmask16 mask, __m512i a) { _mm256_mask_storeu_epi16(I, mask, _mm512_cvtsepi32_epi16(a)); }
+void store(int16_t* I, __mmask16 mask, __m512i a) {
+  _mm256_mask_storeu_epi16(I, mask, _mm512_cvtsepi32_epi16(a));
+}
 void store(int8_t* I, __mmask16 mask, __m512i a) { _mm_mask_storeu_epi8(I, mask, _mm512_cvtsepi32_epi8(a)); }
 
 __m512i hash(__m512i h) {  // lowbias32, by C. Wellons
@@ -441,7 +456,8 @@ int32_t round_all(const In* x, int64_t n, int scf, uint32_t seed, Out* I, int64_
     for (int64_t i = begin * PIECE; i < std::min(end * PIECE, n); i += LANES) {
       const __mmask16 mask = first(n - i);
       const __m512 value = load(x + i, mask);
-      top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff)));
+      const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+      top = _mm512_max_epi32(top, magnitude);
       __m512 scaled = _mm512_mul_ps(value, power);
       if constexpr (STOCHASTIC) {
         const __m512i h = hash(_mm512_add_epi32(lane, _mm512_set1_epi32(uint32_t(i) + seed)));
@@ -483,7 +499,7 @@ int quantise_as(const In* x, int64_t n, int bits, int guess, bool stochastic, ui
 extern "C" {
 
 
-// Returns scf, or INT32_MIN where x is not finite. guess: the exponent that is tried first; the right one costs
+// Returns scf, or INT32_MIN where x is not finite. guess: the exponent that is tried first; a right one costs
 // one pass instead of two.
 int quantise(const void* x, int bf16, int64_t n, int bits, int guess, int stochastic, uint32_t seed, void* I,
              int64_t threads) {
@@ -498,8 +514,8 @@ int quantise(const void* x, int bf16, int64_t n, int bits, int guess, int stocha
               : quantise_as(a, n, bits, guess, stochastic, seed, wide, threads);
 }
 
-// y = x * w, or with `transposed` its adjoint: then x is dy and y is dX. shape: as `Shape`, x and y as they stand
-// here. w: (blocks of outputs, taps, pairs of inputs, lanes, 2) with lanes = 16 or 32.
+// y = x * w, or with `transposed` its adjoint: then x is dy and y is dX. shape: a `Shape`, of x and y as they
+// stand here. w: (blocks of outputs, taps, pairs of inputs, lanes, 2) with 16 or 32 lanes.
 void convolve(const int16_t* x, const int16_t* w, const int64_t* shape, int transposed, int64_t lanes,
               int64_t largest, float scale, float* y, int64_t threads) {
   Shape s;
