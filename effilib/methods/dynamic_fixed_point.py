@@ -80,9 +80,7 @@ def quantise(
     >>> q.I.tolist(), q.scf.item()
     ([4, 1], 2.0)
     """
-    choose("rounding", rounding, ("nearest", "stochastic"))
-    if not 2 <= bits <= 16:
-        raise BadInput(f"dynamic fixed point: {bits} bits, choose from 2 to 16")
+    _check(bits, rounding)
     nearest = rounding == "nearest"
     if dim is None:
         seed = 0 if nearest else int(torch.randint(2**32, (), generator=generator))
@@ -106,6 +104,12 @@ def quantise(
     return DFP(
         I.to(torch.int8 if bits <= 8 else torch.int16), torch.where(m.isfinite(), scf.float(), torch.nan)
     )
+
+
+def _check(bits, rounding):
+    choose("rounding", rounding, ("nearest", "stochastic"))
+    if not 2 <= bits <= 16:
+        raise BadInput(f"dynamic fixed point: {bits} bits, choose from 2 to 16")
 
 
 def dequantise(q: DFP) -> torch.Tensor:
@@ -254,6 +258,10 @@ class DynamicFixedPoint(Method):
     exponents: str = "tensor"  # or "channel": see `fixed_point`
     rounding: str = "nearest"  # or "stochastic"
     master: bool = True  # keep weights and momentum in fp32, else round them after every step
+
+    def __post_init__(self):
+        _check(self.bits, self.rounding)
+        choose("exponents", self.exponents, ("tensor", "channel"))
 
     def on_fit_start(self, run: Run) -> None:
         if run.precision not in ("fp32", "tf32"):

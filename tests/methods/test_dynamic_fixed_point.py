@@ -317,6 +317,12 @@ def test_a_resumed_run_ends_bit_equal(name, tmp_path):
     assert ha.events == hb.events
 
 
+def test_bad_settings_are_refused_before_anything_runs():
+    for settings in (dict(bits=17), dict(rounding="up"), dict(exponents="pixel")):
+        with pytest.raises(BadInput, match="choose"):
+            DynamicFixedPoint(**settings)
+
+
 def test_it_is_refused_within_16_bit_autocast():
     with pytest.raises(BadInput, match="precision 'fp32'"):
         trained([DynamicFixedPoint()], replace(RECIPE, precision="bf16"))
