@@ -160,14 +160,7 @@ def test_a_methods_notebook_shows_its_source_and_its_curves(file):
 
 
 DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workbook", "matplotlib", "pandas")
-# Still in version 1's form: their notebooks do not hold their own cells yet.
-THICK = ("chapters/dynamic_fixed_point.py",)
-TRAINS = sorted(
-    p
-    for f in ("chapters", "methods")
-    for p in (paths.root() / "effilib" / f).glob("[!_]*.py")
-    if f"{f}/{p.name}" not in THICK
-)
+TRAINS = sorted(p for f in ("chapters", "methods") for p in (paths.root() / "effilib" / f).glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("file", TRAINS, ids=lambda f: f"{f.parent.name}.{f.stem}")

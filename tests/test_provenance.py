@@ -408,6 +408,18 @@ def add(file, text="\nADDED = 1\n"):
     file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
 
 
+def test_a_kernel_in_cpp_counts_for_what_imports_it_and_for_nothing_else(checkout):
+    code = "import json; from effilib import provenance as p; print(json.dumps([p.source(m) for m in {}]))"
+    code = code.format("(__import__('effilib.methods', fromlist=[n]).__dict__[n] for n in NAMES)")
+    code = "NAMES = ['dynamic_fixed_point', 'gradient_pruning']\n" + code
+    kernel = Path("kernels", "int16_convolution.cpp")
+    (checkout / kernel).write_text((Path(effilib.__file__).parent / kernel).read_text(encoding="utf-8"))
+    before = says(checkout, code)
+    add(checkout / kernel, "\nint added;\n")
+    after = says(checkout, code)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+
+
 # Of three chapters: the key under which the cells of all their arms are cached, and of the pilots before.
 KEYS = """
 import json

@@ -17,15 +17,19 @@ FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-shared", 
 
 
 @functools.cache
-def load(name: str, instead: str) -> ctypes.CDLL | None:
+def load(name: str, instead: str, needs: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """Return the kernels of `effilib/kernels/<name>.cpp`, or None without a compiler.
 
-    instead: what is done then, in words; it is said once. CXX names another compiler than g++.
+    instead: what is done then, in words; it is said once. needs: instructions of the processor without which
+    there are none either. CXX names another compiler than g++.
 
     >>> load("gradient_pruning", "pruned by PyTorch") is load("gradient_pruning", "pruned by PyTorch")
     True
     """
+    missing = [f for f in needs if f not in cpu_flags()]
     try:
+        if missing:
+            raise OSError(f"this processor has no {missing[0]}")
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()

@@ -81,10 +81,16 @@ def makers(task: Task, dataset: Dataset, seed: int = 0) -> tuple[Callable[[int],
         init = stream(seed, "initial weights").initial_seed()
         return lambda outputs: models.build(
             name, outputs, dataset.shape, seed=init, device=task.device, **settings
-        )
+        ).to(dataset.dtype)
 
     root, branch = _networks(task)
     return maker(task.network, task.widths), maker(*root), maker(*branch)
+
+
+def _load(task):
+    """The task's data, in double precision where the networks are, trained yet or not."""
+    dataset = task.load()
+    return replace(dataset, dtype=torch.float64) if task.recipe.precision == "fp64" else dataset
 
 
 def _networks(task):
@@ -205,7 +211,7 @@ class Flat:
 
     def __call__(self, task: Task, seed: int) -> History:
         """Train it through all stages."""
-        dataset, recipe = task.load(), self.given or task.recipe
+        dataset, recipe = _load(task), self.given or task.recipe
         first, *later = stages(dataset)
         make, *_ = makers(task, dataset, seed)
         net, begun = _once(
@@ -250,7 +256,7 @@ class Growing:
 
     def __call__(self, task: Task, seed: int) -> History:
         """Train it through all stages."""
-        dataset = task.load()
+        dataset = _load(task)
         tree, begun, history = self.grown(task, dataset, seed)
         precision = resolve_precision(task.recipe.precision, dataset.device)
         return _ended(history, begun, tree, dataset, task, _accounts(tree, dataset, precision))

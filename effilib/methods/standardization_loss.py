@@ -248,7 +248,7 @@ def replace_norms_(
             if not isinstance(norm, NORMS):
                 continue
             if norm not in made:
-                made[norm] = new = make(norm).to(_device(norm, model)).train(norm.training)
+                made[norm] = new = make(norm).to(_like(norm, model)).train(norm.training)
                 old = dict(norm.named_parameters())
                 for name, p in new.named_parameters():
                     if name in old:
@@ -265,10 +265,10 @@ def replace_norms_(
     return found
 
 
-def _device(norm, model):
-    return next(
-        (t.device for t in [*norm.parameters(), *norm.buffers(), *model.parameters()]), torch.device("cpu")
-    )
+def _like(norm, model):
+    """A tensor of the old module, whose device and format are the new one's too."""
+    held = [*norm.parameters(), *norm.buffers(), *model.parameters()]
+    return next((t for t in held if t.is_floating_point()), torch.empty(0))
 
 
 def path_ends(model: nn.Module, x: torch.Tensor) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from effilib.chapters import comparison as chapter
-from effilib.errors import BadInput
+from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.tasks import task
 
@@ -48,3 +48,17 @@ def test_a_fault_of_ours_is_raised_and_one_of_a_users_network_is_a_reason():
         chapter.why_not(TASK.but(network="mine.py:net"), Arm(name="x", fit=fails))
         == "ZeroDivisionError: a fault"
     )
+
+
+NOT_DOUBLE = ("fp32", "dynamic fixed point", "structure and strength")  # the last one takes ten times as long
+
+
+@pytest.mark.parametrize("name", [n for n in BY_NAME if n not in NOT_DOUBLE])
+def test_every_method_trains_in_double_precision_or_says_that_it_does_not_apply(name):
+    double = TASK.but(precision="fp64", epochs=1)
+    try:
+        history = BY_NAME[name].make(double).run(double, double.load(), seed=0)
+    except (BadInput, NoEffect):
+        return
+    assert not history.diverged
+    assert history.precision == "fp64"

@@ -1,56 +1,28 @@
-"""What chapter 3.3 trains, and what it shows of integer products."""
-
-import pytest
+"""What chapter 3.3 trains: 14 bits beside fp32, 8 bits beside bf16, and the grid over bits."""
 
 from effilib.chapters import dynamic_fixed_point as chapter
 from effilib.experiment import check_arms
 from effilib.tasks import task
-from effilib.timing import formats
 
 
-def test_the_case_by_hand():
-    table = chapter.by_hand()
-    assert table["I"].tolist() == ["2", "-5", "0", "3"]
-    assert table["I 2^-scf"].tolist() == ["1", "-2.5", "0", "1.5"]
+def test_integers_are_trained_in_the_precision_around_them():
+    study, quick = task("study", "synthetic"), task("quick", "synthetic")
+    check_arms(study, chapter.arms(study))
+    found = {a.name: (a.role, a.changes["precision"]) for a in chapter.arms(study)}
+    assert found == {
+        "fp32": ("baseline", "fp32"),
+        chapter.FIXED: ("method", "fp32"),
+        chapter.HALF: ("control", "bf16"),
+        chapter.EIGHT: ("method", "bf16"),
+    }
+    assert [a.name for a in chapter.arms(quick)] == ["fp32", chapter.FIXED, chapter.HALF]
 
 
-def test_only_exact_routes_are_called_exact():
-    table = chapter.check_exact(16)
-    assert table["wrong results"].iloc[:2].tolist() == ["0.0%", "0.0%"]
-    assert all(float(v.rstrip("%")) > 10 for v in table["wrong results"].iloc[2:])
-
-
-def test_the_overflow_is_caught_and_shown():
-    table = chapter.overflow_table()
-    assert set(table["one chain"]) == {"caught"}
-    assert [int(v) for v in table["longest safe chain"]] == [2, 8, 32]
-    for row in table.index:
-        true, wrapped, chains = (
-            int(table.loc[row, c].replace(",", ""))
-            for c in ("true sum of 512", "in int32", "in safe chains, fp32 between")
-        )
-        assert wrapped != true
-        assert chains == pytest.approx(true, rel=1e-6)
-
-
-def test_errors_grow_as_bits_get_fewer():
-    table = chapter.error_table(128)
-    errors = [float(table.loc[f"DFP-{b}", "relative error"]) for b in chapter.BITS]
-    assert errors == sorted(errors)
-    assert float(table.loc["fp32", "relative error"]) < errors[0]
-
-
-def test_layers_are_timed_in_every_arithmetic():
-    table = chapter.layer_table("smoke")
-    assert {how for _, how in table.index} == {*formats(), "DFP-8", "DFP-14"}
-    assert (table.xs("fp32", level=1)["x over fp32"] == 1).all()
-
-
-def test_all_arms_take_the_same_steps_in_their_own_precision():
-    t = task("quick", "synthetic")
-    assert [a.changes["precision"] for a in chapter.arms(t)] == ["fp32", "fp32", "bf16"]
-    for arms in (chapter.arms(t), chapter.grid(t)):
+def test_the_grid_compares_at_equal_steps_and_has_no_two_arms_alike():
+    for preset, count in (("smoke", 4), ("quick", 4), ("study", 13)):
+        t = task(preset, "synthetic", lengths=(1.0,))
+        arms = chapter.grid(t)
         check_arms(t, arms)
+        assert len({a.methods for a in arms}) == len(arms) == count
         assert {a.lengths for a in arms[1:]} == {t.lengths}
-    study = chapter.grid(task("study", "synthetic"))
-    assert {a.methods[0].bits for a in study if a.methods} == {16, 14, 10, 8, 6, 5, 4}
+    assert {a.methods[0].bits for a in arms if a.methods} == {16, 14, 12, 10, 8, 6, 5, 4}

@@ -104,6 +104,15 @@ def test_scaled_estimates_are_unbiased_and_err_as_the_formula_says(how):
     assert abs(squared.mean() - expected) < 5 * squared.std() / DRAWS**0.5
 
 
+@pytest.mark.parametrize("w", [torch.ones(10), torch.tensor([5.0, 1, 1, 1, 0])], ids=["equal", "unequal"])
+def test_bernoulli_draws_of_about_one_term_are_never_empty_and_unbiased(w):
+    draws, generator = 3000, g(4)
+    drawn = [choose_terms(w, 1, "bernoulli", scaled=True, generator=generator) for _ in range(draws)]
+    assert all(len(index) for index, _ in drawn)
+    sums = torch.stack([(w[index] * scale).sum() for index, scale in drawn])
+    assert abs(sums.mean() - w.sum()) < 4.5 * sums.std() / draws**0.5 + 1e-4
+
+
 def test_norm_proportional_draws_have_the_least_error_and_its_closed_form():
     a, b, terms = matrices()
     w, k, product = norms(a, 1).double() * norms(b, 0).double(), 6, a @ b

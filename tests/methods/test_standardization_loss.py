@@ -3,6 +3,7 @@ autograd, surgery, training.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -383,10 +384,13 @@ def test_nothing_to_watch_and_bad_settings_are_errors():
         train(network(bn=False), DATA, RECIPE, [OtherNorm(kind="group")])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("kind", ["none", "group"])
-def test_the_controls_replace_every_batchnorm(kind):
+def test_the_controls_replace_every_batchnorm_in_its_own_format(kind, precision):
     model = network()
-    history = train(model, DATA, RECIPE, [OtherNorm(kind=kind)], evaluations=1)
+    recipe = replace(RECIPE, precision=precision)
+    history = train(model, DATA, recipe, [OtherNorm(kind=kind)], evaluations=1)
+    assert len({p.dtype for p in model.parameters()}) == 1
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     groups = [m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)]
     assert groups == ([8, 8] if kind == "group" else [])
