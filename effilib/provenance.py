@@ -38,6 +38,7 @@ NEVER = (
     "effilib.progress",
     "effilib.__main__",
 )
+KERNELS = Path(__file__).with_name("kernels")  # sources in C++
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -218,14 +219,13 @@ def imports(modules: Iterable[str]) -> set[str]:
 
 
 def _texts(modules):
-    """Sorted pairs (name, normalised source) of modules and of all that they import, C++ included."""
-    found = _files(modules)
+    """Sorted pairs (name, normalised source) of modules, of all that they import, and of C++ that they name."""
     texts = [
         [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
-        for name, file in found.items()
+        for name, file in _files(modules).items()
     ]
-    kernels = {f for name, file in found.items() if ".kernels" in name for f in file.parent.glob("*.cpp")}
-    return sorted(texts + [[f.name, f.read_text(encoding="utf-8")] for f in kernels])
+    named = {cpp for cpp in KERNELS.glob("*.cpp") if any(f"{cpp.stem!r}" in text for _, text in texts)}
+    return sorted(texts + [[cpp.name, cpp.read_text(encoding="utf-8")] for cpp in named])
 
 
 def _files(modules):
