@@ -77,10 +77,12 @@ def cache() -> Path:
 def kernels() -> Path:
     """Return the user's folder of compiled kernels; safe to delete, costs seconds.
 
+    `XDG_CACHE_HOME/effilib`, else `~/.cache/effilib`.
+
     >>> kernels().name
-    'effilib-kernels'
+    'effilib'
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effilib-kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effilib"
 
 
 def make(folder: Path | str, what: str = "results") -> Path:

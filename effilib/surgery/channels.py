@@ -240,8 +240,8 @@ class _Tracer(fx.Tracer):
 def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.Tensor]]:
     """Return (graph, opaque modules with the reason, constant tensors) of the forward pass.
 
-    Opaque modules cannot be followed, and are taken as they are. Raises `BadInput` where the forward pass as a
-    whole cannot be followed.
+    Opaque modules cannot be followed, and are taken as they are. Raises `BadInput` where the forward pass as
+    a whole cannot be followed.
 
     >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     >>> [node.name for node in graph.nodes], opaque
