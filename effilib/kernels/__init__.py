@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
 def _compiled():
     """The shared library of this source, made if it is not there."""
     flags = [f"-m{f.replace('_', '')}" for f in NEEDS]
-    command = [os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
+    command = [os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *flags]
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     file = paths.kernels() / f"{SOURCE.stem}-{name}.so"
     if not file.exists():
@@ -92,7 +92,7 @@ def quantise(
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
-    I = torch.empty_like(x, dtype=torch.int8 if bits <= 8 else torch.int16)  # noqa: E741  (the paper's symbol)
+    I = torch.empty_like(x, dtype=torch.int8 if bits <= 8 else torch.int16)  # noqa: E741
     scf = library().quantise(
         x.data_ptr(), formats[x.dtype], x.numel(), bits, guess, stochastic, seed, I.data_ptr(),
         torch.get_num_threads(),
