@@ -219,7 +219,7 @@ def imports(modules: Iterable[str]) -> set[str]:
 
 
 def _texts(modules):
-    """Sorted pairs (name, normalised source) of modules, of all that they import, and of C++ that they name."""
+    """Sorted pairs (name, normalised source) of modules, all that they import, and C++ that they name."""
     texts = [
         [name if name.startswith("effilib.") else file.stem, normalized(_text(name, file))]
         for name, file in _files(modules).items()

@@ -13,7 +13,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -43,13 +42,12 @@ int64_t samples(int64_t bytes, int64_t N, int64_t threads) {
   return std::clamp<int64_t>(NEAR / bytes, 1, std::max<int64_t>(1, N / threads));
 }
 
-// f(begin, end) over 0..n, a range a thread.
+// f(begin, end) over 0..n, a range a thread. By OpenMP, whose threads are PyTorch's: others would compete
+// with those, which wait actively.
 void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int64_t)>& f) {
   threads = std::max<int64_t>(1, std::min(n, threads));
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(f, t * n / threads, (t + 1) * n / threads);
-  f(0, n / threads);
-  for (auto& other : others) other.join();
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t t = 0; t < threads; ++t) f(t * n / threads, (t + 1) * n / threads);
 }
 
 // f(0), f(1), ..., unrolled before arrays become registers
