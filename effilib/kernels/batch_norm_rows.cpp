@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -41,11 +39,11 @@ void store(uint16_t* p, Floats f, int64_t m = LANES) {  // rounded to the neares
   std::memcpy(p, &h, m * sizeof *p);
 }
 
-void parallel(int64_t n, int64_t threads, const std::function<void(int64_t, int64_t)>& f) {
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(f, t * n / threads, (t + 1) * n / threads);
-  f(0, n / threads);
-  for (auto& other : others) other.join();
+// By OpenMP, whose threads are PyTorch's: others would compete with these, which wait for work busily.
+template <class F>
+void parallel(int64_t n, int64_t threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t t = 0; t < threads; ++t) f(t * n / threads, (t + 1) * n / threads);
 }
 
 template <class Element>

@@ -13,7 +13,7 @@ from effilib.clock import cpu_flags
 
 __all__ = ["load"]
 
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", "-w")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp", "-w")
 
 
 @functools.cache

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -114,10 +113,9 @@ void run(const void* g, void* out, int64_t n, float tau, uint64_t seed, double* 
     }
   };
   threads = std::clamp<int64_t>(pieces / SHARE, 1, threads);
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, t * pieces / threads, (t + 1) * pieces / threads);
-  work(0, pieces / threads);
-  for (auto& other : others) other.join();
+  // by OpenMP, whose threads are PyTorch's: others would compete with these, which wait for work busily
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t t = 0; t < threads; ++t) work(t * pieces / threads, (t + 1) * pieces / threads);
   std::fill(sums, sums + SUMS, 0.0);
   for (int64_t i = 0; i < pieces * SUMS; ++i) sums[i % SUMS] += of[i];
 }
