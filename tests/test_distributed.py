@@ -228,7 +228,8 @@ def every_method():
         make, method = special.get(name) or (lambda: with_bn(widths=(16, 16)), cls())
         model = make()
         try:
-            train(model, DATA, replace(RECIPE, epochs=2, precision="fp32"), [method])
+            precision = "bf16" if name == "eight_bits" else "fp32"
+            train(model, DATA, replace(RECIPE, epochs=2, precision=precision), [method])
             found[name] = alike(model)
         except (BadInput, NoEffect) as error:
             found[name] = str(error)

@@ -93,6 +93,10 @@ def test_no_file_is_read_or_written_in_the_locales_encoding():
                 continue
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
             given = {k.arg for k in call.keywords}
+            if (
+                getattr(getattr(call.func, "value", None), "id", "") == "archive"
+            ):  # a member of a ZIP is bytes
+                continue
             mode = next((a.value for a in call.args if isinstance(a, ast.Constant) and a.value in MODES), "")
             text = name in ("read_text", "write_text") or (name == "open" and mode in TEXT)
             assert not text or "encoding" in given, f"{file.name}:{call.lineno}"

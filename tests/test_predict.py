@@ -130,6 +130,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert [p for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
 
 
+@pytest.mark.filterwarnings("ignore:the network calls view")
 def test_a_users_own_network_is_named_and_needs_no_layout(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"

@@ -60,16 +60,17 @@ class DataPruning(Method):
             )
 
     def on_fit_start(self, run: Run) -> None:
-        if run.ranks.size > 1:
-            raise BadInput("data pruning needs one process: every image's loss has to be known to it")
         if run.schedule.planned <= len(run.batches):
             raise NoEffect("data pruning: nothing is pruned in a run of one epoch, whose losses it needs")
-        n, device = len(run.dataset.train), run.device
-        # equal losses: none is below the mean
-        run.state[self] = {"losses": torch.ones(n, device=device), "weights": torch.ones(n, device=device)}
+        ones = torch.ones(len(run.dataset.train), device=run.device)
+        # equal losses: none is below the mean. new: whether an image was seen since, and its loss
+        run.state[self] = {"losses": ones, "weights": ones.clone(), "new": torch.stack([ones, ones]) * 0}
 
     def on_epoch_start(self, run: Run) -> None:
         state, batches = run.state[self], run.batches
+        seen, losses = run.ranks.total(state["new"])  # every process saw others
+        state["losses"] = torch.where(seen > 0, losses, state["losses"])
+        state["new"].zero_()
         batches.chosen = None
         per_epoch = len(batches)
         if run.schedule.position + 0.5 < (1 - self.full) * run.schedule.planned:
@@ -93,7 +94,8 @@ class DataPruning(Method):
         )
         if len(losses) != len(index):
             raise BadInput("data pruning: another method changes which images a batch holds")
-        state["losses"][index] = losses.detach().to(state["losses"].dtype)
+        state["new"][0, index] = 1
+        state["new"][1, index] = losses.detach().to(state["new"].dtype)
         return ((state["weights"][index] - 1) * losses).mean()  # on top of the loop's mean
 
     def on_fit_end(self, run: Run) -> None:

@@ -263,7 +263,7 @@ def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.
 
     >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     >>> [node.name for node in graph.nodes], opaque
-    (['input_1', '_0', '_1', 'output'], {})
+    (['x', '_0', '_1', 'output'], {})
     """
     opaque, before = {}, set(vars(model))
     while True:

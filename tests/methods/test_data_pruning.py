@@ -73,7 +73,7 @@ def test_every_images_own_loss_is_kept():
             ce = F.cross_entropy(
                 run.logits, run.dataset.train.y[index], reduction="none", label_smoothing=0.1
             )
-            kept = run.state[self.of]["losses"][index]
+            kept = run.state[self.of]["new"][1, index]
             assert torch.allclose(kept, ce, atol=1e-6)
 
     method = DataPruning()
