@@ -404,7 +404,7 @@ def test_torchvisions_networks_grow():
                 None,
                 x,
                 torch.arange(4),
-                wider=before,
+                wider=before[:3],  # GradMax's decomposition of the widest takes long
                 deeper=(where,),
                 breaker="gradmax",
                 generator=gen(),
