@@ -13,11 +13,13 @@ from effilib.chapters import (
     layer_replacement,
     prune_then_grow,
     prune_train,
+    structure_and_strength,
 )
 from effilib.chapters.tree_cnn import cap
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.methods.class_arrival import Growing
+from effilib.methods.data_pruning import DataPruning
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_pruning import GradientPruning
 from effilib.methods.net2net import Grown
@@ -27,6 +29,7 @@ from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.tree_cnn import TreeCNN
 from effilib.methods.wavelet import WaveletStem
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
+from effilib.methods.whitening import Whitening
 from effilib.tasks import Task
 from effilib.training import resolve_precision
 
@@ -47,7 +50,7 @@ SIZES = {
     "quick": dict(images=2500, epochs=2),
     "study": dict(epochs=4, lengths=(0.5, 1.0), seeds=3),  # twenty arms: about 100 minutes on two cores
 }
-FEW = ("resizing", "wavelet stem", "PruneTrain", "smaller network")  # of the presets smoke and quick
+FEW = ("resizing", "whitening stem", "wavelet stem", "PruneTrain")  # of the presets smoke and quick
 PRESCRIBED = (
     "resizing",
     "wavelet stem",
@@ -118,6 +121,11 @@ def _pruned(task):
     return _method(prune_train.method(task.preset))
 
 
+def _whitened(task):
+    network = {"stem": structure_and_strength.CHANNELS} if task.network == "resnet" else {}
+    return Arm(name="", methods=(Whitening(),), network=network)
+
+
 def _encoder(task):
     if task.network not in models.NETWORKS:
         raise BadInput("its trunks are networks of ours, whose widths are lists")
@@ -125,6 +133,7 @@ def _encoder(task):
 
 
 CONVS, NORMS, NETWORK, IMAGES = "the convolutions", "the norms", "the network", "the images"
+STEM = "the stem"
 SAMPLED = column_row_sampling.SETTINGS[column_row_sampling.CONTENDER]
 FROZEN = gradient_approximation.SETTINGS[gradient_approximation.CONTENDER]
 STRENGTH = StructureAndStrength(scope="auto")
@@ -136,7 +145,9 @@ CONTENDERS = (
     Contender("gradient pruning", "4.1", (CONVS,), _one(GradientPruning(p=0.9)), 3),
     Contender("gradient approximation", "4.2", (CONVS, NORMS), _one(FROZEN), 3),
     Contender("stochastic pooling", "5.1", ("the pooling",), _one(StochasticPooling()), 3),
+    Contender("data pruning", "5.1", ("which images",), _one(DataPruning()), 1),
     Contender("structure and strength", "5.2", (CONVS, NORMS), _one(STRENGTH), 2),
+    Contender("whitening stem", "5.2", (STEM,), _whitened),
     Contender("PruneTrain", "6.1", (CONVS, NORMS), _pruned, 4),
     Contender("Net2Net", "6.2", (NETWORK,), _net2net),
     Contender("resizing", "6.3", (IMAGES,), lambda task: _resized(task, kernels=False), 1),
@@ -144,8 +155,8 @@ CONTENDERS = (
     Contender("layer replacement", "6.4", (CONVS, NETWORK), _replaced),
     Contender("Tree-CNN", "7.1", (NETWORK,), _tree),
     Contender("standardization loss", "7.2", (NORMS,), _one(StandardizationLoss()), 1),
-    Contender("wavelet stem", "7.3", ("the stem",), _one(WaveletStem())),
-    Contender("wavelet auto-encoder", "7.3", ("the stem", NETWORK), _encoder),
+    Contender("wavelet stem", "7.3", (STEM,), _one(WaveletStem())),
+    Contender("wavelet auto-encoder", "7.3", (STEM, NETWORK), _encoder),
     Contender("prune, then grow", "II.9", (CONVS, NORMS, NETWORK, IMAGES), _grown, 5),
 )
 
