@@ -304,7 +304,8 @@ def tune_baseline(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0 all complete or skipped, 1 something failed, 2 bad input, 130 interrupted.
+    Returns the exit code: 0 all complete or skipped, 1 something failed, 2 bad input, 130 interrupted,
+    141 nobody reads what is said.
     """
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     process = int(os.environ["RANK"]) if several else None
@@ -323,12 +324,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadInput(
                 f"{command} needs Linux or macOS: on Windows use WSL, or open a notebook in Jupyter"
             )
-        return arguments.pop("call")(**arguments)
+        code = arguments.pop("call")(**arguments)
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         print(f"effilib: {f'process {process}: ' if process else ''}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read what is said has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
