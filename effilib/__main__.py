@@ -140,12 +140,14 @@ def parser() -> Parser:
     train.add_argument(
         "--checkpoint",
         default="",
+        type=os.path.expanduser,
         metavar="FILE",
         help="written after every epoch (default: in --out, until the end)",
     )
     train.add_argument(
         "--out",
         default="",
+        type=os.path.expanduser,  # of --out=~/mine no shell does it
         metavar="FOLDER",
         help="for history.csv, model.pt and record.json (default: in results/play)",
     )
@@ -154,7 +156,7 @@ def parser() -> Parser:
     predict = commands.add_parser(
         "predict", help="tell the classes of new pictures by a network that was trained"
     )
-    predict.add_argument("model", help="the model.pt that train wrote")
+    predict.add_argument("model", type=os.path.expanduser, help="the model.pt that train wrote")
     predict.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="files, or folders with all below them"
     )
@@ -164,6 +166,7 @@ def parser() -> Parser:
     predict.add_argument(
         "--out",
         default="",
+        type=os.path.expanduser,
         metavar="FOLDER",
         help="for predictions.csv and predictions.png (default: the model's)",
     )
@@ -237,7 +240,9 @@ def _which(command):
         default="",
         help="name of the folder below results/ (default: made of preset, data set and parameters)",
     )
-    command.add_argument("--notebooks", metavar="FOLDER", help="the notebooks of another folder")
+    command.add_argument(
+        "--notebooks", type=os.path.expanduser, metavar="FOLDER", help="the notebooks of another folder"
+    )
 
 
 def run_series(compare: str | None, **settings: Any) -> int:

@@ -233,7 +233,7 @@ class Batches:
         if not 0 < batch_size <= len(dataset.train):
             raise NotApplicable(
                 f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
-                " images"
+                " images; batch_size sets a smaller one"
             )
         x = dataset.train.x
         if self.pad:  # reflect once: a crop is then an index

@@ -115,6 +115,8 @@ def _why(error):
         return "no picture that Pillow reads"
     if isinstance(error, FileNotFoundError):
         return "a broken link"
+    if isinstance(error, MemoryError):
+        return "too many pixels for the memory"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     return getattr(error, "strerror", None) or " ".join(["cannot be decoded:", *str(error).split()])[:100]

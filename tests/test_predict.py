@@ -150,6 +150,9 @@ def test_a_users_own_network_is_named_and_needs_no_layout(tmp_path, monkeypatch)
     words = ["predict", str(tmp_path / "net.pt"), str(tmp_path / "a.png")]
     assert command.main([*words, "--network", name]) == 0
     assert rows(tmp_path)[0]["class"] in "0123"  # beside the model, where nothing else is said
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.main(["predict", "~/net.pt", *words[2:], "--network", name, "--out=~/told"]) == 0
+    assert len(rows(tmp_path / "told")) == 1
 
 
 @pytest.mark.parametrize(
