@@ -94,7 +94,10 @@ def test_no_file_is_read_or_written_in_the_locales_encoding():
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
             given = {k.arg for k in call.keywords}
             mode = next((a.value for a in call.args if isinstance(a, ast.Constant) and a.value in MODES), "")
-            text = name in ("read_text", "write_text") or (name == "open" and mode in TEXT)
+            owner = getattr(getattr(call.func, "value", None), "id", "")  # what an archive opens is of bytes
+            text = name in ("read_text", "write_text") or (
+                name == "open" and mode in TEXT and owner != "archive"
+            )
             assert not text or "encoding" in given, f"{file.name}:{call.lineno}"
 
 
