@@ -140,12 +140,14 @@ def parser() -> Parser:
     train.add_argument(
         "--checkpoint",
         default="",
+        type=os.path.expanduser,
         metavar="FILE",
         help="written after every epoch (default: in --out, until the end)",
     )
     train.add_argument(
         "--out",
         default="",
+        type=os.path.expanduser,  # of --out=~/mine no shell does it
         metavar="FOLDER",
         help="for history.csv, model.pt and record.json (default: in results/play)",
     )
@@ -154,7 +156,7 @@ def parser() -> Parser:
     predict = commands.add_parser(
         "predict", help="tell the classes of new pictures by a network that was trained"
     )
-    predict.add_argument("model", help="the model.pt that train wrote")
+    predict.add_argument("model", type=os.path.expanduser, help="the model.pt that train wrote")
     predict.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="files, or folders with all below them"
     )
@@ -164,6 +166,7 @@ def parser() -> Parser:
     predict.add_argument(
         "--out",
         default="",
+        type=os.path.expanduser,
         metavar="FOLDER",
         help="for predictions.csv and predictions.png (default: the model's)",
     )
@@ -237,7 +240,9 @@ def _which(command):
         default="",
         help="name of the folder below results/ (default: made of preset, data set and parameters)",
     )
-    command.add_argument("--notebooks", metavar="FOLDER", help="the notebooks of another folder")
+    command.add_argument(
+        "--notebooks", type=os.path.expanduser, metavar="FOLDER", help="the notebooks of another folder"
+    )
 
 
 def run_series(compare: str | None, **settings: Any) -> int:
@@ -304,7 +309,8 @@ def tune_baseline(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0 all complete or skipped, 1 something failed, 2 bad input, 130 interrupted.
+    Returns the exit code: 0 all complete or skipped, 1 something failed, 2 bad input, 130 interrupted,
+    141 nobody reads what is said.
     """
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     process = int(os.environ["RANK"]) if several else None
@@ -323,12 +329,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadInput(
                 f"{command} needs Linux or macOS: on Windows use WSL, or open a notebook in Jupyter"
             )
-        return arguments.pop("call")(**arguments)
+        code = arguments.pop("call")(**arguments)
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         print(f"effilib: {f'process {process}: ' if process else ''}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read what is said has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -422,10 +422,7 @@ def _bytes(content):
 
 
 def _write(path, content):
-    try:
-        paths.write(paths.make(Path(path).absolute().parent) / Path(path).name, _bytes(content))
-    except OSError as error:  # a full disk; what was there before is there still
-        raise BadInput(f"cannot write the checkpoint {path}: {error.strerror}") from error
+    paths.write(paths.make(Path(path).absolute().parent) / Path(path).name, _bytes(content))
 
 
 def _content(path):

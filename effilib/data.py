@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from effilib import images, paths
 from effilib.distributed import ALONE
-from effilib.errors import BadInput, NotApplicable, choose
+from effilib.errors import BadInput, NotApplicable, choose, out_of_memory
 
 __all__ = [
     "KNOWN", "Batches", "Dataset", "Split", "check_name", "check_size", "folder_name", "identify", "label",
@@ -233,7 +233,7 @@ class Batches:
         if not 0 < batch_size <= len(dataset.train):
             raise NotApplicable(
                 f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
-                " images"
+                " images; batch_size sets a smaller one"
             )
         x = dataset.train.x
         if self.pad:  # reflect once: a crop is then an index
@@ -352,8 +352,17 @@ def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | No
     name = str(name)
     check_name(name)
     check_size(size)
+    try:
+        return _load(name, size).to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(f"{name}: out of memory ({error}); smaller or fewer images need less") from error
+
+
+def _load(name, size):
     if name == "synthetic":
-        return synthetic(size=size or 8).to(device)
+        return synthetic(size=size or 8)
     known, note = name, ""
     if name in KNOWN:
         arrays, names = _known(name)
@@ -361,7 +370,10 @@ def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | No
         path = Path(os.path.expanduser(name))
         if path.is_dir():
             cached, names = images.convert(path, paths.data() / "cache", label(name), size)
-            arrays, _ = _npz(cached)
+            try:
+                arrays, _ = _npz(cached)
+            except BadInput as error:
+                raise BadInput(f"{error}; delete it, it is made from {path} again") from error
             note = "pictures read at {1} x {0} pixels".format(*arrays[0].shape[1:])
         else:
             arrays, names = _npz(path)
@@ -378,7 +390,7 @@ def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | No
     return _split(
         known, arrays, info.get("names", names), pad=pad, flip=info.get("flip", False),
         note="; ".join(filter(None, notes)),
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
 
 
 def _known(name):
@@ -659,6 +671,8 @@ def _npz(path):
         with open(path, "rb") as handle, np.lib.npyio.NpzFile(handle, allow_pickle=False) as file:
             there = list(file)
             arrays = [np.asarray(file[k]) for k in ARRAYS if k in there]
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes NumPy and zipfile raise many kinds
         raise BadInput(f"{path} is not a readable .npz file ({error})") from error
     missing = [k for k in ARRAYS if k not in there]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TypeVar
 
-__all__ = ["BadInput", "NoEffect", "NotApplicable", "choose", "out_of_memory", "within"]
+__all__ = ["BadInput", "CannotWrite", "NoEffect", "NotApplicable", "choose", "out_of_memory", "within"]
 
 T = TypeVar("T")
 
@@ -19,6 +19,19 @@ class BadInput(ValueError):
     Traceback (most recent call last):
     effilib.errors.BadInput: recipe: lr is 0, it must be above 0
     """
+
+
+class CannotWrite(OSError, BadInput):
+    """A file cannot be written, such as on a full disk; what was there before is there still.
+
+    >>> import errno, os
+    >>> raise CannotWrite(errno.ENOSPC, os.strerror(errno.ENOSPC), "mine.csv")
+    Traceback (most recent call last):
+    effilib.errors.CannotWrite: cannot write mine.csv: No space left on device
+    """
+
+    def __str__(self):
+        return f"cannot write {self.filename}: {self.strerror}"
 
 
 class NotApplicable(BadInput):

@@ -22,6 +22,7 @@ from effilib.progress import ticked
 __all__ = ["convert", "find", "listed", "read", "resize"]
 
 SIDE = 32  # pixels of pictures that are not small and alike: what the networks here are made for
+RECOGNISED = ("BUFR", "GRIB", "HDF5", "MPEG")  # by Pillow, which cannot decode them
 SMALL = 64  # the largest side of pictures that keep their size
 GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
 # What file managers and cameras' cards leave behind; and all names that begin with a dot.
@@ -65,7 +66,8 @@ def _visible(folder):
 
 def _suffix(file):
     """Whether a file's name is that of a picture that Pillow reads."""
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    return kind in Image.OPEN and kind not in RECOGNISED
 
 
 def read(file: Path, *, grey: bool, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -97,6 +99,8 @@ def _opened(file):
     """An open picture. Whatever goes wrong with it is `BadInput`: Pillow raises and warns of many kinds."""
     with warnings.catch_warnings(action="ignore"):
         try:
+            if file.exists() and not file.is_file():  # a pipe would be waited for
+                raise BadInput("no regular file")
             with Image.open(file) as image:
                 yield image
         except Exception as error:
@@ -108,9 +112,11 @@ def _why(error):
     if isinstance(error, BadInput):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "no picture"
+        return "no picture that Pillow reads"
     if isinstance(error, FileNotFoundError):
         return "a broken link"
+    if isinstance(error, MemoryError):
+        return "too many pixels for the memory"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     return getattr(error, "strerror", None) or " ".join(["cannot be decoded:", *str(error).split()])[:100]
@@ -185,16 +191,13 @@ def convert(root: Path, cache: Path, title: str, size: int | None = None) -> tup
         if others:
             print(f"{title}: no pictures, and left out: {listed([str(f) for f in others], 5)}", flush=True)
         paths.make(cached.parent, "data")
-        try:
-            with paths.writing(cached) as file:  # another process may do the same
-                _write(file, parts, target, grey, title, bad)
-                if bad:
-                    raise BadInput(
-                        f"{root}: {len(bad)} of {len(files)} pictures cannot be read:"
-                        f" {listed(list(bad.values()))}; mend or delete them"
-                    )
-        except OSError as error:
-            raise BadInput(f"{root}: cannot write {cached}: {error.strerror}") from error
+        with paths.writing(cached) as file:  # another process may do the same
+            _write(file, parts, target, grey, title, bad)
+            if bad:
+                raise BadInput(
+                    f"{root}: {len(bad)} of {len(files)} pictures cannot be read:"
+                    f" {listed(list(bad.values()))}; mend or delete them"
+                )
     return cached, names
 
 
@@ -236,7 +239,7 @@ def _survey(root):
             others += more
     if empty:
         raise BadInput(f"{root}: there are no pictures in {listed(empty)}")
-    return tuple(names), found, others
+    return tuple(listed([name]) for name in names), found, others  # as text, whatever a folder's name is
 
 
 def _glance(files, title, bad):

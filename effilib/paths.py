@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from effilib.errors import BadInput
+from effilib.errors import BadInput, CannotWrite
 
 __all__ = [
     "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write",
@@ -99,10 +99,9 @@ def make(folder: Path | str, what: str = "results") -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(
-            f"cannot write {what} into {folder}: {error.strerror} (EFFILIB_{what.upper()} names another"
-            " folder)"
-        ) from error
+        ours = folder.absolute().is_relative_to({"results": results, "data": data}[what]())
+        hint = f" (EFFILIB_{what.upper()} names another folder)" if ours else ""
+        raise BadInput(f"cannot write {what} into {folder}: {error.strerror}{hint}") from error
     return folder
 
 
@@ -111,29 +110,33 @@ def writing(path: Path | str) -> Iterator[IO[bytes]]:
     """Yield a file that becomes `path` at the end: a reader sees all of it or none.
 
     It has a name of its own, so that several processes may write the same at once; the last one stays.
+    Raises `CannotWrite`.
 
     >>> with writing("mine.bin") as file:
     ...     _ = file.write(b"all of it")
     >>> Path("mine.bin").read_bytes()
     b'all of it'
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             yield file
         with contextlib.suppress(OSError):  # some file systems know no modes
             os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise CannotWrite(error.errno, error.strerror or str(error), str(path)) from error
         raise
 
 
 def write(path: Path | str, content: object) -> Path:
     """Write text, bytes or (as JSON) anything else to `path`, atomically. Returns the path.
 
-    JSON knows neither NaN nor infinity: they become null.
+    JSON knows neither NaN nor infinity: they become null. A file's name that is no text keeps its escapes.
 
     >>> write("mine.txt", "text").read_text()
     'text'
@@ -142,7 +145,7 @@ def write(path: Path | str, content: object) -> Path:
     """
     if not isinstance(content, str | bytes):
         content = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with writing(path) as file:
         file.write(data)
     return Path(path)

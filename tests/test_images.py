@@ -44,7 +44,9 @@ def folder(tmp_path, monkeypatch):
             for c in classes:
                 for i in range(n):
                     picture(
-                        root / part / c / f"{i}.png", seed=zlib.crc32(f"{part}/{c}/{i}".encode()), **settings
+                        root / part / c / f"{i}.png",
+                        seed=zlib.crc32(os.fsencode(f"{part}/{c}/{i}")),
+                        **settings,
                     )
         return root
 
@@ -187,8 +189,8 @@ def test_all_broken_pictures_are_named_at_once_and_nothing_is_kept(folder, part)
     assert said.startswith(f"{root}: 5 of 32 pictures cannot be read: ")
     for file, why in (
         (cut, "cannot be decoded: image file is truncated"),
-        (text, "no picture"),
-        (empty, "no picture"),
+        (text, "no picture that Pillow reads"),
+        (empty, "no picture that Pillow reads"),
         (link, "a broken link"),
         (deep, "more than 16 bits a channel"),
     ):
@@ -321,14 +323,49 @@ def test_what_file_managers_leave_behind_is_no_picture_and_no_class(folder, caps
 
 def test_files_that_are_left_out_are_named(folder, capsys):
     root = folder()
-    (root / "train" / "cat" / "IMG_0001.HEIX").write_bytes(b"x")
+    left_out = {"IMG_0001.HEIX", "film.mpg", "features.h5", "stray.png"}
+    for name in left_out:
+        (root / "train" / "cat" / name).write_bytes(b"x")
+    (root / "train" / "cat" / "stray.png").unlink()
     folder.picture(root / "train" / "stray.png")  # in no class
     data.load(str(root))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "my_images: 30 pictures, 12 x 10 pixels, kept as they are"
     left = "my_images: no pictures, and left out: "
     assert said[1].startswith(left)
-    assert {Path(p).name for p in said[1].removeprefix(left).split(", ")} == {"IMG_0001.HEIX", "stray.png"}
+    assert {Path(p).name for p in said[1].removeprefix(left).split(", ")} == left_out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_named_and_not_waited_for(folder):
+    root = folder()
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    with pytest.raises(BadInput, match=r"1 of 31 pictures cannot be read: .*pipe\.png \(no regular file\)"):
+        data.load(str(root))
+
+
+def test_a_damaged_copy_is_named_with_what_to_do(folder):
+    root = folder()
+    data.load(str(root))
+    (copy,) = (paths.data() / "cache").iterdir()
+    os.truncate(copy, 500)
+    with pytest.raises(BadInput, match=rf"{copy} is not .*; delete it, it is made from {root} again"):
+        data.load(str(root))
+    copy.unlink()
+    assert len(data.load(str(root)).train) == 21
+
+
+def test_images_that_do_not_fit_the_memory_are_one_sentence():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, before[1]))  # 64 GiB: overcommitted memory is refused late
+    try:
+        with pytest.raises(
+            BadInput, match=r"mnist5k: out of memory \(.*\); smaller or fewer images need less"
+        ):
+            data.load("mnist5k", size=4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_pictures_in_subfolders_and_behind_links_are_read_once(folder, tmp_path):
@@ -351,6 +388,12 @@ def test_names_of_any_kind_do(folder):
     with pytest.raises(BadInput, match="1 of 30 pictures cannot be read") as error:
         data.load(str(root))
     str(error.value).encode()
+
+
+def test_names_of_classes_are_text_whatever_those_of_folders(folder):
+    root = folder(classes=(os.fsdecode(b"caf\xe9"), "tea"))
+    names = data.load(str(root)).names
+    assert names == (r"caf\udce9", "tea")
 
 
 # --- size

@@ -157,3 +157,24 @@ def test_help_imports_nothing_heavy():
     )
     assert done.stdout.strip() == "[]"
     assert __version__
+
+
+def test_whoever_stops_reading_ends_it_quietly():
+    line = [sys.executable, "-m", "effilib", "list"]
+    environment = {**os.environ, "PYTHONPATH": str(paths.root())}
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_a_data_set_whose_name_is_no_text_is_refused_where_it_would_be_written(notebooks, tmp_path, capsys):
+    place = tmp_path / os.fsdecode(b"\xff")
+    place.mkdir()
+    add = nbformat.v4.new_code_cell('preset = dataset = ""', metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[add]), notebooks / "04_1_one.ipynb")
+    assert command.main(["run", "--notebooks", str(notebooks), "-p", "dataset", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("effilib: parameter dataset: ")
+    assert said.endswith("is no text: give the file another name\n")
+    assert not (tmp_path / "results").exists()

@@ -93,7 +93,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_go_on(trained, tm
     said = capsys.readouterr()
     bad = f"effilib: 2 of 3 cannot be read: {words[0]} (cannot be decoded: image file is truncated"
     assert said.err.startswith(bad)
-    assert said.err.endswith(f"), {tmp_path / 'c.txt'} (no picture)\n")
+    assert said.err.endswith(f"), {tmp_path / 'c.txt'} (no picture that Pillow reads)\n")
     assert "1 picture: 1 $dark$" in said.out
     assert [row["file"] for row in rows(tmp_path)] == [words[1]]
 
@@ -150,6 +150,9 @@ def test_a_users_own_network_is_named_and_needs_no_layout(tmp_path, monkeypatch)
     words = ["predict", str(tmp_path / "net.pt"), str(tmp_path / "a.png")]
     assert command.main([*words, "--network", name]) == 0
     assert rows(tmp_path)[0]["class"] in "0123"  # beside the model, where nothing else is said
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.main(["predict", "~/net.pt", *words[2:], "--network", name, "--out=~/told"]) == 0
+    assert len(rows(tmp_path / "told")) == 1
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,26 @@ def test_a_file_that_says_something_impossible_of_its_images_is_bad_input(part, 
     torch.save(saved, tmp_path / "net.pt")
     with pytest.raises(BadInput, match=r"net\.pt is not a checkpoint of a network"):
         checkpoint.load_images(tmp_path / "net.pt")
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_no_half_file(trained, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    draw(tmp_path / "a.png", CLASSES[0], 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # enough for the table
+    try:
+        ended = command.main(
+            ["predict", str(trained), str(tmp_path / "a.png"), "--out", str(tmp_path / "told")]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended == 2
+    assert (
+        capsys.readouterr().err
+        == f"effilib: cannot write {tmp_path / 'told/predictions.png'}: File too large\n"
+    )
+    assert [p.name for p in (tmp_path / "told").iterdir()] == ["predictions.csv"]
+    assert len(rows(tmp_path / "told")) == 1
 
 
 def test_names_that_are_no_text_come_through(trained, tmp_path):

@@ -57,9 +57,7 @@ def run(*, model: str, pictures: Sequence[str], network: str = "", out: str = ""
     if not rows:
         raise BadInput("there is no picture that could be read")
     paths.write(folder / "predictions.csv", table(rows))
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of characters that the font lacks: they are drawn as boxes
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks: drawn as boxes
         paths.write(folder / "predictions.png", figures.png(contact_sheet(shown)))
     told = ", ".join(f"{n} {name}" for name, n in counts.most_common())
     print(f"{len(rows)} picture{'s' * (len(rows) > 1)}: {images.listed([told])}")

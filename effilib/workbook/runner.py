@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import effilib
-from effilib import clock, data, models, paths, provenance, tasks
+from effilib import clock, data, images, models, paths, provenance, tasks
 from effilib.errors import BadInput, choose
 from effilib.progress import say_seconds
 from effilib.statistics import replication
@@ -166,6 +166,11 @@ def plan(
     """
     chosen = select(selectors, notebooks)
     given = {key: _absolute(key, text) for key, text in sorted(dict(parameters).items())}
+    for key, text in given.items():
+        if images.listed([text]) != text:  # notebooks and records are UTF-8
+            raise BadInput(
+                f"parameter {key}: {images.listed([text])!r} is no text: give the file another name"
+            )
     if timeout is not None and timeout < 1:
         raise BadInput(f"--timeout is a number of seconds of at least 1, not {timeout}")
     if name in PLACES or not re.fullmatch(r"([\w=-][\w.=-]*)?", name, re.ASCII):

@@ -35,6 +35,8 @@ from effilib.training import History, Method
 
 __all__ = ["cautions", "make", "make_task", "method", "methods", "run"]
 
+FILES = ("history.csv", "model.pt")  # beside record.json, which says that they are complete
+
 # Methods and settings, from words
 
 
@@ -199,7 +201,7 @@ def run(
     named = [task.network, *(words[0] for words in methods)]
     what = {
         "methods": provenance.settings(chosen),
-        "task": provenance.settings(task),
+        "task": provenance.settings(task) | {"dataset": data.name},  # known by its digest, wherever it lies
         "seed": seed,
         "processes": ranks.size,
         "data": data.digest,
@@ -233,6 +235,10 @@ def run(
             else "interrupted"
         )
         return 130
+    except BadInput:
+        if ranks.rank == 0 and not file.exists():  # there is nothing to go on from
+            (folder / "record.json").unlink(missing_ok=True)
+        raise
     record = {**started, "status": "complete", **summary(history, model, data, task)}
     record["duration_s"] = round(clock.now() - begun, 1)
     ranks.first(lambda: write(folder, record, history, model, data, task))
@@ -277,7 +283,7 @@ def complete(folder: Path, what: dict, checkpoint: Path) -> dict | None:
     None
     """
     record = paths.read_json(paths.make(folder) / "record.json") or {}
-    done = record.get("status") == "complete"
+    done = record.get("status") == "complete" and all((folder / name).exists() for name in FILES)
     if record.get("run") == what:
         return record if done else None
     if not record or not (done or checkpoint.exists()):
