@@ -208,11 +208,21 @@ def _hook(method, name):
     own, said = getattr(method, name), f"{type(method).__name__}.{name}"
 
     def hook(run, *batch):
+        before = _shared()
         try:
             answer = own(run, *batch)
+        except SystemExit as error:
+            raise BadInput(f"{said} ends the program at step {run.step}: exit({error.code!r})") from error
         except Exception as error:
             error.add_note(f"{said} raised this, at step {run.step}")
             raise
+        if changed := [s for s, value in _shared().items() if value != before[s]]:
+            for setting in changed:
+                getattr(torch, setting)(before[setting])
+            raise BadInput(
+                f"{said} left torch.{changed[0]}({before[changed[0]]}) changed, which other runs share: set it"
+                " back before the hook returns"
+            )
         if name == "on_batch" and not _is_batch(answer):
             raise BadInput(
                 f"{said} has to return the (x, y) to train on, a label for each image; it returned"
@@ -224,6 +234,17 @@ def _hook(method, name):
 
     hook.__qualname__ = said
     return hook
+
+
+def _shared():
+    """PyTorch's settings of the whole process, each by the function that sets it."""
+    return {
+        "set_grad_enabled": torch.is_grad_enabled(),
+        "set_num_threads": torch.get_num_threads(),
+        "set_default_dtype": torch.get_default_dtype(),
+        "set_float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def _kind(answer):
@@ -476,6 +497,8 @@ class Run:
             term = hook(self)
             if term is not None:
                 loss = loss + term
+        if not loss.requires_grad:
+            raise BadInput(f"nothing is left to train at step {self.step}: all parameters are frozen")
         self.scaler.scale(self.ranks.weigh(loss, self.batches)).backward()
         if self.counting:
             self.ranks.complete(self.model)

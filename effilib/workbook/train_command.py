@@ -8,6 +8,7 @@ train together, and rank 0 speaks and writes.
 
 import ast
 import dataclasses
+import enum
 import importlib
 import inspect
 import io
@@ -141,10 +142,17 @@ def read(what, name, text, hint):
         value = text
     either = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if either else (hint,)
+    named = [typing.get_args(k) for k in kinds if typing.get_origin(k) is typing.Literal]
+    choices = {str(word): word for words in named for word in words}
+    choices |= {m.name: m for k in kinds if inspect.isclass(k) and issubclass(k, enum.Enum) for m in k}
+    if text in choices:
+        return choices[text]
     for candidate in (value, text):  # a number may be meant as a word
         for kind in (typing.get_origin(k) or k for k in kinds):
             if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
                 return candidate
+    if choices and len(kinds) == 1:
+        choose(f"{name} of {what}", text, list(choices))
     said = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise BadInput(f"setting {name!r} of {what} takes values of type {said}, not {text!r}")
 
