@@ -24,7 +24,7 @@ from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import Dataset
-from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
 
 __all__ = [
@@ -811,8 +811,7 @@ def _check(model, dataset, recipe, layout, batch, ranks):
             model, type(model).__name__, dataset.classes, dataset.shape,
             batch=batch, layout=layout, autocast=autocast(precision, dataset.device),
         )  # fmt: skip
-        if recipe.memory_format == "channels_last" and convolution.is_contiguous(model):
-            raise BadInput("this network cannot run in channels_last, for its view(): set memory_format=auto")
+        resolve_layout(recipe, dataset.device, model)  # now that it is known which ones it can take
     except BadInput as error:
         refused = error
     said = next(filter(None, ranks.gather(str(refused or ""))), "")
@@ -991,14 +990,21 @@ def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str
 
 def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu", model: nn.Module | None = None) -> str:
     """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
-    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`).
+    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`). Raises
+    `NotApplicable` where such a model is asked to.
 
     >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
     ('channels_last', 'contiguous')
     """
+    plain = model is not None and convolution.is_contiguous(model)
+    if plain and recipe.memory_format == "channels_last":
+        raise NotApplicable(
+            "this network cannot run in channels_last, for its view(): set memory_format=auto, or call"
+            " flatten(1) in it"
+        )
     if recipe.memory_format != "auto":
         return recipe.memory_format
-    if model is not None and convolution.is_contiguous(model):
+    if plain:
         return "contiguous"
     cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in (
         "fp32",
