@@ -146,6 +146,12 @@ def test_gloo_keeps_to_this_machine():
     assert list(processes.loopback()) == ["GLOO_SOCKET_IFNAME"]
 
 
+def test_a_user_without_a_home_folder_is_told_to_name_one(monkeypatch, capsys):
+    monkeypatch.setattr(main.os.path, "expanduser", lambda path: path)  # as for an id without an account
+    assert main.main(["list"]) == 2
+    assert "this user has no home folder: set HOME" in capsys.readouterr().err
+
+
 # Windows
 
 

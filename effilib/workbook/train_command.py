@@ -142,8 +142,7 @@ def read(what, name, text, hint):
         value = text
     either = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if either else (hint,)
-    named = [typing.get_args(k) for k in kinds if typing.get_origin(k) is typing.Literal]
-    choices = {str(word): word for words in named for word in words}
+    choices = {str(c): c for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)}
     choices |= {m.name: m for k in kinds if inspect.isclass(k) and issubclass(k, enum.Enum) for m in k}
     if text in choices:
         return choices[text]
@@ -152,8 +151,13 @@ def read(what, name, text, hint):
             if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
                 return candidate
     if choices and len(kinds) == 1:
-        choose(f"{name} of {what}", text, list(choices))
-    said = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        choose(f"{name} of {what}", text, choices)
+    said = " or ".join(
+        " or ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is typing.Literal
+        else getattr(kind, "__name__", str(kind))
+        for kind in kinds
+    )
     raise BadInput(f"setting {name!r} of {what} takes values of type {said}, not {text!r}")
 
 
@@ -241,6 +245,10 @@ def run(
             else "interrupted"
         )
         return 130
+    except BadInput:  # nothing was trained, or the checkpoint says how far
+        if ranks.rank == 0 and not file.exists():
+            (folder / "record.json").unlink(missing_ok=True)
+        raise
     record = {**started, "status": "complete", **summary(history, model, data, task)}
     record["duration_s"] = round(clock.now() - begun, 1)
     ranks.first(lambda: write(folder, record, history, model, data, task))
