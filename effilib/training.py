@@ -220,8 +220,8 @@ def _hook(method, name):
             for setting in changed:
                 getattr(torch, setting)(before[setting])
             raise BadInput(
-                f"{said} left torch.{changed[0]}({before[changed[0]]}) changed, which other runs share: it has"
-                " to set that back"
+                f"{said} left torch.{changed[0]}({before[changed[0]]}) changed, which other runs share:"
+                " it has to set that back"
             )
         if name == "on_batch" and not _is_batch(answer):
             raise BadInput(
