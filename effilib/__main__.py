@@ -322,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.path[0] in ("", os.getcwd()):  # `python -m` puts it there; no file in it shadows a module
         sys.path.append(sys.path.pop(0))
     try:
+        if os.path.expanduser("~") == "~":  # a user id without an account, as containers have
+            raise BadInput("this user has no home folder: set HOME to a folder, for caches and settings")
         arguments = vars(parser().parse_args(argv))
         if (command := arguments.pop("command")) != "train" and process is not None:
             raise BadInput(f"{command} is one process: of the commands torchrun starts train alone")

@@ -371,10 +371,15 @@ def build(
     with seeded(seed):
         try:
             model = make()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OSError) as error:  # weights that cannot be had are one
             raise BadInput(f"network {network} cannot be made: {error}") from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"network {network} returned {type(model).__name__}, expected a torch.nn.Module")
+        if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+            raise BadInput(
+                f"network {network} is compiled or scripted, which hides its layers: return the plain one"
+                " (--set compile=True compiles it)"
+            )
         fits(model, network, classes, shape)
     return guard_(model).to(device)
 

@@ -24,7 +24,7 @@ from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import Dataset
-from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
 
 __all__ = [
@@ -208,11 +208,21 @@ def _hook(method, name):
     own, said = getattr(method, name), f"{type(method).__name__}.{name}"
 
     def hook(run, *batch):
+        before = _shared()
         try:
             answer = own(run, *batch)
+        except SystemExit as error:
+            raise BadInput(f"{said} ends the program at step {run.step}: exit({error.code!r})") from error
         except Exception as error:
             error.add_note(f"{said} raised this, at step {run.step}")
             raise
+        if changed := [s for s, value in _shared().items() if value != before[s]]:
+            for setting in changed:
+                getattr(torch, setting)(before[setting])
+            raise BadInput(
+                f"{said} left torch.{changed[0]}({before[changed[0]]}) changed, which other runs share:"
+                " it has to set that back"
+            )
         if name == "on_batch" and not _is_batch(answer):
             raise BadInput(
                 f"{said} has to return the (x, y) to train on, a label for each image; it returned"
@@ -224,6 +234,17 @@ def _hook(method, name):
 
     hook.__qualname__ = said
     return hook
+
+
+def _shared():
+    """PyTorch's settings of the whole process, each by the function that sets it."""
+    return {
+        "set_grad_enabled": torch.is_grad_enabled(),
+        "set_num_threads": torch.get_num_threads(),
+        "set_default_dtype": torch.get_default_dtype(),
+        "set_float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def _kind(answer):
@@ -476,6 +497,8 @@ class Run:
             term = hook(self)
             if term is not None:
                 loss = loss + term
+        if not loss.requires_grad:
+            raise BadInput(f"nothing is left to train at step {self.step}: all parameters are frozen")
         self.scaler.scale(self.ranks.weigh(loss, self.batches)).backward()
         if self.counting:
             self.ranks.complete(self.model)
@@ -788,8 +811,7 @@ def _check(model, dataset, recipe, layout, batch, ranks):
             model, type(model).__name__, dataset.classes, dataset.shape,
             batch=batch, layout=layout, autocast=autocast(precision, dataset.device),
         )  # fmt: skip
-        if recipe.memory_format == "channels_last" and convolution.is_contiguous(model):
-            raise BadInput("this network cannot run in channels_last, for its view(): set memory_format=auto")
+        resolve_layout(recipe, dataset.device, model)  # now that it is known which ones it can take
     except BadInput as error:
         refused = error
     said = next(filter(None, ranks.gather(str(refused or ""))), "")
@@ -968,14 +990,21 @@ def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str
 
 def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu", model: nn.Module | None = None) -> str:
     """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
-    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`).
+    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`). Raises
+    `NotApplicable` where such a model is asked to.
 
     >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
     ('channels_last', 'contiguous')
     """
+    plain = model is not None and convolution.is_contiguous(model)
+    if plain and recipe.memory_format == "channels_last":
+        raise NotApplicable(
+            "this network cannot run in channels_last, for its view(): set memory_format=auto, or call"
+            " flatten(1) in it"
+        )
     if recipe.memory_format != "auto":
         return recipe.memory_format
-    if model is not None and convolution.is_contiguous(model):
+    if plain:
         return "contiguous"
     cuda_cores = torch.device(device).type == "cuda" and resolve_precision(recipe.precision, device) in (
         "fp32",

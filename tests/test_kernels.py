@@ -1,6 +1,9 @@
 """Exact convolutions of integers: compiled and not, against int64, and without a compiler."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -182,6 +185,38 @@ def test_it_is_compiled_once_for_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler.subprocess, "run", None)
     assert compiler.load.__wrapped__(*name) is not None
     assert list(tmp_path.glob("effilib/*")) == [made]
+
+
+@pytest.mark.skipif(not COMPILED, reason="no AVX512-VNNI")
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_damaged_file_is_compiled_anew(left, tmp_path):
+    # in a process of its own: to load half a file would end this one
+    load = (
+        "from effilib.kernels import compiler; print(compiler.load('gradient_pruning', 'slow') is not None)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(paths.root())}
+
+    def loaded():
+        words = [sys.executable, "-c", load]
+        return subprocess.run(words, env=environment, capture_output=True, text=True).stdout
+
+    assert loaded() == "True\n"
+    (made,) = tmp_path.glob("effilib/*")
+    whole = made.read_bytes()
+    made.write_bytes(whole[:left])
+    assert loaded() == "True\n"
+    assert made.read_bytes() == whole
+    assert list(tmp_path.glob("effilib/*")) == [made]
+
+
+def test_the_compiler_may_have_arguments_and_its_error_is_the_line_said(tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n(echo "In file included from x:"; echo "x:1: error: no $1") >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{broken} wrapped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiler.load.__wrapped__("gradient_pruning", "slow") is None
+    assert capsys.readouterr().out == "no C++ kernel, slow: x:1: error: no wrapped\n"
 
 
 def test_the_folder_of_kernels_is_the_users_cache(monkeypatch, tmp_path):

@@ -93,10 +93,6 @@ def test_no_file_is_read_or_written_in_the_locales_encoding():
                 continue
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
             given = {k.arg for k in call.keywords}
-            if (
-                getattr(getattr(call.func, "value", None), "id", "") == "archive"
-            ):  # a member of a ZIP is bytes
-                continue
             mode = next((a.value for a in call.args if isinstance(a, ast.Constant) and a.value in MODES), "")
             owner = getattr(getattr(call.func, "value", None), "id", "")  # what an archive opens is of bytes
             text = name in ("read_text", "write_text") or (
@@ -147,6 +143,12 @@ def test_processes_of_one_machine_need_no_network(tmp_path):
 
 def test_gloo_keeps_to_this_machine():
     assert list(processes.loopback()) == ["GLOO_SOCKET_IFNAME"]
+
+
+def test_a_user_without_a_home_folder_is_told_to_name_one(monkeypatch, capsys):
+    monkeypatch.setattr(main.os.path, "expanduser", lambda path: path)  # as for an id without an account
+    assert main.main(["list"]) == 2
+    assert "this user has no home folder: set HOME" in capsys.readouterr().err
 
 
 # Windows

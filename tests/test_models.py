@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from effilib import models, training
 from effilib.data import load
-from effilib.errors import BadInput
+from effilib.errors import BadInput, NotApplicable
 from effilib.models import build, describe
 from effilib.training import Recipe, evaluate, train
 
@@ -28,6 +28,15 @@ from torch import nn
 
 def head(features, classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, classes))
+
+def without_its_weights(n):
+    return torch.load("missing.pt")
+
+def scripted(n):
+    return torch.jit.script(head(3, n))
+
+def compiled(n):
+    return torch.compile(head(3, n))
 
 def by_position(n):
     return nn.Sequential(nn.Conv2d(3, 4, 3), head(4, n))
@@ -310,6 +319,9 @@ WRONG = [  # network, shape, what the sentence must say
     ("OWN:silent", (3, 8, 8), "cannot take images of .*: ValueError$"),
     ("OWN:no_module", (3, 8, 8), r"returned str, expected a torch\.nn\.Module"),
     ("OWN:nothing", (3, 8, 8), "cannot be made: nothing()"),
+    ("OWN:without_its_weights", (3, 8, 8), "cannot be made: .*No such file or directory: 'missing.pt'"),
+    ("OWN:scripted", (3, 8, 8), "is compiled or scripted, .*: return the plain one"),
+    ("OWN:compiled", (3, 8, 8), "is compiled or scripted, .*: return the plain one"),
     (
         "OWN:by_positoin",
         (3, 8, 8),
@@ -437,9 +449,11 @@ def test_view_on_feature_maps_trains_in_the_contiguous_layout_and_says_so(tmp_pa
     assert_close(weights(nets[0]), weights(flat), atol=1e-4, rtol=1e-4)
     with (
         pytest.warns(UserWarning, match="view"),
-        pytest.raises(BadInput, match=r"cannot run in channels_last, .* set memory_format=auto"),
+        pytest.raises(NotApplicable, match=r"cannot run in channels_last, .* set memory_format=auto"),
     ):
         train(lenet(), data, replace(recipe, memory_format="channels_last"))
+    with pytest.raises(NotApplicable, match="cannot run in channels_last"):  # where it is timed, too
+        training.resolve_layout(replace(recipe, memory_format="channels_last"), "cpu", nets[0])
     broken = lenet(answer=lambda self, logits: logits[:, :1])
     with pytest.raises(BadInput, match="expected logits"):
         models.fits(broken, "net", 4, (1, 8, 8))

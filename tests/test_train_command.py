@@ -31,9 +31,10 @@ NO_BN = ["--network", "vgg", "--set", "widths={'widths': ((8,), (8,)), 'bn': Fal
 PRUNE = ["--method", "prune_train", "scale=100.0", "weigh=size", "multiple=2"]
 
 MINE = """
-import os, signal
+import enum, os, signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 import torch
 from effilib import Method
 
@@ -53,6 +54,16 @@ class Die(Method):
 
 class Plain(Method):
     pass
+
+class Kind(enum.Enum):
+    MEAN = 1
+    MAX = 2
+
+@dataclass(frozen=True)
+class Choosy(Method):
+    kind: Kind = Kind.MEAN
+    norm: Literal["l1", "l2", 3] = "l1"
+    limit: Literal["none"] | float = "none"
 """
 
 
@@ -357,6 +368,8 @@ def test_methods_are_found_by_name_and_settings_are_literals(mine):
     )
     own = train_command.method(f"{mine}:Die", "step=3", "once=3")  # a word, not a number
     assert (own.step, own.once) == (3, "3")
+    choosy = train_command.method(f"{mine}:Choosy", "kind=MAX", "norm=3", "limit=0.5")
+    assert (choosy.kind.value, choosy.norm, choosy.limit) == (2, 3, 0.5)
     assert isinstance(train_command.method(f"{mine}:Plain"), Method)
     assert set(train_command.methods()) >= {
         "prune_train",
@@ -406,6 +419,15 @@ def test_methods_are_found_by_name_and_settings_are_literals(mine):
             "unknown setting of MINE:Plain 'x': choose one of none, it has no settings",
         ),
         (["--method", "gradient_pruning", "p=0.0"], "gradient pruning: p = 0 prunes nothing"),
+        (
+            ["--method", "MINE:Choosy", "kind=MIN"],
+            "unknown kind of MINE:Choosy 'MIN': choose one of MEAN,",
+        ),
+        (["--method", "MINE:Choosy", "norm=l3"], "unknown norm of MINE:Choosy 'l3': choose one of l1, l2, 3"),
+        (
+            ["--method", "MINE:Choosy", "limit=all"],
+            "setting 'limit' of MINE:Choosy takes values of type 'none' or",
+        ),
         (["--set", "learning=1"], "unknown setting 'learning': choose one of"),
         (["--set", "lr=fast"], "setting 'lr' of the recipe takes values of type float, not 'fast'"),
         (["--set", "batch_size=10000"], "batch size 10000 does not fit synthetic"),

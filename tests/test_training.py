@@ -1191,6 +1191,36 @@ def test_what_a_hook_raises_says_which_it_was(hook):
     ]
 
 
+def test_a_hook_that_ends_the_program_is_named():
+    with pytest.raises(BadInput, match=r"Mine\.on_epoch_end ends the program at step 12: exit\('enough'\)"):
+        trained(replace(FP32, epochs=1), [method(on_epoch_end=lambda self, run: exit("enough"))])
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        ("set_grad_enabled", False),
+        ("set_num_threads", 3),
+        ("set_default_dtype", torch.float64),
+        ("set_float32_matmul_precision", "medium"),
+    ],
+)
+def test_a_hook_cannot_change_what_other_arms_share(function, value):
+    get = getattr(torch, function.replace("set_grad", "is_grad").replace("set_", "get_"))
+    before = get()
+    with pytest.raises(BadInput, match=rf"Mine\.on_fit_start left torch\.{function}\({before}\) changed"):
+        trained(FP32, [method(on_fit_start=lambda self, run: getattr(torch, function)(value) and None)])
+    assert get() == before
+
+
+def test_a_network_that_is_frozen_in_mid_run_is_said_to_be():
+    def freeze(self, run):
+        run.model.requires_grad_(False)
+
+    with pytest.raises(BadInput, match="nothing is left to train at step 12: all parameters are frozen"):
+        trained(FP32, [method(on_epoch_end=freeze)])
+
+
 @dataclass
 class Changeable(Method):
     rate: float = 0.5

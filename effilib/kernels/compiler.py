@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,20 +34,30 @@ def load(name: str, instead: str, needs: tuple[str, ...] = ()) -> ctypes.CDLL | 
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        print(f"no C++ kernel, {instead}: {lines[0]}", flush=True)
+        why = next((line for line in lines if "error" in line), lines[0])
+        print(f"no C++ kernel, {instead}: {why}", flush=True)
         return None
 
 
 def _compiled(source):
-    """The shared library of a source, made if it is not there."""
-    command = [os.environ.get("CXX", "g++"), *FLAGS]
+    """The shared library of a source, made if it is not there whole.
+
+    Its name ends in the digest of its content: a damaged one would end the process when it is loaded.
+    """
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
     key = source.read_bytes() + " ".join([*command, *sorted(cpu_flags())]).encode()
-    file = paths.kernels() / f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.so"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole, or not at all
-            new = Path(folder) / file.name
-            command += [str(source), "-o", str(new)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(new, file)
+    folder, name = paths.kernels(), f"{source.stem}-{_digest(key)}"
+    for file in folder.glob(f"{name}-*.so"):
+        if file.stem == f"{name}-{_digest(file.read_bytes())}":
+            return file
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # whole, or not at all
+        new = Path(temporary) / "kernel.so"
+        subprocess.run([*command, str(source), "-o", str(new)], check=True, capture_output=True, text=True)
+        file = folder / f"{name}-{_digest(new.read_bytes())}.so"
+        os.replace(new, file)
     return file
+
+
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -8,6 +8,7 @@ train together, and rank 0 speaks and writes.
 
 import ast
 import dataclasses
+import enum
 import importlib
 import inspect
 import io
@@ -143,11 +144,22 @@ def read(what, name, text, hint):
         value = text
     either = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if either else (hint,)
+    choices = {str(c): c for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)}
+    choices |= {m.name: m for k in kinds if inspect.isclass(k) and issubclass(k, enum.Enum) for m in k}
+    if text in choices:
+        return choices[text]
     for candidate in (value, text):  # a number may be meant as a word
         for kind in (typing.get_origin(k) or k for k in kinds):
             if type(candidate) is kind or (kind is float and type(candidate) is int) or kind is typing.Any:
                 return candidate
-    said = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    if choices and len(kinds) == 1:
+        choose(f"{name} of {what}", text, choices)
+    said = " or ".join(
+        " or ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is typing.Literal
+        else getattr(kind, "__name__", str(kind))
+        for kind in kinds
+    )
     raise BadInput(f"setting {name!r} of {what} takes values of type {said}, not {text!r}")
 
 
@@ -235,8 +247,8 @@ def run(
             else "interrupted"
         )
         return 130
-    except BadInput:
-        if ranks.rank == 0 and not file.exists():  # there is nothing to go on from
+    except BadInput:  # nothing was trained, or the checkpoint says how far
+        if ranks.rank == 0 and not file.exists():
             (folder / "record.json").unlink(missing_ok=True)
         raise
     record = {**started, "status": "complete", **summary(history, model, data, task)}
