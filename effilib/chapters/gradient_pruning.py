@@ -8,7 +8,7 @@ from effilib.tasks import Task
 PRUNED, SAMPLED, SMALLER = "pruned, p = 90%", "samples by norm", "smaller network, exact"
 RATES = (0.7, 0.8, 0.9, 0.99)  # target rates of pruning
 SIZES = {
-    "quick": dict(epochs=1),
+    "quick": dict(epochs=0.6),
     "study": dict(epochs=4),  # of the tuned network: four arms of up to a minute a training
 }
 GRID = {  # of what is only shown

@@ -11,7 +11,7 @@ from effilib.tasks import Task
 
 FULL, IMAGES, BOTH, BARE = "full size", "images only", "images and kernels", "images and kernels, no factor"
 SIZES = {
-    "quick": dict(images=1100, epochs=1.6),
+    "quick": dict(images=900, epochs=1.6),
     "study": dict(epochs=3),  # 5x5 kernels cost about twice as much an epoch
 }
 FEW = {  # of the second run, images alone on the tuned network

@@ -10,7 +10,10 @@ from effilib.methods.whitening import Whitening
 from effilib.tasks import Task
 
 # The closed form, on the task's own network and all of its images.
-STEM = {"quick": dict(epochs=1.2), "study": dict(epochs=4)}
+STEM = {
+    "quick": dict(images=800, epochs=2, batch_size=16, lr=0.1),  # a hundred steps
+    "study": dict(epochs=4),
+}
 WHITE, AS_WIDE, FROZEN = "whitening stem", "stem as wide, trained", "stem as wide, random and frozen"
 CHANNELS = 32  # of the stem: 16 of the 27 directions of a patch, and their negatives; trained, 16 are as good
 
@@ -18,14 +21,14 @@ SIZES = convnet.SIZES  # what structure saves is labelled images
 # Every structure with both trainings; in the short presets a glance at it.
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
-    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=1.5),
+    "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=1),
     "study": SIZES["study"] | dict(lengths=(0.125, 1.0), seeds=3),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
 TIME = {
     "smoke": dict(images=64, epochs=2),
-    "quick": dict(images=64, epochs=20, batch_size=16, seeds=1),
+    "quick": dict(images=64, epochs=12, batch_size=16, seeds=1),
     "study": dict(images=512, epochs=200),
     "full": dict(images=512, epochs=500),
 }

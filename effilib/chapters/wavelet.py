@@ -15,10 +15,10 @@ PUSHED, READY = "wavelet, all maps halved", "wavelet stem, precomputed"
 JOINT, STAGED = "WAE, joint", "WAE, three stages"
 CONTROLS = (S2D, STRIDED, LOW)
 
-SIZES = {"quick": dict(epochs=2, images=1300)}  # of the judged arms
+SIZES = {"quick": dict(epochs=2, images=1000)}  # of the judged arms
 EVERY = {  # of the run of all arms, which is shown and not judged
     "smoke": dict(lengths=(1.0,)),
-    "quick": dict(lengths=(1.0,), seeds=1, images=900, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=700, epochs=2),
     "study": dict(lengths=(1.0,), seeds=1, epochs=2),
     "full": dict(lengths=(1.0,), seeds=1),
 }
