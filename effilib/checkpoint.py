@@ -115,7 +115,7 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
     if name not in models.NETWORKS and network is None:
         raise BadInput(
             f"{path} holds a network that {name} makes, which would be imported and called: if you trust"
-            f" it, say load_model(..., network={name!r})"
+            f" it, name it: load_model(..., network={name!r}), or --network {name}"
         )
     if network not in (None, name):
         raise BadInput(f"{path} holds a network that {name} makes, not {network}")
