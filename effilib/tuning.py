@@ -105,6 +105,8 @@ def sweep(
     >>> [(row["epochs"], row["setting"]) for row in rows]
     [(0.25, {'lr': 0.1}), (0.5, {'lr': 0.1})]
     """
+    for setting in settings:  # refused before anything is written
+        task.but(**{k: v for k, v in setting.items() if hasattr(task.recipe, k)})
     file = sweep_file(task, name)
     paths.make(file.parent)
     done = {(r["arm"], r["epochs"], _name(r["setting"]), r["seed"]) for r in read(file)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from effilib import tuning
+from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.tasks import task
 from effilib.training import Method, train
@@ -107,3 +108,9 @@ def test_what_is_best_is_what_a_task_takes_at_its_lengths():
     t = task("quick", "mnist5k", epochs=4).but(tuned=tuning.tuned(rows), given=())
     assert [t.at(length).recipe.lr for length in (0.5, 0.6, 1.0)] == [0.4, 0.4, 0.1]
     assert t.but(lr=0.3).at(1.0).recipe.lr == 0.3
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_written(folder):
+    with pytest.raises(BadInput, match="lr is 0"):
+        tuning.sweep(SMALL, tuning.BASELINE, [{"lr": 0.1}, {"lr": 0}], seeds=(1000,), workers=1)
+    assert not folder.exists()
