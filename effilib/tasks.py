@@ -135,10 +135,17 @@ class Task:
         >>> task("quick", "mnist5k", lr=0.3).wide().recipe.lr
         0.3
         """
-        network = "" if self.network == "resnet" else self.network
+        return self.on("" if self.network == "resnet" else self.network, "wide")
+
+    def on(self, network: str, variant: str = "base") -> "Task":
+        """Return the task as the preset has it for a network, with all else that the user asked for.
+
+        >>> task("quick", "mnist5k", "convnet", lr=0.3).on("resnet").recipe.lr
+        0.3
+        """
         both = {**vars(self), **vars(self.recipe)}
         asked = {k: both[k] for k in self.given if k not in ("network", "widths")}
-        found = task(self.preset, self.dataset, network, "wide", device=self.device, **asked)
+        found = task(self.preset, self.dataset, network, variant, device=self.device, **asked)
         return replace(found, seeds=self.seeds, given=self.given)
 
     def at(self, length: float) -> "Task":

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from effilib import tasks
 from effilib.chapters import convnet_tuning as convnet
 from effilib.experiment import Arm
 from effilib.methods.structure_and_strength import STRUCTURES, StructureAndStrength
@@ -40,9 +39,7 @@ STRENGTH = "kmeans, strength only"
 
 def with_stem(task: Task) -> Task:
     """Return the task on its own network, which for this chapter's plain one is the preset's ResNet."""
-    network = "" if task.network == convnet.NETWORK else task.network
-    found = tasks.task(task.preset, task.dataset, network, device=task.device)
-    return replace(found, seeds=task.seeds, given=task.given).sized(STEM)
+    return task.on("" if task.network == convnet.NETWORK else task.network).sized(STEM)
 
 
 def stems(task: Task) -> list[Arm]:

@@ -82,18 +82,13 @@ class DataPruning(Method):
         run.schedule.pace = per_epoch / len(batches)
         run.steps = run.step + run.schedule.left
 
-    def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        run.state[self]["y"] = y
-        return x, y
-
     def loss_terms(self, run: Run) -> torch.Tensor:
         state, index = run.state[self], run.batches.index
-        smoothing = run.recipe.label_smoothing
-        losses = F.cross_entropy(
-            at_least_fp32(run.logits), state.pop("y"), reduction="none", label_smoothing=smoothing
-        )
-        if len(losses) != len(index):
+        if len(run.logits) != len(index):
             raise BadInput("data pruning: another method changes which images a batch holds")
+        logits, y = at_least_fp32(run.logits), run.dataset.train.y[index]
+        smoothing = run.recipe.label_smoothing
+        losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
         state["new"][0, index] = 1
         state["new"][1, index] = losses.detach().to(state["new"].dtype)
         return ((state["weights"][index] - 1) * losses).mean()  # on top of the loop's mean

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import BadInput, choose
+from effilib.errors import choose, within
 from effilib.inspection import cut_patches, first_convolution, followers
 from effilib.training import Method, Run
 
@@ -63,14 +63,12 @@ def whiten_stem_(
     eps: float = 5e-4,
     patches: int = 100_000,
     shift: bool = True,
-    learned: bool = True,
 ) -> tuple[str, str]:
     """Set the first convolution's filters to whitening ones and freeze them, in place.
 
     images: (N, C, H, W) of the *training* set, normalised. shift: a BatchNorm right behind the layer only
-    adds its bias; `unshift_` makes it a plain one again that computes the same. learned: else the filters
-    stay what they are. Returns the names of the layer and of that BatchNorm, "" without one. Raises what
-    `first_convolution` raises.
+    adds its bias; `unshift_` makes it a plain one again that computes the same. Returns the names of the
+    layer and of that BatchNorm, "" without one. Raises what `first_convolution` raises.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> whiten_stem_(net, torch.rand(16, 1, 8, 8), torch.Generator())
@@ -79,10 +77,9 @@ def whiten_stem_(
     False
     """
     name, conv = first_convolution(model, tuple(images.shape[1:]))
-    if learned:
-        found = cut_patches(images, conv, patches, generator).float().cpu()
-        w = whitening_filters(found, conv.out_channels, eps, generator)
-        conv.weight.copy_(w.view_as(conv.weight))
+    found = cut_patches(images, conv, patches, generator).float().cpu()
+    w = whitening_filters(found, conv.out_channels, eps, generator)
+    conv.weight.copy_(w.view_as(conv.weight))
     conv.weight.requires_grad_(False)
     behind = followers(model, images[:2]).get(name, "") if shift else ""
     norm = model.get_submodule(behind) if behind else None
@@ -131,24 +128,26 @@ class Whitening(Method):
 
     def __post_init__(self):
         choose("structure of the stem", self.structure, ("whitening", "random"))
-        if not self.eps >= 0 or self.images < 1 or self.patches < 1:
-            raise BadInput(
-                f"whitening: eps is {self.eps}, images {self.images}, patches {self.patches}; eps must not "
-                "be negative, the others must be above 0"
-            )
+        within("whitening: eps", self.eps, "0 or above")
+        within("whitening: images", self.images, "a whole number above 0")
+        within("whitening: patches", self.patches, "a whole number above 0")
 
     def on_fit_start(self, run: Run) -> None:
         run.kind = "structure"
-        images = run.dataset.normalize(run.dataset.train.x[: self.images])
-        learned = self.structure == "whitening"
-        how = dict(eps=self.eps, patches=self.patches, shift=self.shift and learned, learned=learned)
-        name, norm = whiten_stem_(run.model, images, run.generator(self), **how)
+        if self.structure == "random":
+            name, conv = first_convolution(run.model, run.dataset.shape)
+            conv.weight.requires_grad_(False)
+            norm = ""
+        else:
+            images = run.dataset.normalize(run.dataset.train.x[: self.images])
+            how = dict(eps=self.eps, patches=self.patches, shift=self.shift)
+            name, norm = whiten_stem_(run.model, images, run.generator(self), **how)
+            conv = run.model.get_submodule(name)
         run.kind = "step"
-        conv = run.model.get_submodule(name)
         size = "x".join(map(str, (conv.in_channels, *conv.kernel_size)))
         behind = f"; {norm} only adds its bias" if norm else ""
         run.state[self] = {"stem": name}
-        what = "whitens" if learned else "is frozen as initialised: it reads"
+        what = "whitens" if self.structure == "whitening" else "is frozen as initialised: it reads"
         run.log(self, f"{name} {what} patches of {size} pixels by {conv.out_channels} filters{behind}")
 
     def on_fit_end(self, run: Run) -> None:
