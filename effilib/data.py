@@ -32,6 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 SPLIT_SEED = 2019  # of the splits alone: the same images for every seed of every run
+HELD_OUT = ("validation", "test")  # the splits of which a final accuracy is
+FLIPS = ("random", "alternating")
 LARGEST = 4096  # pixels: side of an image
 DEBIAN = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist installs
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -122,6 +124,7 @@ class Dataset:
     note: str = ""  # what must be said where a figure is quoted
     dtype: torch.dtype = torch.float32
     batch: int = 500  # images at a time where nothing is trained: not more than a training batch
+    held_out: tuple[str, ...] = HELD_OUT
 
     @property
     def classes(self) -> int:
@@ -156,6 +159,15 @@ class Dataset:
             raise BadInput(f"{self.name} has {len(self.train)} training images: cannot take {images}")
         return replace(self, train=self.train[:images])
 
+    def whole(self) -> "Dataset":
+        """The same data with all published training images trained on, judged by the test images alone.
+
+        What others report is measured so. Nothing may be tuned on it: the validation images are trained on.
+        """
+        train = [self.train, self.validation, self.decide]
+        train = Split(x=torch.cat([s.x for s in train]), y=torch.cat([s.y for s in train]))
+        return replace(self, train=train, held_out=("test",))
+
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel.
 
@@ -163,11 +175,9 @@ class Dataset:
         """
         return normalize(x, self.mean, self.std, self.dtype)
 
-    def shuffled(
-        self, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
-    ) -> "Batches":
+    def shuffled(self, batch_size: int, generator: torch.Generator, **augmentation) -> "Batches":
         """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
-        return Batches(self, batch_size, generator, augmentation=augmentation)
+        return Batches(self, batch_size, generator, **augmentation)
 
     def batches(
         self, split: Split, batch_size: int | None = None
@@ -207,9 +217,11 @@ class Batches:
 
     x: (batch_size, C, H, W) float32, channels last; y: (batch_size,) int64; `index`: which images they are.
     The last, incomplete batch is dropped. Order, crops and flips are drawn per image from `generator` (on the
-    CPU, so that every device sees the same data). chosen: index of the images that the coming epochs take;
-    None is all. ranks: the processes that share each batch (`effilib.distributed`); only this one's images
-    are cut.
+    CPU, so that every device sees the same data). pad: pixels of the crop (None: the data set's). flips:
+    where images are mirrored, "random" draws anew in each epoch; "alternating" draws once for the first one,
+    and then mirrors each image in every second epoch; `epoch` counts them. chosen: index of the images that
+    the coming epochs take; None is all. ranks: the processes that share each batch (`effilib.distributed`);
+    only this one's images are cut.
 
     Raises `NotApplicable` if the split is smaller than one batch.
 
@@ -219,17 +231,30 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augmentation: str = "auto",
+        pad: int | None = None,
+        flips: str = "random",
     ):
         choose("augmentation", augmentation, ("auto", "none", "crop", "crop+flip"))
+        choose("flips", flips, FLIPS)
         self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
         self.ranks = ALONE
         self.chosen = self.index = None
         self.pad = {"auto": dataset.pad, "none": 0}.get(
             augmentation, dataset.pad or max(1, min(dataset.shape[1:]) // 8)
         )
+        self.pad = pad if self.pad and pad is not None else self.pad
         self.pad = min(self.pad, min(dataset.shape[1:]) - 1)  # more cannot be reflected
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        self.epoch, self.first = 0, None
+        if self.flip and flips == "alternating":  # the same after a resumption, whatever was drawn meanwhile
+            own = torch.Generator().manual_seed(generator.initial_seed())
+            self.first = torch.randint(2, (len(dataset.train),), generator=own).bool().to(dataset.device)
         if not 0 < batch_size <= len(dataset.train):
             raise NotApplicable(
                 f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
@@ -256,7 +281,10 @@ class Batches:
         order = torch.randperm(n, generator=self.generator).to(device)
         order = order if self.chosen is None else self.chosen[order]
         dy, dx = (draw(2 * self.pad + 1) if self.pad else torch.zeros_like(order) for _ in range(2))
-        mirrored = draw(2).bool() if self.flip else torch.zeros_like(order, dtype=torch.bool)
+        if self.first is not None:
+            mirrored = self.first[order] ^ bool(self.epoch % 2)
+        else:
+            mirrored = draw(2).bool() if self.flip else torch.zeros_like(order, dtype=torch.bool)
         mine = self.ranks.share(self.batch_size)
         for i in range(len(self)):
             s = slice(i * self.batch_size + mine.start, i * self.batch_size + mine.stop)

@@ -79,8 +79,10 @@ RANGES = {
     "above 0": lambda n: 0 < n < math.inf,
     "0 or above": lambda n: 0 <= n < math.inf,
     "from 0 to 1": lambda n: 0 <= n <= 1,
+    "above 0, to 1": lambda n: 0 < n <= 1,
     "from 0 to below 1": lambda n: 0 <= n < 1,
     "a whole number above 0": lambda n: isinstance(n, Integral) and n > 0,
+    "a whole number, 0 or above": lambda n: isinstance(n, Integral) and n >= 0,
 }
 
 

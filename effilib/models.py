@@ -25,6 +25,7 @@ __all__ = [
     "Block",
     "Constant",
     "Gone",
+    "Groups",
     "ResNet",
     "build",
     "check_name",
@@ -40,9 +41,13 @@ __all__ = [
     "resnet",
     "seeded",
     "set_kernel_",
+    "speed_run",
     "stream",
     "vgg",
 ]
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
 def conv3x3(c_in: int, c_out: int, stride: int = 1, bias: bool = False, kernel: int = 3) -> nn.Conv2d:
@@ -246,6 +251,54 @@ class VGG(nn.Module):
         }  # also where a method took the BatchNorm
 
 
+class Groups(nn.Module):
+    """The plain network of the CIFAR-10 speed runs (Jordan 2024, arXiv:2404.00498; Page 2019).
+
+    A stem of small patches, then groups of two 3x3 convolutions. The pooling comes before normalisation and
+    activation, so that both work on a quarter of the pixels. Global max pooling; logits are multiplied by
+    `scale`. kernel: side of the stem's patches. eps, momentum: of the BatchNorms, whose statistics follow
+    fast.
+
+    >>> net = Groups(10, widths=(16, 32))
+    >>> net(torch.zeros(2, 3, 32, 32)).shape, net.settings()["stem"]
+    (torch.Size([2, 10]), 24)
+    """
+
+    def __init__(
+        self, classes, channels=3, widths=(64, 256, 256), stem=24, kernel=2, scale=1 / 9, activation="gelu"
+    ):
+        super().__init__()
+        act = ACTIVATIONS[choose("activation", activation, ACTIVATIONS)]
+        self.activation, self.scale = activation, scale
+        self.stem, self.act = nn.Conv2d(channels, stem, kernel), act()
+        self.groups, c = nn.ModuleList(), stem
+        for width in widths:
+            first, second = (nn.BatchNorm2d(width, eps=1e-12, momentum=0.4) for _ in range(2))
+            convs = conv3x3(c, width), conv3x3(width, width)
+            self.groups.append(
+                nn.Sequential(convs[0], nn.MaxPool2d(2), first, act(), convs[1], second, act())
+            )
+            c = width
+        self.head = nn.Linear(c, classes, bias=False)
+        initialize_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.stem(x))  # (N, C, H, W) -> (N, stem, H - 1, W - 1)
+        for group in self.groups:
+            x = group(x)
+        return self.head(x.amax((2, 3))) * self.scale
+
+    def settings(self) -> dict:
+        """Widths as they are now: `Groups(classes, channels, **settings)` has the same structure."""
+        return {
+            "widths": [g[4].out_channels for g in self.groups],
+            "stem": self.stem.out_channels,
+            "kernel": self.stem.kernel_size[0],
+            "scale": self.scale,
+            "activation": self.activation,
+        }
+
+
 def resnet(classes: int, channels: int = 3, **settings) -> ResNet:
     """`ResNet` with the given widths and blocks.
 
@@ -273,7 +326,16 @@ def convnet(classes: int, channels: int = 3, widths: tuple[int, ...] = (32, 32, 
     return VGG(classes, channels, widths=widths, bn=bn)
 
 
-NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet}
+def speed_run(classes: int, channels: int = 3, **settings) -> Groups:
+    """`Groups` with the given widths.
+
+    >>> speed_run(10, widths=(16, 32)).settings()["widths"]
+    [16, 32]
+    """
+    return Groups(classes, channels, **settings)
+
+
+NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet, "speed_run": speed_run}
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -304,10 +366,9 @@ def initialize_(model: nn.Module, seed: int | None = None) -> None:
         g = None if seed is None else stream(seed, name)
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu", generator=g)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
         elif isinstance(m, nn.Linear):
             nn.init.normal_(m.weight, std=m.in_features**-0.5, generator=g)
+        if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None:
             nn.init.zeros_(m.bias)
 
 
@@ -616,7 +677,7 @@ def describe(model: nn.Module) -> dict:
     >>> describe(build("convnet", 10, (1, 8, 8), widths=(4, 8))), describe(nn.Linear(1, 1))
     ({'widths': [[4], [8]], 'bn': True}, {})
     """
-    return model.settings() if isinstance(model, ResNet | VGG) else {}
+    return model.settings() if isinstance(model, ResNet | VGG | Groups) else {}
 
 
 @torch.no_grad()

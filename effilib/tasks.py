@@ -33,8 +33,9 @@ class Task:
     "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
     epochs counts. images: training images taken (None: all). size: side in pixels to which they are resized
     (None: as `data.load` says). validation: at most so many validation images, and three times as many test
-    images (None: all). seeds: cells a length. variant: "base", or "wide" (32/64/128, what pruning and growing
-    start from). given: settings that the user asked for, which no chapter changes.
+    images (None: all). whole: see `Dataset.whole`. seeds: cells a length. variant: "base", or "wide"
+    (32/64/128, what pruning and growing start from). given: settings that the user asked for, which no
+    chapter changes.
 
     >>> t = task("quick", "mnist5k")
     >>> t.lengths, t.seeds, t.at(0.5).recipe.epochs == 0.5 * t.recipe.epochs
@@ -52,6 +53,7 @@ class Task:
     images: int | None = None
     size: int | None = None
     validation: int | None = None
+    whole: bool = False
     seeds: int = 5
     variant: str = "base"
     device: str = "cpu"
@@ -75,6 +77,7 @@ class Task:
         """Load the data set, cut to the preset's size, on the task's device."""
         dataset = data.load(self.dataset, device=self.device, size=self.size)
         dataset = replace(dataset, batch=min(dataset.batch, self.recipe.batch_size))
+        dataset = dataset.whole() if self.whole else dataset
         if self.images is not None:
             dataset = dataset.limit(min(self.images, len(dataset.train)))
         if self.validation is not None:
@@ -89,7 +92,7 @@ class Task:
         >>> t.beware(t.load())
         ["A training of 8 steps is too short: ..."]
         """
-        held = dataset.validation.y.tolist() + dataset.test.y.tolist()
+        held = [y for split in dataset.held_out for y in getattr(dataset, split).y.tolist()]
         tasks = [self.at(length) for length in self.lengths]
         images = [min(t.images or len(dataset.train), len(dataset.train)) for t in tasks]
         steps = [

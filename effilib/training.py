@@ -23,24 +23,22 @@ from torch import nn
 from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
-from effilib.data import Dataset
+from effilib.data import FLIPS, Dataset
 from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
 
 __all__ = [
     "EVALUATIONS", "LAYOUTS", "History", "Method", "Recipe", "Run", "Schedule", "at_least_fp32", "autocast",
-    "can_compile", "check_methods", "class_hits", "evaluate", "judge_", "native_bf16", "resolve_layout",
-    "resolve_precision", "stream", "train",
+    "can_compile", "check_methods", "class_hits", "crop_logits", "evaluate", "judge_", "native_bf16",
+    "resolve_layout", "resolve_precision", "stream", "train",
 ]  # fmt: skip
 EVALUATIONS = 3  # of the validation set in a run: two for progress and pictures, and the end, which counts
-HELD_OUT = ("validation", "test")  # the splits of which the final accuracy is
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered to
-    0.
+    """How a network is trained: SGD with Nesterov momentum, the learning rate warmed up and then lowered.
 
     >>> recipe = Recipe(epochs=5, lr=0.4)
     >>> [round(recipe.lr_at(step, 10), 2) for step in range(10)]
@@ -50,12 +48,19 @@ class Recipe:
     epochs: float = 10  # a fraction ends in mid-epoch
     batch_size: int = 128  # of all processes together
     lr: float = 0.1  # the highest of the schedule
-    schedule: str = "linear"  # to 0; or "cosine" to 0, or "constant"
+    schedule: str = "linear"  # down to `lr_end`; or "cosine" down to it, or "constant"
     warmup: float = 0.2  # share of the steps
+    lr_start: float = 0.0  # where the warm-up begins and where the schedule ends, as shares of lr
+    lr_end: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augmentation: str = "auto"  # the data set's; or "none", "crop", "crop+flip"
+    pad: int | None = None  # pixels by which a crop is shifted at most; None: the data set's
+    # where images are mirrored: each by chance, or "alternating", in every second epoch (Jordan 2024)
+    flips: str = "random"
+    # share of the held-out images, the least certain ones, judged by six views at the end, on the clock
+    multi_crop: float = 0.0
     # bf16 where the machine has it natively, else fp32; or "fp32", "bf16", "fp64", on CUDA "tf32", "fp16"
     precision: str = "auto"
     memory_format: str = "auto"  # channels_last where the kernels read it, else contiguous; or one of the two
@@ -69,10 +74,14 @@ class Recipe:
         choose("precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16", "fp64"))
         choose("memory format", self.memory_format, ("auto", *LAYOUTS))
         choose("augmentation", self.augmentation, ("auto", "none", "crop", "crop+flip"))
+        choose("flips", self.flips, FLIPS)
+        if self.pad is not None:
+            within("recipe: pad", self.pad, "a whole number, 0 or above")
         ranges = {
             "epochs": "above 0", "batch_size": "a whole number above 0", "lr": "above 0",
             "warmup": "from 0 to 1", "momentum": "from 0 to below 1", "weight_decay": "0 or above",
-            "label_smoothing": "from 0 to below 1",
+            "label_smoothing": "from 0 to below 1", "lr_start": "from 0 to 1", "lr_end": "from 0 to 1",
+            "multi_crop": "from 0 to 1",
         }  # fmt: skip
         for name, words in ranges.items():
             within(f"recipe: {name}", getattr(self, name), words)
@@ -81,12 +90,11 @@ class Recipe:
         """Learning rate of step 0, 1, ..., steps - 1."""
         rise = self.warmup * steps
         if step < rise:
-            return self.lr * (step + 1) / (math.floor(rise) + 1)
+            return self.lr * (self.lr_start + (1 - self.lr_start) * (step + 1) / (math.floor(rise) + 1))
         left = (steps - step) / (steps - rise)  # 1 -> 0
-        return (
-            self.lr
-            * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
-        )
+        cosine = 0.5 - 0.5 * math.cos(math.pi * left)
+        fall = {"linear": left, "cosine": cosine, "constant": 1.0}[self.schedule]
+        return self.lr * (self.lr_end + (1 - self.lr_end) * fall)
 
 
 @dataclass
@@ -401,6 +409,27 @@ class Run:
         self.settle()
         self.kind = before
 
+    def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
+        """Move parameters into a group of the optimizer's own, where they are not yet in it.
+
+        settings: of the group: `lr_factor` on the learning rate, `ends`, the share of the run after which its
+        own schedule has ended, or any of the optimizer's.
+        """
+        held = [g for g in self.optimizer.param_groups if set(g["params"]) & (moved := set(parameters))]
+        for g in held:
+            mine = [p for p in g["params"] if p in moved]
+            g["params"] = [p for p in g["params"] if p not in moved]
+            self.optimizer.add_param_group({**g, **settings, "params": mine})
+        self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g["params"]]
+
+    def group_lr(self, group: dict) -> float:
+        """Learning rate of this step in a group of the optimizer."""
+        if "ends" not in group:
+            return self.lr * group.get("lr_factor", 1.0)
+        steps = group["ends"] * self.schedule.planned
+        lr = self.schedule.lr_at(min(self.schedule.position, steps), steps)
+        return self.schedule.scale * lr * group.get("lr_factor", 1.0)
+
     def grow_batch(self, factor: float, lr_factor: float = 1.0) -> None:
         """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the
         schedule's learning rate.
@@ -508,7 +537,7 @@ class Run:
                 hook(self)
             self.align_gradients()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_factor", 1.0)
+            group["lr"] = self.group_lr(group)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -562,6 +591,7 @@ class History:
     images: int = 0  # different training images
     seen: int = 0  # images trained on, each as often as it was
     final: float | None = None  # % of all held-out images (validation and test) at the end: what is judged
+    single_crop: float | None = None  # % of the same images without multi-crop evaluation, where that is on
     balanced_accuracy: float = float("nan")  # %, mean over the classes of the same images
     held_out: int = 0  # how many they are
     majority: float = 0.0  # %, their largest class
@@ -716,9 +746,8 @@ def train(
         dataset = replace(dataset, batch=min(dataset.batch, recipe.batch_size))  # what fits in training
         if recipe.precision == "fp64":
             model, dataset = model.double(), replace(dataset, dtype=torch.float64)
-        batches = rank_batches(
-            dataset, recipe.batch_size, stream(seed, "data"), ranks, augmentation=recipe.augmentation
-        )
+        how = dict(augmentation=recipe.augmentation, pad=recipe.pad, flips=recipe.flips)
+        batches = rank_batches(dataset, recipe.batch_size, stream(seed, "data"), ranks, **how)
         warm = next(iter(rank_batches(dataset, recipe.batch_size, stream(seed, "warm-up"), ranks)))
         _check(model, dataset, recipe, layout, warm, ranks)
         run = Run(model, dataset, recipe, methods, seed, ranks)
@@ -757,7 +786,7 @@ def train(
             losses += checkpoints.restore(saved, checkpoint, run, history, batches, flops)
         run.settle()
         for epoch in itertools.count(run.epoch):
-            run.epoch = epoch
+            run.epoch = batches.epoch = epoch
             run.call("on_epoch_start")
             for x, y in itertools.islice(batches, run.steps - run.step):
                 x = x.contiguous(memory_format=run.layout)
@@ -885,8 +914,12 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "f
 
 
 @torch.no_grad()
-def class_hits(model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32") -> list[list[int]]:
+def class_hits(
+    model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32", multi_crop: float = 0.0
+) -> list[list[int]]:
     """Return [correct, all] by class of `model` in eval mode on a split.
+
+    multi_crop: see `Recipe`.
 
     >>> data = load("synthetic")
     >>> correct, images = class_hits(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "test")
@@ -896,11 +929,47 @@ def class_hits(model: nn.Module, dataset: Dataset, split: str, precision: str = 
     counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
     with convolution.evaluating(model), autocast(precision, dataset.device):
         for x, y in dataset.batches(getattr(dataset, split)):
-            right = y[model(x).argmax(1) == y]
+            right = y[crop_logits(model, x, multi_crop, dataset.flip).argmax(1) == y]
             counts += torch.stack(
                 [torch.bincount(labels, minlength=dataset.classes) for labels in (right, y)]
             )
     return counts.tolist()
+
+
+@torch.no_grad()
+def crop_logits(model: nn.Module, x: torch.Tensor, share: float = 1.0, flip: bool = True) -> torch.Tensor:
+    """Return logits (N, classes) in 32 bits; of the least certain images averaged over six views.
+
+    x: (N, C, H, W). The views are the image and two crops of it, shifted by a pixel along the diagonal, each
+    also mirrored if images are flipped; the image itself counts for half. share: of the images that have
+    them, those with the smallest margin between their first two classes. (Jordan 2024, arXiv:2404.00498;
+    of a share: Hiverge 2025.)
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(4, 1, 8, 8)
+    >>> changed = (crop_logits(net, x, share=0.5) != crop_logits(net, x, share=0)).any(1)
+    >>> int(changed.sum())
+    2
+    """
+    logits = at_least_fp32(model(x))
+    if not share:
+        return logits
+    first, second = logits.softmax(1).topk(2).values.T
+    doubtful = (first - second).argsort()[: math.ceil(share * len(x))]
+    x = x[doubtful]
+    height, width = x.shape[2:]
+    padded = F.pad(x, [1] * 4, mode="reflect")
+    shifted = [padded[:, :, d : d + height, d : d + width] for d in (0, 2)]
+
+    def view(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return at_least_fp32(model(x))
+
+    def both(x, plain):
+        return (plain + view(x.flip(3))) / 2 if flip else plain
+
+    crops = sum(both(s, view(s)) for s in shifted) / 2
+    logits[doubtful] = (both(x, logits[doubtful]) + crops) / 2
+    return logits
 
 
 def judge_(history: History, hits: list[list[list[int]]]) -> None:
@@ -933,14 +1002,26 @@ def finish(run: Run, history: History) -> History:
     """
     clock = run.clock
     distributed.sync_(run.model, on=False)
-    history.steps, history.seconds, history.raw_seconds = run.step, clock.seconds, clock.raw
-    history.kinds = {k: {"count": count, "seconds": seconds} for k, (count, seconds) in clock.kinds.items()}
-    history.step_times = clock.steps
+    history.steps, history.step_times = run.step, clock.steps
     history.events, history.structure = run.events, models.describe(run.model)
-    hits = [
-        run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, run.precision)) for s in HELD_OUT
-    ]
-    judge_(history, hits)
+
+    def hits(share):
+        return [
+            run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, run.precision, share))
+            for s in run.dataset.held_out
+        ]
+
+    if run.recipe.multi_crop:
+        judge_(history, hits(0.0))
+        history.single_crop = history.final
+        clock.start()
+    found = hits(run.recipe.multi_crop)
+    if run.recipe.multi_crop:
+        clock.lap("evaluation")
+        clock.end_epoch()
+    judge_(history, found)
+    history.seconds, history.raw_seconds = clock.seconds, clock.raw
+    history.kinds = {k: {"count": count, "seconds": seconds} for k, (count, seconds) in clock.kinds.items()}
     return history
 
 

@@ -16,12 +16,12 @@ from torch import nn
 from effilib import cost, models
 from effilib.clock import interleaved
 from effilib.convolution import probe
-from effilib.data import Dataset
+from effilib.data import HELD_OUT, Dataset
 from effilib.errors import NoEffect, NotApplicable
 from effilib.methods.tree_cnn import Tree, TreeCNN, fitting, relabel, transferred, weights
 from effilib.models import stream
 from effilib.tasks import Task
-from effilib.training import HELD_OUT, History, Method, Recipe, Run, autocast, resolve_precision, train
+from effilib.training import History, Method, Recipe, Run, autocast, resolve_precision, train
 
 __all__ = ["FineTune", "Flat", "Growing", "layers", "makers", "stages"]
 

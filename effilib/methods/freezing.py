@@ -206,26 +206,14 @@ class FrozenPrefix(Method):
         names = [prefix(run.model, self._images(run), depth) for depth in range(1, len(self.at) + 1)]
         run.state[self] = {"depth": 0, "frozen": []}
         if self.anneal:
-            first, done = run.optimizer.param_groups[0], set()
-            for share, layers in zip(self.at, names, strict=True):
-                mine = {
-                    p for n in layers for p in run.model.get_submodule(n).parameters(recurse=False)
-                } - done
-                done |= mine
-                kept = [p for p in first["params"] if p in mine]
-                first["params"] = [p for p in first["params"] if p not in mine]
-                run.optimizer.add_param_group({**first, "params": kept, "ends": share})
+            for share, layers in reversed(list(zip(self.at, names, strict=True))):  # the deeper hold the rest
+                mine = {p for n in layers for p in run.model.get_submodule(n).parameters(recurse=False)}
+                run.group(mine, ends=share)
 
     def on_epoch_start(self, run: Run) -> None:
         state, named = run.state[self], dict(run.model.named_parameters())
         if any(named[n].requires_grad for n in state["frozen"]):  # resumed, with a network that is as built
             run.restructure(lambda model, optimizer: self._freeze(run, state["depth"]))
-
-    def on_after_backward(self, run: Run) -> None:
-        position, planned, lr_at = run.schedule.position, run.schedule.planned, run.schedule.lr_at
-        for group in run.optimizer.param_groups:
-            if "ends" in group and position < group["ends"] * planned:
-                group["lr_factor"] = lr_at(position, group["ends"] * planned) / lr_at(position, planned)
 
     def on_step_end(self, run: Run) -> None:
         done = (run.schedule.position + run.schedule.pace) / run.schedule.planned

@@ -19,10 +19,10 @@ from torch import nn
 
 from effilib import cost
 from effilib.clock import Stopwatch
-from effilib.data import Dataset, Split
+from effilib.data import HELD_OUT, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable
 from effilib.methods import Info
-from effilib.training import HELD_OUT, History, Recipe, autocast, judge_, resolve_precision, train
+from effilib.training import History, Recipe, autocast, judge_, resolve_precision, train
 
 __all__ = [
     "Growth",

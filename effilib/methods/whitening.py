@@ -124,11 +124,13 @@ class Whitening(Method):
     images: int = 5000  # of the training set, at most, that patches are cut from
     patches: int = 100_000  # a thousandth of the time of an epoch, and enough for 27 dimensions
     shift: bool = True  # a BatchNorm behind the layer only adds its bias
+    learns: float = 1.0  # share of the run in which the layer's bias, or that of its BatchNorm, learns
     structure: str = "whitening"  # or "random": frozen as initialised, in front of its BatchNorm; the control
 
     def __post_init__(self):
         choose("structure of the stem", self.structure, ("whitening", "random"))
         within("whitening: eps", self.eps, "0 or above")
+        within("whitening: learns", self.learns, "above 0, to 1")
         within("whitening: images", self.images, "a whole number above 0")
         within("whitening: patches", self.patches, "a whole number above 0")
 
@@ -146,10 +148,31 @@ class Whitening(Method):
         run.kind = "step"
         size = "x".join(map(str, (conv.in_channels, *conv.kernel_size)))
         behind = f"; {norm} only adds its bias" if norm else ""
-        run.state[self] = {"stem": name}
+        bias = f"{norm or name}.bias"
+        run.state[self] = {"stem": name, "bias": bias if norm or conv.bias is not None else ""}
+        if self.learns < 1 and run.state[self]["bias"]:
+            run.group([run.model.get_parameter(bias)], ends=self.learns)
         what = "whitens" if self.structure == "whitening" else "is frozen as initialised: it reads"
         run.log(self, f"{name} {what} patches of {size} pixels by {conv.out_channels} filters{behind}")
+
+    def on_epoch_start(self, run: Run) -> None:
+        self._freeze(run, run.schedule.position)
+
+    def on_step_end(self, run: Run) -> None:
+        if run.step + 1 < run.steps:
+            self._freeze(run, run.schedule.position + run.schedule.pace)
+
+    def _freeze(self, run, position):
+        """Freeze the bias when its time is over: nothing up to the next layer needs a gradient then."""
+        bias, over = run.state[self]["bias"], position >= self.learns * run.schedule.planned
+        if bias and over and self.learns < 1 and run.model.get_parameter(bias).requires_grad:
+            run.restructure(lambda model, optimizer: self._thaw(run, False))
+
+    def _thaw(self, run, learns):
+        if bias := run.state[self]["bias"]:
+            run.model.get_parameter(bias).requires_grad_(learns)
 
     def on_fit_end(self, run: Run) -> None:
         unshift_(run.model)
         run.model.get_submodule(run.state[self]["stem"]).weight.requires_grad_(True)
+        self._thaw(run, True)

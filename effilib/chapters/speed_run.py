@@ -1,0 +1,95 @@
+"""Chapter 11: what is trained: the published recipe, ours, and the workbook's ResNet with its tricks."""
+
+from dataclasses import replace
+
+from effilib.experiment import Arm
+from effilib.methods.kernel_rescaling import KernelRescaling
+from effilib.methods.muon import Muon
+from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity, published
+from effilib.methods.whitening import Whitening
+from effilib.tasks import Task
+from effilib.training import Method
+
+NETWORK = "speed_run"
+PEER, OURS = "published", "ours"
+CLASSIC, TRICKS = "ResNet", "ResNet, with the tricks"
+SMALL = {"widths": (8, 16, 16), "stem": 8}
+SIZES = {  # epochs are the published recipe's
+    "smoke": dict(epochs=2, batch_size=32, widths=SMALL),
+    "quick": dict(epochs=3, batch_size=64, images=1600, widths={"widths": (16, 32, 32)}, lengths=(0.5, 1.0)),
+    "study": dict(epochs=9.9, batch_size=1024, widths={}, lengths=(0.6, 1.0), whole=True),
+    "full": dict(epochs=9.9, batch_size=1024, widths={}, lengths=(0.6, 0.8, 1.0), whole=True),
+}
+ABLATION = {
+    "smoke": dict(lengths=(1.0,)),
+    "quick": dict(lengths=(0.5,), seeds=1),
+    "study": dict(lengths=(0.6,), seeds=3, whole=False),
+}
+STEM = Whitening(learns=0.3)  # the bias learns for the first three of ten epochs
+TRICK = {  # each of them can be left out
+    "whitening stem": STEM,
+    "partial identity": PartialIdentity(),
+    "fast biases": FastBiases(),
+    "lookahead": Lookahead(),
+}
+# Recipe fields that are tricks too, at what the other chapters have.
+WITHOUT = {
+    "alternating flips": dict(flips="random"),
+    "multi-crop evaluation": dict(multi_crop=0.0),
+    "label smoothing": dict(label_smoothing=0.0),
+}
+# Half of the images' side, three quarters, all of it: a step costs about a quarter, half, all.
+RESIZING = KernelRescaling(kernels=False, schedule=((0.3, 0.5), (0.35, 0.75), (0.35, 1.0)))
+FASTER = {"progressive resizing": RESIZING, "Muon": Muon()}
+BATCH = {"smoke": 32, "quick": 64, "study": 512, "full": 1024}  # of ours: on a CPU an image costs the same
+
+
+def with_recipe(task: Task) -> Task:
+    """Return the task with the published recipe, but for what the user asked for."""
+    task = task.on(NETWORK if task.network == "resnet" else task.network).sized(SIZES)
+    return _published(task, task.recipe.batch_size)
+
+
+def _published(task, batch_size):
+    recipe = {k: v for k, v in vars(published(batch_size)).items() if k not in ("epochs", *task.given)}
+    return task.but(**recipe, tuned={})
+
+
+def tricks(*without: str) -> tuple[Method, ...]:
+    """Return the published recipe's methods, but for those named."""
+    return tuple(m for name, m in TRICK.items() if name not in without)
+
+
+def arms(task: Task) -> list[Arm]:
+    """Return the published recipe and ours."""
+    batch = BATCH[task.preset] if "batch_size" not in task.given else task.recipe.batch_size
+    changes = {k: getattr(published(batch), k) for k in ("batch_size", "lr") if k not in task.given}
+    selective = {"multi_crop": 0.25}
+    ours = (RESIZING, *tricks("lookahead"), Muon())
+    return [
+        Arm(name=PEER, role="baseline", methods=tricks()),
+        Arm(name=OURS, methods=ours, changes=changes | selective),
+    ]
+
+
+def classic(task: Task) -> list[Arm]:
+    """Return the other chapters' ResNet at its tuned recipe, and with the tricks that it can take.
+
+    task: the preset's own.
+    """
+    recipe = {"label_smoothing": 0.2, "flips": "alternating", "multi_crop": 1.0, "pad": 2}
+    return [
+        Arm(name=CLASSIC, role="baseline"),
+        Arm(name=TRICKS, methods=(RESIZING, *tricks()), changes=recipe, network={"stem": 32}),
+    ]
+
+
+def ablation(task: Task) -> list[Arm]:
+    """Return the published recipe, each trick left out of it, and each alone."""
+    every, plain = arms(task)[0], dict(k for w in WITHOUT.values() for k in w.items())
+    left_out = [replace(every, role="method", name=f"without {n}", methods=tricks(n)) for n in TRICK]
+    left_out += [replace(every, role="method", name=f"without {n}", changes=c) for n, c in WITHOUT.items()]
+    alone = [Arm(name=f"only {n}", methods=(m,), changes=plain) for n, m in TRICK.items()]
+    none = Arm(name="none of them", role="control", changes=plain)
+    found = [every, *left_out, *alone, none]
+    return [replace(a, lengths=task.lengths) if a is not every else a for a in found]  # the same epochs
