@@ -144,7 +144,34 @@ def test_a_view_of_a_larger_tensor_is_pooled_as_a_copy_would_be():
     )
 
 
+@pytest.mark.parametrize("channels", [1, 5, 64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "geometry",
+    [(3, 2), (2,), (3, 2, 1), (2, 2, 0, 1, True), (3, 1), ((3, 2), 2, 1, 2, True)],
+    ids=str,
+)
+def test_the_kernel_draws_and_scatters_as_pytorchs_operations_do(geometry, dtype, channels, monkeypatch):
+    x = torch.rand(3, channels, 9, 12, generator=g(0)).sub(0.3).relu()
+    x = x.to(dtype, memory_format=torch.channels_last)
+    found = []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(sp.compiler, "load", lambda *how: None)
+        elif sp.compiler.load("stochastic_pooling", "") is None:
+            pytest.skip("no compiler")
+        leaf = x.clone().requires_grad_()
+        pool = sp.StochasticPool2d(*geometry[:4], ceil_mode=geometry[4:] == (True,), generator=g(1))
+        y = pool(leaf)
+        y.backward(torch.randn(y.shape, generator=g(2)).to(dtype))
+        found.append((y, leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6 if dtype == torch.float32 else 0.02)
+    assert found[0][1].abs().sum() > 0
+
+
 def test_chunks_make_no_difference(monkeypatch):
+    monkeypatch.setattr(sp.compiler, "load", lambda *how: None)
     x = image(5, 3, 8, 8)
     whole = StochasticPool2d(3, 2, 1, generator=g())(x)
     whole.square().sum().backward()
