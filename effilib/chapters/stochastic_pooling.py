@@ -1,7 +1,8 @@
-"""Chapter 5.1: what is trained: four kinds of pooling on few images, with BatchNorm and without."""
+"""Chapter 5.1: what is trained: four kinds of pooling on few images; all images, less those learned."""
 
 from effilib.chapters import convnet_tuning as convnet
 from effilib.experiment import Arm
+from effilib.methods.data_pruning import DataPruning
 from effilib.methods.stochastic_pooling import StochasticPooling, TrainingAccuracy
 from effilib.tasks import Task
 
@@ -30,6 +31,25 @@ KINDS = {
     "S3Pool": ("method", (StochasticPooling(kind="s3"),)),
     "average": ("control", (StochasticPooling(kind="average"),)),
 }
+
+# Data pruning: the task's own network on its own images, for longer than elsewhere.
+ALL = {
+    "smoke": dict(epochs=3),
+    "quick": dict(images=800, epochs=6, seeds=1),
+    "study": dict(epochs=8, seeds=3),
+}
+PRUNED = "data pruning"
+CONTENDER = PRUNED
+
+
+def with_all_images(task: Task) -> Task:
+    """Return the task on its own network, which for this chapter's plain one is the preset's ResNet."""
+    return task.on("" if task.network == convnet.NETWORK else task.network).sized(ALL)
+
+
+def pruned(task: Task) -> list[Arm]:
+    """Return training on all images, and on those that are not learned yet."""
+    return [Arm(name="all images", role="baseline"), Arm(name=PRUNED, methods=(DataPruning(),))]
 
 
 def arms(task: Task) -> list[Arm]:
