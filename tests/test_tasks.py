@@ -319,6 +319,8 @@ def test_a_tuned_task_is_what_its_sweep_says(key):
     t = task(preset, dataset, variant=variant)
     rows = tuning.read(tuning.sweep_file(t))
     best = {b["epochs"]: b for b in tuning.best(rows)}
+    if (left := 32 - sum(r["epochs"] == max(best, default=0) for r in rows)) > 0:
+        pytest.skip(f"the sweep is not finished: {left} runs of its longest length are left")
     for length in t.lengths:
         at = t.at(length).recipe
         mine = [
