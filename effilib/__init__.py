@@ -19,6 +19,7 @@ _WHERE = {
     "History": "training",
     "train": "training",
     "evaluate": "training",
+    "attach": "own_loop",
     "Arm": "experiment",
     "compare": "results",
     "BadInput": "errors",

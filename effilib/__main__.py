@@ -37,6 +37,7 @@ examples:
   effilib train --dataset cifar10 --preset study --set epochs=10 batch_size=128 --seed 3
   effilib train --dataset photos --size 64 --out mine         your own pictures, in photos/train/<class>/ ...
   effilib predict mine/model.pt new/ IMG_1.jpg                ... and then what it says of others
+  effilib train --recipe recipe.toml --seed 1                 what effilib advise found
   effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
   torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
 
@@ -135,6 +136,13 @@ def parser() -> Parser:
         metavar="NAME=VALUE",
         help="settings of the recipe (lr=0.1, batch_size=128, precision=fp32, augmentation=none, ...), "
         "or images, validation, widths",
+    )
+    train.add_argument(
+        "--recipe",
+        default="",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="a recipe file, as advise writes them: data, network, settings and methods",
     )
     train.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     train.add_argument(

@@ -132,12 +132,13 @@ def measure(
     *,
     lengths: dict[str, tuple[float, ...]] | None = None,
     title: str = "runs",
+    first_seed: int = 0,
 ) -> list[dict]:
     """Train every arm in every cell, or take it from the cache. Returns the cells, block by block.
 
-    lengths: arm's name -> its lengths (default: the task's for all). A cell is a dict: seed, length (the
-    baseline's), lengths (name -> length), arms (name -> History), machine, load, date, shared, and "cached"
-    where it is.
+    lengths: arm's name -> its lengths (default: the task's for all). first_seed: added to all seeds. A cell
+    is a dict: seed, length (the baseline's), lengths (name -> length), arms (name -> History), machine, load,
+    date, shared, and "cached" where it is.
 
     >>> cell = measure(task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")])[0]
     runs: 1 of 2, ...: length 0.5, seed 0, baseline: ...
@@ -146,9 +147,8 @@ def measure(
     (0, 0.5, 4)
     """
     lengths = lengths or {a.name: task.lengths for a in arms}
-    return _measure(
-        task, arms, [(i, {a.name: lengths[a.name][i] for a in arms}, s) for i, s in cells(task)], title
-    )
+    wanted = [(i, {a.name: lengths[a.name][i] for a in arms}, first_seed + s) for i, s in cells(task)]
+    return _measure(task, arms, wanted, title)
 
 
 def _measure(task, arms, wanted, title) -> list[dict]:

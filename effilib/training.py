@@ -123,7 +123,7 @@ class Schedule:
     @property
     def left(self) -> int:
         """Steps that are left at this pace."""
-        return math.ceil((self.planned - self.position) / self.pace)
+        return math.ceil(round((self.planned - self.position) / self.pace, 6))  # 6.000000000000001 is 6
 
 
 class Method:
@@ -216,7 +216,7 @@ def _hook(method, name):
     own, said = getattr(method, name), f"{type(method).__name__}.{name}"
 
     def hook(run, *batch):
-        before = _shared()
+        before, run.calling = _shared(), said
         try:
             answer = own(run, *batch)
         except SystemExit as error:
@@ -284,21 +284,23 @@ class Run:
     ['step 0 of 2 at 0.10', 'step 1 of 2 at 0.06']
     """
 
-    def __init__(self, model, dataset, recipe, methods, seed, ranks=distributed.ALONE):
+    def __init__(
+        self, model, dataset, recipe, methods, seed, ranks=distributed.ALONE, *, optimizer=None, layout=None
+    ):
         self._model, self.dataset, self.recipe = model, dataset, recipe
         self.methods, self.seed, self.ranks = methods, seed, ranks
         self.resumed = False  # from a checkpoint: the model has its later shape when methods are set up
         self.device = dataset.device
         self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
-        self.layout = LAYOUTS[resolve_layout(recipe, self.device, model)]
+        self.layout = layout or LAYOUTS[resolve_layout(recipe, self.device, model)]
         self.state = {}  # method -> its state; goes into checkpoints
         self.events = []  # what methods did, in words: goes into the history
         self.clock = Stopwatch(self.device)
         self.generators = self.own = {m: stream(seed, f"method {i}") for i, m in enumerate(methods)}
         if ranks.size > 1:
             self.own = {m: stream(seed, f"method {i}, process {ranks.rank}") for i, m in enumerate(methods)}
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = optimizer or torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
             weight_decay=recipe.weight_decay, fused=True,
         )  # fmt: skip
@@ -306,7 +308,8 @@ class Run:
         self.step = self.epoch = self.steps = 0  # done so far, and in all
         self.batches = None  # what the loop reads
         self.schedule = Schedule(lr_at=recipe.lr_at)
-        self.logits = self.loss = None
+        self.logits = self.loss = self.targets = None  # of this step; the labels are those trained on
+        self.calling = ""  # the hook that runs, in words
         self.counting = False  # whether this step's FLOPs are counted, off the clock
         # what a training step is timed as: "step" is one on full-size images
         self.step_kind = self._kind = "step"
@@ -459,17 +462,19 @@ class Run:
     def settle(self) -> None:
         """Restore the invariants after surgery.
 
-        They are: the recipe's memory format, one momentum buffer per parameter, laid out alike, 0 where there
-        was none, and a fresh forward. PyTorch's fused optimizer fails where only some have a momentum, and
-        mixes up elements where the layouts differ.
+        They are: the recipe's memory format, one momentum buffer per parameter, 0 where there was none, all
+        of the optimizer's state laid out as its parameters, and a fresh forward. PyTorch's fused optimizer
+        fails where only some have a momentum, and mixes up elements where the layouts differ.
         """
         self.model.to(memory_format=self.layout)
         momentum = self.optimizer.defaults.get("momentum")
-        for p in (p for group in self.optimizer.param_groups for p in group["params"] if momentum):
-            old = self.optimizer.state[p].get("momentum_buffer")
-            self.optimizer.state[p]["momentum_buffer"] = (
-                torch.zeros_like(p) if old is None else torch.empty_like(p).copy_(old)
-            )
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            state = self.optimizer.state[p] if momentum else self.optimizer.state.get(p, {})
+            if momentum and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            for name, t in state.items():
+                if isinstance(t, torch.Tensor) and t.shape == p.shape and t.stride() != p.stride():
+                    state[name] = torch.empty_like(p).copy_(t)
         self._parameters = _parameters(self.model)
         self.wrap()
 
@@ -516,34 +521,71 @@ class Run:
 
         Returns the shape of the batch that was trained on.
         """
+        x, y = self.change_batch(x, y)
+        with self.autocast():
+            logits = (self.wrapped if self.counting else self.forward)(x)
+        smoothing = self.recipe.label_smoothing
+        loss = self.add_terms(F.cross_entropy(at_least_fp32(logits), y, label_smoothing=smoothing), logits)
+        self.scaler.scale(self.ranks.weigh(loss, self.batches)).backward()
+        if self.counting:
+            self.ranks.complete(self.model)
+        self.update(self.scaler)
+        return tuple(x.shape)
+
+    def change_batch(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch as the methods want it."""
         for hook in self._hooks["on_batch"]:
             x, y = hook(self, x, y)
-        with self.autocast():
-            self.logits = (self.wrapped if self.counting else self.forward)(x)
-        loss = F.cross_entropy(at_least_fp32(self.logits), y, label_smoothing=self.recipe.label_smoothing)
-        self.loss = self.ranks.mean(loss.detach(), self.batches)
+        self.targets = y
+        return x, y
+
+    def add_terms(self, loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of these logits, with what the methods add to it."""
+        self.logits, self.loss = logits, self.ranks.mean(loss.detach(), self.batches)
         for hook in self._hooks["loss_terms"]:
             term = hook(self)
             if term is not None:
                 loss = loss + term
         if not loss.requires_grad:
             raise BadInput(f"nothing is left to train at step {self.step}: all parameters are frozen")
-        self.scaler.scale(self.ranks.weigh(loss, self.batches)).backward()
-        if self.counting:
-            self.ranks.complete(self.model)
-        self.scaler.unscale_(self.optimizer)
+        return loss
+
+    def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the optimizer step on the gradients, and reset them; the methods' work before and after it."""
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        self.before_step()
+        if scaler:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.after_step()
+
+    def before_step(self) -> None:
+        """Let the methods work on the gradients, which are unscaled; set the learning rate."""
         if self._hooks["on_after_backward"]:
             for hook in self._hooks["on_after_backward"]:
                 hook(self)
             self.align_gradients()
+        self.set_lr()
+
+    def set_lr(self) -> None:
+        """Give the optimizer this step's learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.group_lr(group)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+
+    def after_step(self) -> None:
+        """Let the methods work on the weights."""
         for hook in self._hooks["on_step_end"]:
             hook(self)
-        return tuple(x.shape)
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self._kind = self.step_kind
+        self.step += 1
+        self.schedule.position += self.schedule.pace
 
 
 def _parameters(model):
@@ -804,9 +846,7 @@ def train(
                     run.counting = False
                     flops.add((structure, shape), sum(ranks.gather(count.flops)))
                     history.memory = memory(run, count.saved_bytes, history.memory)
-                run._kind = run.step_kind
-                run.step += 1
-                run.schedule.position += run.schedule.pace
+                run.advance()
                 losses.append(run.loss)
                 if run.step == run.steps:
                     break

@@ -20,6 +20,7 @@ from effilib.training import (
     History,
     Method,
     Recipe,
+    Schedule,
     can_compile,
     evaluate,
     native_bf16,
@@ -1295,3 +1296,11 @@ def test_batchnorms_in_eval_mode_stay_so_in_training_and_evaluation():
     asleep = network().eval()
     trained(replace(FP32, epochs=0.1), model=asleep)
     assert all(m.training for m in asleep.modules())  # as a whole it was only looked at before
+
+
+def test_rounding_adds_no_step_to_what_is_left():
+    for steps in range(1, 40):
+        schedule = Schedule(
+            lr_at=Recipe().lr_at, planned=24, position=sum([6 / steps] * steps), pace=6 / steps
+        )
+        assert schedule.left == 3 * steps

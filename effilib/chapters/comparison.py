@@ -1,9 +1,5 @@
 """Chapter 10: what is trained: the best arm of every chapter, and a combination, on one task."""
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 from effilib import models
 from effilib.chapters import (
     column_row_sampling,
@@ -16,7 +12,7 @@ from effilib.chapters import (
     structure_and_strength,
 )
 from effilib.chapters.tree_cnn import cap
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.methods.class_arrival import Growing
 from effilib.methods.data_pruning import DataPruning
@@ -30,25 +26,22 @@ from effilib.methods.tree_cnn import TreeCNN
 from effilib.methods.wavelet import WaveletStem
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
 from effilib.methods.whitening import Whitening
+from effilib.search import Contender, Found, applicable, combined, leave_one_out, why_not
 from effilib.tasks import Task
 from effilib.training import resolve_precision
 
-__all__ = [
-    "CONTENDERS",
-    "PRESCRIBED",
-    "SIZES",
-    "Contender",
-    "arms",
-    "clash",
-    "combined",
-    "contenders",
-    "why_not",
-]
+__all__ = ["CONTENDERS", "PRESCRIBED", "SEARCH", "SIZES", "arms", "combinations", "contenders"]
 
 BASELINE = "baseline"
 SIZES = {
     "quick": dict(images=2500, epochs=2),
     "study": dict(epochs=4, lengths=(0.5, 1.0), seeds=3),  # twenty arms: about 100 minutes on two cores
+}
+SEARCH = {
+    "smoke": dict(seeds=1, lengths=(0.5, 1.0)),
+    "quick": dict(seeds=1),
+    "study": dict(seeds=2),
+    "full": dict(seeds=2),
 }
 FEW = ("resizing", "whitening stem", "wavelet stem", "PruneTrain")  # of the presets smoke and quick
 PRESCRIBED = (
@@ -56,21 +49,6 @@ PRESCRIBED = (
     "wavelet stem",
     "PruneTrain",
 )  # combined whatever each does alone; bf16 is in every arm
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method, or a control, as it takes part.
-
-    >>> next(c for c in CONTENDERS if c.name == "resizing").modifies
-    ('the images',)
-    """
-
-    name: str
-    chapter: str  # its number, "" for a control
-    modifies: tuple[str, ...]  # what of the training it changes; no two of a combination may change the same
-    make: Callable[[Task], Arm]  # its name is set later
-    order: int = 0  # in which methods of a combination work within a step, smallest first
 
 
 def _method(*methods, **changes) -> Arm:
@@ -166,59 +144,21 @@ def contenders(task: Task) -> list[Contender]:
     return [c for c in CONTENDERS if c.name in FEW or task.preset in ("study", "full")]
 
 
-def clash(a: Contender, b: Contender, task: Task) -> str:
-    """Return why two contenders cannot be combined, "" if they can."""
-    several = [c.name for c in (a, b) if c.make(task).fit]
-    both = [m for m in a.modifies if m in b.modifies]
-    if several:
-        return f"{several[0]} is more than one training"
-    return f"{a.name} and {b.name} both change {' and '.join(both)}" if both else ""
+def arms(task: Task) -> tuple[list[Arm], list[Contender], dict[str, str]]:
+    """Return (the baseline and all that apply, these as contenders, left out: name -> why)."""
+    able, left_out = applicable(task, contenders(task))
+    return [Arm(name=BASELINE, role="baseline"), *(c.arm(task) for c in able)], able, left_out
 
 
-def combined(task: Task, parts: list[Contender]) -> Arm:
-    """Return one arm of several contenders. Raises `BadInput` where two of them cannot be combined."""
-    why = next((w for a, b in itertools.combinations(parts, 2) if (w := clash(a, b, task))), "")
-    if why:
-        raise BadInput(f"no combination: {why}")
-    made = [c.make(task) for c in sorted(parts, key=lambda c: c.order)]
-    changes = {k: v for a in made for k, v in a.changes.items()}
-    network = {k: v for a in made for k, v in a.network.items()}
-    methods = tuple(m for a in made for m in a.methods)
-    return Arm(name=" + ".join(c.name for c in parts), methods=methods, changes=changes, network=network)
+def combinations(task: Task, found: Found, left_out: dict[str, str]) -> list[Arm]:
+    """Return the combination that was searched, without one part each, and the prescribed one.
 
-
-def why_not(task: Task, arm: Arm) -> str:
-    """Return why an arm cannot be trained, "" if it can: by two epochs of a few images.
-
-    A method that does not apply says so by `BadInput` or `NoEffect`; any other error is a fault of ours and
-    is raised, unless the network is a user's, whose code may raise anything.
+    What of them does not apply goes into `left_out`.
     """
-    few = task.but(images=8 * task.recipe.batch_size, epochs=2, validation=50, axis="epochs")
-    try:
-        arm.run(few, few.load(), seed=0)
-    except (BadInput, NoEffect) as error:
-        return str(error)
-    except Exception as error:
-        if task.network in models.NETWORKS:
-            raise
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return ""
-
-
-def arms(task: Task) -> tuple[list[Arm], dict[str, str]]:
-    """Return (arms, left out: name -> why): the baseline, all that apply, and the prescribed combination."""
     parts = [next(c for c in CONTENDERS if c.name == name) for name in PRESCRIBED]
-    offers = {c.name: c.make for c in contenders(task)}
-    offers[" + ".join(PRESCRIBED)] = lambda task: combined(task, parts)
-    found, left_out = [Arm(name=BASELINE, role="baseline")], {}
-    for name, make in offers.items():
-        try:
-            arm = replace(make(task), name=name)
-            why = why_not(task, arm)
-        except (BadInput, NoEffect) as error:
-            why = str(error)
-        if why:
-            left_out[name] = why
-        else:
-            found.append(arm)
-    return found, left_out
+    arms = [found.best(task), *leave_one_out(task, found.parts)] if len(found.parts) > 1 else []
+    if set(found.parts) != set(parts):
+        arms.append(combined(task, parts))
+    whys = {a.name: why_not(task, a) for a in arms}
+    left_out |= {name: why for name, why in whys.items() if why}
+    return [a for a in arms if not whys[a.name]]

@@ -24,7 +24,6 @@ from torch.func import functional_call
 from effilib import convolution as conv
 from effilib import surgery
 from effilib.convolution import Approximation
-from effilib.data import Batches
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.models import reestimate_
@@ -456,9 +455,8 @@ class _ForAShare:
     def on_evaluation(self, run):
         if getattr(self, "where", "") != "backward" and not run.state[self]["exact"]:
             size = min(run.recipe.batch_size, len(run.dataset.train))
-            batches = Batches(
-                run.dataset, size, stream(run.seed, "BatchNorm"), augmentation=run.recipe.augmentation
-            )
+            how = dict(augmentation=run.recipe.augmentation)
+            batches = run.dataset.shuffled(size, stream(run.seed, "BatchNorm"), **how)
             few = max(1, self.images // size)
             with run.autocast():
                 reestimate_(
@@ -473,6 +471,9 @@ class _ForAShare:
         if run.state[self]["exact"]:
             return
         self.make_exact_(run.model)
+        if run.dataset.validation is None:  # in a loop of one's own
+            self.on_evaluation(run)
+            return
         with run.clock.paused():
             plain = evaluate(run.model, run.dataset, "validation", run.precision)[1]
         self.on_evaluation(run)  # on the clock: whoever uses the network needs it once

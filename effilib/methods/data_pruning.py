@@ -83,10 +83,10 @@ class DataPruning(Method):
         run.steps = run.step + run.schedule.left
 
     def loss_terms(self, run: Run) -> torch.Tensor:
-        state, index = run.state[self], run.batches.index
+        state, index, y = run.state[self], run.batches.index, run.targets
         if len(run.logits) != len(index):
             raise BadInput("data pruning: another method changes which images a batch holds")
-        logits, y = at_least_fp32(run.logits), run.dataset.train.y[index]
+        logits = at_least_fp32(run.logits)
         smoothing = run.recipe.label_smoothing
         losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
         state["new"][0, index] = 1

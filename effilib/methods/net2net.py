@@ -18,7 +18,7 @@ from torch import nn
 
 from effilib import models, surgery
 from effilib.convolution import evaluating
-from effilib.data import Batches, Dataset
+from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.tasks import Task
@@ -406,7 +406,7 @@ class Net2Net(Method):
         run.state[self]["grown"] = True
         done, before = [], sum(p.numel() for p in run.model.parameters())
         generator = run.generator(self)
-        x, y = next(iter(Batches(run.dataset, run.batches.batch_size, generator)))
+        x, y = next(iter(run.dataset.shuffled(run.batches.batch_size, generator)))
 
         how = dict(wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise)
 

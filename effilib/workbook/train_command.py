@@ -26,7 +26,7 @@ from torch import nn
 from effilib import checkpoint, clock, distributed, models, paths, provenance, tasks, training
 from effilib import methods as package
 from effilib.caveats import LOPSIDED, caveats
-from effilib.data import Dataset, folder_name
+from effilib.data import Dataset, check_name, folder_name
 from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose, out_of_memory
 from effilib.progress import say_seconds
@@ -34,7 +34,7 @@ from effilib.statistics import binomial_error
 from effilib.tasks import Task
 from effilib.training import History, Method
 
-__all__ = ["cautions", "make", "make_task", "method", "methods", "run"]
+__all__ = ["cautions", "make", "make_task", "method", "methods", "name_of", "run"]
 
 FILES = ("history.csv", "model.pt")  # beside record.json, which says that they are complete
 
@@ -90,6 +90,18 @@ def method(name: str, *texts) -> Method:
             raise BadInput(f"{name} is no method: {choices}")
         cls = known[choose("method", name, known)]
     return training.check_methods([make(cls, name, texts)])[0]
+
+
+def name_of(method: Method) -> str:
+    """Return the name by which `--method` and recipe files know a method.
+
+    >>> name_of(methods()["prune_train"]())
+    'prune_train'
+    """
+    cls = type(method)
+    if cls.__module__.startswith(package.__name__):
+        return snake(cls.__name__)
+    return f"{inspect.getsourcefile(cls) or cls.__module__}:{cls.__name__}"
 
 
 def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> object:
@@ -187,11 +199,13 @@ def run(
     device: str = "auto",
     checkpoint: str = "",
     out: str = "",
+    recipe: str = "",
 ) -> int:
     """Train, and write history.csv, model.pt and, last, record.json into `out`.
 
     Returns the exit code: 0 complete, 130 interrupted. methods: a list of [name, "setting=value", ...].
-    settings: of the task or its recipe, "name=value". Raises `BadInput`.
+    settings: of the task or its recipe, "name=value". recipe: a file (`recipes`) that says all of it but
+    data set and settings, which can be changed. Raises `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
     synthetic, 128 images of 8 x 8, resnet; no method; 1 epochs, batches of 32; into mine
@@ -200,14 +214,23 @@ def run(
     mine: history.csv, model.pt, record.json
     0
     """
-    chosen = [method(*words) for words in methods]
-    task = make_task(preset, dataset, network, variant, device, settings)
+    if recipe:
+        from effilib.workbook import recipes
+
+        given = {"method": methods, "preset": preset, "network": network, "variant": variant != "base"}
+        for name in (name for name, value in given.items() if value):
+            raise BadInput(
+                f"--{name} is said by the recipe {recipe}: change it there, or leave one of the two"
+            )
+        task, chosen = recipes.read(recipe, device)
+        task = with_settings(task.but(dataset=dataset) if dataset else task, settings)
+        check_name(task.dataset)
+        methods = [[name_of(m)] for m in chosen]
+    else:
+        chosen = [method(*words) for words in methods]
+        task = make_task(preset, dataset, network, variant, device, settings)
     ranks = distributed.ranks(task.device)
-    folder = (
-        Path(out)
-        if out
-        else default_folder(task, [word for words in methods for word in words], settings, seed, ranks.size)
-    )
+    folder = Path(out) if out else default_folder(task, words_of(methods, recipe), settings, seed, ranks.size)
     file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
     data = load(task, ranks)
     named = [task.network, *(words[0] for words in methods)]
@@ -283,6 +306,13 @@ def default_folder(
     if files:  # a/mine.py and b/mine.py are two
         words.append(provenance.digest([str(Path(f).expanduser().resolve()) for f in files])[:4])
     return paths.results() / "play" / file_name("train", *words)
+
+
+def words_of(methods, recipe):
+    """What names a run's methods: the words of the command line, or a recipe file's name and content."""
+    if recipe:
+        return [Path(recipe).stem, provenance.digest(Path(recipe).read_text(encoding="utf-8"))[:6]]
+    return [word for words in methods for word in words]
 
 
 def complete(folder: Path, what: dict, checkpoint: Path) -> dict | None:
@@ -382,20 +412,28 @@ def make_task(
     >>> make_task("smoke", "synthetic", "", "base", "auto", ["lr=0.5"]).recipe.lr
     0.5
     """
-    own = ("images", "size", "validation", "widths")
+    check_settings(settings)
+    return with_settings(tasks.task(preset, dataset, network, variant, device=device), settings)
+
+
+OWN = ("images", "size", "validation", "widths")  # settings of the task; all others are of its recipe
+
+
+def check_settings(settings):
+    """Raise `BadInput` for a setting that is neither the task's nor its recipe's."""
     for text in settings:
         choose(
-            "setting", text.partition("=")[0], [*own, *(f.name for f in dataclasses.fields(training.Recipe))]
+            "setting", text.partition("=")[0], [*OWN, *(f.name for f in dataclasses.fields(training.Recipe))]
         )
-    task = tasks.task(preset, dataset, network, variant, device=device)
-    task = make(tasks.Task, "the task", [text for text in settings if text.partition("=")[0] in own], task)
-    recipe = make(
-        training.Recipe,
-        "the recipe",
-        [text for text in settings if text.partition("=")[0] not in own],
-        task.recipe,
-    )
-    return dataclasses.replace(task, recipe=recipe)
+
+
+def with_settings(task, settings):
+    """The task with settings, "name=value"."""
+    check_settings(settings)
+    own = [text for text in settings if text.partition("=")[0] in OWN]
+    task = make(tasks.Task, "the task", own, task)
+    rest = [text for text in settings if text not in own]
+    return dataclasses.replace(task, recipe=make(training.Recipe, "the recipe", rest, task.recipe))
 
 
 def file_name(*words) -> str:

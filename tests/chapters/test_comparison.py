@@ -1,9 +1,8 @@
 """What chapter 10 trains: who takes part, what does not apply, and which methods go together."""
 
-from dataclasses import replace
-
 import pytest
 
+from effilib import search
 from effilib.chapters import comparison as chapter
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
@@ -19,23 +18,29 @@ def test_the_short_presets_have_a_handful_and_the_study_all():
     assert chapter.contenders(TASK.but(preset="study")) == list(chapter.CONTENDERS)
 
 
-def test_arms_and_what_does_not_apply():
-    arms, left_out = chapter.arms(TASK)
+def test_arms_what_does_not_apply_and_combinations():
+    arms, able, left_out = chapter.arms(TASK)
     assert arms[0] == Arm(name="baseline", role="baseline")
-    assert {a.name for a in arms[1:]} == {*chapter.FEW, " + ".join(chapter.PRESCRIBED)}
+    assert {a.name for a in arms[1:]} == {c.name for c in able} == set(chapter.FEW)
     assert not left_out
-    pooled = replace(BY_NAME["stochastic pooling"].make(TASK), name="pooled")
-    assert "has no nn.MaxPool2d layer" in chapter.why_not(TASK, pooled)
+    pooled = BY_NAME["stochastic pooling"].arm(TASK)
+    assert "has no nn.MaxPool2d layer" in search.why_not(TASK, pooled)
+    prescribed = " + ".join(chapter.PRESCRIBED)
+    assert [a.name for a in chapter.combinations(TASK, search.Found(), left_out)] == [prescribed]
+    found = search.Found(parts=[BY_NAME[n] for n in ("resizing", "whitening stem", "PruneTrain")])
+    names = [a.name for a in chapter.combinations(TASK, found, left_out)]
+    without = ["without resizing", "without whitening stem", "without PruneTrain"]
+    assert names == ["resizing + whitening stem + PruneTrain", *without, prescribed]
 
 
 def test_methods_of_a_combination_work_in_order_and_change_different_things():
-    combination = chapter.combined(TASK, [BY_NAME[name] for name in chapter.PRESCRIBED])
+    combination = search.combined(TASK, [BY_NAME[name] for name in chapter.PRESCRIBED])
     names = [type(m).__name__ for m in combination.methods]
     assert names == ["WaveletStem", "KernelRescaling", "PruneTrain"]
     with pytest.raises(BadInput, match="both change the images"):
-        chapter.combined(TASK, [BY_NAME["resizing"], BY_NAME["kernel rescaling"]])
+        search.combined(TASK, [BY_NAME["resizing"], BY_NAME["kernel rescaling"]])
     with pytest.raises(BadInput, match="Tree-CNN is more than one training"):
-        chapter.combined(TASK, [BY_NAME["resizing"], BY_NAME["Tree-CNN"]])
+        search.combined(TASK, [BY_NAME["resizing"], BY_NAME["Tree-CNN"]])
 
 
 def test_a_fault_of_ours_is_raised_and_one_of_a_users_network_is_a_reason():
@@ -43,11 +48,9 @@ def test_a_fault_of_ours_is_raised_and_one_of_a_users_network_is_a_reason():
         raise ZeroDivisionError("a fault")
 
     with pytest.raises(ZeroDivisionError):
-        chapter.why_not(TASK, Arm(name="x", fit=fails))
-    assert (
-        chapter.why_not(TASK.but(network="mine.py:net"), Arm(name="x", fit=fails))
-        == "ZeroDivisionError: a fault"
-    )
+        search.why_not(TASK, Arm(name="x", fit=fails))
+    why = search.why_not(TASK.but(network="mine.py:net"), Arm(name="x", fit=fails))
+    assert why == "ZeroDivisionError: a fault"
 
 
 NOT_DOUBLE = ("fp32", "dynamic fixed point", "structure and strength")  # the last one takes ten times as long
