@@ -15,8 +15,8 @@ from torch import nn
 from effilib.errors import BadInput, choose
 
 __all__ = [
-    "CANDIDATES", "ORIGINAL", "Replacement", "Site", "factors", "fits", "parts", "replacement", "site_of",
-    "spectral", "why_left",
+    "CANDIDATES", "ORIGINAL", "Replacement", "Site", "factors", "fits", "parts", "passes", "replacement",
+    "site_of", "spectral", "why_left",
 ]  # fmt: skip
 
 CANDIDATES = (  # from the least saving to the most at equal widths
@@ -128,6 +128,16 @@ def site_of(conv: nn.Conv2d, **images) -> Site:
     pad = {"valid": (0, 0), "same": tuple(k // 2 for k in conv.kernel_size)}.get(conv.padding, conv.padding)
     geometry = dict(kernel=tuple(conv.kernel_size), stride=tuple(conv.stride), padding=tuple(pad))
     return Site(C=conv.in_channels, O=conv.out_channels, bias=conv.bias is not None, **geometry, **images)
+
+
+def passes(candidate: str, site: Site) -> float:
+    """Return the share of the channels that pass a candidate's narrowest part, 0..1.
+
+    >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+    >>> passes("lowrank/4", site), passes("dwsep", site)
+    (0.5, 1.0)
+    """
+    return min(1.0, min(written for _, written, *_ in parts(candidate, site)) / min(site.C, site.O))
 
 
 class Replacement(nn.Sequential):

@@ -16,7 +16,7 @@ from torch import nn
 
 from effilib import models
 from effilib.errors import BadInput, NoEffect
-from effilib.methods.layer_candidates import CANDIDATES, ORIGINAL, fits, replacement
+from effilib.methods.layer_candidates import CANDIDATES, ORIGINAL, fits, passes, replacement
 from effilib.methods.layer_latency import Setting, between, latencies, train_step
 from effilib.methods.layer_sites import cuttable, sites, swap_
 from effilib.training import LAYOUTS, stream
@@ -82,11 +82,13 @@ def survey(
     """Measure what each candidate and each cut takes and damages, and the whole step.
 
     The model is left as it was. x, y: one batch of training images, in the layout of training. block: nodes
-    lose so many channels at a time, at most half of them (0: none). Returns plain values: "layers" (name ->
-    candidate -> "seconds", "damage", "flops"; damage is the loss of potential as a share of the network's),
-    "corners" (name -> seconds as `between` takes them), "potential" (name -> its share), "nodes" (name ->
-    "widths", from all on, "writes", "reads"), "left" (name -> why), "step" (seconds), "norm", "cached".
-    Raises `NoEffect` where nothing can be replaced or cut.
+    lose so many channels at a time, at most half of them (0: none). Damage is the loss of potential as a
+    share of the network's, and at least that of a cut to what `passes`.
+
+    Returns plain values: "layers" (name -> candidate -> "seconds", "damage", "flops"), "corners" (name ->
+    seconds as `between` takes them), "potential" (name -> its share), "nodes" (name -> "widths", from all on,
+    "writes", "reads"), "left" (name -> why), "step" (seconds), "norm", "cached". Raises `NoEffect` where
+    nothing can be replaced or cut.
 
     >>> net, x, y = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(8, 1, 8, 8), torch.arange(8) % 4
     >>> found = survey(net, x, y, Setting(repeats=3), candidates=("dwsep",), block=2)
@@ -127,7 +129,8 @@ def survey(
                 new = replacement(c, s, stream(seed, f"{name}/{c}"), norm=norm)
                 old = swap_(net, name, new.to(x.device, memory_format=LAYOUTS[setting.layout]))
                 after = potentials(net, [name], *few, setting.context)[name]
-                layers[name][c]["damage"] = max(0.0, before[name] - after) / whole
+                lost = max(before[name] - after, (1 - passes(c, s)) * before[name])
+                layers[name][c]["damage"] = lost / whole
                 swap_(net, name, old)
         step = min(setting.interleaved({"step": train_step(net, x, y, setting)})["step"])
     return {
