@@ -10,7 +10,8 @@ from torch import nn
 
 from effilib import models
 from effilib.data import Batches, Dataset
-from effilib.methods.layer_placement import Chain, Layer, measure, profile
+from effilib.methods.layer_chain import Chain, measure, profile
+from effilib.methods.layer_placement import Layer
 from effilib.tasks import Task
 from effilib.training import stream
 

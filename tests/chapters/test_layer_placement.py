@@ -3,7 +3,8 @@
 import torch
 
 from effilib.chapters import layer_placement as chapter
-from effilib.methods.layer_placement import Chain, traffic
+from effilib.methods.layer_chain import Chain
+from effilib.methods.layer_placement import traffic
 from effilib.tasks import task
 
 TASK = task("smoke", "synthetic")

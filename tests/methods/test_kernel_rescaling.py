@@ -2,6 +2,7 @@
 schedule, resuming, refusals.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -16,8 +17,8 @@ from torch.testing import assert_close
 from effilib import models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
-from effilib.methods.kernel_rescaling import (
-    KernelRescaling,
+from effilib.methods.kernel_rescaling import KernelRescaling, shrunk
+from effilib.methods.rescaled_kernels import (
     kernels,
     matrix,
     pi_resize,
@@ -600,6 +601,114 @@ def test_the_learning_rate_goes_on_or_rises_anew():
     assert factor == pytest.approx([1.0] * 8 + [1 / 3, 2 / 3, 1, 1, 1, 1] + [1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
+def test_small_images_are_the_large_ones_resized():
+    small = shrunk(DATA, (4, 6))
+    assert (small.shape, small.train.x.dtype) == ((1, 4, 6), torch.uint8)
+    mean = DATA.train.x.float().mean((1, 2))
+    assert (small.train.x.float().mean((1, 2)) - mean).abs().max() < 8
+
+
+class Batch(Method):
+    """Keep the batches of a run, and the weight decay of their steps."""
+
+    def on_fit_start(self, run):
+        run.state[self] = None
+        FOUND.clear()
+
+    def on_batch(self, run, x, y):
+        decay = {g["weight_decay"] for g in run.optimizer.param_groups}
+        FOUND.append((x.clone(), run.batches.index.clone(), decay))
+        return x, y
+
+
+FOUND = []
+HALVES = dict(schedule=((0.5, 0.5), (0.5, 1.0)), kernels=False)
+COLOURED = synthetic(images=200, size=16)
+COLOURED = type(COLOURED)(**{**vars(COLOURED), "pad": 2, "flip": True})
+
+
+def batches_of(method, recipe=RECIPE):
+    model = models.build("resnet", 4, (1, 16, 16), widths=(4, 6), blocks=(1, 1))
+    history = train(model, COLOURED, recipe, [method, Batch()], seed=3)
+    return list(FOUND), history, model
+
+
+def lies_in(window, image):
+    """Whether a window (C, h, w) is a cut-out of an image, or of its mirror image."""
+    (_, h, w), (_, H, W) = window.shape, image.shape
+    places = itertools.product(range(H - h + 1), range(W - w + 1), (image, image.flip(2)))
+    return any(torch.equal(window, part[:, i : i + h, j : j + w]) for i, j, part in places)
+
+
+def test_small_batches_are_the_resized_images_at_the_same_places_of_the_same_order():
+    """Cut from the table: the slow way resizes each image, pads it and looks where the crop could lie."""
+    found, _, _ = batches_of(KernelRescaling(**HALVES))
+    plain, _, _ = batches_of(Quiet())
+    assert [i.tolist() for _, i, _ in found] == [i.tolist() for _, i, _ in plain]
+    small = shrunk(COLOURED, (8, 8))
+    assert small.pad == 1
+    for x, index, _ in found[:3]:
+        assert x.shape[2:] == (8, 8)
+        images = F.pad(small.normalize(small.train.x[index]), [1] * 4, mode="reflect")
+        assert all(lies_in(w, image) for w, image in zip(x, images, strict=True))
+    for (x, *_), (y, *_) in zip(found[10:], plain[10:], strict=True):
+        assert torch.equal(x, y)  # of full size nothing is changed
+
+
+class Quiet(Method):
+    """Nothing."""
+
+
+def test_the_table_is_the_slow_way_to_within_rounding():
+    small = shrunk(COLOURED, (8, 8)).normalize(shrunk(COLOURED, (8, 8)).train.x[:20])
+    slow = COLOURED.normalize(COLOURED.train.x[:20])
+    slow = F.interpolate(slow, (8, 8), mode="bilinear", antialias=True)
+    assert (small - slow).abs().max() < 0.51 / 255 / min(COLOURED.std) + 1e-4
+
+
+def test_without_crops_small_images_are_whole_and_those_of_full_size_are_cropped():
+    found, _, _ = batches_of(KernelRescaling(**HALVES, crops=False))
+    small = shrunk(COLOURED, (8, 8))
+    for x, index, _ in found[:10]:
+        whole = small.normalize(small.train.x[index])
+        assert all(lies_in(w, image) for w, image in zip(x, whole, strict=True))
+    whole = COLOURED.normalize(COLOURED.train.x[found[10][1]])
+    assert not all(lies_in(w, image) for w, image in zip(found[10][0], whole, strict=True))
+
+
+def test_weight_decay_grows_with_the_images():
+    recipe = Recipe(epochs=5, batch_size=32, precision="fp32", weight_decay=1e-3)
+    how = dict(schedule=SCHEDULE, kernels=False)
+    found, _, weak = batches_of(KernelRescaling(**how, decay=0.2), recipe)
+    decays = [next(iter(d)) for *_, d in found]
+    assert decays == pytest.approx([2e-4] * 8 + [6e-4] * 6 + [1e-3] * 6)
+    _, _, plain = batches_of(KernelRescaling(**how), recipe)
+    norms = [sum(p.square().sum() for p in m.parameters()).item() for m in (weak, plain)]
+    assert norms[0] > norms[1]
+
+
+def test_the_last_phase_sees_cut_outs_and_evaluation_whole_images():
+    found, history, model = batches_of(KernelRescaling(**HALVES, cut=0.75))
+    assert {x.shape[2:] for x, *_ in found[10:]} == {(12, 12)}
+    whole, places = COLOURED.normalize(COLOURED.train.x), set()
+    for x, index, _ in found[10:]:
+        for window, image in zip(x, whole[index], strict=True):
+            assert lies_in(window, image)
+            places |= {
+                (i, j)
+                for i in range(5)
+                for j in range(5)
+                if torch.equal(window, image[:, i : i + 12, j : j + 12])
+            }
+    assert {i for i, _ in places} == {j for _, j in places} == set(range(5))  # all the room there is
+    assert "step at 12 x 12" in history.kinds
+    # at the end BatchNorm's statistics are those of whole images
+    before = model.bn.running_var.clone()
+    _, _, stale = batches_of(KernelRescaling(**HALVES, cut=0.75, recalibrate=0))
+    assert not torch.equal(before, stale.bn.running_var)
+    assert history.rows[-1]["accuracy"] == evaluate(model, COLOURED, "validation", "fp32")[1]
+
+
 def test_a_users_network_and_images_that_are_not_square():
     wide = synthetic(images=200, size=16)
     narrow = copy.copy(wide)
@@ -635,7 +744,7 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(make, at, tmp_path):
                 raise KeyboardInterrupt
             return x, y
 
-    method = KernelRescaling(schedule=SCHEDULE, rewarm=0.2)
+    method = KernelRescaling(schedule=SCHEDULE, rewarm=0.2, decay=0.3, crops=False)
     whole = make()
     history = train(whole, DATA, RECIPE, [method, Stop(done=[1])])
     stop, resumed = Stop(), make()
@@ -648,6 +757,29 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(make, at, tmp_path):
     assert [r["accuracy"] for r in again.rows] == [r["accuracy"] for r in history.rows]
     assert set(again.kinds) == set(history.kinds)
     assert models.kernels(resumed) == models.kernels(make())
+
+
+def test_a_run_is_resumed_among_cut_outs(tmp_path):
+    method, file, two = KernelRescaling(**HALVES, cut=0.75), tmp_path / "run.pt", []
+    recipe = Recipe(epochs=5, batch_size=32, precision="fp32")
+
+    @dataclass(frozen=True)
+    class Stop(Method):
+        at: int = 0
+
+        def on_batch(self, run, x, y):
+            if run.step == self.at and len(two) == 1:
+                raise KeyboardInterrupt
+            return x, y
+
+    for _ in range(3):
+        two.append(models.build("resnet", 4, (1, 16, 16), seed=1, widths=(4, 6), blocks=(1, 1)))
+        with contextlib.suppress(KeyboardInterrupt):
+            train(two[-1], COLOURED, recipe, [method, Stop(at=17)], checkpoint=file)
+        if len(two) == 2:
+            file.unlink()
+    states = [net.state_dict() for net in two]
+    assert all(torch.equal(v, states[2][k]) for k, v in states[1].items())
 
 
 def test_a_run_that_diverges_is_left_at_full_size():

@@ -20,25 +20,19 @@ from torch import nn
 from effilib import cost, models
 from effilib.distributed import processes
 from effilib.errors import BadInput
+from effilib.methods.layer_chain import Chain, measure, profile
 from effilib.methods.layer_placement import (
-    Chain,
     Cluster,
-    Job,
     Layer,
-    alone,
     best_cut,
     bubble,
     estimate,
-    measure,
     pipeline,
-    pipelined,
-    profile,
     server_bytes,
-    several,
     step_seconds,
-    take_part,
     traffic,
 )
+from effilib.methods.placed_training import Job, alone, pipelined, several, take_part
 
 SHAPE = (1, 12, 12)
 make = functools.partial(models.build, "convnet", 4, SHAPE, seed=1, widths=(4, 6, (6, 8)), bn=False)
