@@ -343,8 +343,10 @@ def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for name, blocks in list(model.named_modules()):
             inside = f"{name}." if name else ""
             places = {key.removeprefix(inside).partition(".")[0] for key in tensors if key.startswith(inside)}
-            while isinstance(blocks, nn.Sequential) and str(len(blocks)) in places:
-                surgery.append_block_(model, f"{inside}{len(blocks) - 1}")
+            while isinstance(blocks, nn.Sequential) and len(blocks):
+                if surgery.follower(blocks, len(blocks) - 1) not in places:
+                    break
+                surgery.append_block_(model, f"{inside}{list(blocks._modules)[-1]}", x=None)
         for path in surgery.trace(model).paths:
             if not any(f"{layer}.weight" in tensors for layer in path.convs):
                 surgery.remove_path_(path)

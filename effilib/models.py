@@ -43,6 +43,7 @@ __all__ = [
     "set_kernel_",
     "speed_run",
     "stream",
+    "untouched",
     "vgg",
 ]
 
@@ -494,7 +495,7 @@ def fits(
             with evaluating(model), torch.no_grad():
                 logits = model(x)  # what is lazy gets its shape
             _check_logits(logits, network, (len(x), classes), "")
-            with _untouched(model):
+            with untouched(model):
                 trained = model(x)
                 _check_logits(trained, network, (len(x), classes), " in training")
                 learning = [p for p in model.parameters() if p.requires_grad]
@@ -578,8 +579,15 @@ def in_training(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _untouched(model):
-    """Hold `model` in training mode; afterwards modes and buffers are as they were."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in training mode; afterwards modes and buffers are as they were.
+
+    >>> net = nn.BatchNorm2d(1).eval()
+    >>> with untouched(net):
+    ...     y = net(torch.ones(2, 1, 4, 4))
+    >>> net.training, net.running_mean
+    (False, tensor([0.]))
+    """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {m: m.training for m in model.modules()}
     in_training(model)

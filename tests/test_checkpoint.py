@@ -136,7 +136,7 @@ class Operate(Method):
             run.restructure(lambda model, optimizer: self.change(model, optimizer, run.generator(self)))
 
     def change(self, model, optimizer, generator):
-        surgery.append_block_(model, "layer1.1", optimizer, generator=generator)
+        surgery.append_block_(model, "layer1.1", optimizer, x=None, generator=generator)
         surgery.remove_path_(surgery.trace(model).path("layer2.0"), optimizer)
         found = surgery.trace(model)
         surgery.select_(found["layer1.2.conv1"], [0, 2, 5], optimizer)
@@ -633,9 +633,10 @@ def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_l
     @dataclass(frozen=True)
     class Deeper(Method):
         def on_epoch_end(self, run):
+            x = torch.rand(4, 1, 8, 8)
             if run.epoch == 0:
                 run.restructure(
-                    lambda model, optimizer: surgery.insert_layer_(model, "1", optimizer) and None
+                    lambda model, optimizer: surgery.insert_layer_(model, "1", optimizer, x=x) and None
                 )
 
     def net():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from effilib import cost, models, surgery
 from effilib.errors import BadInput
-from effilib.methods import net2net
+from effilib.methods import net2net, widening
 from effilib.methods.prune_train import prune_
 from effilib.surgery import stages
 
@@ -21,6 +22,13 @@ def vgg(**kwargs):
 
 def resnet18():
     return models.build("torchvision.models:resnet18", 4, (3, 16, 16))
+
+
+def mobile():
+    return models.build("torchvision.models:mobilenet_v2", 4, (3, 32, 32))
+
+
+X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def names(nodes):
@@ -66,12 +74,27 @@ def test_stages_of_a_users_network_with_maps_of_one_pixel_stay_apart():
     assert stages.deepenable(model, layout, 3) == "layer4.1"
 
 
-def test_the_products_counted_are_those_of_a_training_step():
-    model = resnet()
-    layout, found = stages.find(model, (1, 8, 8)), surgery.trace(model)
-    layers = {layer for n in found.nodes for layer in (*n.producers, *n.consumers)}
-    first = 2 * model.stem.weight.numel() * 64  # the first layer's dX is never computed
-    assert stages.flops(model, layout, layers) - first == cost.step_flops(model.to("meta"), (1, 8, 8))
+class Mixed(nn.Module):
+    """Grouped and transposed convolutions, a layer on a rectangle, one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=(1, 2)), nn.Conv2d(8, 8, 3, groups=4, padding=1)
+        self.up, self.head = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.second(F.relu(self.second(F.relu(self.first(x)))))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(resnet, (1, 8, 8)), (vgg, (1, 8, 8)), (Mixed, (3, 12, 12)), (mobile, (3, 32, 32))]
+)
+def test_the_products_counted_are_those_of_a_training_step_by_pytorchs_counter(make, shape):
+    model = make()
+    found = stages.flops(model, shape)
+    first = next(iter(found.values())) / 3  # the first layer's dX is never computed
+    assert sum(found.values()) - first == cost.step_flops(model.to("meta"), shape, 2) / 2
 
 
 @pytest.mark.parametrize(("make", "shape"), [(vgg, (1, 8, 8)), (resnet, (1, 8, 8))])
@@ -79,7 +102,7 @@ def test_a_layout_follows_layers_that_are_renumbered(make, shape):
     model = make()
     layout = stages.find(model, shape)
     before = {m: n for n, m in model.named_modules()}
-    net2net.deepen_(model, stages.deepenable(model, layout, 0))
+    net2net.deepen_(model, stages.deepenable(model, layout, 0), x=X)
     later = stages.follow(layout, before, model, 0)
     assert later["of"] == stages.find(model, shape)["of"]
     assert stages.depth(surgery.trace(model), later, 0) == 2
@@ -96,7 +119,7 @@ def test_a_stage_whose_paths_are_gone_keeps_its_place_and_can_still_become_deepe
     assert trunk.name == "stages.2.0.bn2"  # a constant, which is no layer of the layout
     assert stages.depth(found, later, 2) == 0
     assert stages.widenable(found, later, 2) == []
-    net2net.deepen_(model, stages.deepenable(model, later, 2))
+    net2net.deepen_(model, stages.deepenable(model, later, 2), x=X)
     assert [b.inner for b in model.stages[2]] == [0, 8]
 
 
@@ -108,8 +131,8 @@ def test_the_table_of_channels_follows_cuts_growth_and_renumbered_layers():
     before, owners = {m: n for n, m in model.named_modules()}, stages.owners(surgery.trace(model))
     index = torch.tensor([1, 4, 5])
     surgery.select_(surgery.trace(model)["features.4"], index)
-    net2net.widen_(surgery.trace(model)["features.4"], 5, breaker="pair")
-    net2net.deepen_(model, "features.2")
+    widening.widen_(surgery.trace(model)["features.4"], 5, breaker="pair")
+    net2net.deepen_(model, "features.2", x=X)
     later, new = stages.carry(table, owners, before, surgery.trace(model), {"features.4": index}, 7)
     assert set(later) == {"features.0", "features.3", "features.7", "features.10"}
     assert later["features.3"]["born"] == [7] * 4  # the new layer

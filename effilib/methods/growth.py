@@ -73,7 +73,7 @@ def grow_(
     multiple: int = 16,
     trunk: bool = False,
     breaker: str = "pair",
-    x: torch.Tensor | None = None,
+    x: torch.Tensor,
     y: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
@@ -81,13 +81,13 @@ def grow_(
 
     stage: its number in the layout of `effilib.surgery.stages`. "widen": every node inside of its residual
     paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times its channels, rounded
-    up to a multiple. "deepen": one more block or layer at its end. breaker: see `net2net.widen_`; "pair" is
-    exact. x, y: a batch at the size that the network trains on, see `net2net.deepen_` and `gradmax_`. Raises
-    `BadInput` where it cannot be.
+    up to a multiple. "deepen": one more block or layer at its end. breaker: see `widening.widen_`; "pair" is
+    exact. x, y: a batch at the size that the network trains on, see `net2net.grow_`. Raises `BadInput` where
+    it cannot be, with the network as it was.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
-    >>> layout = stages.find(net, (1, 8, 8))
-    >>> grow_(net, layout, 1, "widen"), grow_(net, layout, 1, "deepen")
+    >>> layout, x = stages.find(net, (1, 8, 8)), torch.rand(2, 1, 8, 8)
+    >>> grow_(net, layout, 1, "widen", x=x), grow_(net, layout, 1, "deepen", x=x)
     (['stages.1.0.conv1 16 -> 32'], ['stages.1.1 added'])
     """
     choose("growth", growth, GROWTH)

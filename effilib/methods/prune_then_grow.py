@@ -20,7 +20,7 @@ import torch
 
 from effilib import models, surgery
 from effilib.errors import BadInput, choose
-from effilib.methods import Info, net2net
+from effilib.methods import Info
 from effilib.methods.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide
 from effilib.methods.growth import going, grow_, price, renewed, step_flops, strengths, validate
 from effilib.methods.prune_train import (
@@ -35,6 +35,7 @@ from effilib.methods.prune_train import (
     shrink_steps,
     weights,
 )
+from effilib.methods.widening import BREAKERS
 from effilib.surgery import stages
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, stream, train
@@ -92,7 +93,7 @@ class PruneThenGrow(Policy, Method):
     idle: float = 0.15
     factor: float = 1.5  # of the channels, by widening
     trunk: bool = False  # widen the trunk of residual paths too
-    breaker: str = "pair"  # of symmetry, see `net2net.widen_`
+    breaker: str = "pair"  # of symmetry, see `widening.widen_`
     grace: int = 1  # epochs in which newborn channels are neither penalised nor cut
     search: float = 0.6  # share of the schedule that SEARCH takes at most
     # FLOPs that the run may cost, looking at images included, relative to the network as given, trained for
@@ -103,7 +104,7 @@ class PruneThenGrow(Policy, Method):
 
     def __post_init__(self):
         super().__post_init__()
-        choose("symmetry breaker", self.breaker, (*net2net.BREAKERS, "gradmax"))
+        choose("symmetry breaker", self.breaker, (*BREAKERS, "gradmax"))
         p = self.prune
         if p.mode != "proximal" or p.until != 1 or p.at or p.grow_batch:
             raise BadInput(
@@ -138,7 +139,9 @@ class PruneThenGrow(Policy, Method):
         surgery.nodes(model)  # refuses what has none
         layout = stages.find(model, shape)
         if self.growths and all(
-            self._added(model, layout, i, g) is None for i in range(len(layout["pixels"])) for g in GROWTH
+            self._added(model, layout, self._images(run), i, g) is None
+            for i in range(len(layout["pixels"]))
+            for g in GROWTH
         ):
             raise BadInput(f"PruneThenGrow: no stage of {type(model).__name__} can become wider or deeper")
         run.schedule.lr_at = partial(self._lr_at, run)
@@ -298,8 +301,10 @@ class PruneThenGrow(Policy, Method):
         run.kind = before
         state["looked"] += self._look_share(run) * len(run.batches) * self._step_cost(run, state["size"])
         structure = surgery.trace(run.model)
+        per_layer = stages.flops(run.model, run.dataset.shape)
         seen = tuple(
-            self._stage(run, structure, i, name) for i, name in enumerate(stages.names(state["layout"]))
+            self._stage(run, structure, per_layer, i, name)
+            for i, name in enumerate(stages.names(state["layout"]))
         )
         total, correct, n = (float(v) for v in state["sums"])
         correct, n = (sum(counts) for counts in zip(*run.ranks.gather((correct, n)), strict=True))
@@ -307,8 +312,8 @@ class PruneThenGrow(Policy, Method):
         how = dict(train_loss=total / batches, train_accuracy=100 * correct / n, loss=loss, accuracy=accuracy)
         state["epochs"].append(asdict(Epoch(epoch=run.epoch, **how, stages=seen, size=state["size"])))
 
-    def _stage(self, run, structure, number, name):
-        """A stage as the decision sees it; the channels' table is brought up to date."""
+    def _stage(self, run, structure, flops, number, name):
+        """A stage as the decision sees it; the channels' table is brought up to date. flops: by layer."""
         state = run.state[self]
         window = max(self.window, math.ceil(min(state["idle"], run.schedule.planned)))
         nodes = stages.members(structure, state["layout"], number)
@@ -320,7 +325,7 @@ class PruneThenGrow(Policy, Method):
             strength = strengths(node, self.prune.rule, self.prune.weigh)
             grown = self._grown(table, run.epoch)
             was, now = grown & torch.tensor(table["alive"]), grown & alive
-            each = stages.flops(run.model, state["layout"], {*node.producers, *node.consumers}) / node.width
+            each = sum(flops.get(p, 0) for p in {*node.producers, *node.consumers}) / node.width
             total += each * int(was.sum())
             lost += each * (int(was.sum()) - int(now.sum()))
             leaving += each * int((now & going(strength, torch.tensor(table["strength"]), window)).sum())
@@ -337,7 +342,7 @@ class PruneThenGrow(Policy, Method):
             pending=leaving / total if penalised else 0.0,
             born=born,
             kept=kept,
-            flops=stages.flops(run.model, state["layout"], own),
+            flops=sum(flops.get(p, 0) for p in own),
         )
 
     def _grown(self, table, epoch):
@@ -391,7 +396,8 @@ class PruneThenGrow(Policy, Method):
         """
         found, full = dict.fromkeys(GROWTH, math.inf), math.prod(run.dataset.shape[1:])
         for growth in (g for g in self.order if g in growths):
-            more = self._added(run.model, run.state[self]["layout"], stage, growth, self.prune.blocks(run))
+            how = run.state[self]["layout"], self._images(run), stage, growth, self.prune.blocks(run)
+            more = self._added(run.model, *how)
             if more is not None:
                 pixel = more * run.batches.batch_size / full
                 found[growth] = self._rest(run, lambda size, pixel=pixel: pixel * math.prod(size))
@@ -399,19 +405,23 @@ class PruneThenGrow(Policy, Method):
                     break
         return found
 
-    def _added(self, model, layout, stage, growth, multiple=16):
-        """FLOPs that a growth would add to an image's training step; None where it cannot be. Tried on a twin
-        without numbers in it.
+    @staticmethod
+    def _images(run):
+        """Images on which growth is tried."""
+        return run.dataset.normalize(run.dataset.train.x[:16])
+
+    def _added(self, model, layout, x, stage, growth, multiple=16):
+        """FLOPs that a growth would add to an image's training step; None where it cannot be: tried on a
+        twin.
         """
-        twin = copy.deepcopy(model).to("meta")
-        before = {m: name for name, m in twin.named_modules()}
+        twin, shape = copy.deepcopy(model), x.shape[1:]
         try:
             with models.seeded(0):  # draws of constructors must not shift those of the run
-                how = dict(multiple=multiple, breaker="none", generator=torch.Generator())
+                how = dict(multiple=multiple, breaker="none", generator=torch.Generator(), x=x)
                 self._enlarge(twin, layout, stage, growth, **how)
         except BadInput:
             return None
-        return stages.flops(twin, stages.follow(layout, before, twin, stage)) - stages.flops(model, layout)
+        return sum(stages.flops(twin, shape).values()) - sum(stages.flops(model, shape).values())
 
     def _enlarge(self, model, layout, stage, growth, **kwargs):
         """`grow_` with this method's settings."""

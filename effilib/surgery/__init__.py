@@ -1,5 +1,5 @@
 """Change a network in training: which channels belong together (`channels`), what can be done (`operations`),
-by stage (`stages`).
+by stage (`stages`), and undo what changes a function (`trial`).
 """
 
 from effilib.surgery.channels import CONVS, NORMS, Node, Path, Structure, checked, nodes, trace, unknown
@@ -7,7 +7,7 @@ from effilib.surgery.operations import (
     adopt_,
     append_block_,
     can_remove,
-    copies,
+    follower,
     forget_,
     insert_layer_,
     remove_block_,
@@ -16,9 +16,10 @@ from effilib.surgery.operations import (
     replace_,
     select_,
 )
+from effilib.surgery.trial import copies, keeping, undoing
 
 __all__ = [
     "CONVS", "NORMS", "Node", "Path", "Structure", "adopt_", "append_block_", "can_remove", "checked",
-    "copies", "forget_", "insert_layer_", "nodes", "remove_block_", "remove_layer_", "remove_path_",
-    "replace_", "select_", "trace", "unknown",
+    "copies", "follower", "forget_", "insert_layer_", "keeping", "nodes", "remove_block_", "remove_layer_",
+    "remove_path_", "replace_", "select_", "trace", "undoing", "unknown",
 ]  # fmt: skip

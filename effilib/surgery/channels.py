@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from effilib import models
+from effilib.convolution import evaluating
 from effilib.errors import BadInput, NotApplicable, choose
 from effilib.models import Block, Constant, Gone
 
@@ -65,7 +67,6 @@ class Node:
     """
 
     model: nn.Module = field(repr=False)
-    width: int
     producers: list
     bns: dict
     consumers: dict
@@ -76,6 +77,12 @@ class Node:
     def name(self) -> str:
         """The first producer's name."""
         return self.producers[0]
+
+    @property
+    def width(self) -> int:
+        """How many channels it has now."""
+        m = self.layer(self.name)
+        return len(m.bias if isinstance(m, Constant) else m.weight)
 
     def layer(self, name: str, model: nn.Module | None = None) -> nn.Module:
         """The module of that name: of the traced model, or of another with the same names."""
@@ -288,14 +295,30 @@ def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.
 def trace(model: nn.Module) -> Structure:
     """Find the channel nodes and residual paths of `model`: a `Structure`.
 
-    Input channels and outputs of the network are never nodes. Raises `NotApplicable` if the forward pass as a
-    whole cannot be followed (data-dependent control flow at its top); inside a submodule only the nodes that
-    touch it are refused.
+    Input channels and outputs of the network are never nodes, and what is not the same in training and in
+    eval mode is refused. Raises `NotApplicable` if the forward pass as a whole cannot be followed
+    (data-dependent control flow at its top); inside a submodule only the nodes that touch it are refused.
 
     >>> found = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1)))
     >>> {node.name: node.width for node in found.nodes}
     {'stem': 8, 'stages.0.0.conv1': 8, 'stages.1.0.conv1': 16, 'stages.1.0.conv2': 16}
     """
+    found = _trace(model)
+    with evaluating(model) if model.training else models.untouched(model):
+        again = _trace(model)
+    other = {tuple(n.producers): n for n in again.nodes}
+    for node in found.nodes[:]:
+        twin = other.get(tuple(node.producers))
+        if twin is None or (twin.bns, twin.consumers) != (node.bns, node.consumers):
+            node.why = "other layers take part in training than in evaluation"
+            found.nodes.remove(node)
+            found.refused.append(node)
+    found.paths[:] = [p for p in found.paths if p.layers in [q.layers for q in again.paths]]
+    return found
+
+
+def _trace(model):
+    """What is found in the mode that the model is in."""
     graph, opaque, constants = follow(model)
     groups = _Reader(model, graph, opaque, constants).read()
     order = {n.target: i for i, n in enumerate(graph.nodes) if n.op == "call_module"}
@@ -305,9 +328,7 @@ def trace(model: nn.Module) -> Structure:
             why = g.why or ("" if g.consumers else "no layer reads these channels")
             modules = {n: model.get_submodule(n) for n in [*g.producers, *g.bns, *g.consumers]}
             bns, consumers = ({n: d[n] for n in sorted(d, key=order.get)} for d in (g.bns, g.consumers))
-            nodes.append(
-                Node(model, g.width, sorted(g.producers, key=order.get), bns, consumers, why, modules)
-            )
+            nodes.append(Node(model, sorted(g.producers, key=order.get), bns, consumers, why, modules))
     nodes.sort(key=lambda n: order[n.name])
     return Structure([n for n in nodes if not n.why], [n for n in nodes if n.why], _paths(model, graph))
 
@@ -330,6 +351,12 @@ def _frozen(m):
     """Whether a layer's user holds its weights; of a normalisation, all that it has."""
     parameters = [m.weight] if isinstance(m, CONVS) else list(m.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _hooked(m):
+    """Whether a user's hook is called before or after a layer, unseen by the tracer."""
+    hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]
+    return any(not str(getattr(h, "__module__", "")).startswith("effilib.") for h in hooks)
 
 
 class _Reader:
@@ -397,6 +424,8 @@ class _Reader:
             if isinstance(module, Gone):
                 self.nothing.add(n)
                 return None
+            if _hooked(module) and set(module._parameters) <= {"weight", "bias"}:
+                raise _Unclear(f"{n.target} has a hook, which may change what it computes")
             if isinstance(module, LAYERS) or type(module).__name__.startswith(("Conv", "Lazy")):
                 out = self.layer(n.target, module, inputs)
                 for v in [*inputs, out] if _frozen(module) else ():
@@ -470,15 +499,16 @@ class _Reader:
             if not v.rank:  # an earlier operation made it unclear
                 raise _Unclear(v.group.root.why)
         first, *others = inputs
+        args = n.args or (n.kwargs.get("input"),)
         if kind in BINARY:
             for other in others:
                 if (other.rank, other.flat) != (first.rank, first.flat):
                     raise _Unclear(f"{where} combines tensors of other forms")
                 first.group.join(other.group)
             return first
-        if others or self.values.get(n.args[0]) is not first:
+        if others or self.values.get(args[0]) is not first:
             raise _Unclear(f"{where} combines channels in a way that surgery does not know")
-        given = n.args[1:]
+        given = args[1:]
 
         def argument(position, name, default=None):
             return given[position] if len(given) > position else n.kwargs.get(name, default)

@@ -12,19 +12,22 @@ bound to the new ones with its state. In mid-training all of it goes through `ru
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import torch
 from torch import nn
 
+from effilib import models
 from effilib.errors import BadInput
 from effilib.models import Block, Constant, Gone
 from effilib.surgery.channels import CONVS, NORMS, Node, Path, checked, trace, unknown
+from effilib.surgery.trial import copies, keeping
 
 __all__ = [
     "adopt_",
     "append_block_",
     "can_remove",
-    "copies",
+    "follower",
     "forget_",
     "insert_layer_",
     "remove_block_",
@@ -66,6 +69,7 @@ def replace_(
     >>> layer.weight.shape, optimizer.param_groups[0]["params"][0] is layer.weight
     (torch.Size([2, 2]), True)
     """
+    _check(optimizer)
     old = getattr(module, name)
     new = nn.Parameter(_like(change(old.detach(), None), old), requires_grad=old.requires_grad)
     setattr(module, name, new)
@@ -76,9 +80,20 @@ def replace_(
     if old in optimizer.state:
         state = optimizer.state.pop(old)
         optimizer.state[new] = {
-            k: v if not _per_weight(v, old) else _like(change(v, _power(optimizer, k)), new)
-            for k, v in state.items()
+            k: _like(change(v, _power(optimizer, k)), new) if _per_weight(v) else v for k, v in state.items()
         }
+
+
+def _check(optimizer):
+    """Refuse, before anything is changed, an optimizer whose state surgery could not carry over."""
+    for parameter, state in optimizer.state.items() if optimizer else ():
+        for k, v in state.items():
+            if _per_weight(v) and v.shape != parameter.shape:
+                raise BadInput(
+                    f"{type(optimizer).__name__} keeps {k!r} in a form of its own: no surgery with it"
+                )
+            if _per_weight(v):
+                _power(optimizer, k)
 
 
 def _power(optimizer, key):
@@ -92,8 +107,8 @@ def _power(optimizer, key):
     return POWERS[key]
 
 
-def _per_weight(value, parameter):
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.dim() > 0
+def _per_weight(value):
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _like(t, old):
@@ -142,20 +157,6 @@ def adopt_(
                 for p in parameters:
                     optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             return
-
-
-def copies(model: nn.Module, ema: nn.Module | None) -> list[nn.Module]:
-    """The model and, if there is one, its running average, which may be wrapped.
-
-    >>> net = nn.Linear(1, 1)
-    >>> [type(m).__name__ for m in copies(net, torch.optim.swa_utils.AveragedModel(net))]
-    ['Linear', 'Linear']
-    """
-    return (
-        [model]
-        if ema is None
-        else [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
-    )
 
 
 @torch.no_grad()
@@ -207,6 +208,8 @@ def select_(
         if share.shape != index.shape:
             raise BadInput(f"{node.name}: {len(share)} shares for {len(index)} channels")
 
+    _check(optimizer)
+
     def chosen(axis, per, weight_power, state_power):
         """What happens to a parameter, or to its state, along one axis."""
 
@@ -242,7 +245,6 @@ def select_(
             m = node.layer(name, model)
             replace_(m, "weight", chosen(1, per, 1, 0), mine)
             _resize(m, "in", len(index) * per)
-    node.width = len(index)
 
 
 def _resize(m, side, size):
@@ -350,24 +352,61 @@ def _sequential(model, name):
     return holder, place
 
 
+def _splice_(holder, start, end, modules=()):
+    """Put modules in place of a Sequential's children start ... end - 1. Numbers count on, names of its own
+    stay.
+    """
+    items, fresh = list(holder._modules.items()), []
+    for _ in modules:
+        fresh.append(follower(holder, start - 1, fresh))
+    items[start:end] = zip(fresh, modules, strict=True)
+    if _numbered(holder):
+        items = [(str(i), m) for i, (_, m) in enumerate(items)]
+    holder._modules.clear()
+    holder._modules.update(items)
+
+
+def _numbered(holder):
+    return list(holder._modules) == [str(i) for i in range(len(holder))]
+
+
+def follower(holder: nn.Sequential, place: int, taken: Sequence[str] = ()) -> str:
+    """Return the name of a child that is put behind the one at `place`.
+
+    taken: names that are not free.
+
+    >>> from collections import OrderedDict
+    >>> follower(nn.Sequential(nn.ReLU()), 0), follower(nn.Sequential(OrderedDict(a=nn.ReLU())), 0)
+    ('1', 'a_1')
+    """
+    if _numbered(holder):
+        return str(place + 1 + len(taken))
+    before = list(holder._modules)[place]
+    return next(
+        name for i in count(1) if (name := f"{before}_{i}") not in holder._modules and name not in taken
+    )
+
+
 def append_block_(
     model: nn.Module,
     name: str,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    x: torch.Tensor | None,
     generator: torch.Generator | None = None,
     ema: nn.Module | None = None,
 ) -> str:
-    """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale: the function
-    is kept exactly.
+    """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale.
 
     The block is one of ours, or a copy of a user's block whose shortcut is the identity; its convolutions are
-    drawn anew (He, fan in). On the first step only that scale has a gradient. Returns the new block's name;
-    trace the network again.
+    drawn anew (He, fan in). On the first step only that scale has a gradient. x: (N, C, H, W), images on
+    which it is seen that the function is kept, see `keeping`; None: it may change. Returns the new block's
+    name; trace the network again. Raises `BadInput`, with the network as it was, where what follows the sum
+    does not leave it alone: another activation than ReLU, a scale, a pooling.
 
     >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
-    >>> append_block_(net, "stages.0.0")
+    >>> append_block_(net, "stages.0.0", x=x)
     'stages.0.1'
     >>> torch.equal(net(x), before)
     True
@@ -375,14 +414,14 @@ def append_block_(
     holder, place = _sequential(model, name)
     old = holder[place]
     if isinstance(old, Block):
-        new = Block(old.width, old.width)
+        new, last = Block(old.width, old.width), "bn2"
     else:
         path = trace(model).path(name)
         if path.shortcut:
             raise BadInput(
                 f"block {name} has layers on its shortcut: only a block with an identity can be repeated"
             )
-        new = copy.deepcopy(old)
+        new, last = copy.deepcopy(old), path.layers[-1][len(name) + 1 :]
     like = next(old.parameters())
     new.to(like.device, like.dtype).train(old.training)
     for m in new.modules():
@@ -392,15 +431,16 @@ def append_block_(
                 nn.init.zeros_(m.bias)
         elif isinstance(m, NORMS):
             m.reset_parameters()
-    last = new.bn2 if isinstance(old, Block) else new.get_submodule(path.layers[-1][len(name) + 1 :])
-    nn.init.zeros_(last.weight)
-    if getattr(last, "bias", None) is not None:
-        nn.init.zeros_(last.bias)
+    for p in new.get_submodule(last).parameters():
+        nn.init.zeros_(p)
     new = new.to(memory_format=_format(like))
-    for m in copies(model, ema):
-        _sequential(m, name)[0].insert(place + 1, new if m is model else copy.deepcopy(new))
-    adopt_(optimizer, list(new.parameters()), list(old.parameters())[-1])
-    return f"{name.rpartition('.')[0]}.{place + 1}"
+    fresh = follower(holder, place)
+    with keeping(f"a block behind {name}", model, x, optimizer, ema):
+        for m in copies(model, ema):
+            inside = _sequential(m, name)[0]
+            _splice_(inside, place + 1, place + 1, [new if m is model else copy.deepcopy(new)])
+        adopt_(optimizer, list(new.parameters()), list(old.parameters())[-1])
+    return f"{name.rpartition('.')[0]}.{fresh}".lstrip(".")
 
 
 def remove_block_(
@@ -408,15 +448,17 @@ def remove_block_(
     name: str,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    x: torch.Tensor | None,
     ema: nn.Module | None = None,
 ) -> None:
-    """Take the block `name` out of its Sequential: exact where its residual path adds nothing and its
-    shortcut is the identity.
+    """Take the block `name`, whose residual path adds nothing, out of its Sequential.
 
-    Raises `BadInput` if what is before and behind it would not fit. Trace the network again afterwards.
+    x: images on which it is seen that the function is kept, see `keeping`; None: what it computes is lost.
+    Raises `BadInput`, with the network as it was, if it is not kept, or the block has layers on its shortcut.
+    Trace the network again afterwards.
 
-    >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
-    >>> remove_block_(net, "stages.0.1")
+    >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)), torch.rand(2, 1, 8, 8)
+    >>> remove_block_(net, append_block_(net, "stages.0.0", x=x), x=x)
     >>> net.settings()["blocks"]
     [[8]]
     """
@@ -425,12 +467,18 @@ def remove_block_(
         raise BadInput(
             f"block {name} changes the shape on its shortcut: only its residual path can be removed"
         )
+    place = _sequential(model, name)[1]
+    with keeping(f"taking out {name}", model, x, optimizer, ema):
+        _take_out_(model, name, place + 1, optimizer, ema)
+
+
+def _take_out_(model, name, end, optimizer, ema):
+    """Take the layers from `name` to the place `end` (which stays) out of their Sequential."""
     for m in copies(model, ema):
         holder, place = _sequential(m, name)
-        gone = list(holder[place].parameters())
-        del holder[place]
         if m is model:
-            forget_(optimizer, gone)
+            forget_(optimizer, [p for layer in list(holder)[place:end] for p in layer.parameters()])
+        _splice_(holder, place, end)
 
 
 @torch.no_grad()
@@ -439,57 +487,69 @@ def insert_layer_(
     after: str,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    mean: torch.Tensor | None = None,
-    var: torch.Tensor | None = None,
+    x: torch.Tensor,
     ema: nn.Module | None = None,
 ) -> str:
     """Put an identity layer (3x3 convolution, BatchNorm, ReLU) behind the ReLU `after` in a Sequential
     (Net2Deeper).
 
-    mean, var: of the channels that come out of `after`, (C,). BatchNorm undoes its own normalisation with
-    them: scale sqrt(var + eps), shift mean. By default 0 and 1. The function is kept in eval mode whatever
-    they are; in training mode where a batch has these moments. Returns the new convolution's name; trace the
-    network again. Raises `BadInput` where the activation is not a ReLU: phi(phi(x)) = phi(x) is needed.
+    x: (N, C, H, W), images as in training. They tell how many channels come out of `after`, and their mean
+    and variance, with which BatchNorm undoes its own normalisation: scale sqrt(var + eps), shift mean. So the
+    function is kept in eval mode; in training mode on x, and nearly so on other batches. Returns the new
+    convolution's name; trace the network again. Raises `BadInput`, with the network as it was, where that is
+    not so; phi(phi(x)) = phi(x) is needed, so only a ReLU can be followed.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
-    >>> insert_layer_(net, "features.2")
+    >>> insert_layer_(net, "features.2", x=x)
     'features.3'
     >>> torch.allclose(net(x), before, atol=1e-6)
     True
     """
     holder, place = _sequential(model, after)
-    if not isinstance(holder[place], nn.ReLU):
-        raise BadInput(
-            f"{after} is a {type(holder[place]).__name__}: an identity layer can only follow a ReLU"
-        )
-    writer = next((n for n in _writers(holder, place)), None)
-    if writer is None:
-        raise BadInput(f"{after}: no convolution before it in the same Sequential")
-    old = holder[writer]
-    c, like = old.out_channels, old.weight
-    with_bn = any(isinstance(m, nn.BatchNorm2d) for m in list(holder)[writer:place])
-    conv = nn.Conv2d(c, c, 3, padding=1, bias=not with_bn)
-    nn.init.dirac_(conv.weight)
-    new = [conv, *([nn.BatchNorm2d(c)] if with_bn else []), nn.ReLU(inplace=holder[place].inplace)]
+    if not isinstance(relu := holder[place], nn.ReLU):
+        raise BadInput(f"{after} is a {type(relu).__name__}: an identity layer can only follow a ReLU")
+    own = [m for layer in list(holder)[: place + 1] for m in layer.modules()]
+    weights = [p for m in own for p in m.parameters(recurse=False)]
+    if not weights:
+        raise BadInput(f"{after}: no layer with weights before it in the same Sequential")
+    h = _output(model, after, x)
+    if h.dim() != 4:
+        raise BadInput(f"{after}: what comes out of it is no map (N, C, H, W), but {tuple(h.shape)}")
+    c, like = h.shape[1], next((p for p in reversed(weights) if p.dim() == 4), weights[-1])
+    with_bn = isinstance([m for m in own if next(m.parameters(recurse=False), None) is not None][-1], NORMS)
+    conv, bn = nn.Conv2d(c, c, 3, padding=1, bias=not with_bn), nn.BatchNorm2d(c)
+    new = [conv, bn, nn.ReLU(inplace=relu.inplace)] if with_bn else [conv, nn.ReLU(inplace=relu.inplace)]
     for m in new:
         m.to(like.device, like.dtype, memory_format=_format(like)).train(holder.training)
-    if not with_bn:
+    nn.init.dirac_(conv.weight)
+    if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    else:
-        bn = new[1]
-        if mean is not None:
-            bn.running_mean.copy_(mean)
-        if var is not None:
-            bn.running_var.copy_(var)
-        bn.weight.copy_((bn.running_var + bn.eps).sqrt())
-        bn.bias.copy_(bn.running_mean)
-    twins = [copy.deepcopy(m) for m in new]
-    for m in copies(model, ema):
-        _insert(_sequential(m, after)[0], place + 1, new if m is model else twins)
-    sibling = [p for m in list(holder)[writer : place + 1] for p in m.parameters()][-1]
-    adopt_(optimizer, [p for m in new for p in m.parameters()], sibling)
-    return f"{after.rpartition('.')[0]}.{place + 1}".lstrip(".")
+    bn.running_mean.copy_(h.mean((0, 2, 3)))
+    bn.running_var.copy_(h.var((0, 2, 3), unbiased=False))
+    bn.weight.copy_((bn.running_var + bn.eps).sqrt())
+    bn.bias.copy_(bn.running_mean)
+    name = f"{after.rpartition('.')[0]}.{follower(holder, place)}".lstrip(".")
+    with keeping(f"a layer behind {after}", model, x, optimizer, ema):
+        for m in copies(model, ema):
+            mine = new if m is model else [copy.deepcopy(layer) for layer in new]
+            _splice_(_sequential(m, after)[0], place + 1, place + 1, mine)
+        adopt_(optimizer, [p for m in new for p in m.parameters()], weights[-1])
+    return name
+
+
+def _output(model, name, x):
+    """What comes out of a layer in training mode, on images x; no statistic moves."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, inputs, y: seen.append(y.clone()))
+    try:
+        with models.untouched(model), models.seeded(0, x.device):
+            model(x)
+    finally:
+        hook.remove()
+    if not seen:
+        raise BadInput(f"{name} takes no part in the forward pass")
+    return seen[-1]
 
 
 def remove_layer_(
@@ -497,15 +557,17 @@ def remove_layer_(
     name: str,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    x: torch.Tensor | None,
     ema: nn.Module | None = None,
 ) -> None:
     """Take the convolution `name`, with the BatchNorm and ReLU behind it, out of its Sequential.
 
-    Exact where it is the identity. Raises `BadInput` if it changes the number of channels or the size. Trace
-    again afterwards.
+    x: images on which it is seen that the function is kept, see `keeping`; None: what it computes is lost.
+    Raises `BadInput`, with the network as it was, if it is not kept, or the layer changes the number of
+    channels or the size. Trace again afterwards.
 
     >>> net = build("vgg", 4, (1, 8, 8), widths=((4, 4), (8,)))
-    >>> remove_layer_(net, "features.3")
+    >>> remove_layer_(net, "features.3", x=None)
     >>> net.settings()["widths"]
     [[4], [8]]
     """
@@ -518,10 +580,8 @@ def remove_layer_(
     end = place + 1
     while end < len(holder) and isinstance(holder[end], nn.BatchNorm2d | nn.ReLU):
         end += 1
-    gone = [p for m in list(holder)[place:end] for p in m.parameters()]
-    for m in copies(model, ema):
-        del _sequential(m, name)[0][place:end]
-    forget_(optimizer, gone)
+    with keeping(f"taking out {name}", model, x, optimizer, ema):
+        _take_out_(model, name, end, optimizer, ema)
 
 
 def _keeps_size(conv):
@@ -529,16 +589,6 @@ def _keeps_size(conv):
         2 * p + 1 for p in conv.padding
     )
     return set(conv.stride) == {1} and set(conv.dilation) == {1} and tuple(pad) == tuple(conv.kernel_size)
-
-
-def _writers(holder, place):
-    """Places of the convolutions before `place` in a Sequential, the nearest first."""
-    return [i for i in range(place, -1, -1) if isinstance(holder[i], nn.Conv2d)]
-
-
-def _insert(holder, place, modules):
-    for i, m in enumerate(modules):
-        holder.insert(place + i, m)
 
 
 def _format(like):

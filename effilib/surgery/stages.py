@@ -6,10 +6,12 @@ size of their maps. A layout holds plain values only and goes into checkpoints: 
 stage), `holders` (per stage, the Sequential of its blocks, "" for plain layers) and `pixels` (per stage, of a
 map)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from effilib import surgery
+from effilib import cost, surgery
 from effilib.convolution import probe
 from effilib.errors import BadInput
 from effilib.models import Constant
@@ -176,7 +178,7 @@ def follow(layout: dict, before: dict, model: nn.Module, stage: int | None = Non
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> layout, before = find(net, (1, 8, 8)), {m: name for name, m in net.named_modules()}
-    >>> new = surgery.append_block_(net, "stages.1.0")
+    >>> new = surgery.append_block_(net, "stages.1.0", x=torch.rand(2, 1, 8, 8))
     >>> follow(layout, before, net, stage=1)["of"][f"{new}.conv1"]
     1
     """
@@ -246,20 +248,27 @@ def carry(
     return found, new
 
 
-def flops(model: nn.Module, layout: dict, layers: dict | None = None) -> float:
-    """Products of layers (names; default: all), for one image, in a training step: 6 x weights x pixels.
+def flops(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+    """FLOPs of each layer (its name) in a training step, for one image (C, H, W) = `shape`.
+
+    They are three times those of its forward pass by PyTorch's counter: of layers that surgery refuses, too.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
-    >>> flops(net, find(net, (1, 8, 8)), ["features.4"])  # 6 x 72 weights x 16 pixels
+    >>> flops(net, (1, 8, 8))["features.4"]  # 6 x 72 weights x 16 pixels
     6912
     """
-    found = 0
-    for name in (
-        [n for n, m in model.named_modules() if isinstance(m, surgery.CONVS)] if layers is None else layers
-    ):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is not None:
-            found += (
-                6 * weight.numel() * (layout["pixels"][layout["of"][name]] if name in layout["of"] else 1)
-            )
-    return found
+    found, p, hooks = {}, next(model.parameters()), []
+    with cost.Counter() as counter:
+
+        def begin(m, inputs, name):
+            found[name] = found.get(name, 0) - counter.flops
+
+        def end(m, inputs, output, name):
+            found[name] += counter.flops
+
+        for name, m in model.named_modules():
+            if next(m.parameters(recurse=False), None) is not None:
+                hooks.append(m.register_forward_pre_hook(partial(begin, name=name)))
+                hooks.append(m.register_forward_hook(partial(end, name=name)))
+        probe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), hooks)
+    return {name: 3 * n for name, n in found.items()}

@@ -12,18 +12,9 @@ from torch.testing import assert_close
 from effilib import models, surgery
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import net2net
-from effilib.methods.net2net import (
-    BREAKERS,
-    Grown,
-    Net2Net,
-    deepen_,
-    gradmax_,
-    gradmax_directions,
-    replication,
-    thin_,
-    uneven_shares,
-    widen_,
-)
+from effilib.methods.gradmax import gradmax_, gradmax_directions
+from effilib.methods.net2net import Grown, Net2Net, deepen_, thin_
+from effilib.methods.widening import BREAKERS, replication, uneven_shares, widen_
 from effilib.tasks import task
 from effilib.training import Method, Recipe, evaluate, train
 
@@ -282,7 +273,7 @@ def test_gradmax_keeps_the_function_and_its_channels_are_not_dead(name, where):
     before = outputs(model)
     node = surgery.trace(model)[where]
     n = node.width
-    gradmax_(node, n + 4, X, Y, optimizer, generator=gen())
+    gradmax_(node, n + 4, X, Y, optimizer)
     assert_close(outputs(model), before, atol=1e-10, rtol=0)
     producer = model.get_submodule(where)
     assert not producer.weight[n:].any()
@@ -304,7 +295,7 @@ def test_gradmax_has_more_gradient_than_random_directions():
     for how in ("gradmax", "random"):
         model = make()
         node = surgery.trace(model)["stages.1.1.conv1"]
-        gradmax_(node, 10, X, Y, generator=gen())
+        gradmax_(node, 10, X, Y)
         second = model.stages[1][1].conv2
         if how == "random":
             with torch.no_grad():

@@ -171,10 +171,10 @@ def test_growth_keeps_the_function_the_optimizer_and_the_count_and_can_be_undone
         for node in surgery.trace(model).nodes:
             surgery.select_(node, range(widths[node.name]), optimizer)
     elif make is vgg:
-        surgery.remove_layer_(model, "features.7", optimizer)
+        surgery.remove_layer_(model, "features.7", optimizer, x=x)
     else:
         (new,) = {n for n, m in model.named_modules() if n.endswith(".1") or n.endswith(".2")} - modules
-        surgery.remove_block_(model, new, optimizer)
+        surgery.remove_block_(model, new, optimizer, x=x)
     assert equal(model, old)
     exactly(optimizer, model)
 
@@ -187,14 +187,14 @@ def recount(model, shape, n):
 
 
 def test_widths_are_rounded_up_to_a_multiple_and_the_trunk_follows_only_if_told():
-    model = network()
+    model, x = network(), images(shape=SHAPE, dtype=torch.float32)
     layout = stages.find(model, SHAPE)
-    assert grow_(model, layout, 1, "widen", multiple=16) == ["stages.1.0.conv1 6 -> 16"]
-    assert grow_(model, layout, 1, "widen", multiple=16) == ["stages.1.0.conv1 16 -> 32"]
-    done = grow_(model, layout, 2, "widen", factor=1.25, multiple=1, trunk=True)
+    assert grow_(model, layout, 1, "widen", multiple=16, x=x) == ["stages.1.0.conv1 6 -> 16"]
+    assert grow_(model, layout, 1, "widen", multiple=16, x=x) == ["stages.1.0.conv1 16 -> 32"]
+    done = grow_(model, layout, 2, "widen", factor=1.25, multiple=1, trunk=True, x=x)
     assert done == ["stages.2.0.conv1 8 -> 10", "stages.2.0.conv2 8 -> 10"]
     with pytest.raises(BadInput, match="unknown growth 'wider'"):
-        grow_(model, layout, 0, "wider")
+        grow_(model, layout, 0, "wider", x=x)
 
 
 # In training
@@ -499,10 +499,10 @@ def test_flops_are_right_where_the_images_change_within_an_epoch():
 @pytest.mark.parametrize(("make", "number"), [(network, 0), (network, 2), (vgg, 1)])
 def test_a_growth_is_priced_by_what_a_step_then_costs(make, number, growth):
     model = make()
-    layout, chosen = stages.find(model, SHAPE), method()
-    more = chosen._added(model, layout, number, growth, 2)
+    layout, chosen, x = stages.find(model, SHAPE), method(), images(shape=SHAPE, dtype=torch.float32)
+    more = chosen._added(model, layout, x, number, growth, 2)
     before = step_flops(model, SHAPE, 3)
-    grow_(model, layout, number, growth, multiple=2, generator=g())
+    grow_(model, layout, number, growth, multiple=2, x=x, generator=g())
     assert 3 * more == step_flops(model, SHAPE, 3) - before > 0
 
 
