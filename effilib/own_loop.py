@@ -161,6 +161,12 @@ class Attached(Run):
             self.schedule.lr if self.follows else self.schedule.scale * self.optimizer.param_groups[0]["lr"]
         )
 
+    def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
+        """Move parameters into a group of the optimizer's own; `ends` needs a schedule."""
+        if "ends" in settings and not self.follows:
+            self._no_schedule()
+        super().group(parameters, **settings)
+
     def read(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield an epoch's batches, on the model's device, as the methods want them; at the end, finish."""
         if self.step >= self.steps:

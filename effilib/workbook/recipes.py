@@ -30,7 +30,7 @@ from effilib.workbook.train_command import make, method, methods, name_of
 
 __all__ = ["read", "text", "write"]
 
-OF_TASK = ("preset", "dataset", "network", "variant", "widths", "images", "size", "validation")
+OF_TASK = ("preset", "dataset", "network", "variant", "widths", "images", "size", "validation", "whole")
 PARTS = ("task", "recipe", "method")
 
 
