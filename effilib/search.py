@@ -127,7 +127,7 @@ def why_not(task: Task, arm: Arm, most: float = math.inf) -> str:
 
     >>> from effilib.methods.stochastic_pooling import StochasticPooling
     >>> why_not(task("smoke", "synthetic"), Arm(name="pooling", methods=(StochasticPooling(),)))
-    'stochastic pooling: ResNet has no nn.MaxPool2d layer (...)'
+    "stochastic pooling: ResNet has no nn.MaxPool2d layer (...)"
     """
     short = few(task)
     try:

@@ -33,6 +33,10 @@ LENGTHS = (0.5, 0.71, 1.0)  # of the measurement
 SCREENING, MEASURED, ADDITIONS = 2, 3, 2  # seeds; methods besides the baseline; parts that are added
 SLOWEST = 3  # times the baseline's step
 EPOCHS = 30  # of the longest training, at most
+FIRST = (  # tried where time is short: what paid in the chapters; the last ones emulate faster hardware
+    "resizing", "whitening stem", "gradient approximation", "data pruning", "wavelet stem", "PruneTrain",
+    "smaller network", "kernel rescaling", "column-row sampling", "stochastic pooling", "prune, then grow",
+)  # fmt: skip
 JUDGED = (
     statistics.FASTER, statistics.SLOWER, statistics.NO_DIFFERENCE, statistics.UNDECIDED, statistics.DEPENDS,
     statistics.OUT_OF_REACH, statistics.SATURATED, statistics.DIVERGED,
@@ -235,13 +239,11 @@ class _Advice:
         n = len(self.data.train)
         if n < FEW_IMAGES:
             why = f"{n} training images are too few to compare methods, {FEW_IMAGES} or more are needed"
-            return self.only_recipe(f"{why}; the recipe is the preset's, untuned")
+            return self.only_recipe(why)
         able = self.who()
         plan = self.plan(len(able))
         if plan is None:
-            need = self.needed(len(able))
-            why = f"{self.seconds / 60:g} minutes are too few for trainings that say something, about {need}"
-            return self.only_recipe(f"{why} would do; the recipe is the preset's, untuned")
+            return self.only_recipe(self.too_short(len(able)))
         for c in able[plan.contenders :]:
             self.state["left_out"][c.name] = "no time for it; more --minutes take it in"
         self.task = self.task.but(epochs=plan.epochs, seeds=plan.seeds)
@@ -259,6 +261,7 @@ class _Advice:
     def who(self):
         """The contenders that can take part, from the state if it was asked before."""
         wanted = [c for c in CONTENDERS if (c.name in self.methods if self.methods else c.name != "fp32")]
+        wanted.sort(key=lambda c: FIRST.index(c.name) if c.name in FIRST else len(FIRST))
         if "able" in self.state:
             return [c for c in wanted if c.name in self.state["able"]]
         few = self.task.but(epochs=2)
@@ -303,11 +306,18 @@ class _Advice:
             self.keep(plan=plan and asdict(plan))
         return s["plan"] and Plan(**s["plan"])
 
-    def needed(self, contenders):
-        """Minutes that would do."""
-        found = (m for m in (1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 240) if self.plan(contenders, 60 * m))
-        m = next(found, None)
-        return f"{m + math.ceil(self.state['asked'] / 60)} minutes" if m else "many hours"
+    def too_short(self, contenders):
+        """Why nothing can be planned, and what would do."""
+        if not contenders:
+            return "no method applies here"
+        found = (m for m in (1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 240, 480) if self.plan(contenders, 60 * m))
+        minutes = next(found, None)
+        if minutes is None and self.own:
+            return (
+                f"a quarter of the {self.task.recipe.epochs:g} epochs of your recipe is too short to compare"
+            )
+        need = f"about {minutes + math.ceil(self.state['asked'] / 60)} minutes" if minutes else "many hours"
+        return f"{self.seconds / 60:g} minutes are too few for trainings that say something, {need} would do"
 
     def tune(self):
         """Learning rate x weight decay by successive halving: ever fewer settings, ever longer."""
@@ -389,6 +399,7 @@ class _Advice:
 
     def only_recipe(self, why):
         """Say in a sentence why no more can be said, and write what there is."""
+        why += "; the recipe is your own" if self.own else "; the recipe is the preset's, untuned"
         self.write(self.task, (), why)
         self.say(f"{why}.")
         for name, reason in self.state.get("left_out", {}).items():
