@@ -196,7 +196,7 @@ def test_a_network_that_surgery_cannot_follow_leaves_out_what_needs_it(tmp_path)
     task = tasks.task("quick", "synthetic", f"{tmp_path / 'odd.py'}:Odd", device="cpu")
     state, said = {"spent": 0.0}, []
     say = advise._Say(0.0)
-    own = advise._Advice(task, False, task.load(), 60, ("PruneTrain", "data pruning"), tmp_path, state, say)
+    own = advise._Advice(task, False, task.load(), 6000, ("PruneTrain", "data pruning"), tmp_path, state, say)
     assert [c.name for c in own.who()] == ["data pruning"]
     assert state["left_out"]["PruneTrain"]
     assert not said

@@ -41,6 +41,8 @@ JUDGED = (
     statistics.FASTER, statistics.SLOWER, statistics.NO_DIFFERENCE, statistics.UNDECIDED, statistics.DEPENDS,
     statistics.OUT_OF_REACH, statistics.SATURATED, statistics.DIVERGED,
 )  # fmt: skip
+NO_TIME = "no time for it; more --minutes take it in"
+ASKING = 0.2  # of the time, in which it is seen who can take part
 SHARE = 0.9  # of the time that is planned with
 
 
@@ -241,11 +243,11 @@ class _Advice:
             why = f"{n} training images are too few to compare methods, {FEW_IMAGES} or more are needed"
             return self.only_recipe(why)
         able = self.who()
-        plan = self.plan(len(able))
-        if plan is None:
-            return self.only_recipe(self.too_short(len(able)))
+        plan = None if able is None else self.plan(len(able))
+        if able is None or plan is None:
+            return self.only_recipe(self.too_short(2 if able is None else len(able)))
         for c in able[plan.contenders :]:
-            self.state["left_out"][c.name] = "no time for it; more --minutes take it in"
+            self.state["left_out"][c.name] = NO_TIME
         self.task = self.task.but(epochs=plan.epochs, seeds=plan.seeds)
         self.say.planned = self.say.spent + plan.seconds
         longest = f"the longest training is {plan.epochs:g} epochs"
@@ -269,23 +271,26 @@ class _Advice:
         for _ in range(2):  # what a process does only once is no part of a training
             begun = clock.now()
             base = search.BASELINE.run(short, short.load(), seed=0)
-            extra = clock.now() - begun - base.raw_seconds
+            trial = clock.now() - begun
+            extra = trial - base.raw_seconds
+            if trial > ASKING * self.seconds / 4:
+                break
         images = min(1000, len(self.data.validation)), min(3000, len(self.data.test))
         forward = base.step_seconds / (3 * self.task.recipe.batch_size)
         extra += forward * ((training.EVALUATIONS + 1) * images[0] + images[1])
-        self.say(f"a step takes {1e3 * base.step_seconds:.3g} ms; asking {len(wanted)} methods if they apply")
+        self.keep(step=base.step_seconds, extra=extra, asked=self.say.spent)
+        if self.plan(min(2, len(wanted)), self.seconds - self.say.spent) is None:
+            return None  # whoever applies, there is no time for them
         several = [c for c in wanted if self._stages(c)]
         single = [c for c in wanted if c not in several]
-        able, left_out = search.applicable(few, single, SLOWEST * base.step_seconds)
+        some = max(2, int(ASKING * self.seconds / trial))
+        asked = f"asking {len(single[:some])} methods if they apply"
+        self.say(f"a step takes {1e3 * base.step_seconds:.3g} ms; {asked}")
+        able, left_out = search.applicable(few, single[:some], SLOWEST * base.step_seconds)
+        left_out |= {c.name: NO_TIME for c in single[some:]}
         several_why = "it is more than one training, which a recipe cannot hold; its notebook shows it"
         left_out |= {c.name: several_why for c in several}
-        self.keep(
-            able=[c.name for c in able],
-            left_out=left_out,
-            step=base.step_seconds,
-            extra=extra,
-            asked=self.say.spent,
-        )
+        self.keep(able=[c.name for c in able], left_out=left_out, asked=self.say.spent)
         return able
 
     def _stages(self, contender):
