@@ -249,7 +249,7 @@ class _Advice:
         for c in able[plan.contenders :]:
             self.state["left_out"][c.name] = NO_TIME
         self.task = self.task.but(epochs=plan.epochs, seeds=plan.seeds)
-        self.say.planned = self.say.spent + plan.seconds
+        self.say.planned = self.state["asked"] + plan.seconds
         longest = f"the longest training is {plan.epochs:g} epochs"
         parts = [f"tuning {say_seconds(plan.tuning)}"] * (not self.own)
         parts += [f"screening {plan.contenders} methods {say_seconds(plan.screening)}"]
@@ -365,7 +365,7 @@ class _Advice:
     def finish(self, found: Found, comparison: Comparison | None):
         arm, answer = (
             search.BASELINE,
-            "No method that applies here saves time; the recipe is the tuned baseline.",
+            "No method was shown to save time here; the recipe is the tuned baseline.",
         )
         if self.own:
             answer = answer.replace("the tuned baseline", "your own")
