@@ -1,8 +1,8 @@
 """The command line, also as `python -m effilib`.
 
 `run` executes the series, `record` keeps its results, `list` shows it, `train` trains once without a
-notebook, `predict` tells what a network says of new pictures, `tune` tunes a baseline. What is heavy is
-imported by the command that needs it: `--help` is instant.
+notebook, `predict` tells what a network says of new pictures, `advise` finds which methods save time on your
+data, `tune` tunes a baseline. What is heavy is imported by the command that needs it: `--help` is instant.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def parser() -> Parser:
     top = Parser(prog="effilib", description=effilib.__doc__)
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="{run,record,list,train,predict,tune}"
+        dest="command", required=True, metavar="{run,record,list,train,predict,advise,tune}"
     )
 
     formatter = argparse.RawDescriptionHelpFormatter
@@ -180,6 +180,36 @@ def parser() -> Parser:
     )
     predict.set_defaults(call=predict_classes)
 
+    advise = commands.add_parser(
+        "advise",
+        help="find which methods save time on your images, network and machine; goes on if interrupted",
+    )
+    advise.add_argument("dataset", metavar="DATA", help="mnist5k, cifar10, ..., or the path of your own")
+    advise.add_argument("--network", default="", help="as for train (default: resnet)")
+    advise.add_argument(
+        "--minutes", type=float, default=10, metavar="N", help="that it may take (default: 10)"
+    )
+    advise.add_argument("--size", type=int, metavar="PX", help="side in pixels to which images are resized")
+    advise.add_argument(
+        "--recipe",
+        default="",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="your own recipe, as the baseline: it is not tuned then",
+    )
+    advise.add_argument(
+        "--methods", nargs="+", default=[], metavar="NAME", help="of chapter 10, to be tried (default: all)"
+    )
+    advise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    advise.add_argument(
+        "--out",
+        default="",
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="for advice.html, recipe.toml and snippet.py (default: in results/play)",
+    )
+    advise.set_defaults(call=advise_once)
+
     tune = commands.add_parser(
         "tune",
         help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped",
@@ -295,6 +325,13 @@ def predict_classes(**words: Any) -> int:
     from effilib.workbook import predict
 
     return predict.run(**words)
+
+
+def advise_once(**words: Any) -> int:
+    """Find which methods save time on a user's data: `effilib advise`. Returns its exit code."""
+    from effilib.workbook import advise
+
+    return advise.run(**words)
 
 
 def tune_baseline(

@@ -27,6 +27,7 @@ __all__ = [
     "applicable",
     "clash",
     "combined",
+    "few",
     "gain",
     "leave_one_out",
     "search",
@@ -106,8 +107,12 @@ def leave_one_out(task: Task, parts: Sequence[Contender]) -> list[Arm]:
     return [replace(combined(task, rest), name=f"without {left.name}") for left, rest in rests]
 
 
-def _few(task):
-    """The task for two epochs of a few images, or less where it is shorter."""
+def few(task: Task) -> Task:
+    """Return the task for two epochs of a few images, or less where it is shorter.
+
+    >>> few(task("quick", "mnist5k")).images
+    512
+    """
     images = min(8 * task.recipe.batch_size, task.images or math.inf)
     epochs = min(TRIED, task.recipe.epochs)
     return task.but(images=images, epochs=epochs, validation=50, axis="epochs", tuned={})
@@ -122,11 +127,11 @@ def why_not(task: Task, arm: Arm, most: float = math.inf) -> str:
 
     >>> from effilib.methods.stochastic_pooling import StochasticPooling
     >>> why_not(task("smoke", "synthetic"), Arm(name="pooling", methods=(StochasticPooling(),)))
-    'stochastic pooling: ResNet has no nn.MaxPool2d layer (...)'
+    "stochastic pooling: ResNet has no nn.MaxPool2d layer (...)"
     """
-    few = _few(task)
+    short = few(task)
     try:
-        history = arm.run(few, few.load(), seed=0)
+        history = arm.run(short, short.load(), seed=0)
     except (BadInput, NoEffect) as error:
         return str(error)
     except Exception as error:
@@ -191,7 +196,8 @@ class Found:
     """
 
     parts: list[Contender] = field(default_factory=list)
-    gainers: list[Contender] = field(default_factory=list)  # the best first
+    second: list[Contender] = field(default_factory=list)  # of the second round, the best first
+    gainers: list[Contender] = field(default_factory=list)  # those of them that gain
     left_out: dict[str, str] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     slope: float = math.nan  # points that the baseline gains with e times the time
@@ -282,6 +288,7 @@ def search(
         return found
     second = trial("second round", BASELINE, later, longer, BASELINE.name, 1000)
     ranked = sorted(second, key=lambda name: -second[name])
+    found.second = [by_name[n] for n in ranked]
     found.gainers = [by_name[n] for n in ranked if second[n] > 0]
     _note(found, f"length {longer:g}", {n: "gains" if second[n] > 0 else "does not gain" for n in ranked})
     report(_cost(found, f"{len(later)} at length {longer:g}, {len(found.gainers)} gain"))

@@ -50,6 +50,22 @@ def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> d
     return row | {"seed": seed, "diverged": int(history.diverged)}
 
 
+def _run_all(task, arm, grid, workers):
+    """(length, row) of every cell as it is done, the longest first."""
+    cells = sorted(grid, key=lambda c: -c[0])
+    if workers == 1:
+        threads = torch.get_num_threads()
+        try:
+            yield from ((cell[0], _run_one(task, arm, *cell)) for cell in cells)
+        finally:
+            torch.set_num_threads(threads)
+    elif cells:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        with pool:
+            jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in cells}
+            yield from ((jobs[job][0], job.result()) for job in as_completed(jobs))
+
+
 def _name(setting):
     return json.dumps(setting, sort_keys=True)
 
@@ -93,10 +109,12 @@ def sweep(
     seeds: Sequence[int] = SEEDS,
     workers: int | None = None,
     report: Callable[[str], object] = print,
+    file: Path | None = None,
 ) -> list[dict]:
     """Run what is missing of settings x lengths x seeds, write each result at once, and return all rows.
 
-    settings: of the recipe (lr, weight_decay) or of the arm's method. lengths are the task's.
+    settings: of the recipe (lr, weight_decay) or of the arm's method. lengths are the task's. workers: how
+    many processes; 1 is this one. file: the sweep's, in place of a recorded one.
 
     >>> short = task("smoke", "synthetic", epochs=0.5)
     >>> rows = sweep(short, BASELINE, [{"lr": 0.1}], seeds=(1000,), workers=1)
@@ -107,7 +125,7 @@ def sweep(
     """
     for setting in settings:  # refused before anything is written
         task.but(**{k: v for k, v in setting.items() if hasattr(task.recipe, k)})
-    file = sweep_file(task, name)
+    file = file or sweep_file(task, name)
     paths.make(file.parent)
     done = {(r["arm"], r["epochs"], _name(r["setting"]), r["seed"]) for r in read(file)}
     grid = [
@@ -118,17 +136,13 @@ def sweep(
     if not file.exists():
         paths.write(file, ",".join(FIELDS) + "\n")
     begun, work, worked = now(), sum(length for length, *_ in grid), 0.0
-    pool = ProcessPoolExecutor(workers or cores(), mp_context=multiprocessing.get_context("spawn"))
-    with pool:
-        jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in sorted(grid, key=lambda c: -c[0])}
-        for i, job in enumerate(as_completed(jobs), 1):
-            row = job.result()
-            with file.open("a", newline="", encoding="utf-8") as f:
-                csv.DictWriter(f, FIELDS).writerow(row)
-            worked += jobs[job][0]
-            left = (now() - begun) / worked * (work - worked)
-            words = "{arm}, {epochs:g} epochs, {setting}, seed {seed}: {accuracy:.2f} %".format(**row)
-            report(f"{i}/{len(jobs)}  {words}  (about {say_seconds(left)} left)")
+    for i, (length, row) in enumerate(_run_all(task, arm, grid, workers or cores()), 1):
+        with file.open("a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, FIELDS).writerow(row)
+        worked += length
+        left = (now() - begun) / worked * (work - worked)
+        words = "{arm}, {epochs:g} epochs, {setting}, seed {seed}: {accuracy:.2f} %".format(**row)
+        report(f"{i}/{len(grid)}  {words}  (about {say_seconds(left)} left)")
     wanted = {
         (round(arm.task(task, length).recipe.epochs, 4), _name(s))
         for length in task.lengths

@@ -31,6 +31,7 @@ from effilib.workbook.train_command import make, method, methods, name_of
 __all__ = ["read", "text", "write"]
 
 OF_TASK = ("preset", "dataset", "network", "variant", "widths", "images", "size", "validation", "whole")
+ALL = "all"  # images, where TOML has no word for None
 PARTS = ("task", "recipe", "method")
 
 
@@ -52,7 +53,9 @@ def text(task: Task, methods: Sequence[Method], comment: str = "") -> str:
     <BLANKLINE>
     """
     place = data.own(task.dataset)
-    own = {name: getattr(task, name) for name in OF_TASK} | {"dataset": str(place or task.dataset)}
+    own = {name: getattr(task, name) for name in OF_TASK} | {"network": _placed(task.network)}
+    own |= {"dataset": str(place.resolve() if place else task.dataset)}
+    own |= {name: ALL for name in ("images", "validation") if own[name] is None}
     parts = [f"# {line}".rstrip() for line in comment.splitlines()] + [""] * bool(comment)
     parts += ["[task]", *_lines(own), "", "[recipe]", *_lines(_fields(task.recipe))]
     for m in methods:
@@ -108,10 +111,10 @@ def _read(found, device):
         raise BadInput(
             f"widths of [task] is {widths!r}, it must be a table such as {{widths = [16, 32, 64]}}"
         )
-    rest = {k: v for k, v in own.items() if k not in (*names, "widths")}
+    every = {k: None for k in ("images", "validation") if own.get(k) == ALL}
+    rest = {k: v for k, v in own.items() if k not in (*names, "widths", *every)}
     task = make(Task, "[task]", _words(rest), task)
-    if "widths" in own:
-        task = task.but(widths=_tuples(widths))
+    task = task.but(**every, **({"widths": _tuples(widths)} if "widths" in own else {}))
     task = dataclasses.replace(task, recipe=make(Recipe, "[recipe]", _words(recipe), task.recipe))
     chosen = []
     for m in found.get("method", []):
@@ -119,6 +122,12 @@ def _read(found, device):
             raise BadInput(f"a [[method]] needs its name: choose one of {', '.join(methods())}")
         chosen.append(method(m["name"], *_words({k: v for k, v in m.items() if k != "name"})))
     return task, tuple(chosen)
+
+
+def _placed(name):
+    """A network of a user's file by the file's whole path, so that a recipe can be run from anywhere."""
+    file, colon, function = name.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{function}" if colon and file.endswith(".py") else name
 
 
 def _fields(instance):

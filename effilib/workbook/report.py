@@ -429,14 +429,19 @@ def light_imports() -> Iterator[None]:
 
 
 def render(
-    notebook: str | Path, html: str | Path, record: dict | None = None, failure: str | None = None
+    notebook: str | Path,
+    html: str | Path,
+    record: dict | None = None,
+    failure: str | None = None,
+    *,
+    alone: bool = False,
 ) -> Path:
     """Write an executed notebook as one HTML file that opens offline and needs no script.
 
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
     there is one. failure: why the run failed, or was skipped; shown on top, and then even an unreadable
-    notebook gives a page. Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no
-    failure was given.
+    notebook gives a page. alone: whether there is no scoreboard to go back to. Returns `html`'s path. Raises
+    `BadInput` if the notebook can't be read and no failure was given.
 
     >>> from nbformat import v4, write
     >>> cells = [v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]
@@ -477,6 +482,7 @@ def render(
         "report.html",
         row=row,
         up=up,
+        alone=alone,
         title=row["title"],
         facts=_run_facts(row) or [html.parent.parent.name],
         failure=(failure or "").removeprefix(SKIPPED),
