@@ -189,7 +189,7 @@ class KernelRescaling(Method):
             self.feed(run)
             if self.recalibrate:
                 self.restate(run, run.model, run.state[self]["size"])
-            run.kind = "step"
+            run.kind = run.step_kind
 
     def feed(self, run: Run) -> None:
         """Let the coming batches be cut from a table of images of this phase's size."""

@@ -1,20 +1,20 @@
 """Tree-CNN (Roy, Panda, Roy 2020, arXiv:1802.05800): a tree of small networks that grows as classes arrive.
 
 The root decides between children; a child with one class is a leaf, one with several is a branch with a small
-network of its own. Where new classes go is read from the root: it is shown images of them, and what it takes
-them for decides (`likelihood`, `grow`). Then only what changed is trained again: the root, on all classes so
-far, and the branches whose classes changed, on theirs.
+network of its own. Where new classes go is read from the root (`tree_growth`). Then only what changed is
+trained again: the root, on all classes so far, and the branches whose classes changed, on theirs. Over a
+*shared trunk* (ours) root and branches have their first layers in common, as the first stage left them, and
+only the last ones are trained.
 
-The rules are those of the second generation of the authors' code, with its alpha = beta = 0.1. Theirs read
-the likelihood of CIFAR-10 from training *and test* images; here it is read from training images of the new
-classes, which the root has never seen. Old images are kept and trained on: this saves work, not memory.
+The authors' code reads the likelihood of CIFAR-10 from training *and test* images; here it is read from
+training images of the new classes, which the root has never seen. Old images are kept and trained on: this
+saves work, not memory.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from effilib import cost
@@ -22,22 +22,11 @@ from effilib.clock import Stopwatch
 from effilib.data import HELD_OUT, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable
 from effilib.methods import Info
+from effilib.methods.fine_tuning import FineTune, weights
+from effilib.methods.tree_growth import Growth, grow, likelihood
 from effilib.training import History, Recipe, autocast, judge_, resolve_precision, train
 
-__all__ = [
-    "Growth",
-    "Tree",
-    "TreeCNN",
-    "effort",
-    "fitting",
-    "grow",
-    "hits",
-    "likelihood",
-    "rebuild_",
-    "relabel",
-    "transferred",
-    "weights",
-]
+__all__ = ["Tree", "TreeCNN", "effort", "fitting", "hits", "rebuild_", "relabel", "transferred"]
 
 INFO = Info(
     name="Tree-CNN",
@@ -50,147 +39,7 @@ INFO = Info(
     cost_model="The root on all images so far, small branches on their own classes' images, nothing for the "
     "rest; at inference the root and one branch.",
 )
-EPS = 1e-9  # 0.4 - 0.3 is not above 0.1
 Make = Callable[[int], nn.Module]  # number of outputs -> network
-
-
-def likelihood(
-    logits: torch.Tensor, labels: torch.Tensor, full: Iterable[int] = ()
-) -> tuple[torch.Tensor, list[int]]:
-    """Return (L, classes): how much the root takes each new class for each child.
-
-    L: (K, M) of K children and M new classes; each column sums to 1. logits: (N, K), the root's in eval mode
-    for images of the new classes; labels: (N,) their classes. full: children that hold as many classes as
-    they may; they are left out of the sum and get 0. The mean is that of the logits, before the softmax.
-
-    >>> L, classes = likelihood(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([5, 5]))
-    >>> classes, L[:, 0].argmax().item()  # class 5 is taken for child 1
-    ([5], 1)
-    """
-    classes, full = labels.unique(), set(full)  # sorted
-    O = torch.stack([logits[labels == c].double().mean(0) for c in classes], dim=1)  # noqa: E741  (K, M)
-    O[torch.tensor(sorted(full), dtype=torch.int64, device=O.device)] = -torch.inf
-    L = torch.softmax(O, dim=0) if len(full) < len(O) else torch.zeros_like(O)
-    return L, classes.tolist()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """Where new classes went.
-
-    T: class -> child, a partition onto 0 ... K - 1. origin: of each child, which one it was, None if it is
-    new. log: for each new class what was done and why, as plain values: class, rule ("add", "merge", "merge
-    refused", "new leaf"), child (as in T), values (the likelihoods compared), why.
-
-    >>> Growth(T={0: 0, 1: 1, 2: 2}, origin=[0, 1, None], log=[]).origin[2] is None  # child 2 is new
-    True
-    """
-
-    T: dict
-    origin: list
-    log: list
-
-
-def grow(
-    L: torch.Tensor | list[list[float]],
-    T: dict[int, int],
-    classes: list[int] | None = None,
-    *,
-    cap: int = 5,
-    alpha: float = 0.1,
-    beta: float = 0.1,
-) -> Growth:
-    """Place new classes among the children by their likelihoods.
-
-    L: (K, M). T: class -> child 0 ... K - 1. classes: of L's columns (default: the numbers after T's). cap:
-    classes that a child may hold. One class after the other, the surest first; a, b: its two likeliest
-    children from the first with room on, with values v1, v2 and v3 that of the next:
-
-    - add to a, if v1 - v2 > alpha;
-    - else, if v2 - v3 > beta, two rivals that the root confuses: *merge* b into a and add to a. Not if b was
-      a branch before, or a would be over the cap: then the class goes to the one of a, b with fewer classes;
-    - else the class is like none of them: a *new leaf* of the root. So it is where no child has room.
-
-    Raises `BadInput` for likelihoods that do not fit T, classes that T has, or a child that is over the cap.
-
-    >>> growth = grow([[0.9, 0.4], [0.1, 0.3], [0.0, 0.3]], {0: 0, 1: 1, 2: 2}, classes=[3, 4])
-    >>> growth.T, [entry["rule"] for entry in growth.log]  # class 3 looks like child 0, class 4 like none
-    ({0: 0, 1: 1, 2: 2, 3: 0, 4: 3}, ['add', 'new leaf'])
-    """
-    v = torch.as_tensor(L).double()
-    K, M = _check(v, T, cap, alpha, beta)
-    classes = [max(T) + 1 + m for m in range(M)] if classes is None else list(classes)
-    if len(classes) != M or len(set(classes)) != M or set(classes) & set(T):
-        raise BadInput(f"tree: {M} columns of L need {M} new classes, got {classes} beside {sorted(T)}")
-    old, T, log, left = dict(T), dict(T), [], list(range(M))
-    v, n = v.sort(dim=0, descending=True, stable=True)  # (K, M): values, and the children's names
-    v = F.pad(v, (0, 0, 0, 2))  # fewer than three children: the missing ones have likelihood 0
-
-    def held(child, table):
-        return sum(k == child for k in table.values())
-
-    while left:
-        m = max(left, key=lambda m: v[0, m])
-        left.remove(m)
-        s = next((r for r in range(K) if held(int(n[r, m]), T) < cap), None)
-        if s is None:
-            v1 = v2 = v3 = 0.0
-        else:
-            v1, v2, v3 = v[s : s + 3, m].tolist()
-            a = int(n[s, m])
-            b = int(n[s + 1, m]) if s + 1 < K else None
-        entry = {"class": classes[m], "values": [v1, v2, v3]}
-        if s is None:
-            child, rule, why = max(K - 1, *T.values()) + 1, "new leaf", f"every child holds {cap} classes"
-        elif v1 - v2 > alpha + EPS:
-            child, rule, why = a, "add", f"{v1:.2f} - {v2:.2f} > {alpha:g}"
-        elif a == b:
-            child, rule, why = a, "add", "both rivals were merged before"
-        elif v2 - v3 > beta + EPS:
-            rivals, after = (
-                f"{v1:.2f} and {v2:.2f} are close, the next is {v3:.2f}",
-                held(a, T) + held(b, T) + 1,
-            )
-            if held(b, old) > 1 or after > cap:
-                child, rule = min(a, b, key=lambda k: held(k, T)), "merge refused"
-                why = rivals + (
-                    "; the rival was a branch before"
-                    if held(b, old) > 1
-                    else f"; together {after} classes, over {cap}"
-                )
-            else:
-                child, rule, why = a, "merge", rivals
-                entry["merged"] = [c for c, k in T.items() if k == b]
-                T = {c: a if k == b else k for c, k in T.items()}
-                n[n == b] = a  # later columns mean the merged child
-        else:
-            child, rule, why = (
-                max(K - 1, *T.values()) + 1,
-                "new leaf",
-                f"{v1:.2f}, {v2:.2f}, {v3:.2f}: like none",
-            )
-        T[classes[m]] = child
-        log.append(entry | {"rule": rule, "why": why})
-    kept = sorted(set(T.values()))  # a merged child leaves a gap
-    T = {c: kept.index(k) for c, k in T.items()}
-    return Growth(
-        T=T, origin=[k if k < K else None for k in kept], log=[e | {"child": T[e["class"]]} for e in log]
-    )
-
-
-def _check(L, T, cap, alpha, beta):
-    children = sorted(set(T.values()))
-    if L.dim() != 2 or children != list(range(len(L))) or not torch.isfinite(L).all():
-        raise BadInput(
-            f"tree: L has the shape {tuple(L.shape)}, but T's children are {children}: "
-            "one row per child 0, 1, ..., finite"
-        )
-    largest = max(sum(k == child for k in T.values()) for child in children)
-    if largest > cap:
-        raise BadInput(f"tree: a child holds {largest} classes, but the cap is {cap}")
-    if min(alpha, beta) < 0:
-        raise BadInput(f"tree: alpha is {alpha} and beta {beta}, they must be 0 or more")
-    return L.shape
 
 
 class Tree(nn.Module):
@@ -308,19 +157,6 @@ def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
     return net
 
 
-def weights(model: nn.Module) -> int:
-    """Return the number of trained weights as the paper counts them.
-
-    Those of convolutions and linear layers with their biases, without normalisation's.
-
-    >>> weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))  # 18 and 2 biases
-    20
-    """
-    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in norms)
-
-
 def effort(trained: list[tuple[float, int]], full: list[tuple[float, int]]) -> float:
     """Return the training effort relative to another training: sums of weights x samples.
 
@@ -407,6 +243,7 @@ class TreeCNN:
     alpha: float = 0.1  # see `grow`
     beta: float = 0.1
     images: int = 50  # of each new class, for the likelihood
+    depth: int = 0  # layers trained in later stages, from the end; the others are a shared trunk. 0: all
 
     def likelihood(
         self, tree: Tree, dataset: Dataset, new: list[int], precision: str = "fp32"
@@ -437,6 +274,8 @@ class TreeCNN:
     ) -> tuple[Tree, History]:
         """Train a first stage, its classes grouped as told: one group a child."""
         groups = [list(g) for g in groups]
+        if self.depth and max(map(len, groups)) > 1:
+            raise BadInput("tree: over a shared trunk the first stage has leaves only, for the root makes it")
         branches = [make_branch(len(g)) if len(g) > 1 else None for g in groups]
         tree = Tree(make_root(len(groups)), groups, branches)
         how = {"root": "fresh", **{k: "leaf" if len(g) == 1 else "fresh" for k, g in enumerate(groups)}}
@@ -458,6 +297,9 @@ class TreeCNN:
         watch.start()
         L, classes = self.likelihood(tree, dataset, new, precision)
         growth = grow(L.cpu(), tree.T, classes, cap=self.cap, alpha=self.alpha, beta=self.beta)
+        if self.depth:  # a new branch begins as the root does, on the same trunk
+            trunk = tree.root
+            make_branch = lambda outputs: transferred(make_root, outputs, trunk)  # noqa: E731
         how = rebuild_(tree, growth, make_root, make_branch)
         watch.lap("grow")
         watch.end_epoch()
@@ -466,10 +308,10 @@ class TreeCNN:
         event |= {"L": L.tolist(), "new": classes, "log": growth.log, "before": before, "groups": tree.groups}
         event |= {"root": how["root"], "how": [how[k] for k in range(len(tree.groups))]}
         placed = History(seconds=watch.seconds, raw_seconds=watch.raw, kinds=kinds, events=[event])
-        return placed + self._fit(tree, dataset, how, recipe, seed)
+        return placed + self._fit(tree, dataset, how, recipe, seed, self.depth)
 
-    def _fit(self, tree, dataset, how, recipe, seed):
-        """Train the parts that `how` does not leave alone."""
+    def _fit(self, tree, dataset, how, recipe, seed, depth=0):
+        """Train what `how` does not leave alone; depth: of these only the last layers."""
         precision, history = resolve_precision(recipe.precision, dataset.device), History()
         for part, state in how.items():
             if state in ("leaf", "untouched") or (part == "root" and len(tree.groups) == 1):
@@ -481,16 +323,21 @@ class TreeCNN:
             own, seen = replace(own, **few), []
 
             def look(row, net=net, seen=seen):
+                modes = {m: m.training for m in net.modules()}  # a frozen layer stays in eval mode
                 correct, images = hits(tree, dataset, "validation", precision)
                 seen.append(100 * sum(correct) / sum(images))
-                net.train()
+                for m, mode in modes.items():
+                    m.training = mode
 
-            h = train(net, own, fitting(recipe, own), (), seed, progress=look)
+            tuned = [FineTune(depth=depth)] if depth else []
+            h = train(net, own, fitting(recipe, own), tuned, seed, progress=look)
             rows = [{**row, "accuracy": a} for row, a in zip(h.rows, seen, strict=True)]
             event = {"step": h.steps, "epoch": recipe.epochs, "method": "TreeCNN", "text": f"{part} trained"}
             event |= {"part": str(part), "classes": list(labels), "how": state, "seconds": h.seconds}
-            event |= {"weights": weights(net), "samples": len(own.train)}
-            history += replace(h, rows=rows, events=[*h.events, event])
+            trained = [e["weights"] for e in h.events if "weights" in e] or [weights(net)]
+            event |= {"weights": trained[0], "samples": len(own.train)}
+            others = [{k: v for k, v in e.items() if k not in ("weights", "samples")} for e in h.events]
+            history += replace(h, rows=rows, events=[*others, event])
         history.memory["parameters"] = cost.size_bytes(tree.parameters())  # all of it, whatever is trained
         history.structure = {"groups": tree.groups}
         judge_(history, [hits(tree, dataset, split, precision) for split in HELD_OUT])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from effilib.chapters import tree_cnn as chapter
 from effilib.methods.class_arrival import stages
 from effilib.tasks import task
@@ -19,13 +21,22 @@ def test_depths_are_the_last_layer_and_quarters():
 
 
 def test_arms_have_the_same_given_stage_at_every_length():
-    flat, tree, tuned = chapter.arms(TASK, DATA)
-    assert [a.name for a in (flat, tree, tuned)] == [chapter.FLAT, chapter.TREE, "flat, last 5 layers"]
-    assert [a.role for a in (flat, tree, tuned)] == ["baseline", "method", "control"]
-    assert {a.fit.given for a in (flat, tree, tuned)} == {TASK.recipe}
-    runs = [a.run(TASK, DATA, 0, length) for a in (flat, tree, tuned) for length in (0.5, 1.0)]
+    arms = chapter.arms(TASK, DATA)
+    names = [chapter.FLAT, chapter.FEWER, chapter.TREE, chapter.TRUNK, "flat, last 2 layers"]
+    assert [a.name for a in arms] == names
+    assert [a.role for a in arms] == ["baseline", "control", "method", "method", "control"]
+    assert {a.fit.given for a in arms} == {TASK.recipe}
+    runs = [a.run(TASK, DATA, 0, length) for a in arms for length in (0.5, 1.0)]
     assert all(h.held_out == len(DATA.validation) + len(DATA.test) for h in runs)
-    assert runs[0].events[0] == runs[5].events[0]
+    assert runs[0].events[0] == runs[-1].events[0]  # the flat networks' first stage
+    whole, trunk = runs[1], runs[7]
+    assert trunk.flops < whole.flops  # of the second stage
+
+
+def test_the_control_is_the_flat_network_for_fewer_epochs():
+    flat, fewer = chapter.arms(TASK, DATA)[:2]
+    assert fewer.lengths == pytest.approx([0.15, 0.3])
+    assert fewer.fit == flat.fit
 
 
 def test_the_grid_has_the_other_depths_and_caps():
@@ -34,7 +45,7 @@ def test_the_grid_has_the_other_depths_and_caps():
     names = [a.name for a in chapter.grid(study, DATA)]
     assert names[2:] == [
         "flat, last 1 layer",
-        "flat, last 2 layers",
+        "flat, last 5 layers",
         "flat, last 8 layers",
         "Tree-CNN, C = 3",
         "Tree-CNN, C = 4",

@@ -10,7 +10,9 @@ from effilib import models
 from effilib.data import Split, synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import class_arrival as arrival
-from effilib.methods.class_arrival import FineTune, Flat, Growing
+from effilib.methods import fine_tuning as tuning
+from effilib.methods.class_arrival import Flat, Growing
+from effilib.methods.fine_tuning import FineTune
 from effilib.methods.tree_cnn import TreeCNN, hits
 from effilib.tasks import task
 from effilib.training import class_hits, train
@@ -87,14 +89,14 @@ def test_frozen_layers_stay_bit_identical_and_the_rest_is_trained():
     assert history.flops < train(TASK.build(DATA), DATA, TASK.recipe).flops
     for depth in (0, 10, 99):
         with pytest.raises(NoEffect, match="fine-tuning: the network has 10 layers"):
-            arrival._before(model, DATA, depth)
+            tuning._before(model, DATA, depth)
 
 
 def test_layers_of_users_networks():
-    assert arrival.layers(TASK.build(DATA), DATA) == 10
+    assert tuning.layers(TASK.build(DATA), DATA) == 10
     rgb, net = synthetic(size=32, channels=3), models.build("torchvision.models:resnet18", 4, (3, 32, 32))
-    assert arrival.layers(net, rgb) == 21
-    frozen = arrival._before(net, rgb, 2)
+    assert tuning.layers(net, rgb) == 21
+    frozen = tuning._before(net, rgb, 2)
     assert {"conv1", "layer4.1.conv1", "layer4.0"} <= set(frozen)
     assert not {"layer4.1.conv2", "layer4.1.bn2", "fc"} & set(frozen)
 
@@ -112,7 +114,7 @@ def test_an_attention_layer_is_frozen_with_what_it_does_not_call():
             return self.head(self.attention(x, x, x)[0].mean(1))
 
     model = Attention()
-    assert set(arrival._before(model, DATA, 1)) == {"", "stem", "attention", "attention.out_proj"}
+    assert set(tuning._before(model, DATA, 1)) == {"", "stem", "attention", "attention.out_proj"}
     before = {k: t.clone() for k, t in model.state_dict().items()}
     train(model, DATA, TASK.recipe, [FineTune(depth=1)])
     changed = [k for k, t in model.state_dict().items() if not torch.equal(t, before[k])]
@@ -145,7 +147,9 @@ def test_a_first_stage_that_is_not_given_is_on_the_clock(make):
     assert whole.rows[0]["accuracy"] <= 60  # two of four classes have come
 
 
-@pytest.mark.parametrize("arm", [Flat(), Flat(depth=1), Growing(tree=TreeCNN(cap=2))])
+@pytest.mark.parametrize(
+    "arm", [Flat(), Flat(depth=1), Growing(tree=TreeCNN(cap=2)), Growing(tree=TreeCNN(cap=2, depth=2))]
+)
 def test_no_network_counts_twice_where_stages_meet(arm, monkeypatch):
     monkeypatch.setattr(arrival, "stages", lambda dataset: [(0, 1), (3,), (2,)])
     history = arm(TASK, 0)
@@ -156,6 +160,14 @@ def test_no_network_counts_twice_where_stages_meet(arm, monkeypatch):
     assert seconds[-1] == pytest.approx(history.seconds)
     assert history.seconds == pytest.approx(sum(k["seconds"] for k in history.kinds.values()))
     assert history.flops > 0
+
+
+def test_a_tree_over_a_trunk_begins_as_the_flat_network_does_and_its_second_stage_costs_less():
+    depths = (0, 2)
+    trees = [Growing(tree=TreeCNN(cap=2, depth=d), given=GIVEN)(TASK, 0) for d in depths]
+    flat = Flat(given=GIVEN)(TASK, 0)
+    assert trees[1].events[0]["text"] == flat.events[0]["text"]  # the same network, the same classes
+    assert trees[1].flops < flat.flops
 
 
 def test_accuracies_are_of_all_images_and_of_classes_to_come_none_is_right(monkeypatch):

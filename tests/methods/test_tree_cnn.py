@@ -12,21 +12,19 @@ from torch import nn
 from effilib import models
 from effilib.data import Split, synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.methods.fine_tuning import weights
 from effilib.methods.tree_cnn import (
-    Growth,
     Tree,
     TreeCNN,
     effort,
     fitting,
-    grow,
     head,
     hits,
-    likelihood,
     rebuild_,
     relabel,
     transferred,
-    weights,
 )
+from effilib.methods.tree_growth import Growth, grow, likelihood
 from effilib.training import Recipe
 
 DATA = synthetic(images=400, classes=6)
@@ -419,6 +417,29 @@ def test_untouched_branches_are_bit_identical_and_changed_ones_are_not(monkeypat
         ("root", "new last layer"),
         ("0", "fresh"),
     ]
+
+
+def test_over_a_trunk_only_the_last_layers_are_trained_and_the_trunk_is_shared(monkeypatch):
+    def placed(L, T, classes, **settings):
+        return Growth(T={**T, 4: 0, 5: 4}, origin=[0, 1, 2, 3, None], log=[])
+
+    monkeypatch.setattr("effilib.methods.tree_cnn.grow", placed)
+    method = TreeCNN(images=20, depth=1)
+    with pytest.raises(BadInput, match="leaves only"):
+        method.start(DATA, [[0], [1], [2, 3]], make_root, make_root, RECIPE, 0)
+    tree, _ = method.start(DATA, [[0], [1], [2], [3]], make_root, make_root, RECIPE, 0)
+    trunk = {n: v.clone() for n, v in tree.root.state_dict().items() if not n.startswith("head")}
+    history = method.learn_(tree, DATA, [4, 5], make_root, make_root, RECIPE, 0)
+    assert [branch is not None for branch in tree.branches] == [True, False, False, False, False]
+    for net in (tree.root, tree.branches[0]):  # weights and BatchNorm's statistics, to the last bit
+        assert all(torch.equal(v, trunk[n]) for n, v in net.state_dict().items() if n in trunk)
+    fresh, old = tree.branches[0].head.weight, make_root(2).head.weight
+    assert not torch.equal(fresh, old)  # its head was trained
+    parts = [e for e in history.events if "part" in e]
+    assert [(e["part"], e["how"]) for e in parts] == [("root", "new last layer"), ("0", "fresh")]
+    assert [e["weights"] for e in parts] == [(8 + 1) * 5, (8 + 1) * 2]  # the heads'
+    assert sum("weights" in e for e in history.events) == 2  # no part counts twice
+    assert all(p.requires_grad for p in tree.parameters())
 
 
 def test_test_images_choose_nothing():
