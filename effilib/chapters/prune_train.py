@@ -31,10 +31,11 @@ SETTINGS = {  # until, at: shares of a run, so that schedules scale with its len
 }
 
 
-# The share of what channels cost that the one cut takes, not tuned yet; smoke's layers have 8 channels.
+# The share of what channels cost that the one cut takes, not tuned yet. Smoke's layers have 8 channels; in
+# quick a run takes a second, too little to pay for measuring.
 CUT = {
     "smoke": dict(share=0.3, multiple=2),
-    "quick": dict(share=0.5),
+    "quick": dict(share=0.3, price="FLOPs"),
     "study": dict(share=0.5),
     "full": dict(share=0.5),
 }
@@ -84,6 +85,7 @@ def arms(task: Task, pilot: History) -> list[Arm]:
 
 def grid(task: Task) -> list[Arm]:
     """Return dense, and PruneTrain with half and twice its ratio, at the task's own lengths."""
-    ratios = [factor * SETTINGS[task.preset]["ratio"] for factor in (0.5, 1, 2)]
+    factors = (0.5, 2) if task.preset == "quick" else (0.5, 1, 2)
+    ratios = [factor * SETTINGS[task.preset]["ratio"] for factor in factors]
     pruned = [Arm(name=f"r = {r:g}", methods=(method(task.preset, r),), lengths=task.lengths) for r in ratios]
     return [Arm(name=DENSE, role="baseline"), *pruned]
