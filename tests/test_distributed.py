@@ -27,6 +27,7 @@ from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.methods.prune_train import PruneTrain
+from effilib.methods.ranked_cut import RankedCut
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
@@ -215,6 +216,7 @@ def every_method():
     special = {
         "kernel_rescaling": (with_bn, KernelRescaling(kernels=False, recalibrate=1)),
         "net2net": (with_bn, Net2Net(wider=1.5)),
+        "ranked_cut": (lambda: with_bn(widths=(16, 16)), RankedCut(multiple=4, price="FLOPs")),
         "stochastic_pooling": (
             lambda: models.build("vgg", 4, (1, 8, 8), widths=((8,), (8,))),
             StochasticPooling(),

@@ -7,6 +7,7 @@ from effilib.chapters import (
     gradient_pruning,
     kernel_rescaling,
     layer_replacement,
+    net2net,
     prune_then_grow,
     prune_train,
     structure_and_strength,
@@ -18,7 +19,6 @@ from effilib.methods.class_arrival import Growing
 from effilib.methods.data_pruning import DataPruning
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_pruning import GradientPruning
-from effilib.methods.net2net import Grown
 from effilib.methods.standardization_loss import StandardizationLoss
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
@@ -83,8 +83,7 @@ def _one(method, **changes):
 
 
 def _net2net(task):
-    student = dict(factor=0.75, epochs=0.6, lr=0.75, taught=0.6)  # chapter 6.2's first, of trial runs
-    return Arm(name="", fit=Grown(**student, counted=True))
+    return net2net.one_run(task, name="")
 
 
 def _replaced(task):

@@ -1,27 +1,69 @@
-"""Chapter 6.2: students that grow out of a teacher, the network from scratch, and every way to grow."""
+"""Chapter 6.2: students that grow out of a teacher or in one run, and every way to grow."""
 
 from torch import nn
 
 from effilib import models, surgery
 from effilib.data import Dataset
 from effilib.experiment import Arm
-from effilib.methods.net2net import Grown
+from effilib.methods import net2net
+from effilib.methods.narrower import Narrower
+from effilib.methods.net2net import Grown, OneRun
 from effilib.tasks import Task
 
-SCRATCH, GIVEN, COUNTED = "from scratch", "Net2Wider, teacher given", "Net2Wider, teacher counted"
+SCRATCH, GIVEN, ONE = "from scratch", "Net2Deeper, teacher given", "one run that grows"
+SMALL = "the small network from scratch"
+CONTENDER = ONE
 SIZES = {
     "quick": dict(images=800, epochs=2, batch_size=32, lr=0.1, validation=125),
     "study": dict(epochs=4),
 }
+# Twice as deep as the base, so that there is a teacher by depth: half of the widths would be 8 and no faster.
+DEEP = {"widths": (16, 32, 64), "blocks": (2, 2, 2)}
+SHALLOW = {"widths": (8, 8, 8), "blocks": (1, 1, 2)}  # of smoke
 
-# Shares of the recipe's epochs (student, teacher), of its learning rate (student), of the widths (teacher):
-# from trial runs with seeds that are not measured; nobody has tuned them for equal accuracy yet.
+# Shares of the recipe's epochs (student, teacher) and of its learning rate (student): from trial runs with
+# seeds that are not measured; nobody has tuned them for equal accuracy yet.
 STUDENT = {
-    "smoke": dict(epochs=0.5, lr=0.5, factor=0.5),
-    "quick": dict(epochs=0.6, lr=0.7, factor=0.75, taught=0.5),
-    "study": dict(epochs=0.6, lr=0.75, factor=0.75, taught=0.6),
-    "full": dict(epochs=0.6, lr=0.75, factor=0.75, taught=0.6),
+    "smoke": dict(epochs=0.5, lr=0.5),
+    "quick": dict(epochs=0.6, lr=0.7, taught=0.5),
+    "study": dict(epochs=0.6, lr=0.75, taught=0.6),
+    "full": dict(epochs=0.6, lr=0.75, taught=0.6),
 }
+# When it grows, and how long the learning rate is held: not tuned yet either.
+RUN = {preset: dict(at=0.4, hold=0.6) for preset in STUDENT}
+
+
+def deep(task: Task) -> Task:
+    """Return the task on a network that is deep enough to have a shallower teacher."""
+    task = task.sized(SIZES)
+    if task.network != "resnet" or "widths" in task.given:
+        return task
+    return task.but(widths=SHALLOW if task.preset == "smoke" else DEEP)
+
+
+def teacher(task: Task) -> tuple:
+    """Return the settings of a shallower network, as items: a block a stage; () where there is none."""
+    blocks = task.widths.get("blocks", ())
+    return (
+        (("blocks", (1,) * len(blocks)),) if task.network == "resnet" and max(blocks, default=1) > 1 else ()
+    )
+
+
+def thin_(model: nn.Module) -> tuple:
+    """Give a network half of its widths in place, in multiples of 16 where it has as many."""
+    return net2net.thin_(model, **HALF)
+
+
+HALF = dict(factor=0.5, multiple=16)
+
+
+def growth(task: Task) -> dict:
+    """Return how the network of a task is small at first: by depth, else by width."""
+    small = teacher(task)
+    if not small:
+        return HALF if task.preset != "smoke" else dict(HALF, multiple=1)
+    blocks = enumerate(task.widths["blocks"])
+    return dict(small=small, deeper=tuple(f"stages.{i}.{j}" for i, n in blocks for j in range(n - 1)))
 
 
 def _student(task, name, role="method", **settings):
@@ -30,28 +72,35 @@ def _student(task, name, role="method", **settings):
     return Arm(name=name, role=role, fit=fit, lengths=task.lengths)
 
 
+def one_run(task: Task, name: str = ONE, **settings) -> Arm:
+    """Return the run that begins small and grows once."""
+    return Arm(name=name, fit=OneRun(**growth(task), **RUN[task.preset] | settings))
+
+
 def arms(task: Task) -> list[Arm]:
-    """Return the network from scratch, and students with and without the teacher's time."""
-    found = [
-        Arm(name=SCRATCH, role="baseline"),
-        _student(task, GIVEN),
-        Arm(name=COUNTED, fit=Grown(**STUDENT[task.preset], counted=True)),
-    ]
-    if task.preset != "quick":
-        found.append(_student(task, "GradMax, teacher given", breaker="gradmax"))
-    if task.preset in ("smoke", "full"):
-        found.append(_student(task, "random pad, teacher given", role="control", breaker="random"))
-    return found
+    """Return the network from scratch, a given teacher's student, one run that grows, the small network."""
+    small = dict(teacher(task))
+    how = dict(network=small) if small else dict(fit=Narrower(**growth(task)))
+    control = Arm(name=SMALL, role="control", **how)
+    student = _student(task, GIVEN, **growth(task))
+    return [Arm(name=SCRATCH, role="baseline"), student, one_run(task), control]
 
 
 def grid(task: Task, places: tuple[str, ...]) -> list[Arm]:
-    """Return every way to grow, from the same teacher; `places` are where one more layer goes."""
+    """Return every way to grow, from the same teachers; `places` are where one more layer goes."""
     breakers = ("none", "noise", "uneven", "pair", "gradmax", "random")
     if task.preset == "quick":
-        breakers = ("none", "noise", "random")
+        breakers = ("noise", "random")
+    half = HALF if task.preset != "smoke" else dict(HALF, multiple=1)
     found = [Arm(name=SCRATCH, role="baseline")]
-    found += [_student(task, f"wider: {b}", breaker=b) for b in breakers]
-    return [*found, *([_student(task, "deeper", factor=1.0, deeper=places)] if places else [])]
+    found += [_student(task, f"wider: {b}", breaker=b, **half) for b in breakers]
+    if places:
+        found.append(_student(task, "one layer more", deeper=places))
+    if task.preset != "quick":
+        early, late = dict(at=0.25, hold=0.5), dict(at=0.55, hold=0.7)
+        found += [one_run(task, "one run, early", **early), one_run(task, "one run, late", **late)]
+        found += [one_run(task, f"one run, newborns x {f}", newborn=f) for f in (0.5, 2.0)]
+    return found
 
 
 def deeper_places(task: Task, dataset: Dataset) -> tuple[str, ...]:

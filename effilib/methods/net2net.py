@@ -23,7 +23,7 @@ from effilib.methods.widening import BREAKERS, jitter_, widen_
 from effilib.tasks import Task
 from effilib.training import History, Method, Recipe, Run, stream, train
 
-__all__ = ["Grown", "Net2Net", "deepen_", "fresh", "grow_", "thin_"]
+__all__ = ["Grown", "Net2Net", "OneRun", "deepen_", "fresh", "grow_", "thin_"]
 
 INFO = Info(
     name="Net2Net",
@@ -232,6 +232,46 @@ def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tup
     return tuple(before)
 
 
+def _begin(fit, task, dataset, seed):
+    """The smaller network that a fit begins with, and its nodes' full widths."""
+    model = task.build(dataset, seed, **dict(fit.small))
+    before = thin_(model, fit.factor, fit.multiple) if fit.factor < 1 else ()
+    if before and task.network in models.NETWORKS:  # as wide as it is now
+        models.initialize_(model, stream(seed, "initial weights").initial_seed())
+    return model, before
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRun:
+    """Train a network that begins small and grows once, in one run: (task, seed) -> `History`.
+
+    Its teacher is its own first part. The smaller network is the task's with other settings (fewer blocks),
+    or with narrower layers.
+
+    >>> t = task("smoke", "synthetic")
+    >>> history = OneRun(factor=0.5, at=0.25, hold=0.5)(t, seed=0)
+    >>> history.structure["widths"], history.steps == t.recipe.epochs * 4
+    ([8, 8, 8], True)
+    """
+
+    small: tuple = ()  # settings of the smaller network that are not the task's, as items
+    factor: float = 1.0  # its share of every width
+    multiple: int = 1  # of which its widths are: 12 of 16 channels can be slower than 16
+    deeper: tuple = ()  # layers or blocks that come at the growth
+    at: float = 0.4  # these are settings of `Net2Net`
+    hold: float = 0.6
+    newborn: float = 1.0
+    breaker: str = "pair"
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train it at the task's length."""
+        dataset = task.load()
+        model, before = _begin(self, task, dataset, seed)
+        how = dict(at=self.at, hold=self.hold, newborn=self.newborn, breaker=self.breaker)
+        method = Net2Net(wider=before or 1.0, deeper=self.deeper, **how)
+        return train(model, dataset, task.recipe, [method], seed)
+
+
 _taught = {}  # key -> what a given teacher has learnt, and its history: the last one only
 
 
@@ -279,12 +319,9 @@ class Grown:
         """Return the trained teacher, its nodes' full widths, and its history."""
         recipe = self.given or task.recipe
         recipe = replace(recipe, epochs=self.taught * recipe.epochs)
-        model = task.build(dataset, seed, **dict(self.small))
-        before = thin_(model, self.factor, self.multiple) if self.factor < 1 else ()
+        model, before = _begin(self, task, dataset, seed)
         key = repr((replace(task, recipe=recipe), seed, self.factor, self.multiple, self.small))
         if self.counted or key not in _taught:
-            if before and task.network in models.NETWORKS:  # as wide as it is now
-                models.initialize_(model, stream(seed, "initial weights").initial_seed())
             history = train(model, dataset, recipe, (), seed)
             if self.counted:
                 return model, before, history

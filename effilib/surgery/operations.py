@@ -525,10 +525,10 @@ def insert_layer_(
     nn.init.dirac_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    bn.running_mean.copy_(h.mean((0, 2, 3)))
-    bn.running_var.copy_(h.var((0, 2, 3), unbiased=False))
-    bn.weight.copy_((bn.running_var + bn.eps).sqrt())
-    bn.bias.copy_(bn.running_mean)
+    mean, var = h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)
+    bn.load_state_dict({"running_mean": mean, "running_var": var}, strict=False)
+    bn.weight.copy_((var + bn.eps).sqrt())
+    bn.bias.copy_(mean)
     name = f"{after.rpartition('.')[0]}.{follower(holder, place)}".lstrip(".")
     with keeping(f"a layer behind {after}", model, x, optimizer, ema):
         for m in copies(model, ema):

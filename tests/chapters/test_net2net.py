@@ -6,37 +6,47 @@ from effilib import models
 from effilib.chapters import net2net as chapter
 from effilib.tasks import task
 
-TASK = task("smoke", "synthetic").sized(chapter.SIZES)
+TASK = chapter.deep(task("smoke", "synthetic"))
 DATA = TASK.load()
 
 
-def test_students_of_a_given_teacher_have_the_baselines_lengths_and_one_teacher():
-    found = chapter.arms(TASK)
-    assert [a.role for a in found] == ["baseline", "method", "method", "method", "control"]
-    scratch, given, counted, *_ = found
+def test_a_given_teacher_is_one_and_the_run_that_grows_ends_as_the_baselines_network():
+    scratch, given, one, small = chapter.arms(TASK)
+    assert [a.role for a in (scratch, given, one, small)] == ["baseline", "method", "method", "control"]
     assert given.lengths == TASK.lengths
-    assert counted.lengths == ()
+    assert one.lengths == ()
     assert given.fit.given == TASK.recipe
     short, long = (given.run(TASK, DATA, 0, length) for length in (0.5, 1.0))
     assert short.events[0] == long.events[0]
-    assert long.structure == scratch.run(TASK, DATA, 0).structure
-    assert counted.run(TASK, DATA, 0).seen > long.seen
+    whole, grown, begun = (a.run(TASK, DATA, 0) for a in (scratch, one, small))
+    assert long.structure == grown.structure == whole.structure != begun.structure
+    assert begun.flops < grown.flops < whole.flops
+    assert grown.steps == whole.steps
 
 
-def test_every_preset_has_its_students():
-    for preset in chapter.STUDENT:
-        names = [a.name for a in chapter.arms(TASK.but(preset=preset))]
-        assert names[:3] == [chapter.SCRATCH, chapter.GIVEN, chapter.COUNTED]
-    assert len(chapter.arms(TASK.but(preset="quick"))) == 3
+def test_where_there_is_no_shallower_network_the_teacher_is_narrower():
+    vgg = TASK.but(network="vgg", widths={"widths": ((8,), (16,))})
+    assert chapter.teacher(vgg) == ()
+    scratch, given, one, small = chapter.arms(vgg)
+    assert one.run(vgg, DATA, 0).structure == scratch.run(vgg, DATA, 0).structure
+    assert small.run(vgg, DATA, 0).structure["widths"] == [[4], [8]]
+    assert given.run(vgg, DATA, 0).structure == scratch.run(vgg, DATA, 0).structure
+
+
+def test_a_teacher_by_depth_has_a_block_a_stage():
+    quick = chapter.deep(task("quick", "synthetic"))
+    assert quick.widths == chapter.DEEP
+    assert dict(chapter.growth(quick)["small"]) == {"blocks": (1, 1, 1)}
+    assert chapter.growth(quick)["deeper"] == ("stages.0.0", "stages.1.0", "stages.2.0")
 
 
 def test_the_grid_has_every_way_to_grow():
     places = chapter.deeper_places(TASK, DATA)
-    assert places == ("stages.2.0",)
-    *_, random, deeper = chapter.grid(TASK, places)
-    assert random.fit.breaker == "random"
-    assert deeper.run(TASK, DATA, 0).structure["blocks"] == [[8], [8], [8, 8]]
-    assert not [a for a in chapter.grid(TASK, ()) if a.name == "deeper"]
+    assert places == ("stages.2.1",)
+    found = {a.name: a for a in chapter.grid(TASK, places)}
+    assert found["wider: random"].fit.breaker == "random"
+    assert found["one layer more"].run(TASK, DATA, 0).structure["blocks"] == [[8], [8], [8, 8, 8]]
+    assert "one layer more" not in [a.name for a in chapter.grid(TASK, ())]
 
 
 def test_places_in_users_networks():

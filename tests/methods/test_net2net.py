@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from effilib import models, surgery
 from effilib.errors import BadInput, NoEffect
-from effilib.methods import net2net
+from effilib.methods import gradmax, net2net
 from effilib.methods.gradmax import gradmax_, gradmax_directions
 from effilib.methods.net2net import Grown, Net2Net, deepen_, thin_
 from effilib.methods.widening import BREAKERS, replication, uneven_shares, widen_
@@ -247,6 +248,27 @@ def test_its_directions_are_those_of_the_largest_gradient():
     assert gradient(found[1]) <= best
 
 
+@pytest.mark.parametrize(("o", "i"), [(3, 8), (8, 3), (5, 5)])
+@pytest.mark.parametrize("large", [0, 1024])
+def test_its_directions_are_the_full_decompositions(o, i, large, monkeypatch):
+    """Singular vectors up to their sign; approximated, they catch as much of the gradient."""
+    monkeypatch.setattr(gradmax, "LARGE", large)
+    g = gen(6)
+    low = torch.randn(o, 6, generator=g, dtype=torch.double) @ torch.randn(6, i * 25, generator=g).double()
+    M = (low + 0.05 * torch.randn(o, i * 25, generator=g)).view(o, i, 5, 5)
+    A = M.unfold(2, 3, 1).unfold(3, 3, 1).permute(1, 4, 5, 0, 2, 3).reshape(i * 9, o * 9)
+    expected, found = torch.linalg.svd(A).Vh[:4], gradmax_directions(M, 4, 3, 3).flatten(1)
+    assert_close(found @ found.T, torch.eye(4, dtype=torch.double), atol=1e-6, rtol=0)
+    assert (A @ found.T).norm() > (1 - 1e-3) * (A @ expected.T).norm()
+    if large:
+        assert_close((found * expected).sum(1).abs(), torch.ones(4, dtype=torch.double))
+
+
+def test_more_channels_than_directions_use_them_again():
+    found = gradmax_directions(torch.randn(1, 1, 3, 3, generator=gen()), k=5, k1=3, k2=1)
+    assert_close(found, found[:1].expand(5, 1, 1, 1))
+
+
 def test_a_stride_is_minded():
     g = gen(5)
     x, dy = (
@@ -366,15 +388,57 @@ def test_growth_in_mid_run_and_the_learning_rate_after_it():
         assert a["lr"] == pytest.approx(
             b["lr"] * (0.1 if a["step"] > 4 else 1.0), abs=b["lr"] if a["step"] == 4 else 1e-9
         )
-    assert [e["epoch"] for e in history.events] == [1]
+    assert [e["step"] for e in history.events] == [3]  # at the end of the fourth of eight steps
     assert history.flops > plain.flops
+
+
+def test_the_learning_rate_is_held_until_after_the_growth_and_then_falls_to_0():
+    lrs = []
+
+    class Look(Method):
+        def on_step_end(self, run):
+            lrs.append(run.lr)
+
+    recipe = replace(RECIPE, epochs=4, warmup=0.0)
+    train(make(dtype=torch.float), DATA, recipe, [Net2Net(at=0.25, wider=2.0, hold=0.5), Look()])
+    n = len(lrs)
+    assert lrs[: n // 2] == [recipe.lr] * (n // 2)
+    assert_close(lrs[n // 2 :], [recipe.lr * (n - i) / (n / 2) for i in range(n // 2, n)])
+
+
+def test_newborn_channels_learn_at_a_rate_of_their_own():
+    """One step of SGD without momentum: what is new moves twice as far, what is old as far as without."""
+    moved = {}
+
+    def run(factor):
+        class Look(Method):
+            def on_batch(self, run, x, y):
+                run.state[self] = [p.detach().clone() for p in run.model.parameters()]
+                return x, y
+
+            def on_step_end(self, run):
+                if run.step == 0:
+                    now = run.model.parameters()
+                    moved[factor] = [a.detach() - b for a, b in zip(now, run.state[self], strict=True)]
+
+        recipe = replace(RECIPE, momentum=0.0, weight_decay=0.0)
+        train(make(dtype=torch.float), DATA, recipe, [Net2Net(wider=(("stem", 8),), newborn=factor), Look()])
+
+    run(1.0)
+    run(2.0)
+    shapes = [p.shape for p in make().parameters()]
+    for a, b, was in zip(moved[1.0], moved[2.0], shapes, strict=True):
+        inside = tuple(slice(0, n) for n in was)
+        assert_close(b[inside], a[inside])
+        for x, y in zip(net2net.fresh(a, was), net2net.fresh(b, was), strict=True):
+            assert_close(y, 2 * x, rtol=1e-4, atol=1e-7)
 
 
 def test_growing_nothing_is_no_effect():
     with pytest.raises(NoEffect, match="no node was to become wider"):
         train(make(dtype=torch.float), DATA, RECIPE, [Net2Net()])
     with pytest.raises(NoEffect, match="before the growth"):
-        train(make(dtype=torch.float), DATA, RECIPE, [Net2Net(at=0.9, wider=2.0)])
+        train(make(dtype=torch.float), DATA, RECIPE, [Net2Net(at=0.99, wider=2.0)])
     with pytest.raises(BadInput, match=r"in \[0, 1\)"):
         Net2Net(at=1.0)
 
@@ -395,7 +459,7 @@ def test_torchvisions_networks_grow():
                 None,
                 x,
                 torch.arange(4),
-                wider=before[:3],  # GradMax's decomposition of the widest takes long
+                wider=before,
                 deeper=(where,),
                 breaker="gradmax",
                 generator=gen(),
@@ -409,7 +473,7 @@ SMOKE = task("smoke", "synthetic")
 
 
 def test_a_counted_teachers_training_comes_first_and_counts():
-    given, counted = Grown(breaker="none"), Grown(breaker="none", counted=True)
+    given, counted = Grown(breaker="none", factor=0.5), Grown(breaker="none", factor=0.5, counted=True)
     student, both = given(SMOKE, 0), counted(SMOKE, 0)
     model, before, teacher = given.teacher(SMOKE, SMOKE.load(), 0)
     assert models.describe(model)["widths"] == [4, 4, 4]
@@ -427,10 +491,10 @@ def test_a_counted_teachers_training_comes_first_and_counts():
 
 
 def test_students_of_a_given_teacher_share_it_at_any_length():
-    arm = Grown(breaker="none", given=SMOKE.recipe)
+    arm = Grown(breaker="none", factor=0.5, given=SMOKE.recipe)
     whole, half = arm.teacher(SMOKE, SMOKE.load(), 0)[2], arm.teacher(SMOKE.at(0.5), SMOKE.load(), 0)[2]
     assert half is whole
     assert arm.teacher(SMOKE, SMOKE.load(), 1)[2] is not whole
     assert arm(SMOKE.at(0.5), 0).steps == arm(SMOKE, 0).steps / 2
-    own = Grown(breaker="none")
+    own = Grown(breaker="none", factor=0.5)
     assert own.teacher(SMOKE.at(0.5), SMOKE.load(), 0)[2].steps == whole.steps / 2
