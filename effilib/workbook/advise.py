@@ -161,8 +161,7 @@ def run(
 
     >>> run(dataset="synthetic", minutes=0.01, out="advice")
     synthetic: 360 training images of 8 x 8, 4 classes; resnet; 0.01 minutes; into advice
-    [...] ...
-    ...
+    [...] 0.01 minutes are too few for trainings that say something, ...
     advice: recipe.toml, snippet.py
     0
     """
