@@ -38,6 +38,7 @@ examples:
   effilib train --dataset photos --size 64 --out mine         your own pictures, in photos/train/<class>/ ...
   effilib predict mine/model.pt new/ IMG_1.jpg                ... and then what it says of others
   effilib train --recipe recipe.toml --seed 1                 what effilib advise found
+  effilib train --preset speed_run                            chapter 11's recipe for CIFAR-10
   effilib train --method mine.py:Mine rate=0.1 --network mine.py:net                your own
   torchrun --nproc-per-node=4 -m effilib train --preset full  one training over four GPUs
 

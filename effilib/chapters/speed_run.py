@@ -7,7 +7,7 @@ from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.muon import Muon
 from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity, published
 from effilib.methods.whitening import Whitening
-from effilib.tasks import Task
+from effilib.tasks import Task, task
 from effilib.training import Method
 
 NETWORK = "speed_run"
@@ -70,6 +70,12 @@ def arms(task: Task) -> list[Arm]:
         Arm(name=PEER, role="baseline", methods=tricks()),
         Arm(name=OURS, methods=ours, changes=changes | selective),
     ]
+
+
+def recipe(device: str = "auto") -> tuple[Task, tuple[Method, ...]]:
+    """Return our recipe on CIFAR-10 as it is measured: for `effilib train --preset speed_run`."""
+    chosen = with_recipe(task("study", "cifar10", device=device))
+    return arms(chosen)[1].task(chosen), arms(chosen)[1].methods
 
 
 def classic(task: Task) -> list[Arm]:

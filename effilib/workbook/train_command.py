@@ -26,6 +26,7 @@ from torch import nn
 from effilib import checkpoint, clock, distributed, models, paths, provenance, tasks, training
 from effilib import methods as package
 from effilib.caveats import LOPSIDED, caveats
+from effilib.chapters import speed_run
 from effilib.data import Dataset, check_name, folder_name
 from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose, out_of_memory
@@ -205,7 +206,8 @@ def run(
 
     Returns the exit code: 0 complete, 130 interrupted. methods: a list of [name, "setting=value", ...].
     settings: of the task or its recipe, "name=value". recipe: a file (`recipes`) that says all of it but
-    data set and settings, which can be changed. Raises `BadInput`.
+    data set and settings, which can be changed; so does the preset "speed_run", chapter 11's recipe. Raises
+    `BadInput`.
 
     >>> run(preset="smoke", dataset="synthetic", settings=["epochs=1"], out="mine")
     synthetic, 128 images of 8 x 8, resnet; no method; 1 epochs, batches of 32; into mine
@@ -214,15 +216,15 @@ def run(
     mine: history.csv, model.pt, record.json
     0
     """
-    if recipe:
+    if recipe or preset == speed_run.NETWORK:
         from effilib.workbook import recipes
 
-        given = {"method": methods, "preset": preset, "network": network, "variant": variant != "base"}
+        given = {"method": methods, "network": network, "variant": variant != "base"}
+        given["preset"] = recipe and preset
+        what = f"recipe {recipe}" if recipe else "preset speed_run"
         for name in (name for name, value in given.items() if value):
-            raise BadInput(
-                f"--{name} is said by the recipe {recipe}: change it there, or leave one of the two"
-            )
-        task, chosen = recipes.read(recipe, device)
+            raise BadInput(f"--{name} is said by the {what}: change it there, or leave one of the two")
+        task, chosen = recipes.read(recipe, device) if recipe else speed_run.recipe(device)
         task = with_settings(task.but(dataset=dataset) if dataset else task, settings)
         check_name(task.dataset)
         methods = [[name_of(m)] for m in chosen]

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from effilib.methods.muon import Muon, orthogonalize
 from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity, identity_, published
 from effilib.methods.whitening import Whitening
 from effilib.training import Method, Recipe, crop_logits, train
+from effilib.workbook import train_command
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
@@ -56,7 +58,7 @@ def test_network_pools_before_it_normalizes():
     for i, size in enumerate((11, 5)):
         first, second = net.groups[i][0], net.groups[i][4]
         y = F.max_pool2d(F.conv2d(y, first.weight, padding=1), 2)
-        y = F.gelu(y / math.sqrt(1 + 1e-12))  # running statistics are 0 and 1
+        y = F.gelu(y / math.sqrt(1 + 1e-5))  # running statistics are 0 and 1
         y = F.gelu(F.conv2d(y, second.weight, padding=1))
         assert y.shape[2:] == (size, size)
     logits = y.flatten(2).max(2).values @ net.head.weight.T / 9
@@ -371,3 +373,21 @@ def test_all_together_learn():
     methods = [Whitening(patches=1000, learns=0.3), PartialIdentity(), FastBiases(), Lookahead()]
     history = train(network(), DATA, recipe, methods)
     assert history.final > 80
+
+
+def test_the_command_line_runs_our_recipe(tmp_path, capsys):
+    few = [
+        "epochs=1",
+        "batch_size=32",
+        "images=320",
+        "validation=50",
+        "widths={'widths': (8, 8, 8), 'stem': 8}",
+    ]
+    how = dict(preset="speed_run", dataset="mnist5k", settings=few)
+    assert train_command.run(**how, out=str(tmp_path / "out")) == 0
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert "Muon" in json.dumps(record["run"]["methods"])
+    assert record["run"]["task"]["network"] == "speed_run"
+    assert record["run"]["task"]["recipe"]["flips"] == "alternating"
+    with pytest.raises(BadInput, match="--network is said by the preset speed_run"):
+        train_command.run(**how, network="vgg")
