@@ -9,16 +9,16 @@ from effilib.tasks import Task
 FULL, IMAGES, WEAK = "full size", "images only", "images, weaker regularisation"
 BOTH, BARE = "images and kernels", "images and kernels, no factor"
 SIZES = {  # of the judged run: the task's own, tuned network
-    "quick": dict(images=1500, epochs=1.6),
+    "quick": dict(images=1200, epochs=1.6),
     "study": dict(epochs=4),
 }
 FEW = {  # of the run on 5x5 kernels, which cost about twice as much an epoch
-    "quick": dict(lengths=(1.0,), seeds=1, images=1000, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=800, epochs=2),
     "study": dict(lengths=(0.5, 1.0), seeds=3, epochs=3),
 }
 ONCE = {  # of what is only shown: one run an arm
     "smoke": dict(lengths=(1.0,)),
-    "quick": dict(lengths=(1.0,), seeds=1, images=800, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=600, epochs=2),
     "study": dict(lengths=(1.0,), seeds=1, epochs=3),
     "full": dict(lengths=(1.0,), seeds=1),
 }
