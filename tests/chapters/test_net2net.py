@@ -34,10 +34,11 @@ def test_where_there_is_no_shallower_network_the_teacher_is_narrower():
 
 
 def test_a_teacher_by_depth_has_a_block_a_stage():
-    quick = chapter.deep(task("quick", "synthetic"))
-    assert quick.widths == chapter.DEEP
-    assert dict(chapter.growth(quick)["small"]) == {"blocks": (1, 1, 1)}
-    assert chapter.growth(quick)["deeper"] == ("stages.0.0", "stages.1.0", "stages.2.0")
+    study = chapter.deep(task("study", "cifar10"))
+    assert study.widths == chapter.DEEP["study"]
+    assert dict(chapter.growth(study)["small"]) == {"blocks": (1, 1, 1)}
+    assert chapter.growth(study)["deeper"] == ("stages.0.0", "stages.1.0", "stages.2.0")
+    assert chapter.growth(chapter.deep(task("quick", "synthetic")))["deeper"] == ("stages.2.0",)
 
 
 def test_the_grid_has_every_way_to_grow():
