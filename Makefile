@@ -4,14 +4,17 @@
 # ARGS="..."     goes to the command: make report ARGS="-p dataset fashion_mnist"
 
 PYTHON ?= python3
+# Tests run in one process a core, with one thread each: threads of several processes would wait for each other.
+APART = -n auto --maxprocesses=8 --dist loadfile
 BIN = .venv/bin
 
 report: .venv/installed
 	$(BIN)/effilib run $(ARGS)
 
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest $(APART) $(ARGS)
+	$(BIN)/python -m pytest $(APART) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

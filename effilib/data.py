@@ -251,10 +251,7 @@ class Batches:
         self.pad = pad if self.pad and pad is not None else self.pad
         self.pad = min(self.pad, min(dataset.shape[1:]) - 1)  # more cannot be reflected
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
-        self.epoch, self.first = 0, None
-        if self.flip and flips == "alternating":  # the same after a resumption, whatever was drawn meanwhile
-            own = torch.Generator().manual_seed(generator.initial_seed())
-            self.first = torch.randint(2, (len(dataset.train),), generator=own).bool().to(dataset.device)
+        self.epoch, self.first = 0, self._first_flips(flips)
         if not 0 < batch_size <= len(dataset.train):
             raise NotApplicable(
                 f"batch size {batch_size} does not fit {dataset.name}: it has {len(dataset.train)} training"
@@ -265,6 +262,13 @@ class Batches:
             x = _reflected(x, self.pad)
         self.padded = x
         self.pixels = x.reshape(-1, x.shape[-1])  # (N * PH * PW, C)
+
+    def _first_flips(self, flips):
+        """Which images are mirrored in the first epoch, where that alternates; None where it does not."""
+        if not self.flip or flips == "random":
+            return None
+        own = torch.Generator().manual_seed(self.generator.initial_seed())  # the same when a run is resumed
+        return torch.randint(2, (len(self.dataset.train),), generator=own).bool().to(self.dataset.device)
 
     def __len__(self):
         """Batches in an epoch."""

@@ -391,7 +391,7 @@ class _Fed:
         n = batch_size or self._batches.batch_size
         return zip(split.x.split(n), split.y.split(n), strict=True)
 
-    def shuffled(self, batch_size, generator, *, augmentation="auto"):
+    def shuffled(self, batch_size, generator, **augmentation):
         return ((x.to(self.device), y.to(self.device)) for x, y in copy.copy(self._batches))
 
     def limit(self, images):

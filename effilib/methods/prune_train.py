@@ -18,7 +18,7 @@ import torch
 
 from effilib import surgery
 from effilib.convolution import probe
-from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, train
@@ -323,7 +323,6 @@ class PruneTrain(Method):
 
     ratio: float = 0.2  # r, the penalty's share of the loss on the first batch
     mode: str = "proximal"  # or "published": the sub-gradient through the loss, and a threshold
-    each: int = 4  # steps between proximal steps, which are as many times as large: they cost less so
     rule: str = "union"  # or "readers": only their columns are penalised and decide, see `live`
     weigh: str = "equal"  # see `group_weight`; "size" is an option of the authors' code
     keep_scale: bool = False  # see `shrink_`; else what lives shrinks too, and steps grow under BatchNorm
@@ -345,7 +344,6 @@ class PruneTrain(Method):
         whole = self.multiple == "auto" or (isinstance(self.multiple, int) and self.multiple > 0)
         if not whole or self.every < 1:
             raise BadInput("PruneTrain: multiple is a whole number or 'auto', every of epochs, both above 0")
-        within("PruneTrain: each", self.each, "a whole number above 0")
         if not all(0 < share < 1 for share in self.at):
             raise BadInput(f"PruneTrain: at is {self.at}, shares of the run's steps between 0 and 1")
         if self.at and self.grow_batch:
@@ -395,8 +393,8 @@ class PruneTrain(Method):
 
     def on_step_end(self, run: Run) -> None:
         lam, schedule = run.state[self]["lambda"], run.schedule
-        if self.mode == "proximal" and lam and self._active(run) and run.step % self.each == 0:
-            kappa = self.each * run.lr * lam / (1 - run.recipe.momentum)
+        if self.mode == "proximal" and lam and self._active(run):
+            kappa = run.lr * lam / (1 - run.recipe.momentum)
             shrink_(self._groups(run), kappa, self.weigh, self.keep_scale)
         now = schedule.position + schedule.pace
         if any(schedule.position < share * schedule.planned <= now for share in self.at):

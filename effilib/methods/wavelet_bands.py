@@ -37,10 +37,8 @@ class Bands(Dataset):
 
     padded: torch.Tensor
 
-    def shuffled(
-        self, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
-    ) -> "BandBatches":
-        return BandBatches(self, batch_size, generator, augmentation=augmentation)
+    def shuffled(self, batch_size: int, generator: torch.Generator, **augmentation) -> "BandBatches":
+        return BandBatches(self, batch_size, generator, **augmentation)
 
     def limit(self, images: int) -> "Bands":
         return replace(super().limit(images), padded=self.padded[:images])
@@ -58,13 +56,25 @@ class BandBatches(Batches):
     """
 
     def __init__(
-        self, dataset: Bands, batch_size: int, generator: torch.Generator, *, augmentation: str = "auto"
+        self,
+        dataset: Bands,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augmentation: str = "auto",
+        pad: int | None = None,
+        flips: str = "random",
     ):
         unpadded = replace(dataset, pad=0)
+        if pad not in (None, dataset.pad):
+            raise BadInput(
+                f"{dataset.name}: these bands were made for crops of {dataset.pad} pixels, not {pad}"
+            )
         super().__init__(unpadded, batch_size, generator, augmentation="none")
         self.dataset = dataset
         self.pad = dataset.pad if augmentation != "none" else 0
         self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        self.first = self._first_flips(flips)
         if augmentation.startswith("crop") and not dataset.pad:
             raise BadInput(
                 f"{dataset.name}: these bands were made without padding and cannot be cropped; choose "
