@@ -34,7 +34,7 @@ SETTINGS = {  # until, at: shares of a run, so that schedules scale with its len
 # The share of what channels cost that the one cut takes, not tuned yet. Smoke's layers have 8 channels; in
 # quick a run takes a second, too little to pay for measuring.
 CUT = {
-    "smoke": dict(share=0.3, multiple=2),
+    "smoke": dict(share=0.3, multiple=2, price="FLOPs"),
     "quick": dict(share=0.3, price="FLOPs"),
     "study": dict(share=0.5),
     "full": dict(share=0.5),
