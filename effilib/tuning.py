@@ -37,7 +37,8 @@ def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> d
     methods = tuple(replace(m, **own) for m in arm.methods) if own else arm.methods
     recipe = {k: v for k, v in setting.items() if k not in own}
     arm = replace(arm, methods=methods, changes={**arm.changes, **recipe}, tuned={})
-    history = arm.run(task, task.load(), seed, length)
+    dataset = task.load()
+    history = arm.run(task, replace(dataset, test=dataset.test[:1]), seed, length)  # nobody reads these
     end = (
         history.rows[-1] if history.rows else dict.fromkeys(("accuracy", "loss", "train_loss"), float("nan"))
     )
@@ -86,7 +87,7 @@ def read(file: Path) -> list[dict]:
 
 def sweep(
     task: Task,
-    arm: Arm,
+    arm: Arm | Sequence[Arm],
     settings: list[dict],
     *,
     name: str = "",
@@ -94,9 +95,10 @@ def sweep(
     workers: int | None = None,
     report: Callable[[str], object] = print,
 ) -> list[dict]:
-    """Run what is missing of settings x lengths x seeds, write each result at once, and return all rows.
+    """Run what is missing of arms x lengths x settings x seeds, and return the rows of all.
 
-    settings: of the recipe (lr, weight_decay) or of the arm's method. lengths are the task's.
+    arm: one, or several, which share the processes. Lengths are the arm's own, else the task's. settings: of
+    the recipe (lr, weight_decay) or of the arm's method. Each result is written at once.
 
     >>> short = task("smoke", "synthetic", epochs=0.5)
     >>> rows = sweep(short, BASELINE, [{"lr": 0.1}], seeds=(1000,), workers=1)
@@ -107,35 +109,34 @@ def sweep(
     """
     for setting in settings:  # refused before anything is written
         task.but(**{k: v for k, v in setting.items() if hasattr(task.recipe, k)})
-    file = sweep_file(task, name)
+    file, cells = sweep_file(task, name), {}
+    for a in [arm] if isinstance(arm, Arm) else arm:
+        for length, setting, seed in itertools.product(a.lengths or task.lengths, settings, seeds):
+            epochs = round(a.task(task, length).recipe.epochs, 4)
+            cells[a.name, epochs, _name(setting), seed] = a, length, setting, seed
     paths.make(file.parent)
-    done = {(r["arm"], r["epochs"], _name(r["setting"]), r["seed"]) for r in read(file)}
-    grid = [
-        (length, setting, seed)
-        for length, setting, seed in itertools.product(task.lengths, settings, seeds)
-        if (arm.name, round(arm.task(task, length).recipe.epochs, 4), _name(setting), seed) not in done
-    ]
+    done = {_key(row) for row in read(file)}
+    missing = sorted((cell for key, cell in cells.items() if key not in done), key=lambda cell: -cell[1])
     if not file.exists():
         paths.write(file, ",".join(FIELDS) + "\n")
-    begun, work, worked = now(), sum(length for length, *_ in grid), 0.0
+    begun, work, worked = now(), sum(length for _, length, *_ in missing), 0.0
     pool = ProcessPoolExecutor(workers or cores(), mp_context=multiprocessing.get_context("spawn"))
     with pool:
-        jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in sorted(grid, key=lambda c: -c[0])}
+        jobs = {pool.submit(_run_one, task, *cell): cell[1] for cell in missing}
         for i, job in enumerate(as_completed(jobs), 1):
             row = job.result()
             with file.open("a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, FIELDS).writerow(row)
-            worked += jobs[job][0]
+            worked += jobs[job]
             left = (now() - begun) / worked * (work - worked)
             words = "{arm}, {epochs:g} epochs, {setting}, seed {seed}: {accuracy:.2f} %".format(**row)
             report(f"{i}/{len(jobs)}  {words}  (about {say_seconds(left)} left)")
-    wanted = {
-        (round(arm.task(task, length).recipe.epochs, 4), _name(s))
-        for length in task.lengths
-        for s in settings
-    }
-    rows = [r for r in read(file) if r["arm"] == arm.name and (r["epochs"], _name(r["setting"])) in wanted]
-    return sorted(rows, key=lambda r: (r["epochs"], _name(r["setting"]), r["seed"]))
+    wanted = {key[:3] for key in cells}
+    return sorted((row for row in read(file) if _key(row)[:3] in wanted), key=_key)
+
+
+def _key(row):
+    return row["arm"], row["epochs"], _name(row["setting"]), row["seed"]
 
 
 def tune_baseline(
