@@ -33,8 +33,8 @@ def test_each_patient_has_one_defect_and_a_cure_among_its_candidates():
         ("keep", [[2], [8, 4]]),
         ("widen stage 1", [[4], [8, 4]]),
         ("widen stage 2", [[2], [16, 8]]),
-        ("deepen stage 1", [[2, 4], [8, 4]]),
-        ("deepen stage 2", [[2], [8, 4, 8]]),
+        ("deepen stage 1", [[2, 2], [8, 4]]),
+        ("deepen stage 2", [[2], [8, 4, 4]]),
         ("narrow stage 2", [[2], [4, 2]]),
     ],
 )
@@ -69,6 +69,13 @@ def test_what_changes_nothing_is_no_candidate():
     assert "narrow stage 1" in candidates({"widths": (16, 32), "blocks": [[32], [32]]})
     with pytest.raises(BadInput, match="changes none"):
         treated({"widths": (16,), "blocks": [[16]]}, "narrow stage 1")
+
+
+def test_a_new_block_is_never_wider_inside_than_the_trunk():
+    wide = {"widths": (4,), "blocks": [[8]]}
+    assert treated(wide, "deepen stage 1")["blocks"] == [[8, 4]]
+    treat_(net := network(wide), "deepen stage 1", torch.rand(4, *SHAPE), multiple=2)
+    assert net.settings()["blocks"] == [[8, 4]]
 
 
 @pytest.mark.parametrize("candidate", ["wider stage 1", "widen stage 3", "widen"])
