@@ -36,6 +36,7 @@ DIAGNOSES = {
     "cheapest per FLOP": CheapestFlop(),
     "random": RandomChoice(),
 }
+SHORT = {"smoke": Forks(steps=2, images=50), "quick": Forks(steps=12, images=200)}
 SEARCH = {"smoke": 0.5, "quick": 1.0, "study": 2.0, "full": 4.0}  # epochs of the patient before its diagnosis
 TRIALS = {"smoke": 1, "quick": 1, "study": 5, "full": 5}  # searches of each patient, with seeds of their own
 FIRST = 4000  # their first seed: no truth's
@@ -106,9 +107,10 @@ def arms(task: Task) -> list[Arm]:
 
 
 def diagnoses(task: Task) -> dict[str, Callable]:
-    """Return the diagnoses that a preset compares: all, in smoke and quick two and chance."""
-    few = ("priced penalty", "forks", "random")
-    return {n: d for n, d in DIAGNOSES.items() if n in few or task.preset not in ("smoke", "quick")}
+    """Return the diagnoses that a preset compares: all, in smoke and quick two, made short, and chance."""
+    if task.preset in SHORT:
+        return {n: DIAGNOSES[n] for n in ("priced penalty", "random")} | {"forks": SHORT[task.preset]}
+    return DIAGNOSES
 
 
 def trials(task: Task, patients: list[Patient], table: dict[str, float]) -> list[dict]:
