@@ -22,7 +22,7 @@ from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.methods.growth import step_flops
 from effilib.methods.net2net import grow_
-from effilib.methods.patients import FACTOR, KEEP, candidates, treat_
+from effilib.methods.patients import KEEP, candidates, treat_, treated
 from effilib.methods.pressure import Pressure, norms, survival
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.training import History, Method, Recipe, evaluate, stream, train
@@ -66,6 +66,11 @@ class Case:
     def price(self, candidate: str) -> float:
         """Milliseconds that a candidate adds to a step, or takes off; at least a thousandth of the step."""
         return max(1e-3 * self.times[KEEP], abs(self.times[candidate] - self.times[KEEP]))
+
+    def added(self, stage: int) -> int:
+        """Channels that widening a stage (its number) adds inside of its blocks."""
+        wider = treated(self.model.settings(), f"widen stage {stage + 1}", self.multiple)
+        return sum(wider["blocks"][stage]) - sum(block.inner for block in self.model.stages[stage])
 
     @cached_property
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,12 +275,11 @@ def _mean(tensors):
 def _prices(case):
     """Per stage (ms of a channel inside of a block, ms of a block): from what widening and deepening add."""
     found = []
-    for i, stage in enumerate(case.model.stages):
+    for i in range(len(case.model.stages)):
         widen, deepen = f"widen stage {i + 1}", f"deepen stage {i + 1}"
         if widen not in case.times or deepen not in case.times:
             raise BadInput(f"stage {i + 1} has no price: the times lack {widen!r} or {deepen!r}")
-        added = (FACTOR - 1) * sum(block.inner for block in stage)
-        found.append((case.price(widen) / added, case.price(deepen)))
+        found.append((case.price(widen) / case.added(i), case.price(deepen)))
     return tuple(found)
 
 

@@ -60,9 +60,9 @@ class GradMax:
         keep = squares["all"] / case.times[KEEP]
         widen, deepen, inside = [], [], []
         for i, stage in enumerate(model.stages):
-            names = [f"stages.{i}.{j}" for j in range(len(stage))]
+            names, more = [f"stages.{i}.{j}" for j in range(len(stage))], case.added(i) // len(stage)
             gain = [
-                sum(self._wider(seen, n, b) for n, b in zip(names, stage, strict=True)),
+                sum(self._wider(seen, n, b, more) for n, b in zip(names, stage, strict=True)),
                 self._deeper(seen, names[-1], stage[-1]),
                 sum(squares[n] for n in names) * (1 - 1 / FACTOR),
             ]
@@ -76,8 +76,8 @@ class GradMax:
         few = case.dataset.train[: self.images]
         return next(case.dataset.batches(few, len(few)))
 
-    def _wider(self, seen, name, block):
-        """Of as many channels again inside of a block: the gradient of weights that read, for weights that
+    def _wider(self, seen, name, block, more):
+        """Of so many more channels inside of a block: the gradient of weights that read, for weights that
         write as the old ones do on average.
         """
         stride = block.conv1.stride[0]
@@ -86,7 +86,7 @@ class GradMax:
         shape = (block.width, block.conv1.in_channels, size, size)
         M = nn.grad.conv2d_weight(x, shape, dy, stride, 1 + stride)
         writes = block.conv2.weight.detach().square().sum((0, 2, 3)).mean().item()
-        return writes * leading_values(M, (FACTOR - 1) * block.inner, stride=stride).sum().item()
+        return writes * leading_values(M, more, stride=stride).sum().item()
 
     def _deeper(self, seen, name, block):
         """Of a block behind this one, which would write as this one does behind its last BatchNorm."""

@@ -118,6 +118,10 @@ def test_a_stage_that_costs_more_has_to_be_worth_more():
     assert widen[0][1] > widen[1][1]
 
 
+def test_added_channels_are_those_of_the_treated_network():
+    assert case(network(blocks=[[8], [8, 2]])).added(1) == 8 + 2
+
+
 def test_buds_keep_the_function_and_those_that_cannot_learn_die():
     mine = case(shake(network()))
     model, (x, _) = copy.deepcopy(mine.model), mine.batch
@@ -170,7 +174,7 @@ def test_gradmax_gains_what_new_weights_gradients_are(stage):
     x, y = torch.rand(16, *SHAPE, dtype=torch.double), torch.arange(16) % 4
     seen, _ = _gradients(net, x, y)
     block, name = net.stages[stage][0], f"stages.{stage}.0"
-    told = GradMax()._wider(seen, name, block)
+    told = GradMax()._wider(seen, name, block, 8)
     h, s = seen[f"{name}.conv1"][0], block.conv1.stride[0]
     g = torch.Generator().manual_seed(0)
     norm = block.conv2.weight.detach().square().sum((0, 2, 3)).mean().sqrt()
