@@ -32,7 +32,7 @@ def runs(rows: Iterable[dict]) -> pd.DataFrame:
     frame["patient"], frame["candidate"] = ([name[i] for name in names] for i in (0, 2))
     frame["length"] = frame["epochs"] / frame.groupby("arm")["epochs"].transform("max")
     frame["accuracy"] = frame["accuracy"].fillna(0.0)
-    return frame[["patient", "candidate", "length", "seed", "accuracy"]]
+    return frame.reindex(columns=["patient", "candidate", "length", "seed", "accuracy"])
 
 
 def halves(seeds: Iterable) -> tuple[list, list]:
@@ -95,7 +95,7 @@ def regrets(runs: pd.DataFrame, seeds: Sequence | None = None) -> pd.DataFrame:
     table = table.reset_index()
     table["order"] = table["patient"].map(order)
     table = table.sort_values(["order", "points"], kind="stable").set_index(["patient", "candidate"])
-    return table[["accuracy", "se", "n", "points", "time %", "right"]]
+    return table.reindex(columns=["accuracy", "se", "n", "points", "time %", "right"])
 
 
 def chosen(runs: pd.DataFrame, cures: dict[str, str], seeds: Sequence) -> list[str]:

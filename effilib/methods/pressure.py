@@ -16,6 +16,7 @@ between. A block whose scales begin at 0 is newborn: it has to earn them, and wh
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -40,7 +41,7 @@ def parts(model: torch.nn.Module) -> list[tuple[int, Group, Group]]:
     if not isinstance(model, ResNet):
         raise BadInput(f"a priced penalty knows our ResNets' blocks, this network is {type(model).__name__}")
     return [
-        (i, (block.conv2.weight, 1, 1), (block.bn2.weight.view(1, -1), 0, 1))
+        (i, (cast(torch.Tensor, block.conv2.weight), 1, 1), (block.bn2.weight.view(1, -1), 0, 1))
         for i, stage in enumerate(model.stages)
         for block in stage
         if isinstance(block, Block) and block.inner
