@@ -37,7 +37,8 @@ def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> d
     methods = tuple(replace(m, **own) for m in arm.methods) if own else arm.methods
     recipe = {k: v for k, v in setting.items() if k not in own}
     arm = replace(arm, methods=methods, changes={**arm.changes, **recipe}, tuned={})
-    history = arm.run(task, task.load(), seed, length)
+    dataset = task.load()
+    history = arm.run(task, replace(dataset, test=dataset.test[:1]), seed, length)  # nobody reads these
     end = (
         history.rows[-1] if history.rows else dict.fromkeys(("accuracy", "loss", "train_loss"), float("nan"))
     )
@@ -50,20 +51,19 @@ def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> d
     return row | {"seed": seed, "diverged": int(history.diverged)}
 
 
-def _run_all(task, arm, grid, workers):
-    """(length, row) of every cell as it is done, the longest first."""
-    cells = sorted(grid, key=lambda c: -c[0])
+def _run_all(task, cells, workers):
+    """(length, row) of every cell as it is done; cells: (arm, length, setting, seed)."""
     if workers == 1:
         threads = torch.get_num_threads()
         try:
-            yield from ((cell[0], _run_one(task, arm, *cell)) for cell in cells)
+            yield from ((cell[1], _run_one(task, *cell)) for cell in cells)
         finally:
             torch.set_num_threads(threads)
     elif cells:
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         with pool:
-            jobs = {pool.submit(_run_one, task, arm, *cell): cell for cell in cells}
-            yield from ((jobs[job][0], job.result()) for job in as_completed(jobs))
+            jobs = {pool.submit(_run_one, task, *cell): cell for cell in cells}
+            yield from ((jobs[job][1], job.result()) for job in as_completed(jobs))
 
 
 def _name(setting):
@@ -102,7 +102,7 @@ def read(file: Path) -> list[dict]:
 
 def sweep(
     task: Task,
-    arm: Arm,
+    arm: Arm | Sequence[Arm],
     settings: list[dict],
     *,
     name: str = "",
@@ -111,10 +111,11 @@ def sweep(
     report: Callable[[str], object] = print,
     file: Path | None = None,
 ) -> list[dict]:
-    """Run what is missing of settings x lengths x seeds, write each result at once, and return all rows.
+    """Run what is missing of arms x lengths x settings x seeds, and return the rows of all.
 
-    settings: of the recipe (lr, weight_decay) or of the arm's method. lengths are the task's. workers: how
-    many processes; 1 is this one. file: the sweep's, in place of a recorded one.
+    arm: one, or several, which share the processes. Lengths are the arm's own, else the task's. settings: of
+    the recipe (lr, weight_decay) or of the arm's method. Each result is written at once. workers: how many
+    processes; 1 is this one. file: the sweep's, in place of a recorded one.
 
     >>> short = task("smoke", "synthetic", epochs=0.5)
     >>> rows = sweep(short, BASELINE, [{"lr": 0.1}], seeds=(1000,), workers=1)
@@ -125,31 +126,30 @@ def sweep(
     """
     for setting in settings:  # refused before anything is written
         task.but(**{k: v for k, v in setting.items() if hasattr(task.recipe, k)})
-    file = file or sweep_file(task, name)
+    file, cells = file or sweep_file(task, name), {}
+    for a in [arm] if isinstance(arm, Arm) else arm:
+        for length, setting, seed in itertools.product(a.lengths or task.lengths, settings, seeds):
+            epochs = round(a.task(task, length).recipe.epochs, 4)
+            cells[a.name, epochs, _name(setting), seed] = a, length, setting, seed
     paths.make(file.parent)
-    done = {(r["arm"], r["epochs"], _name(r["setting"]), r["seed"]) for r in read(file)}
-    grid = [
-        (length, setting, seed)
-        for length, setting, seed in itertools.product(task.lengths, settings, seeds)
-        if (arm.name, round(arm.task(task, length).recipe.epochs, 4), _name(setting), seed) not in done
-    ]
+    done = {_key(row) for row in read(file)}
+    missing = sorted((cell for key, cell in cells.items() if key not in done), key=lambda cell: -cell[1])
     if not file.exists():
         paths.write(file, ",".join(FIELDS) + "\n")
-    begun, work, worked = now(), sum(length for length, *_ in grid), 0.0
-    for i, (length, row) in enumerate(_run_all(task, arm, grid, workers or cores()), 1):
+    begun, work, worked = now(), sum(length for _, length, *_ in missing), 0.0
+    for i, (length, row) in enumerate(_run_all(task, missing, workers or cores()), 1):
         with file.open("a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, FIELDS).writerow(row)
         worked += length
         left = (now() - begun) / worked * (work - worked)
         words = "{arm}, {epochs:g} epochs, {setting}, seed {seed}: {accuracy:.2f} %".format(**row)
-        report(f"{i}/{len(grid)}  {words}  (about {say_seconds(left)} left)")
-    wanted = {
-        (round(arm.task(task, length).recipe.epochs, 4), _name(s))
-        for length in task.lengths
-        for s in settings
-    }
-    rows = [r for r in read(file) if r["arm"] == arm.name and (r["epochs"], _name(r["setting"])) in wanted]
-    return sorted(rows, key=lambda r: (r["epochs"], _name(r["setting"]), r["seed"]))
+        report(f"{i}/{len(missing)}  {words}  (about {say_seconds(left)} left)")
+    wanted = {key[:3] for key in cells}
+    return sorted((row for row in read(file) if _key(row)[:3] in wanted), key=_key)
+
+
+def _key(row):
+    return row["arm"], row["epochs"], _name(row["setting"]), row["seed"]
 
 
 def tune_baseline(

@@ -114,3 +114,13 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(folder):
     with pytest.raises(BadInput, match="lr is 0"):
         tuning.sweep(SMALL, tuning.BASELINE, [{"lr": 0.1}, {"lr": 0}], seeds=(1000,), workers=1)
     assert not folder.exists()
+
+
+def test_several_arms_share_the_processes_and_each_has_its_own_lengths():
+    small = Arm(name="small", network={"widths": (2, 2, 2)}, changes={"epochs": 0.3}, lengths=(1.0,))
+    said = []
+    go = dict(seeds=(1000,), workers=1, report=said.append)
+    rows = tuning.sweep(SMALL, [tuning.BASELINE, small], GRID[:1], **go)
+    assert [(r["arm"], r["epochs"]) for r in rows] == [("baseline", 0.25), ("baseline", 0.5), ("small", 0.3)]
+    assert [r for r in rows if r["arm"] == "baseline"] == tuning.sweep(SMALL, tuning.BASELINE, GRID[:1], **go)
+    assert len(said) == 3

@@ -1,14 +1,45 @@
-"""Chapter II.9: what is trained: the procedure on small images, and the controls that could beat it."""
+"""Chapter II.9: what is trained: patients that are diagnosed; the procedure on small images, and the controls
+that could beat it.
+"""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
+from effilib import clock, paths, provenance
 from effilib.chapters import kernel_rescaling
+from effilib.chapters import practical_setting as setting
 from effilib.experiment import Arm
+from effilib.methods.diagnosis import (
+    Buds,
+    CheapestFlop,
+    Forks,
+    PricedPenalty,
+    PruningRate,
+    RandomChoice,
+    examine,
+    search,
+)
+from effilib.methods.gradient_diagnosis import GradMax
 from effilib.methods.kernel_rescaling import KernelRescaling
+from effilib.methods.patients import Patient
 from effilib.methods.prune_then_grow import GENTLE, FromScratch, PruneThenGrow
 from effilib.tasks import Task
 
-__all__ = ["SETTINGS", "SIZES", "arms", "procedure", "resizer", "start"]
+__all__ = ["DIAGNOSES", "SETTINGS", "SIZES", "arms", "procedure", "resizer", "start", "trials"]
+
+DIAGNOSES = {
+    "pruning rate": PruningRate(),
+    "priced penalty": PricedPenalty(),
+    "buds": Buds(),
+    "GradMax": GradMax(),
+    "forks": Forks(),
+    "cheapest per FLOP": CheapestFlop(),
+    "random": RandomChoice(),
+}
+SHORT = {"smoke": Forks(steps=2, images=50), "quick": Forks(steps=12, images=200)}
+SEARCH = {"smoke": 0.5, "quick": 1.0, "study": 2.0, "full": 4.0}  # epochs of the patient before its diagnosis
+TRIALS = {"smoke": 1, "quick": 1, "study": 5, "full": 5}  # searches of each patient, with seeds of their own
+FIRST = 4000  # their first seed: no truth's
 
 DENSE, GROWN = "dense", "prune, then grow"
 ALONE, RANDOM = "growth without pruning", "growth at random stages"
@@ -73,3 +104,47 @@ def arms(task: Task) -> list[Arm]:
         ),
     ]
     return found[:4] if task.preset == "quick" else found
+
+
+def diagnoses(task: Task) -> dict[str, Callable]:
+    """Return the diagnoses that a preset compares: all, in smoke and quick two, made short, and chance."""
+    if task.preset in SHORT:
+        return {n: DIAGNOSES[n] for n in ("priced penalty", "random")} | {"forks": SHORT[task.preset]}
+    return DIAGNOSES
+
+
+def trials(task: Task, patients: list[Patient], table: dict[str, float]) -> list[dict]:
+    """Search every patient several times and let each diagnosis rank its candidates.
+
+    table: of step times. Returns a row for each (diagnosis, patient, seed, candidate): score, and seconds of
+    the whole diagnosis. What was done before is taken from the cache.
+    """
+    mine, rows = setting.ward(task).but(epochs=SEARCH[task.preset]), []
+    dataset, mean = mine.load(), diagnoses(task)
+    for seed in range(FIRST, FIRST + TRIALS[task.preset]):
+        for patient in patients:
+            times = setting.prices(patient, table)
+            key = provenance.digest(
+                provenance.settings(replace(mine, seeds=1, given=())), asdict(patient), times, seed,
+                provenance.settings(list(mean.values())), provenance.source([search, *mean.values()]),
+                dataset.digest, clock.machine(dataset.device)["torch"],
+            )  # fmt: skip
+            file = paths.cache() / "diagnoses" / f"{key}.json"
+            found = paths.read_json(file)
+            if not isinstance(found, list):
+                found = _trial(mine, dataset, patient, times, seed, mean)
+                paths.make(file.parent)
+                paths.write(file, found)
+            rows += found
+    return rows
+
+
+def _trial(task, dataset, patient, times, seed, diagnoses):
+    """One search, and what each diagnosis says after it."""
+    case, _ = search(task.build(dataset, seed, **patient.settings), dataset, task.recipe, times, seed)
+    rows = []
+    for name, diagnosis in diagnoses.items():
+        scores, seconds = examine(case, diagnosis)
+        same = {"diagnosis": name, "patient": patient.name, "seed": seed, "seconds": seconds}
+        rows += [{**same, "candidate": c, "score": score} for c, score in scores.items()]
+    return rows
