@@ -72,7 +72,7 @@ def test_it_starts_its_book_by_its_own_name_and_ends_in_its_record(file):
 
 LINES, LONG, DEFINED = 15, 110, 8  # lines of a cell, characters of a line, lines of a function
 IMPORTS = {
-    "effilib", "torch", "pandas", "numpy", "math", "statistics", "dataclasses", "copy", "itertools",
+    "effilib", "torch", "pandas", "numpy", "scipy", "math", "statistics", "dataclasses", "copy", "itertools",
     "functools",
 }  # fmt: skip
 LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
