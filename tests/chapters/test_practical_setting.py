@@ -56,14 +56,14 @@ def test_the_table_is_measured_once_and_the_truths_run_what_is_missing(folder, m
     said = []
     go = dict(seeds=(7,), workers=1, report=said.append)
     rows = chapter.truths(t, **go)
-    names = {f"stage 3 narrow: {c}" for c in candidates(PATIENTS[3].settings)}
+    names = {f"{PATIENTS[3].name}: {c}" for c in candidates(PATIENTS[3].settings)}
     assert {r["arm"] for r in rows} == names
     assert len(rows) == len(said) == len(names) + 1  # as it is, at two lengths
     before = chapter.times_file(t).read_text()
     assert chapter.truths(t, **go) == rows == sorted(chapter.recorded(t), key=tuning._key)
     assert len(said) == len(rows)
     assert chapter.times_file(t).read_text() == before
-    assert set(runs(rows)["patient"]) == {"stage 3 narrow"}
+    assert set(runs(rows)["patient"]) == {PATIENTS[3].name}
 
 
 def test_only_chosen_patients_are_judged(folder, monkeypatch):
