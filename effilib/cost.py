@@ -21,11 +21,21 @@ from effilib.convolution import probe
 from effilib.errors import BadInput
 
 __all__ = [
-    "PASSES", "Conv", "Counter", "conv_passes", "conv_seconds", "count_flops", "latency_table", "layers",
-    "parameters", "size_bytes", "step_flops",
+    "PASSES", "Conv", "Counter", "channel_block", "conv_passes", "conv_seconds", "count_flops",
+    "latency_table", "layers", "parameters", "size_bytes", "step_flops",
 ]  # fmt: skip
 
 aten = torch.ops.aten
+
+
+def channel_block(multiple: int | str, device: torch.device) -> int:
+    """Return in which multiples a device's convolutions work: what was asked for, or its own with "auto".
+
+    >>> channel_block("auto", torch.device("cpu")), channel_block(4, torch.device("cpu"))
+    (16, 4)
+    """
+    return multiple if isinstance(multiple, int) else {"cpu": 16, "cuda": 8}[device.type]
+
 
 # What PyTorch's counter has no formula for, or a wrong one: (shapes of tensors, other arguments) -> FLOPs
 

@@ -418,11 +418,11 @@ class Run:
         settings: of the group: `lr_factor` on the learning rate, `ends`, the share of the run after which its
         own schedule has ended, or any of the optimizer's.
         """
-        held = [g for g in self.optimizer.param_groups if set(g["params"]) & (moved := set(parameters))]
-        for g in held:
-            mine = [p for p in g["params"] if p in moved]
-            g["params"] = [p for p in g["params"] if p not in moved]
-            self.optimizer.add_param_group({**g, **settings, "params": mine})
+        moved = set(parameters)
+        for g in list(self.optimizer.param_groups):
+            if mine := [p for p in g["params"] if p in moved]:
+                g["params"] = [p for p in g["params"] if p not in moved]
+                self.optimizer.add_param_group({**g, **settings, "params": mine})
         self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g["params"]]
 
     def group_lr(self, group: dict) -> float:

@@ -71,6 +71,11 @@ def network(task: Task, bn: bool) -> dict:
     return {"bn": bn} if task.network in WITH_BN else {}
 
 
+def on_own_network(task: Task) -> Task:
+    """Return the task on its own network, which for these chapters' plain one is the preset's ResNet."""
+    return task.on("" if task.network == NETWORK else task.network)
+
+
 def arm(task: Task, name: str, role: str, methods: tuple = (), *, bn: bool = False) -> Arm:
     """Return an arm at its tuned learning rate; at the task's in another network, which nobody tuned."""
     rates = LR["study" if task.preset in ("study", "full") else "quick"]

@@ -40,7 +40,6 @@ WITHOUT = {
 }
 # Half of the images' side, three quarters, all of it: a step costs about a quarter, half, all.
 RESIZING = KernelRescaling(kernels=False, schedule=((0.3, 0.5), (0.35, 0.75), (0.35, 1.0)))
-FASTER = {"progressive resizing": RESIZING, "Muon": Muon()}
 BATCH = {"smoke": 32, "quick": 64, "study": 512, "full": 1024}  # of ours: on a CPU an image costs the same
 
 

@@ -43,8 +43,8 @@ CONTENDER = PRUNED
 
 
 def with_all_images(task: Task) -> Task:
-    """Return the task on its own network, which for this chapter's plain one is the preset's ResNet."""
-    return task.on("" if task.network == convnet.NETWORK else task.network).sized(ALL)
+    """Return the task on its own network, with all of its images."""
+    return convnet.on_own_network(task).sized(ALL)
 
 
 def pruned(task: Task) -> list[Arm]:

@@ -38,8 +38,8 @@ STRENGTH = "kmeans, strength only"
 
 
 def with_stem(task: Task) -> Task:
-    """Return the task on its own network, which for this chapter's plain one is the preset's ResNet."""
-    return task.on("" if task.network == convnet.NETWORK else task.network).sized(STEM)
+    """Return the task on its own network, in which the stem is judged."""
+    return convnet.on_own_network(task).sized(STEM)
 
 
 def stems(task: Task) -> list[Arm]:

@@ -18,6 +18,7 @@ import torch
 
 from effilib import surgery
 from effilib.convolution import probe
+from effilib.cost import channel_block
 from effilib.errors import BadInput, NoEffect, choose
 from effilib.methods import Info
 from effilib.tasks import Task
@@ -385,8 +386,7 @@ class PruneTrain(Method):
 
     def blocks(self, run: Run) -> int:
         """Return the multiple that cuts leave on this device."""
-        auto = {"cpu": 16, "cuda": 8}[run.device.type]
-        return self.multiple if isinstance(self.multiple, int) else auto
+        return channel_block(self.multiple, run.device)
 
     def _active(self, run):
         return run.schedule.position < self.until * run.schedule.planned

@@ -154,8 +154,7 @@ class RankedCut(Method):
         }  # fmt: skip
 
     def _blocks(self, run):
-        auto = {"cpu": 16, "cuda": 8}[run.device.type]
-        return self.multiple if isinstance(self.multiple, int) else auto
+        return cost.channel_block(self.multiple, run.device)
 
     def _nodes(self, run):
         """The nodes that can lose a block: those with a BatchNorm, whose scale says what a channel does."""

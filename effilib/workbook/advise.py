@@ -29,6 +29,7 @@ __all__ = ["Plan", "make_plan", "run", "snippet"]
 FEW_IMAGES = 200  # training images, below which accuracies say nothing of a method
 LRS, DECAYS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (5e-4, 2e-3)
 ROUNDS = ((0.25, 12, 1), (0.5, 4, 1), (1.0, 2, 2))  # of tuning: length, settings, seeds
+SCREENED = (0.25, 0.5)  # lengths of the two rounds of screening
 LENGTHS = (0.5, 0.71, 1.0)  # of the measurement
 SCREENING, MEASURED, ADDITIONS = 2, 3, 2  # seeds; methods besides the baseline; parts that are added
 SLOWEST = 3  # times the baseline's step
@@ -70,7 +71,7 @@ class Plan:
 
 def _work(contenders, seeds):
     """(trainings, longest trainings that they are as long as) of tuning, screening and measuring."""
-    k, short, longer = contenders, 0.25, 0.5
+    k, (short, longer) = contenders, SCREENED
     second = math.ceil(k / 2)
     return {
         "tuning": (sum(n * s for _, n, s in ROUNDS), sum(length * n * s for length, n, s in ROUNDS)),
@@ -109,18 +110,13 @@ def make_plan(
                 runs, length = work["tuning"]
                 longest = min(longest, (SHARE * seconds / 3 - runs * extra) / length)
             epochs = min(most, longest / (step * steps))
-            if epochs * steps * search_lengths()[0] < FEW_STEPS:
+            if epochs * steps * SCREENED[0] < FEW_STEPS:
                 continue
             parts = {n: runs * extra + length * epochs * steps * step for n, (runs, length) in work.items()}
             if found is None or (k >= found.contenders and epochs >= found.epochs):  # more seeds for nothing
                 found = Plan(epochs=_digits(epochs), seeds=seeds, contenders=k, **parts)
             break
     return found
-
-
-def search_lengths() -> tuple[float, float]:
-    """The lengths of the screening."""
-    return 0.25, 0.5
 
 
 def _digits(x):
@@ -344,7 +340,7 @@ class _Advice:
 
     def screen(self, able):
         found = search.search(
-            self.task, able, lengths=search_lengths(), seeds=SCREENING, most=ADDITIONS, report=self.say
+            self.task, able, lengths=SCREENED, seeds=SCREENING, most=ADDITIONS, report=self.say
         )
         self.keep()
         return found

@@ -256,6 +256,24 @@ def test_decay_of_fast_biases_is_per_step_as_before():
     assert len({round(v, 12) for v in seen.values()}) == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_fast_biases_learn_fast_beside_a_stem_that_has_a_group_of_its_own(order):
+    methods = [Whitening(patches=500, learns=0.5), FastBiases(factor=8.0)][::order]
+    seen = {}
+
+    class Look(Method):
+        def on_step_end(self, run):
+            names = {p: n for n, p in run.model.named_parameters()}
+            for group in run.optimizer.param_groups:
+                seen.update({names[p]: group.get("lr_factor", 1.0) for p in group["params"]})
+
+    train(network(), DATA, RECIPE, [*methods, Look()])
+    assert {n for n, factor in seen.items() if factor == 8} == {
+        f"groups.{i}.{j}.bias" for i in (0, 1) for j in (2, 5)
+    }
+    assert seen["stem.bias"] == seen["groups.0.0.weight"] == 1
+
+
 def test_a_network_is_left_whole():
     net, *_ = followed(FastBiases(), Whitening(patches=500, learns=0.5), Lookahead())
     assert all(p.requires_grad for p in net.parameters())
@@ -369,7 +387,7 @@ def test_networks_without_such_layers(method):
 
 
 def test_all_together_learn():
-    recipe = published(30, epochs=25)
+    recipe = published(30, epochs=60)
     methods = [Whitening(patches=1000, learns=0.3), PartialIdentity(), FastBiases(), Lookahead()]
     history = train(network(), DATA, recipe, methods)
     assert history.final > 80
