@@ -1,9 +1,12 @@
 """Chapter 7.3: what is trained: stems at half the resolution, and the wavelet-like auto-encoder."""
 
+from collections.abc import Sequence
+
 from effilib import models
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
+from effilib.inspection import first_convolution
 from effilib.methods.wavelet import WaveletStem, wavelet_stem_
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
 from effilib.methods.wavelet_bands import Precomputed
@@ -11,18 +14,22 @@ from effilib.tasks import Task
 
 FULL, BANDS, S2D, STRIDED = "full resolution", "wavelet stem", "space-to-depth stem", "strided stem"
 LOW, RAW, WIDE = "low band only", "wavelet stem, bands as they are", "wavelet stem, first stage twice as wide"
+PHASE, SHARE = "wavelet stem for a start", 0.4  # of the run
 PUSHED, READY = "wavelet, all maps halved", "wavelet stem, precomputed"
 JOINT, STAGED = "WAE, joint", "WAE, three stages"
 CONTROLS = (S2D, STRIDED, LOW)
 
-SIZES = {"quick": dict(epochs=2, images=1000)}  # of the judged arms
+SIZES = {  # of the judged arms
+    "quick": dict(epochs=2, images=1000),
+    "study": dict(seeds=3),  # five arms
+}
 EVERY = {  # of the run of all arms, which is shown and not judged
     "smoke": dict(lengths=(1.0,)),
     "quick": dict(lengths=(1.0,), seeds=1, images=700, epochs=2),
     "study": dict(lengths=(1.0,), seeds=1, epochs=2),
     "full": dict(lengths=(1.0,), seeds=1),
 }
-FEW = (BANDS, LOW, WIDE, PUSHED, JOINT)  # of them in the preset quick
+FEW = (BANDS, LOW, PHASE, WIDE, PUSHED, JOINT)  # of them in the preset quick
 THREE_STAGES = (0.2, 0.5, 0.3)  # of the steps; the order is the paper's, the shares are ours
 
 
@@ -40,14 +47,24 @@ def why_not(task: Task, dataset: Dataset, kind: str = "bands", keep: bool = True
     return ""
 
 
-def arms(task: Task, dataset: Dataset, kinds: tuple[str, ...] = (BANDS, S2D)) -> list[Arm]:
-    """Return the full resolution and the arms of these names.
+def judged(task: Task, dataset: Dataset) -> list[str]:
+    """Return the arms of the headline's comparison: what the preset has time for and the network can take."""
+    kinds = [BANDS, S2D]
+    if task.preset in ("study", "full") and not why_not(task, dataset):
+        first = first_convolution(task.build(dataset), dataset.shape)[1]
+        kinds[1:1] = ([PHASE] if first.stride == (1, 1) else []) + ([WIDE] if ours(task) else [])
+    return kinds
+
+
+def arms(task: Task, dataset: Dataset, kinds: Sequence[str] = ()) -> list[Arm]:
+    """Return the full resolution and the arms of these names (none: the judged ones).
 
     Where no stride can be taken out, the stems halve all of the network's maps.
     """
-    keep = not why_not(task, dataset)
+    keep, kinds = not why_not(task, dataset), kinds or judged(task, dataset)
     made = {
         BANDS: dict(methods=(WaveletStem(keep=keep),)),
+        PHASE: dict(methods=(WaveletStem(keep=keep, share=SHARE),)),
         S2D: dict(methods=(WaveletStem(kind="space-to-depth", keep=keep),)),
         STRIDED: dict(methods=(WaveletStem(kind="strided", keep=keep),)),
         LOW: dict(methods=(WaveletStem(kind="low", keep=keep),)),
@@ -92,10 +109,10 @@ def every_arm(task: Task, dataset: Dataset) -> tuple[list[Arm], list[str]]:
         elif name != PUSHED or keep:
             kinds.append(name)
     if ours(task) and keep:
-        kinds += [WIDE, READY, JOINT, STAGED]
+        kinds += [PHASE, WIDE, READY, JOINT, STAGED]
         if task.preset == "quick":
             kinds = [kind for kind in kinds if kind in FEW]
     else:
-        names = f"{WIDE}, {READY}, {JOINT} and {STAGED}"
+        names = f"{PHASE}, {WIDE}, {READY}, {JOINT} and {STAGED}"
         left_out.append(f"Left out: {names}, which are built for our networks, whose widths are lists.")
     return arms(task, dataset, kinds), left_out

@@ -21,7 +21,7 @@ from torch.nn.modules.utils import _pair
 
 from effilib.convolution import probe
 from effilib.data import Dataset
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.inspection import first_convolution
 from effilib.methods import Info
 from effilib.surgery import adopt_, forget_
@@ -29,7 +29,7 @@ from effilib.training import Method, Run
 
 __all__ = [
     "FrontEnd", "WaveletPool2d", "WaveletStem", "analysis", "butterfly", "flip_bands", "haar",
-    "haar_matrix", "inverse_haar", "keep_sizes_", "matrices", "moments", "space_to_depth",
+    "haar_matrix", "halve_again_", "inverse_haar", "keep_sizes_", "matrices", "moments", "space_to_depth",
     "synthesis", "wavelet_pool", "wavelet_stem_",
 ]  # fmt: skip
 
@@ -293,7 +293,8 @@ class FrontEnd(nn.Module):
 
     It stands where the network's first convolution stood. x: (N, C, H, W). conv: reads what `split` makes of
     x. mean, std: of those channels on the training set. Haar and the standardisation are one small product
-    behind space-to-depth: strided sums of 3 channels are not vectorised.
+    behind space-to-depth: strided sums of 3 channels are not vectorised. whole: read the image itself at its
+    full resolution, by the filters of the low band, which for Haar is twice the mean of 2 x 2 pixels.
 
     >>> conv = nn.Conv2d(4, 8, 3, padding=1)
     >>> front = FrontEnd(conv, "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
@@ -304,10 +305,11 @@ class FrontEnd(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, kind: str, wavelet: str, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
-        self.conv, self.kind, self.wavelet = conv, kind, wavelet
+        self.conv, self.kind, self.wavelet, self.whole = conv, kind, wavelet, False
         self.direct = kind == "bands" and wavelet == "haar"
         matrix = haar_matrix(len(mean) // 4).to(mean) if self.direct else torch.eye(len(mean)).to(mean)
         self.register_buffer("matrix", matrix / std.view(-1, 1))
+        self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
 
     @property
@@ -331,10 +333,14 @@ class FrontEnd(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.bands(x))
+        if not self.whole:
+            return self.conv(self.bands(x))
+        conv, c = self.conv, x.shape[1]
+        scale, shift = (v[:c].to(x.dtype).view(-1, 1, 1) for v in (self.scale, self.shift))
+        return F.conv2d(2 * scale * x + shift, conv.weight[:, :c], conv.bias, conv.stride, conv.padding)
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind}, wavelet={self.wavelet}"
+        return f"kind={self.kind}, wavelet={self.wavelet}, whole={self.whole}"
 
 
 def sizes(model, shape):
@@ -385,18 +391,40 @@ def keep_sizes_(model: nn.Module, shape: tuple[int, int, int], after: str | None
             layer.stride = (1, 1) if isinstance(layer, nn.Conv2d) else 1
         else:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Passed(1))
+            setattr(model.get_submodule(parent), child, Passed(layer))
     return changed
+
+
+def halve_again_(model: nn.Module, names: list[str]) -> None:
+    """Undo `keep_sizes_`, whose names these are, in place.
+
+    >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(1, 1, 8, 8)
+    >>> before = net(x)
+    >>> halve_again_(net, keep_sizes_(net, (1, 8, 8)))
+    >>> torch.equal(net(x), before)
+    True
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, Passed):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.pool)
+        else:
+            layer.stride = (2, 2) if isinstance(layer, nn.Conv2d) else 2
 
 
 class Passed(nn.MaxPool2d):
     """Do nothing, where a pooling was taken out.
 
-    A `MaxPool2d` of one pixel, so that stages can still be told apart.
+    A `MaxPool2d` of one pixel, so that stages can still be told apart. pool: what stood there.
 
-    >>> Passed(1)(torch.tensor([1.0, 2.0])).tolist()
+    >>> Passed(nn.MaxPool2d(2))(torch.tensor([1.0, 2.0])).tolist()
     [1.0, 2.0]
     """
+
+    def __init__(self, pool: nn.Module):
+        super().__init__(1)
+        self.__dict__["pool"] = pool  # no layer of the network now
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -476,7 +504,9 @@ class WaveletStem(Method):
     """Train with a front end of wavelet bands, or one of its controls.
 
     `wavelet_stem_` before the first step; it stays in the model. The transform follows augmentation, so crops
-    and flips are the images' own.
+    and flips are the images' own. After `share` of the run the stem reads whole images by what it has learned
+    of the low band, and the stride that was taken out comes back. Raises `BadInput` for a share of other
+    kinds than "bands" and "low", or behind a first convolution that has a stride.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -488,16 +518,43 @@ class WaveletStem(Method):
     wavelet: str = "haar"
     keep: bool = True
     standardize: bool = True
+    share: float = 1.0  # of the run, behind the stem; then at full resolution
+
+    def __post_init__(self):
+        within("wavelet: share", self.share, "above 0, to 1")
+        if self.share < 1 and self.kind not in ("bands", "low"):
+            raise BadInput(f"wavelet: a share is for kinds with a low band, bands and low, not {self.kind}")
 
     def on_fit_start(self, run: Run) -> None:
+        first = first_convolution(run.model, run.dataset.shape)[1]
+        if self.share < 1 and _pair(first.stride) != (1, 1):
+            raise BadInput(
+                f"wavelet: the first convolution has a stride of {first.stride[0]}, so that no later phase "
+                "can read whole images: leave share at 1"
+            )
         done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep)
         how |= dict(standardize=self.standardize, generator=run.generator(self))
         run.restructure(
             lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how))
         )
-        run.state[self] = {}
+        run.state[self] = {"stem": done["stem"], "taken": done["strides taken out"], "whole": False}
         taken = ", ".join(done["strides taken out"]) or "none"
         run.log(
             self,
             f"{done['stem']} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}",
         )
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.state[self]["whole"] and not run.model.get_submodule(run.state[self]["stem"]).whole:
+            run.restructure(lambda model, optimizer: self._whole(run, model))  # resumed
+
+    def on_step_end(self, run: Run) -> None:
+        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        if done >= self.share and not run.state[self]["whole"] and run.step + 1 < run.steps:
+            run.restructure(lambda model, optimizer: self._whole(run, model))
+            run.log(self, f"after {self.share:.0%} of the run, {run.state[self]['stem']} reads whole images")
+
+    def _whole(self, run, model):
+        state = run.state[self]
+        model.get_submodule(state["stem"]).whole = state["whole"] = True
+        halve_again_(model, state["taken"])

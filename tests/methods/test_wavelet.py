@@ -32,6 +32,7 @@ from effilib.methods.wavelet import (
     inverse_haar,
     keep_sizes_,
     matrices,
+    moments,
     space_to_depth,
     synthesis,
     wavelet_pool,
@@ -359,8 +360,9 @@ def test_the_same_seed_gives_the_same_weights_and_other_layers_start_alike():
     assert run(0) == run(0) != run(1)
 
 
-def test_it_resumes_bit_for_bit(tmp_path):
-    d = data(8, 1, images=300)
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_it_resumes_bit_for_bit(tmp_path, share):
+    d, methods = data(8, 1, images=300), [WaveletStem(share=share)]
 
     def build():
         return models.build("vgg", 4, d.shape, widths=((8,), (8, 8)))
@@ -372,12 +374,55 @@ def test_it_resumes_bit_for_bit(tmp_path):
         if row["epoch"] > 1.5:
             raise Stop
 
-    whole = train(build(), d, RECIPE, [WaveletStem()])
+    whole = train(build(), d, RECIPE, methods)
     file = tmp_path / "run.pt"
     with pytest.raises(Stop):
-        train(build(), d, RECIPE, [WaveletStem()], checkpoint=file, progress=stop)
-    again = train(build(), d, RECIPE, [WaveletStem()], checkpoint=file)
+        train(build(), d, RECIPE, methods, checkpoint=file, progress=stop)
+    again = train(build(), d, RECIPE, methods, checkpoint=file)
     assert [r["loss"] for r in again.rows] == [r["loss"] for r in whole.rows]
+
+
+def test_after_its_share_the_stem_reads_whole_images_by_the_filters_of_the_low_band():
+    d = data(8, 3, images=300)
+    model = models.build("resnet", 4, d.shape, widths=(8, 8), blocks=(1, 1))
+    history = train(model, d, RECIPE, [WaveletStem(share=0.5)], evaluations=1)
+    behind = train(
+        models.build("resnet", 4, d.shape, widths=(8, 8), blocks=(1, 1)), d, RECIPE, [WaveletStem()],
+        evaluations=1,
+    )  # fmt: skip
+    plain = train(models.build("resnet", 4, d.shape, widths=(8, 8), blocks=(1, 1)), d, RECIPE, evaluations=1)
+    assert behind.flops < history.flops < plain.flops
+    half, whole = (
+        next(e["step"] for e in history.events if word in e["text"]) for word in ("reads 12", "whole")
+    )
+    assert (half, whole) == (0, history.steps // 2 - 1)
+    assert model.stages[1][0].conv1.stride == (2, 2)
+    x = d.normalize(d.test.x[:4])
+    mean, std = moments(d, "bands")  # A of a flat patch is twice its pixel
+    read = (2 * x - mean[:3].view(-1, 1, 1)) / std[:3].view(-1, 1, 1)
+    expected = F.conv2d(read, model.stem.conv.weight[:, :3], padding=1)
+    assert torch.allclose(model.stem(x), expected, atol=1e-5)
+    flat = torch.ones(1, 3, 8, 8)  # what it read before on half as many pixels
+    inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    model.stem.whole = False
+    low = F.conv2d(model.stem.bands(flat)[:, :3], model.stem.conv.weight[:, :3], padding=1)
+    model.stem.whole = True
+    assert torch.allclose(model.stem(flat)[inside][..., :2, :2], low[inside], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_a_share_needs_a_low_band(kind):
+    with pytest.raises(BadInput, match="bands and low"):
+        WaveletStem(kind=kind, share=0.5)
+
+
+def test_a_share_needs_a_first_convolution_without_a_stride():
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    with pytest.raises(BadInput, match="leave share at 1"):
+        train(net, data(8, 1), RECIPE, [WaveletStem(share=0.5)])
+    assert type(net[0]) is nn.Conv2d
 
 
 def test_a_space_to_depth_stem_can_be_any_haar_stem():
