@@ -3,6 +3,7 @@
 from torch import nn
 
 from effilib import models, surgery
+from effilib.chapters import kernel_rescaling
 from effilib.data import Dataset
 from effilib.experiment import Arm
 from effilib.methods import net2net
@@ -12,10 +13,11 @@ from effilib.tasks import Task
 
 SCRATCH, GIVEN, ONE = "from scratch", "Net2Deeper, teacher given", "one run that grows"
 SMALL = "the small network from scratch"
+HALVED, RESIZED = "one run, half the side until it grows", "half the side, no growth"
 CONTENDER = ONE
 SIZES = {
     "quick": dict(images=640, epochs=2, batch_size=32, lr=0.1, validation=125),
-    "study": dict(epochs=4),
+    "study": dict(epochs=4, seeds=3),  # six arms
 }
 # Deep enough for a teacher by depth: half of 16 channels is no faster. Quick's base network has 1/1/2 blocks.
 DEEP = {
@@ -79,12 +81,23 @@ def one_run(task: Task, name: str = ONE, **settings) -> Arm:
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return the network from scratch, a given teacher's student, one run that grows, the small network."""
+    """Return the network from scratch, a given teacher's student, one run that grows, the small network.
+
+    In study and full also the run whose images are small until it grows, and the same without a growth.
+    """
     small = dict(teacher(task))
     how = dict(network=small) if small else dict(fit=Narrower(**growth(task)))
     control = Arm(name=SMALL, role="control", **how)
     student = _student(task, GIVEN, **growth(task))
-    return [Arm(name=SCRATCH, role="baseline"), student, one_run(task), control]
+    found = [Arm(name=SCRATCH, role="baseline"), student, one_run(task), control]
+    if task.preset in ("study", "full"):
+        at = RUN[task.preset]["at"]
+        resize = kernel_rescaling.method(
+            task, task.load(), kernels=False, schedule=((at, 0.5), (1 - at, 1.0))
+        )
+        found.append(one_run(task, HALVED, methods=(resize,)))
+        found.append(Arm(name=RESIZED, role="control", methods=(resize,)))
+    return found
 
 
 def grid(task: Task, places: tuple[str, ...]) -> list[Arm]:

@@ -262,6 +262,7 @@ class OneRun:
     hold: float = 0.6
     newborn: float = 1.0
     breaker: str = "pair"
+    methods: tuple = ()  # of the whole run, beside the growth
 
     def __call__(self, task: Task, seed: int) -> History:
         """Train it at the task's length."""
@@ -269,7 +270,7 @@ class OneRun:
         model, before = _begin(self, task, dataset, seed)
         how = dict(at=self.at, hold=self.hold, newborn=self.newborn, breaker=self.breaker)
         method = Net2Net(wider=before or 1.0, deeper=self.deeper, **how)
-        return train(model, dataset, task.recipe, [method], seed)
+        return train(model, dataset, task.recipe, [*self.methods, method], seed)
 
 
 _taught = {}  # key -> what a given teacher has learnt, and its history: the last one only

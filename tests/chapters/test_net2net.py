@@ -1,5 +1,7 @@
 """Chapter 6.2: its arms at every length, the ways to grow, and where one more layer goes."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from effilib import models
@@ -22,6 +24,18 @@ def test_a_given_teacher_is_one_and_the_run_that_grows_ends_as_the_baselines_net
     assert long.structure == grown.structure == whole.structure != begun.structure
     assert begun.flops < grown.flops < whole.flops
     assert grown.steps == whole.steps
+
+
+def test_images_are_small_until_it_grows_and_as_long_without_a_growth():
+    *_, one, halved, resized = (
+        a for a in chapter.arms(replace(TASK, preset="full")) if a.name != chapter.SMALL
+    )
+    plain, small, without = (a.run(TASK, DATA, 0) for a in (one, halved, resized))
+    switched = {h.kinds["step at 4 x 4"]["count"] for h in (small, without)}
+    assert switched == {round(0.4 * small.steps)}
+    assert small.structure == without.structure == plain.structure
+    assert small.flops < plain.flops
+    assert small.flops < without.flops
 
 
 def test_where_there_is_no_shallower_network_the_teacher_is_narrower():
