@@ -10,6 +10,7 @@ from effilib.chapters import (
     net2net,
     prune_then_grow,
     prune_train,
+    standardization_loss,
     structure_and_strength,
 )
 from effilib.chapters.tree_cnn import cap
@@ -82,6 +83,10 @@ def _one(method, **changes):
     return lambda task: _method(method, **changes)
 
 
+def _unnormalised(task):
+    return _method(StandardizationLoss(), lr=standardization_loss.SHARE * task.recipe.lr)
+
+
 def _net2net(task):
     return net2net.one_run(task, name="")
 
@@ -131,7 +136,7 @@ CONTENDERS = (
     Contender("kernel rescaling", "6.3", (IMAGES,), _resized, 1),
     Contender("layer replacement", "6.4", (CONVS, NETWORK), _replaced),
     Contender("Tree-CNN", "7.1", (NETWORK,), _tree),
-    Contender("standardization loss", "7.2", (NORMS,), _one(StandardizationLoss()), 1),
+    Contender("standardization loss", "7.2", (NORMS,), _unnormalised, 1),
     Contender("wavelet stem", "7.3", (STEM,), _one(WaveletStem())),
     Contender("wavelet auto-encoder", "7.3", (STEM, NETWORK), _encoder),
     Contender("prune, then grow", "II.9", (CONVS, NORMS, NETWORK, IMAGES), _grown, 5),

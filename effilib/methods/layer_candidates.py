@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effilib.convolution import guard_
 from effilib.errors import BadInput, choose
 
 __all__ = [
@@ -197,7 +198,7 @@ def replacement(
         layers.append(layer)
         if activated and not last:
             layers += [nn.BatchNorm2d(O)] * norm + [nn.ReLU(inplace=True)]
-    return Replacement(*layers)
+    return guard_(Replacement(*layers))
 
 
 def _halves(M, d):

@@ -374,7 +374,7 @@ class StandardizationLoss(Method):
     '2 layers are standardized; 2 BatchNorms are gone'
     """
 
-    lam: float = 0.1
+    lam: float = 0.001  # for networks of hundreds of channels; the paper's for 56 is 1
     eps: float = BOUND
     every: int = 1  # steps from one penalty to the next, which counts as many times; published: 1
     gains: bool = True  # residual paths begin at 0

@@ -1,5 +1,7 @@
 """What chapter 7.2 trains."""
 
+from dataclasses import replace
+
 import pytest
 
 from effilib.chapters import standardization_loss as chapter
@@ -43,7 +45,8 @@ def test_what_the_user_asks_for_is_the_headlines():
 def test_a_users_network_without_batchnorm_has_two_arms():
     own = TASK.but(network="convnet", widths={"widths": (8, 8), "bn": False})
     assert [a.name for a in chapter.arms(own)] == [NONE, SL]
-    assert chapter.rate(own, SL, 8) == pytest.approx(own.recipe.lr / 2)
+    assert chapter.rate(own, SL, 8) == pytest.approx(chapter.SHARE * own.recipe.lr / 2)
+    assert chapter.rate(own, BN, 8) == pytest.approx(own.recipe.lr / 2)
 
 
 def test_rates_between_the_tuned_ones_lie_between_them():
@@ -51,3 +54,25 @@ def test_rates_between_the_tuned_ones_lie_between_them():
     rates = [chapter.rate(own, GN, b) for b in (2, 4, 8, 32)]
     assert rates == sorted(rates)
     assert rates[1] == pytest.approx(0.005 * (0.1 / 0.005) ** 0.25)  # on log scales
+
+
+def test_study_has_the_penalty_in_every_fourth_step_besides():
+    own = task("study", "synthetic", NETWORK)
+    sparse = next(a for a in chapter.arms(own) if a.name == chapter.SPARSE)
+    always = next(a for a in chapter.arms(own) if a.name == SL)
+    assert replace(sparse.methods[0], every=1) == always.methods[0]
+    assert sparse.changes == always.changes
+
+
+@pytest.mark.parametrize("network", ["resnet", "vgg", "convnet"])
+def test_nothing_diverges_on_our_networks_at_its_rate(network):
+    own = task("quick", "mnist5k", NETWORK).on(network).but(images=1600, epochs=2.4, lengths=(1.0,), seeds=1)
+    arms = [a for a in chapter.arms(own, own.recipe.batch_size) if a.name in (NONE, SL)]
+    cell = measure(own, arms)[0]["arms"]
+    assert not any(h.diverged for h in cell.values())
+    assert cell[SL].events[-1]["divergence"] < 300
+
+
+def test_our_networks_are_shown_with_the_papers_network_only():
+    assert list(chapter.on_ours(task("study", "cifar10", NETWORK))) == ["resnet", "vgg", "convnet"]
+    assert not chapter.on_ours(task("study", "cifar10", "vgg"))

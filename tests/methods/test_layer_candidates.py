@@ -159,3 +159,10 @@ def test_a_filter_bank_of_low_rank_loses_nothing():
     assert spectral(separable, "dwsep") < 1e-3 < spectral(separable, "spatial/2")
     assert spectral(W, ORIGINAL) == 0
     assert len(factors(W, "bneck/2")) == 3
+
+
+def test_a_replacement_stays_out_of_the_kernel_that_writes_past_its_memory():
+    site = Site(C=4, O=8, kernel=(1, 1), stride=(2, 2), padding=(0, 0))
+    layer = replacement("conv", site).to(memory_format=torch.channels_last)
+    x = torch.zeros(32, 4, 8, 8).to(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous()  # what it computed in
