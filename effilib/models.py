@@ -210,20 +210,21 @@ class VGG(nn.Module):
     """VGG with BatchNorm (Simonyan & Zisserman 2014): stages of 3x3 convolutions, 2x2 max pooling between,
     average pooling at the end.
 
-    widths: per stage, the list of its layers' channels.
+    widths: per stage, the list of its layers' channels. window: side of the pooling windows, whose stride is
+    2 at any side.
 
     >>> net = VGG(10, widths=((8,), (16, 16)))
     >>> net(torch.zeros(2, 3, 32, 32)).shape, sum(isinstance(m, nn.Conv2d) for m in net.modules())
     (torch.Size([2, 10]), 3)
     """
 
-    def __init__(self, classes, channels=3, widths=((32,), (64,), (128, 128)), bn=True):
+    def __init__(self, classes, channels=3, widths=((32,), (64,), (128, 128)), bn=True, window=2):
         super().__init__()
-        self.features = nn.Sequential()
+        self.features, self.window = nn.Sequential(), window
         c = channels
         for i, stage in enumerate(widths):
             if i:
-                self.features.append(nn.MaxPool2d(2))
+                self.features.append(nn.MaxPool2d(window, 2, ceil_mode=window > 2))
             for width in [stage] if isinstance(stage, int) else stage:
                 self.features.append(conv3x3(c, width, bias=not bn))
                 if bn:
@@ -237,8 +238,8 @@ class VGG(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
     def settings(self) -> dict:
-        """Widths as they are now, and whether there is BatchNorm: `VGG(classes, channels, **settings)` has
-        the same structure.
+        """Widths as they are now, whether there is BatchNorm, and windows above 2: `VGG(classes, channels,
+        **settings)` has the same structure.
         """
         widths = [[]]
         for layer in self.features:
@@ -246,10 +247,9 @@ class VGG(nn.Module):
                 widths.append([])
             elif hasattr(layer, "out_channels"):  # a convolution, or what stands in its place
                 widths[-1].append(layer.out_channels)
-        return {
-            "widths": widths,
-            "bn": all(m.bias is None for m in self.features if isinstance(m, nn.Conv2d)),
-        }  # also where a method took the BatchNorm
+        bn = all(m.bias is None for m in self.features if isinstance(m, nn.Conv2d))
+        # also where a method took the BatchNorm
+        return {"widths": widths, "bn": bn} | ({"window": self.window} if self.window > 2 else {})
 
 
 class Groups(nn.Module):
@@ -318,13 +318,19 @@ def vgg(classes: int, channels: int = 3, **settings) -> VGG:
     return VGG(classes, channels, **settings)
 
 
-def convnet(classes: int, channels: int = 3, widths: tuple[int, ...] = (32, 32, 64), bn: bool = True) -> VGG:
+def convnet(
+    classes: int,
+    channels: int = 3,
+    widths: tuple[int, ...] = (32, 32, 64),
+    bn: bool = True,
+    window: int = 2,
+) -> VGG:
     """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage.
 
     >>> convnet(10, widths=(8, 16), bn=False).settings()
     {'widths': [[8], [16]], 'bn': False}
     """
-    return VGG(classes, channels, widths=widths, bn=bn)
+    return VGG(classes, channels, widths=widths, bn=bn, window=window)
 
 
 def speed_run(classes: int, channels: int = 3, **settings) -> Groups:
@@ -442,8 +448,8 @@ def build(
                 f"network {network} is compiled or scripted, which hides its layers: return the plain one"
                 " (--set compile=True compiles it)"
             )
-        fits(model, network, classes, shape)
-    return guard_(model).to(device)
+        fits(guard_(model), network, classes, shape)
+    return model.to(device)
 
 
 def check_name(network: str) -> None:

@@ -482,3 +482,15 @@ def test_fits_leaves_the_mode_as_it_was():
     for mode in (True, False):
         models.fits(model.train(mode), "net", 2, (1, 2, 2))
         assert model.training is mode
+
+
+def test_pooling_windows_of_three_pixels_overlap_and_are_built_anew():
+    net = models.build("convnet", 10, (3, 32, 32), window=3)
+    pools = [m for m in net.modules() if isinstance(m, nn.MaxPool2d)]
+    assert [(p.kernel_size, p.stride) for p in pools] == [(3, 2)] * len(pools)
+    x = torch.rand(1, 8, 6, 6)
+    assert pools[0](x).shape == (1, 8, 3, 3)
+    assert torch.equal(pools[0](x)[..., 0, 0], x[..., :3, :3].amax((2, 3)))
+    again = models.build("convnet", 10, (3, 32, 32), **net.settings())
+    assert str(again) == str(net)
+    assert "window" not in models.build("convnet", 10, (3, 32, 32)).settings()

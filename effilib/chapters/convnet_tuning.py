@@ -76,20 +76,24 @@ def on_own_network(task: Task) -> Task:
     return task.on("" if task.network == NETWORK else task.network)
 
 
-def arm(task: Task, name: str, role: str, methods: tuple = (), *, bn: bool = False) -> Arm:
-    """Return an arm at its tuned learning rate; at the task's in another network, which nobody tuned."""
+def arm(task: Task, name: str, role: str, methods: tuple = (), *, bn: bool = False, **settings) -> Arm:
+    """Return an arm at its tuned learning rate; at the task's in another network, which nobody tuned.
+
+    settings: of the plain network.
+    """
     rates = LR["study" if task.preset in ("study", "full") else "quick"]
     changes = (
         {"lr": rates[name]} if task.network == NETWORK and name in rates and "lr" not in task.given else {}
     )
-    return Arm(name=name, role=role, methods=methods, changes=changes, network=network(task, bn))
+    built = network(task, bn)
+    return Arm(name=name, role=role, methods=methods, changes=changes, network=built and built | settings)
 
 
 def sweep(task: Task, arms: list[Arm], **options) -> dict[str, float]:
     """Run what is missing of arms x rates at the task's lengths. Returns arm -> its best learning rate."""
     found = {}
     for a in arms:
-        rates = LOW if a.network == {"bn": False} and "strength" not in a.name else HIGH
+        rates = LOW if a.network.get("bn") is False and "strength" not in a.name else HIGH
         rows = tuning.sweep(task, a, [{"lr": lr} for lr in rates], name=NETWORK, **options)
         means = {lr: stats.fmean(r["accuracy"] for r in rows if r["setting"]["lr"] == lr) for lr in rates}
         found[a.name] = max(means, key=means.get)

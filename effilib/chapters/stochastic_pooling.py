@@ -24,6 +24,7 @@ TIME = {
     "full": dict(images=1024, epochs=250),
 }
 TIME = {preset: {**changes, "augmentation": "none"} for preset, changes in TIME.items()}
+WINDOW = 3  # side of the pooling windows, which overlap: the paper's
 # kind of pooling -> role and method; S3Pool's grid is the weakest that is stochastic in every window
 KINDS = {
     "max": ("baseline", ()),
@@ -70,4 +71,5 @@ def tuned(task: Task) -> list[Arm]:
 
 def _arm(task, kind, *, bn=False):
     role, methods = KINDS[kind]
-    return convnet.arm(task, kind + ", BatchNorm" * bn, role, (*methods, TrainingAccuracy()), bn=bn)
+    methods = (*methods, TrainingAccuracy())
+    return convnet.arm(task, kind + ", BatchNorm" * bn, role, methods, bn=bn, window=WINDOW)

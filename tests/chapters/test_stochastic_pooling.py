@@ -16,8 +16,8 @@ def test_the_judged_arms_are_without_batchnorm_and_s3pool_is_left_to_the_longer_
         arms = chapter.arms(task(preset, "synthetic", "convnet"))
         check_arms(TASK, arms)
         assert len(arms) == kinds
-        assert all(a.network == {"bn": False} for a in arms)
-    assert all(a.network == {"bn": True} for a in chapter.grid(TASK))
+        assert all(a.network == {"bn": False, "window": 3} for a in arms)
+    assert all(a.network == {"bn": True, "window": 3} for a in chapter.grid(TASK))
 
 
 @pytest.mark.parametrize("preset", chapter.SIZES)
