@@ -448,7 +448,7 @@ def build(
                 f"network {network} is compiled or scripted, which hides its layers: return the plain one"
                 " (--set compile=True compiles it)"
             )
-        fits(guard_(model), network, classes, shape)
+        fits(model, network, classes, shape)
     return model.to(device)
 
 
@@ -490,6 +490,7 @@ def fits(
     Traceback (most recent call last):
     effilib.errors.BadInput: network convnet takes 3 input channels, but the images have 1 ...
     """
+    guard_(model)  # before anything runs
     first = next(iter(model.parameters()), torch.empty(0))
     if batch is None:
         x = torch.zeros(2, *shape, dtype=first.dtype, device=first.device)

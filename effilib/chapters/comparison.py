@@ -24,8 +24,8 @@ from effilib.methods.standardization_loss import StandardizationLoss
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.tree_cnn import TreeCNN
-from effilib.methods.wavelet import WaveletStem
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
+from effilib.methods.wavelet_stem import WaveletStem
 from effilib.methods.whitening import Whitening
 from effilib.search import Contender, Found, applicable, combined, leave_one_out, why_not
 from effilib.tasks import Task

@@ -7,9 +7,9 @@ from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.inspection import first_convolution
-from effilib.methods.wavelet import WaveletStem, wavelet_stem_
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
 from effilib.methods.wavelet_bands import Precomputed
+from effilib.methods.wavelet_stem import WaveletStem, wavelet_stem_
 from effilib.tasks import Task
 
 FULL, BANDS, S2D, STRIDED = "full resolution", "wavelet stem", "space-to-depth stem", "strided stem"

@@ -18,7 +18,7 @@ from effilib import models
 from effilib.convolution import evaluating
 from effilib.data import Dataset
 from effilib.errors import BadInput
-from effilib.methods.wavelet import keep_sizes_
+from effilib.methods.wavelet_stem import keep_sizes_
 from effilib.models import conv3x3
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, autocast, stream, train

@@ -15,7 +15,8 @@ from effilib.clock import Stopwatch
 from effilib.data import Batches, Dataset, Split, moments
 from effilib.errors import BadInput
 from effilib.inspection import first_convolution
-from effilib.methods.wavelet import butterfly, even, keep_sizes_
+from effilib.methods.wavelet import butterfly, even
+from effilib.methods.wavelet_stem import keep_sizes_
 from effilib.tasks import Task
 from effilib.training import History, stream, train
 

@@ -15,30 +15,32 @@ from torch import nn
 from effilib import models
 from effilib.data import Batches, synthetic
 from effilib.errors import BadInput, NoEffect
-from effilib.methods import wavelet
 from effilib.methods.wavelet import (
     FILTERS,
     INFO,
-    KINDS,
-    FrontEnd,
     WaveletPool2d,
-    WaveletStem,
     analysis,
     butterfly,
     even,
     flip_bands,
     haar,
-    haar_matrix,
     inverse_haar,
-    keep_sizes_,
     matrices,
-    moments,
-    space_to_depth,
     synthesis,
     wavelet_pool,
-    wavelet_stem_,
-)
+)  # fmt: skip
 from effilib.methods.wavelet_bands import precompute
+from effilib.methods.wavelet_stem import (
+    KINDS,
+    FrontEnd,
+    WaveletStem,
+    haar_matrix,
+    keep_sizes_,
+    moments,
+    sizes,
+    space_to_depth,
+    wavelet_stem_,
+)  # fmt: skip
 from effilib.training import Recipe, train
 
 WAVELETS = pytest.mark.parametrize("name", FILTERS)
@@ -181,7 +183,7 @@ def test_pooling_is_what_two_levels_without_the_finest_details_give(name):
 
 
 def shapes(model, shape):
-    return [s for _, s in wavelet.sizes(model, shape)]
+    return [s for _, s in sizes(model, shape)]
 
 
 def data(size=16, channels=3, images=160):
@@ -222,7 +224,7 @@ def test_what_the_stem_reads_has_mean_0_and_variance_1():
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4
     assert (seen[0].std((0, 2, 3)) - 1).abs().max() < 1e-3
     bands = haar(d.normalize(d.train.x))
-    mean, std = (v.view(1, -1, 1, 1) for v in wavelet.moments(d, "bands"))
+    mean, std = (v.view(1, -1, 1, 1) for v in moments(d, "bands"))
     assert torch.allclose(seen[0], (bands - mean) / std, atol=1e-5)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     raw = bands.std((0, 2, 3))
