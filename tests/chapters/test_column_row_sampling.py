@@ -4,7 +4,7 @@ import pytest
 
 from effilib.chapters import column_row_sampling as chapter
 from effilib.experiment import check_arms
-from effilib.methods.column_row_sampling import blocks
+from effilib.methods.sampled_terms import blocks
 from effilib.tasks import task
 
 

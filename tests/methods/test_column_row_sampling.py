@@ -23,20 +23,17 @@ from effilib.convolution import (
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import column_row_sampling as crs
+from effilib.methods import sampled_terms as which
 from effilib.methods.column_row_sampling import (
     INFO,
     ChannelSampling,
     ColumnRowSampling,
-    choose_terms,
     exact_channels_,
-    how_many,
-    inclusion,
-    norms,
     reestimate_,
     sample_channels_,
     sample_columns_,
-    squared_error,
 )
+from effilib.methods.sampled_terms import choose_terms, how_many, inclusion, norms, squared_error
 from effilib.training import Method, Recipe, train
 from tests.common import equal, g, resumed_and_whole, shake, users
 
@@ -189,7 +186,7 @@ def test_all_zero_terms_are_safe_and_scores_do_not_depend_on_the_inputs_scale():
         assert len(index) >= 1
         assert scale.isfinite().all()
     w = torch.rand(10, generator=g())
-    for scheme in crs.SCHEMES:
+    for scheme in which.SCHEMES:
         assert torch.equal(
             choose_terms(w, 4, scheme, generator=g())[0], choose_terms(64 * w, 4, scheme, generator=g())[0]
         )
@@ -266,16 +263,16 @@ def test_gradients_through_fixed_blocks_pass_gradcheck():
 
 
 def test_blocks_divide_the_channels_and_none_is_all_of_them():
-    assert [crs.blocks(r, 128, 4, 16) for r in (0.75, 0.5, 0.3)] == [(6, 8, 16), (4, 8, 16), (2, 8, 16)]
-    assert crs.blocks(0.5, 20, 4, 16) == (3, 5, 4)  # 2.5 of 5
-    assert crs.blocks(0.01, 64, 1, 16) == (1, 4, 16)
-    assert crs.blocks(0.75, 36, 1, 12) == (2, 3, 12)  # 2.25 of 3
+    assert [which.blocks(r, 128, 4, 16) for r in (0.75, 0.5, 0.3)] == [(6, 8, 16), (4, 8, 16), (2, 8, 16)]
+    assert which.blocks(0.5, 20, 4, 16) == (3, 5, 4)  # 2.5 of 5
+    assert which.blocks(0.01, 64, 1, 16) == (1, 4, 16)
+    assert which.blocks(0.75, 36, 1, 12) == (2, 3, 12)  # 2.25 of 3
     for channels in range(1, 70):
         for block in (1, 12, 16):
-            k, n, b = crs.blocks(0.75, channels, 1, block)
+            k, n, b = which.blocks(0.75, channels, 1, block)
             assert n * b == channels
             assert 0 < k < n or channels == 1
-    k, n, _ = crs.blocks(0.5, 16, 16, 16)
+    k, n, _ = which.blocks(0.5, 16, 16, 16)
     assert k == n  # at most `minimal` channels: exact
 
 
@@ -287,33 +284,33 @@ def test_the_energy_behind_batchnorm_and_relu_is_the_measured_one():
     beta = torch.tensor([0.0, 1.0, -1.0, -0.3, 2.0, -2.0])
     z = beta + gamma * torch.randn(200_000, 6, generator=g())
     measured = z.relu().square().mean(0)
-    assert torch.allclose(crs.rectified_energy(gamma, beta), measured, rtol=0.02, atol=1e-5)
+    assert torch.allclose(which.rectified_energy(gamma, beta), measured, rtol=0.02, atol=1e-5)
 
 
 def test_closed_and_measured_scores_choose_nearly_the_same_channels_of_a_trained_network():
     model = models.build("vgg", 4, (1, 8, 8), widths=((32, 32), (32,)))
     train(model, DATA, replace(RECIPE, epochs=4))
     chosen = crs.conv.layers(model)
-    found = crs.rectified(model, chosen, DATA.normalize(DATA.train.x[:2]))
+    found = which.rectified(model, chosen, DATA.normalize(DATA.train.x[:2]))
     assert [(n, bn is model.features[i]) for (n, bn), i in zip(found.items(), (1, 4), strict=True)] == [
         ("features.3", True), ("features.7", True),
     ]  # fmt: skip
     x = model.train().features[:3](DATA.normalize(DATA.train.x[:200])).detach()
     bn = model.features[1]
-    closed, measured = crs.rectified_energy(bn.weight, bn.bias).detach(), norms(x, 1).square()
+    closed, measured = which.rectified_energy(bn.weight, bn.bias).detach(), norms(x, 1).square()
     assert torch.corrcoef(torch.stack([closed, measured]))[0, 1] > 0.9
 
 
 def test_what_is_no_batchnorm_and_relu_is_measured():
     model, x = network(), DATA.normalize(DATA.train.x[:2])
-    found = crs.rectified(model, crs.conv.layers(model, x), x)
+    found = which.rectified(model, crs.conv.layers(model, x), x)
     assert {n: bn is model.get_submodule(n.replace("conv2", "bn1")) for n, bn in found.items()} == {
         "stages.0.0.conv2": True,
         "stages.1.0.conv2": True,
         "stages.0.0.conv1": False,  # behind the stem's BatchNorm
     }
     plain = models.build("convnet", 4, (1, 8, 8), widths=(8, 8), bn=False)
-    assert crs.rectified(plain, crs.conv.layers(plain, x), x) == {}
+    assert which.rectified(plain, crs.conv.layers(plain, x), x) == {}
     bn = nn.BatchNorm2d(4)  # of other channels than the layer's, after surgery
     x, w = torch.rand(2, 8, 3, 3, generator=g()), torch.ones(4, 8, 3, 3)
     y, expected = (
@@ -452,7 +449,7 @@ def test_channels_that_nobody_reads_change_neither_sums_nor_gradients(name):
     names = sample_channels_(fast, 0.5, generator=g(3), **how)
     nodes, generator = surgery.trace(slow), g(3)
     for node in (nodes[n] for n in names):  # all of its readers leave out the same channels
-        k, n, b = crs.blocks(0.5, node.width, 4, 4)
+        k, n, b = which.blocks(0.5, node.width, 4, 4)
         index = (b * crs._draw(k, n, generator)[:, None] + torch.arange(b)).flatten()
         sample = Approximation(sample=lambda x, w, index=index: (index, None))
         readers = {c: slow.get_submodule(c) for c in node.consumers}
