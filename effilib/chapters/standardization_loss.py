@@ -7,7 +7,8 @@ import numpy as np
 
 from effilib import data
 from effilib.experiment import Arm
-from effilib.methods.standardization_loss import NORMS, OtherNorm, StandardizationLoss, Unstandardized
+from effilib.methods.other_norms import NORMS, OtherNorm
+from effilib.methods.standardization_loss import StandardizationLoss, Unstandardized
 from effilib.tasks import Task
 
 NETWORK = "effilib.methods.standardization_loss:cnn"

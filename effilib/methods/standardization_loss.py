@@ -22,17 +22,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from effilib import surgery
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect
 from effilib.inspection import followers
 from effilib.methods import Info
-from effilib.surgery import adopt_, forget_
+from effilib.methods.other_norms import NORMS, Bias, replace_norms_
+from effilib.surgery import forget_
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, train
 
 __all__ = [
-    "Bias", "Divergence", "OtherNorm", "StandardizationLoss", "Standardized", "Unstandardized", "Watch",
-    "cnn", "collect_", "divergence", "divergence_of", "naive_divergence", "plain_", "pre_activations",
-    "replace_norms_", "standardize_",
+    "Divergence", "StandardizationLoss", "Standardized", "Unstandardized", "Watch", "cnn", "collect_",
+    "divergence", "divergence_of", "naive_divergence", "plain_", "pre_activations", "standardize_",
 ]  # fmt: skip
 
 INFO = Info(
@@ -51,7 +51,6 @@ EPS = 1e-5  # in the logarithm, as BatchNorm's: a dead channel has variance 0
 # in training: 1 - 1 / (sigma^2 + eps) explodes where a channel dies; a gradient is at most 1 / (2 sqrt(eps))
 BOUND = 1e-2
 NARROW = (torch.bfloat16, torch.float16)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
@@ -147,21 +146,6 @@ def divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None =
     return Divergence.apply(x, bias, eps)
 
 
-class Bias(nn.Module):
-    """Add a bias per channel, (C,): what stands where a BatchNorm was, in the end.
-
-    >>> Bias(torch.tensor([1.0, 2.0]))(torch.zeros(1, 2, 1, 1)).flatten().tolist()
-    [1.0, 2.0]
-    """
-
-    def __init__(self, bias: torch.Tensor):
-        super().__init__()
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-
-
 class Standardized(Bias):
     """Add a bias (C,) and, in training, note the divergence of the sum.
 
@@ -227,48 +211,6 @@ def collect_(sources: Iterable) -> torch.Tensor | None:
     for s in sources:
         s.terms.clear()
     return torch.stack(terms).sum() if terms else None
-
-
-def replace_norms_(
-    model: nn.Module, make: Callable, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, nn.Module]:
-    """Replace each BatchNorm of `model` by `make(norm)`, in place.
-
-    Returns dict name -> new module; a shared one stays shared. The function changes. A parameter `bias` or
-    `weight` of the new module takes the value of the old one, where both have it; the optimizer follows, the
-    new ones without momentum. Raises `NoEffect` where there is no BatchNorm.
-
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> list(replace_norms_(net, lambda norm: nn.GroupNorm(1, norm.num_features)))
-    ['features.1', 'features.5']
-    """
-    found, made = {}, {}
-    for prefix, parent in list(model.named_modules()):
-        for child, norm in list(parent._modules.items()):  # `named_children` leaves out repetitions
-            if not isinstance(norm, NORMS):
-                continue
-            if norm not in made:
-                made[norm] = new = make(norm).to(_like(norm, model)).train(norm.training)
-                old = dict(norm.named_parameters())
-                for name, p in new.named_parameters():
-                    if name in old:
-                        p.data.copy_(old[name].data)
-                if old:  # behind one of the old parameters, in its group
-                    adopt_(optimizer, list(new.parameters()), next(iter(old.values())))
-                elif optimizer is not None:
-                    optimizer.param_groups[0]["params"].extend(new.parameters())
-                forget_(optimizer, old.values())
-            setattr(parent, child, made[norm])
-            found[f"{prefix}.{child}".lstrip(".")] = made[norm]
-    if not found:
-        raise NoEffect(f"standardization loss: {type(model).__name__} has no BatchNorm layer to replace")
-    return found
-
-
-def _like(norm, model):
-    """A tensor of the old module, whose device and format are the new one's too."""
-    held = [*norm.parameters(), *norm.buffers(), *model.parameters()]
-    return next((t for t in held if t.is_floating_point()), torch.empty(0))
 
 
 def path_ends(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
@@ -443,42 +385,14 @@ class StandardizationLoss(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherNorm(Method):
-    """Train with a bias ("none") or a GroupNorm ("group") in every BatchNorm's place: the controls.
-
-    groups: at most so many, of equal size.
-
-    >>> data = load("synthetic")
-    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
-    >>> train(net, data, Recipe(epochs=1), [OtherNorm(kind="group")]).events[0]["text"]
-    '2 BatchNorms are now: group'
-    """
-
-    kind: str = "none"
-    groups: int = 8
-
-    def on_fit_start(self, run: Run) -> None:
-        choose("normalisation", self.kind, ("none", "group"))
-
-        def make(norm):
-            c = norm.num_features
-            if self.kind == "none":
-                return Bias(nn.Parameter(torch.zeros(c)))
-            return nn.GroupNorm(max(g for g in range(1, min(self.groups, c) + 1) if c % g == 0), c)
-
-        found = {}
-        run.restructure(lambda model, optimizer: found.update(replace_norms_(model, make, optimizer)))
-        run.log(self, f"{len(found)} BatchNorms are now: {self.kind}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Unstandardized:
     """Train on images in [0, 1] that are not standardised, as in the paper's table.
 
     A network without normalisation starts badly there, which is the point. For `Arm.fit`: (task, seed) ->
     `History`.
 
-    >>> Unstandardized(methods=(OtherNorm(kind="none"),))(task("smoke", "synthetic").at(0.5), seed=0).steps
+    >>> fit = Unstandardized(methods=(StandardizationLoss(lam=1.0),))
+    >>> fit(task("smoke", "synthetic").at(0.5), seed=0).steps
     4
     """
 

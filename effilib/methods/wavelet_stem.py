@@ -101,7 +101,7 @@ class FrontEnd(nn.Module):
     >>> conv = nn.Conv2d(4, 8, 3, padding=1)
     >>> front = FrontEnd(conv, "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
     >>> x = torch.rand(2, 1, 8, 8)
-    >>> front(x).shape, torch.allclose(front.bands(x), haar(x), atol=1e-6)
+    >>> front(x).shape, torch.allclose(front.bands(x), analysis(x), atol=1e-6)
     (torch.Size([2, 8, 4, 4]), True)
     """
 

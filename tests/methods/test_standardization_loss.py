@@ -16,9 +16,9 @@ from effilib import models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
 from effilib.methods import standardization_loss as sl
+from effilib.methods.other_norms import OtherNorm
 from effilib.methods.standardization_loss import (
     INFO,
-    OtherNorm,
     StandardizationLoss,
     Standardized,
     Watch,
