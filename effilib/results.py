@@ -200,13 +200,17 @@ class Comparison:
         """Return which of the arm's runs was disturbed by what else ran on the machine, in words, or "".
 
         What a neighbour takes of caches and cores is no stall: the process has a processor all the time. A
-        run is disturbed whose steps take `UNEVEN` times the median of the other seeds at its length.
+        run is disturbed whose steps take `UNEVEN` times the median of the other seeds at its length, and that
+        takes longer as a whole: a larger network, where a method chooses it, may take fewer steps.
         """
         for length in self.lengths:
-            steps = {c["seed"]: c["arms"][arm].step_seconds for c in self.cells if c["length"] == length}
+            runs = {c["seed"]: c["arms"][arm] for c in self.cells if c["length"] == length}
+            steps = {seed: h.step_seconds for seed, h in runs.items()}
             for seed, mine in steps.items():
                 others = [s for other, s in steps.items() if other != seed]
-                if others and mine > UNEVEN * (usual := stats.median(others)):
+                whole = [h.seconds for other, h in runs.items() if other != seed]
+                longer = whole and runs[seed].seconds > UNEVEN**0.5 * stats.median(whole)
+                if longer and mine > UNEVEN * (usual := stats.median(others)):
                     times = f"{mine / usual:.1f} times as long as with the other seeds"
                     return f"uneven: the steps of {arm}, length {length:g}, seed {seed}, took {times}"
         return ""

@@ -37,6 +37,7 @@ class Made:
     steps: int = 30
     disturbed: tuple = ()  # seeds
     slowed: float = 1.6
+    larger: tuple = ()  # seeds whose network is, so that they take half of the steps in the same time
 
     def history(self, length, seed):
         raw = 30.0 * length * (self.slowed if seed in self.disturbed else 1)
@@ -44,7 +45,8 @@ class Made:
         ends = (10, 40.0), (20, 60.0), (30, accuracy + 1)
         rows = [dict(step=s, epoch=s / 10, seconds=raw * s / 30, lr=0.1, accuracy=a) for s, a in ends]
         return History(
-            rows=rows, steps=self.steps, seconds=raw * (1 - self.stalled), raw_seconds=raw,
+            rows=rows, steps=self.steps // (1 + (seed in self.larger)),
+            seconds=raw * (1 - self.stalled), raw_seconds=raw,
             flops=self.flops * length,
             seen=round(1000 * length), images=500,
             memory={"parameters": 2**20, "saved": 2**20, "peak": 2**30},
@@ -151,6 +153,7 @@ def test_a_run_disturbed_by_a_neighbour_withholds_the_verdict_and_names_it():
         .verdict.startswith("uneven: the steps of base")
     )
     assert made(BASE, replace(FAST, disturbed=(1,), slowed=1.4)).uneven("fast") == ""
+    assert made(BASE, replace(FAST, larger=(1,))).uneven("fast") == ""
 
 
 def test_a_training_of_a_few_steps_says_so():

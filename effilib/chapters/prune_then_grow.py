@@ -1,5 +1,5 @@
-"""Chapter II.9: what is trained: patients that are diagnosed; the procedure on small images, and the controls
-that could beat it.
+"""Chapter II.9: what is trained: patients that are diagnosed; the procedure and its rivals from a patient's
+checkpoint; and whether growing, or a cut, beats a known shape on small images.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,18 @@ from effilib.methods.diagnosis import (
     search,
 )
 from effilib.methods.gradient_diagnosis import GradMax
+from effilib.methods.improvement import AllTried, Diagnosed, Halving, Improvement, Oracle
 from effilib.methods.kernel_rescaling import KernelRescaling
-from effilib.methods.patients import Patient
-from effilib.methods.prune_then_grow import GENTLE, FromScratch, PruneThenGrow
+from effilib.methods.net2net import Net2Net
+from effilib.methods.patients import KEEP, Patient
+from effilib.methods.prune_then_grow import GENTLE, PruneThenGrow
+from effilib.methods.ranked_cut import RankedCut
 from effilib.tasks import Task
 
-__all__ = ["DIAGNOSES", "SETTINGS", "SIZES", "arms", "procedure", "resizer", "start", "trials"]
+__all__ = [
+    "DIAGNOSES", "SETTINGS", "SIZES", "arms", "contest", "contest_arms", "contested", "procedure", "resizer",
+    "start", "trials",
+]  # fmt: skip
 
 DIAGNOSES = {
     "pruning rate": PruningRate(),
@@ -41,15 +47,33 @@ SEARCH = {"smoke": 0.5, "quick": 1.0, "study": 2.0, "full": 4.0}  # epochs of th
 TRIALS = {"smoke": 1, "quick": 1, "study": 5, "full": 5}  # searches of each patient, with seeds of their own
 FIRST = 4000  # their first seed: no truth's
 
-DENSE, GROWN = "dense", "prune, then grow"
-ALONE, RANDOM = "growth without pruning", "growth at random stages"
-SCRATCH, SMALL, RESIZED = "final network from scratch", "small network", "dense on small images"
+# The contest. A length is that of the last training, so that all arms end about as accurate, and what differs
+# is the time until then. study: an epoch of 10,000 images takes some 5 s, all arms together some 16 last
+# trainings.
+HALVING, IMPROVED = "successive halving", "diagnose and grow"
+KEPT, CHANCE = "training on", "a candidate by chance"
+TRIED, UNIFORM, ORACLE = "all candidates tried", "uniform growth", "right candidate from scratch"
+CONTEST = {
+    "smoke": dict(epochs=1.0, lengths=(1.0,), seeds=1),
+    "quick": dict(epochs=1.0, lengths=(0.5, 1.0), seeds=2),
+    "study": dict(epochs=3.0, lengths=(0.5, 1.0), seeds=5),
+    "full": dict(epochs=10.0, lengths=(0.5, 1.0), seeds=5),
+}
+CONTESTED = {"smoke": 1, "quick": 1, "study": 2, "full": 2}  # patients
+FIRST_CHOICE = ("stage 3 very narrow", "stage 1 wide")  # one lacks channels, one has too many
+# Starting points: of what decides, of the share of the last training that the search on small images takes,
+# and of the factor on what is new.
+DECIDES, SEARCHED, NEWBORN = Forks(steps=24), 0.15, 2.0
 
-# Decisions come at epochs' ends, so that the short presets take more epochs of fewer images.
+# The second table: the known shape on small images, and what could beat it.
+RESIZED, CUT, SWITCH = "known shape", "wide, cut at the switch", "small, grown at the switch"
+GROWN, DENSE = "prune, then grow", "known shape, full size"
+# Decisions of "prune, then grow" come at epochs' ends, so that the short presets take more epochs of fewer
+# images. smoke: deeper, so that there is a block to grow.
 SIZES = {
-    "smoke": dict(epochs=5),
-    "quick": dict(images=800, epochs=10),
-    "study": dict(epochs=8, seeds=3),  # seven arms, one of which is trained twice
+    "smoke": dict(epochs=5, widths={"widths": (8, 8, 8), "blocks": (1, 1, 2)}),
+    "quick": dict(images=800, epochs=10, seeds=2),
+    "study": dict(epochs=6, lengths=(0.5, 1.0), seeds=3),
 }
 # Starting points, not findings: chosen in trial runs with seeds that are not measured. Epochs are few, so
 # that a window is short (patience, cooldown), what counts as no progress is much (tau, progress), and the
@@ -66,6 +90,10 @@ SETTINGS = {
     "study": dict(idle=0.25, patience=1, tau=0.05, progress=0.1, cooldown=1, search=0.5),
     "full": dict(idle=0.1, patience=3, tau=0.01, search=0.7),
 }  # fmt: skip
+# The thesis' letter: stop as soon as one more epoch improves nothing.
+LETTER = {preset: {"mode": "thesis"} for preset in ("study", "full")}
+CUTS = {"smoke": dict(multiple=2, price="FLOPs")}
+FACTOR = 2  # what is wide inside of its blocks has so many times the known shape's channels
 
 
 def start(task: Task) -> dict:
@@ -76,8 +104,9 @@ def start(task: Task) -> dict:
 
 
 def resizer(task: Task) -> KernelRescaling:
-    """Return chapter 6.3's schedule of image sizes: half the side, then three quarters, then full."""
-    return kernel_rescaling.method(task, task.load(), kernels=False)
+    """Return chapter 6.3's schedule of image sizes: from half the side to full, as that chapter runs it."""
+    how = kernel_rescaling.SETTINGS.get(task.preset, {})
+    return kernel_rescaling.method(task, task.load(), kernels=False, **how)
 
 
 def procedure(task: Task, **changes) -> PruneThenGrow:
@@ -86,24 +115,76 @@ def procedure(task: Task, **changes) -> PruneThenGrow:
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return the dense network, the procedure, and what it has to beat; quick leaves out three controls."""
-    small, method, resize = start(task), procedure(task), resizer(task)
-    alone = procedure(task, prune=replace(method.prune, ratio=0.0), pressure=False)
-    random = procedure(task, where="random")
+    """Return the known shape on small images, and what could beat it; quick leaves out the last control.
+
+    Another network than our ResNet is not made wider or smaller.
+    """
+    resize = resizer(task)
+    letter = procedure(task, **LETTER.get(task.preset, {}))
     found = [
-        Arm(name=DENSE, role="baseline"),
-        Arm(name=GROWN, methods=(resize, method), network=small),
-        Arm(name=RANDOM, role="control", methods=(resize, random), network=small),
-        Arm(name=RESIZED, role="control", methods=(resize,)),
-        Arm(name=ALONE, role="control", methods=(resize, alone), network=small),
-        Arm(name=SMALL, role="control", methods=(resize,), network=small),
-        Arm(
-            name=SCRATCH,
-            role="control",
-            fit=FromScratch(method, start=tuple(small.items()), methods=(resize,)),
-        ),
+        Arm(name=RESIZED, role="baseline", methods=(resize,)),
+        *(_reshaped(task, resize) if task.network == "resnet" else []),
+        Arm(name=GROWN, role="control", methods=(resize, letter), network=start(task)),
+        Arm(name=DENSE, role="control"),
     ]
-    return found[:4] if task.preset == "quick" else found
+    return found[:-1] if task.preset == "quick" else found
+
+
+def _reshaped(task, resize):
+    """What changes its shape once, where images first become larger: it is cut, or it grows."""
+    switch = resize.schedule[0][0]
+    model = task.build(task.load())
+    inside = [[block.inner for block in stage] for stage in model.stages]
+    wide = {"blocks": tuple(tuple(FACTOR * n for n in stage) for stage in inside)}
+    cut = RankedCut(share=1 - 1 / FACTOR, first=switch, latest=switch, **CUTS.get(task.preset, {}))
+    more = tuple(f"stages.{i}.{j}" for i, stage in enumerate(inside) for j in range(len(stage) - 1))
+    grow = Net2Net(at=switch, deeper=more, newborn=NEWBORN)
+    return [
+        Arm(name=CUT, methods=(resize, cut), network=wide),
+        Arm(name=SWITCH, methods=(resize, grow), network=start(task)),
+    ]
+
+
+# The contest from a patient's checkpoint
+
+
+def contest(task: Task) -> Task:
+    """Return the task of the last training, from a patient's checkpoint."""
+    return setting.ward(task).sized(CONTEST)
+
+
+def contested(task: Task, patients: list[Patient]) -> list[Patient]:
+    """Return the patients of a preset's contest: sick ones, those of the first choice before others."""
+    sick = sorted((p for p in patients if p.cure != KEEP), key=lambda p: p.name not in FIRST_CHOICE)
+    return sick[: CONTESTED[task.preset]]
+
+
+def contest_arms(task: Task, patient: Patient, table: dict[str, float], right: str = "") -> list[Arm]:
+    """Return the procedure and its rivals on a patient; smoke and quick leave out three.
+
+    table: of step times. right: the candidate that is (default: the one against the planted defect). The
+    lengths are the same for all: see `CONTEST`.
+    """
+    times = setting.prices(patient, table)
+    how = dict(network=patient.settings, times=times, given=SEARCH[task.preset], newborn=NEWBORN)
+    wider = tuple(c for c in times if c.startswith("widen"))
+    decides = SHORT.get(task.preset, DECIDES)
+    fits = {
+        HALVING: Halving(**how),
+        IMPROVED: Diagnosed(**how, diagnosis=decides, search=SEARCHED),
+        KEPT: Improvement(**how, plan=(KEEP,)),
+        CHANCE: Diagnosed(**how, diagnosis=RandomChoice(), side=1.0, pays=False),
+        TRIED: AllTried(**how),
+        UNIFORM: Improvement(**how, plan=wider),
+        ORACLE: Oracle(**how, plan=(right or patient.cure,)),
+    }
+    roles = {HALVING: "baseline", IMPROVED: "method"}
+    lengths = CONTEST[task.preset]["lengths"]
+    found = [Arm(name=n, role=roles.get(n, "control"), fit=f, lengths=lengths) for n, f in fits.items()]
+    return found[:4] if task.preset in SHORT else found
+
+
+# Diagnoses
 
 
 def diagnoses(task: Task) -> dict[str, Callable]:

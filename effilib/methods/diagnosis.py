@@ -10,7 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -29,7 +29,7 @@ from effilib.training import History, Method, Recipe, evaluate, stream, train
 
 __all__ = [
     "Buds", "Case", "CheapestFlop", "Forks", "PricedPenalty", "PruningRate", "RandomChoice", "examine",
-    "ranked", "search",
+    "few", "ranked", "search",
 ]  # fmt: skip
 
 FEW = 8  # held-out images that a training here reports on, for nobody
@@ -56,6 +56,8 @@ class Case:
     times: dict[str, float]
     seed: int = 0
     multiple: int = 16
+    # its trainings, each with the seconds that went by: more than its clock counts
+    spent: list[tuple[History, float]] = field(default_factory=list, init=False, compare=False)
 
     def __post_init__(self):
         missing = {KEEP} - set(self.times)
@@ -89,16 +91,31 @@ class Case:
 
     def train(self, model: nn.Module, epochs: float, methods: tuple[Method, ...] = (), **changes) -> History:
         """Train a network in place, every one on the same batches; changes: of the recipe."""
-        few = replace(self.dataset, validation=self.dataset.validation[:FEW], test=self.dataset.test[:FEW])
         recipe = replace(self.recipe, **{"epochs": epochs, "warmup": 0.0, **changes})
-        return train(model, few, recipe, methods, self.seed, evaluations=1)
+        with elapsed() as seconds:
+            history = train(model, few(self.dataset), recipe, methods, self.seed, evaluations=1)
+        self.spent.append((history, seconds()))
+        return history
 
-    def loss(self, model: nn.Module, images: int = 1000, batches: int = 4) -> float:
+    def loss(self, model: nn.Module, images: int = 1000) -> float:
         """Mean cross entropy on images of the split that decides, with BatchNorm estimated anew."""
+        return self.judged(model, images)[0]
+
+    def judged(self, model: nn.Module, images: int = 1000, batches: int = 4) -> tuple[float, float]:
+        """(mean cross entropy, accuracy in %) there, in the same way."""
         found = [x for (x, _), _ in zip(self.batches(), range(batches), strict=False)]
         models.reestimate_(model, found)
         decide = replace(self.dataset, decide=self.dataset.decide[:images])
-        return evaluate(model, decide, "decide")[0]
+        return evaluate(model, decide, "decide")
+
+
+def few(dataset: Dataset) -> Dataset:
+    """Return the data set with a few held-out images: for trainings that report on them for nobody.
+
+    >>> len(few(load("synthetic")).test)
+    8
+    """
+    return replace(dataset, validation=dataset.validation[:FEW], test=dataset.test[:FEW])
 
 
 def search(

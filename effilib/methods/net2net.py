@@ -190,16 +190,25 @@ class Net2Net(Method):
         flat = replace(recipe, schedule="constant").lr_at(position, planned)
         return flat * min(1.0, (planned - position) / (planned - math.floor(self.hold * planned)))
 
+    def change(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        generator: torch.Generator,
+    ) -> list[str]:
+        """Change the network in place; return what was done, in words."""
+        how = dict(wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise)
+        return grow_(model, optimizer, x, y, **how, generator=generator)
+
     def _grow(self, run):
         state, model = run.state[self], run.model
         generator, before = run.generator(self), sum(p.numel() for p in model.parameters())
         x, y = next(iter(run.dataset.shuffled(run.batches.batch_size, generator)))
         shapes = {(m, k): p.shape for m in model.modules() for k, p in m._parameters.items() if p is not None}
-        how = dict(wider=self.wider, deeper=self.deeper, breaker=self.breaker, noise=self.noise)
         done = []
-        run.restructure(
-            lambda m, optimizer: done.extend(grow_(m, optimizer, x, y, **how, generator=generator))
-        )
+        run.restructure(lambda m, optimizer: done.extend(self.change(m, optimizer, x, y, generator)))
         if not done:
             raise NoEffect("Net2Net: no node was to become wider and no layer was to be added")
         state |= {"grown": True, "structure": run.structures}

@@ -1,0 +1,319 @@
+"""Improve a given network in little time: diagnose and grow, and what that has to beat (chapter II.9).
+
+All begin with the same checkpoint: the network, trained for some epochs at a held learning rate. That is
+given and on nobody's clock. On the clock is all that follows: searches, diagnoses, and the trainings of
+candidates that lose. A plan is what is done to the network in one restructure: one of `patients.candidates`,
+or several, so that a stage that is narrowed pays for one that grows. The last training begins at the learning
+rate that was held, which falls to 0, and takes the same time whatever the plan is: a table of step times says
+for how many epochs. With T for it the whole takes
+
+    T_search + T            `Diagnosed`
+    n T                     `AllTried`, n candidates
+    about (r + 2) T / 2     `Halving`, r = log2(n) rounds
+
+A run says what it saw and did in its first event; with `plan` it goes the same way again without a decision.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from effilib import surgery
+from effilib.clock import Stopwatch, elapsed
+from effilib.errors import BadInput
+from effilib.methods.diagnosis import Case, Forks, examine, few
+from effilib.methods.kernel_rescaling import shrunk
+from effilib.methods.net2net import Net2Net
+from effilib.methods.patients import KEEP, treat_, treated
+from effilib.tasks import Task
+from effilib.training import History, stream, train
+
+__all__ = ["AllTried", "Diagnosed", "Halving", "Improvement", "Oracle", "Treatment", "planned", "step_time"]
+
+Plan = tuple[str, ...]
+
+
+def planned(scores: dict[str, float], pays: bool = True) -> Plan:
+    """Return the plan that a diagnosis' scores ask for: its first choice, in one restructure with another.
+
+    pays: a growth is joined by the narrowing of another stage, or the other way round, if both are above
+    "keep".
+
+    >>> scores = {"keep": 0.0, "widen stage 3": 0.2, "deepen stage 3": 0.1, "narrow stage 1": 0.1}
+    >>> planned(scores), planned(scores, pays=False)
+    (('narrow stage 1', 'widen stage 3'), ('widen stage 3',))
+    """
+    first = max(scores, key=scores.__getitem__)
+    if first == KEEP or not pays:
+        return (first,)
+
+    def joins(candidate):
+        narrow = [c.startswith("narrow") for c in (first, candidate)]
+        stage = [c.rpartition(" ")[2] for c in (first, candidate)]
+        return narrow[0] != narrow[1] and stage[0] != stage[1]
+
+    others = [c for c in scores if scores[c] > scores[KEEP] and joins(c)]
+    both = [first, *sorted(others, key=scores.__getitem__)[-1:]]
+    return tuple(sorted(both, key=lambda c: not c.startswith("narrow")))
+
+
+def step_time(times: dict[str, float], plan: Plan) -> float:
+    """Return the milliseconds of a step after a plan: what several treatments add, or save, is added up.
+
+    >>> times = {"keep": 10.0, "widen stage 3": 12.0, "narrow stage 1": 7.0}
+    >>> step_time(times, ("narrow stage 1", "widen stage 3"))
+    9.0
+    """
+    if unknown := [c for c in plan if c not in times]:
+        raise BadInput(f"no step time for {', '.join(unknown)}; there are {', '.join(times)}")
+    return times[KEEP] + sum(times[c] - times[KEEP] for c in plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment(Net2Net):
+    """Carry out a plan before the first step, see `patients.treat_`; `newborn` and the rest are Net2Net's.
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
+    >>> method = Treatment(plan=("widen stage 1", "deepen stage 2"), newborn=2.0)
+    >>> train(net, data, Recipe(epochs=1), [method]).events[0]["text"]
+    '7,636 -> 16,916 parameters: widen stage 1; deepen stage 2'
+    """
+
+    plan: Plan = ()
+    multiple: int = 16  # of channels
+
+    def change(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        generator: torch.Generator,
+    ) -> list[str]:
+        """Change the network in place; return the plan."""
+        with surgery.undoing(model, optimizer):
+            for candidate in self.plan:
+                treat_(model, candidate, x, optimizer, multiple=self.multiple, generator=generator)
+        return list(self.plan)
+
+
+_checkpoints = {}  # key -> a given network: the last one only, which all arms of a cell share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    """Carry out a plan on a given network, and train it on: (task, seed) -> `History`.
+
+    The task's epochs are those of the last training of the network as it is. Its subclasses find a plan.
+    Raises `BadInput` where a step time is not known.
+
+    >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
+    >>> wider = Improvement(network=network, times=times, plan=("widen stage 2",))
+    >>> history = wider(task("smoke", "synthetic"), seed=0)
+    >>> history.steps, history.structure["blocks"]  # of 8, as a step takes twice as long
+    (4, [[16], [32]])
+    """
+
+    network: dict  # settings of our ResNet
+    times: dict[str, float]  # candidate -> milliseconds of a step, "keep" among them
+    plan: Plan = ()  # what is done; for a subclass (): find it
+    given: float = 2.0  # epochs of the checkpoint's training, at the learning rate that is held
+    newborn: float = 1.0  # on the learning rate of what is new
+    multiple: int = 16  # of channels
+
+    def __post_init__(self):
+        object.__setattr__(self, "plan", tuple(self.plan))  # lists come from JSON
+        step_time(self.times, self.plan)
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train it at the task's length."""
+        return self.improve(self.case(task, seed))[1]
+
+    def case(self, task: Task, seed: int) -> Case:
+        """Return the given network with all that belongs to it; the recipe is of the last training."""
+        dataset, recipe = task.load(), replace(task.recipe, schedule="constant")
+        begin = replace(recipe, epochs=self.given)
+        key = repr((replace(task, recipe=begin), seed, self.network))
+        if key not in _checkpoints:
+            model = task.build(dataset, seed, **self.network)
+            train(model, few(dataset), begin, (), seed, evaluations=1)
+            _checkpoints.clear()
+            _checkpoints[key] = model
+        model = copy.deepcopy(_checkpoints[key])
+        return Case(
+            model=model, dataset=dataset, recipe=recipe, times=self.times, seed=seed, multiple=self.multiple
+        )
+
+    def improve(self, case: Case) -> tuple[nn.Module, History]:
+        """Return the improved network and its history; the case's own network may be it."""
+        if not self.plan:
+            raise BadInput("an improvement needs a plan, such as ('keep',)")
+        history = self.train(case, case.model, self.plan)
+        return case.model, self.said(History(), self.plan) + history
+
+    def train(
+        self,
+        case: Case,
+        model: nn.Module,
+        plan: Plan,
+        share: float = 1.0,
+        *,
+        schedule: str = "linear",
+        part: int = 0,
+        treat: bool = True,
+        last: bool = True,
+    ) -> History:
+        """Treat a network, in place, and train it for a share of the last training's time.
+
+        part: of a training in several; each has its own order of images. treat: False where it was done.
+        last: False where nobody looks at the accuracy.
+        """
+        epochs = share * case.recipe.epochs * case.times[KEEP] / step_time(case.times, plan)
+        recipe = replace(case.recipe, epochs=epochs, warmup=0.0, schedule=schedule)
+        treatment = Treatment(plan=plan, newborn=self.newborn, multiple=self.multiple)
+        methods = [treatment] if treat and set(plan) != {KEEP} else []
+        dataset, seed = case.dataset, stream(case.seed, f"improvement, part {part}").initial_seed()
+        return train(model, dataset if last else few(dataset), recipe, methods, seed, evaluations=1)
+
+    def said(self, history: History, plan: Plan, text: str = "", **seen) -> History:
+        """Return a history, of what was done to find a plan, whose only event says which and why."""
+        event = {"step": 0, "epoch": 0, "method": type(self).__name__, "plan": list(plan), **seen}
+        return replace(history, rows=[], events=[event | {"text": f"{' + '.join(plan)}{text}"}])
+
+
+def _spent(kind, seconds, raw):
+    """What work between trainings costs."""
+    return History(seconds=seconds, raw_seconds=raw, kinds={kind: {"count": 1, "seconds": seconds}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosed(Improvement):
+    """The procedure: search, let a diagnosis rank the candidates, prune and grow at once, anneal.
+
+    Search and diagnosis see small images; the last training goes on from the weights of the search.
+
+    >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
+    >>> fit = Diagnosed(network=network, times=times, diagnosis=Forks(steps=2))
+    >>> history = fit(task("smoke", "synthetic"), seed=0)
+    >>> history.events[0]["text"].split(" by ")[0] in times, sorted(history.events[0]["scores"])
+    (True, ['keep', 'widen stage 2'])
+    """
+
+    diagnosis: Callable[[Case], dict[str, float]] = field(default_factory=Forks)
+    search: float = 0.0  # share of the last training's epochs for which it is trained on before the diagnosis
+    side: float = 0.5  # of the images that both see, as a share; 1: whole ones
+    pays: bool = True  # see `planned`
+
+    def improve(self, case: Case) -> tuple[nn.Module, History]:
+        """Return the improved network and its history."""
+        scores, looked = {}, case
+        with elapsed() as seconds:
+            if self.side < 1 and (self.search or not self.plan):
+                size = tuple(max(1, round(self.side * n)) for n in case.dataset.shape[1:])
+                looked = replace(case, dataset=shrunk(case.dataset, size, ("train", "decide")))
+            if self.search:
+                looked.train(case.model, self.search * case.recipe.epochs)
+            if not self.plan:
+                scores, _ = examine(looked, self.diagnosis)
+            rest = seconds() - sum(went_by for _, went_by in looked.spent)  # trainings have their own clocks
+        found = sum((h for h, _ in looked.spent), _spent("search", rest, rest))
+        plan = self.plan or planned(scores, self.pays)
+        text = f" by {type(self.diagnosis).__name__}"
+        return case.model, self.said(found, plan, text, scores=scores) + self.train(case, case.model, plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllTried(Improvement):
+    """Train every candidate to its end, and keep the one that is best on images that only decide.
+
+    Its event holds the final accuracy of each: what is right is known afterwards.
+
+    >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
+    >>> history = AllTried(network=network, times=times)(task("smoke", "synthetic"), seed=0)
+    >>> history.steps, sorted(history.events[0]["accuracies"])  # 8 and 4
+    (12, ['keep', 'widen stage 2'])
+    """
+
+    images: int = 1000  # looked at for a decision, at most: as many as by `Forks`
+
+    def improve(self, case: Case) -> tuple[nn.Module, History]:
+        """Return the improved network and its history."""
+        nets = {name: copy.deepcopy(case.model) for name in self.plan or case.times}
+        runs = {name: self.train(case, net, (name,)) for name, net in nets.items()}
+        best, looked, scores = self.ranked(case, nets)
+        losers = sum((h for name, h in runs.items() if name != best[0]), History())
+        accuracies = {name: h.accuracy for name, h in runs.items()}
+        begin = self.said(losers + looked, (best[0],), scores=scores, accuracies=accuracies)
+        return nets[best[0]], begin + runs[best[0]]
+
+    def ranked(self, case: Case, nets: dict[str, nn.Module]) -> tuple[list[str], History, dict[str, float]]:
+        """Return the candidates, best first, what it took to find out, and their accuracies in %."""
+        watch = Stopwatch(case.dataset.device)
+        watch.start()
+        scores = {n: case.judged(copy.deepcopy(net), self.images)[1] for n, net in nets.items()}
+        watch.lap("validate")
+        watch.end_epoch()
+        looked = _spent("validate", watch.seconds, watch.raw)
+        return sorted(nets, key=scores.__getitem__, reverse=True), looked, scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(AllTried):
+    """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): the worse half goes in every round.
+
+    All candidates are trained at the held learning rate; from round to round those that are left have been
+    trained for twice the time. The last one goes on to its full length while the rate falls.
+
+    >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
+    >>> fit = Halving(network=network, times=times, annealed=0.5)
+    >>> [len(scores) for scores in fit(task("smoke", "synthetic"), seed=0).events[0]["rounds"]]
+    [2]
+    """
+
+    annealed: float = 0.5  # share of its time that is left for the last one
+
+    def improve(self, case: Case) -> tuple[nn.Module, History]:
+        """Return the improved network and its history."""
+        rounds = math.ceil(math.log2(len(case.times)))
+        left = {name: copy.deepcopy(case.model) for name in self.plan or case.times}
+        found, seen, done = History(), [], 0.0
+        for i in range(rounds):
+            share = (1 - self.annealed) * 2.0 ** (i + 1 - rounds) - done
+            how = dict(schedule="constant", part=i, treat=i == 0, last=False)
+            found = sum((self.train(case, net, (n,), share, **how) for n, net in left.items()), found)
+            if len(left) > 1:
+                names, looked, scores = self.ranked(case, left)
+                left = {n: left[n] for n in names[: math.ceil(len(names) / 2)]}
+                found, seen = found + looked, [*seen, scores]
+            done += share
+        [(name, net)] = left.items()
+        last = self.train(case, net, (name,), 1 - done, part=rounds, treat=rounds == 0)
+        return net, self.said(found, (name,), rounds=seen) + last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Improvement):
+    """Train what a plan makes of the network from new weights, its whole training on the clock.
+
+    Which plan is right is taken as known. It has the epochs of the checkpoint too, in the plan's step times.
+
+    >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
+    >>> fit = Oracle(network=network, times=times, plan=("widen stage 2",), given=2.0)
+    >>> fit(task("smoke", "synthetic"), seed=0).steps
+    8
+    """
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train it at the task's length."""
+        dataset, settings = task.load(), self.network
+        for candidate in self.plan:
+            settings = treated(settings, candidate, self.multiple)
+        epochs = (self.given + task.recipe.epochs) * self.times[KEEP] / step_time(self.times, self.plan)
+        model = task.build(dataset, seed, **settings)
+        history = train(model, dataset, replace(task.recipe, epochs=epochs), (), seed, evaluations=1)
+        return self.said(History(), self.plan, " from scratch") + history
