@@ -388,7 +388,7 @@ def test_methods_are_found_by_name_and_settings_are_literals(mine):
             ["--method", "prune_trian"],
             "unknown method 'prune_trian': choose one of .* (did you mean 'prune_train'?)",
         ),
-        (["--method", "wavelet"], "wavelet is no method: choose wavelet_stem"),
+        (["--method", "wavelet"], "wavelet is no method: choose wavelet_auto_encoder or wavelet_stem"),
         (
             ["--method", "layer_replacement"],
             "layer_replacement is no method: it is more than one training, see its notebook",

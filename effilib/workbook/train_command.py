@@ -82,7 +82,7 @@ def method(name: str, *texts) -> Method:
     else:
         known = methods()
         if name not in known and hasattr(package, name):  # the name of a module
-            inside = [n for n, c in known.items() if c.__module__ == f"{package.__name__}.{name}"]
+            inside = [n for n, c in known.items() if c.__module__.startswith(f"{package.__name__}.{name}")]
             choices = (
                 f"choose {' or '.join(inside)}"
                 if inside
