@@ -54,7 +54,7 @@ LAM = {"quick": 0.01, "study": 0.1}
 ELSEWHERE, SHARE = 0.001, 0.25
 OURS = {"smoke": ("convnet",), "quick": ("resnet",)}  # else all three
 SHOWN = {  # of what is only shown on them
-    "quick": dict(lengths=(1.0,), seeds=1, images=2000, epochs=2),
+    "quick": dict(lengths=(1.0,), seeds=1, images=1000, epochs=2),
     "study": dict(lengths=(1.0,), seeds=1, epochs=2),
     "full": dict(lengths=(1.0,), seeds=1),
 }
