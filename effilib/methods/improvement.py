@@ -81,7 +81,7 @@ class Treatment(Net2Net):
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
     >>> method = Treatment(plan=("widen stage 1", "deepen stage 2"), newborn=2.0)
     >>> train(net, data, Recipe(epochs=1), [method]).events[0]["text"]
-    '7,636 -> 16,916 parameters: widen stage 1; deepen stage 2'
+    '9,876 -> 19,188 parameters: widen stage 1; deepen stage 2'
     """
 
     plan: Plan = ()
