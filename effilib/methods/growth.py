@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models, surgery
+from effilib import cost, surgery
 from effilib.convolution import evaluating
 from effilib.errors import BadInput, choose
 from effilib.methods import net2net
@@ -19,7 +19,7 @@ from effilib.methods.prune_train import group_norms, group_weight, places, weigh
 from effilib.surgery import stages
 from effilib.training import Run, at_least_fp32, autocast
 
-__all__ = ["going", "grow_", "price", "renewed", "step_flops", "strengths", "validate"]
+__all__ = ["going", "grow_", "price", "step_flops", "strengths", "validate"]
 
 
 def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> float:
@@ -134,20 +134,3 @@ def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float
             loss += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     return float(loss) / len(part), 100 * float(correct) / len(part)
-
-
-def renewed(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a network with new initial weights.
-
-    >>> old, new = (build("convnet", 4, (1, 8, 8), seed=s, widths=(2, 4)) for s in (0, 3))
-    >>> torch.equal(renewed(old, 3).features[0].weight, new.features[0].weight)
-    True
-    """
-    model = copy.deepcopy(model)
-    for m in model.modules():
-        if isinstance(m, surgery.NORMS):
-            m.reset_parameters()
-        elif isinstance(m, models.Constant):
-            nn.init.zeros_(m.bias)
-    models.initialize_(model, seed)
-    return model

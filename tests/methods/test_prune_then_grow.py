@@ -16,11 +16,10 @@ from torch.testing import assert_close
 from effilib import cost, data, models, surgery
 from effilib.errors import BadInput
 from effilib.methods.decision import GROWTH, MODES
-from effilib.methods.growth import going, grow_, price, renewed, step_flops, strengths, validate
-from effilib.methods.prune_then_grow import FromScratch, PruneThenGrow, decisions
+from effilib.methods.growth import going, grow_, price, step_flops, strengths, validate
+from effilib.methods.prune_then_grow import PruneThenGrow, decisions
 from effilib.methods.prune_train import PruneTrain, shrink_steps
 from effilib.surgery import stages
-from effilib.tasks import task
 from effilib.training import Method, Recipe, evaluate, train
 from tests.common import both, equal, exactly, g, images, resumed_and_whole, shake, step
 
@@ -504,26 +503,6 @@ def test_a_growth_is_priced_by_what_a_step_then_costs(make, number, growth):
     before = step_flops(model, SHAPE, 3)
     grow_(model, layout, number, growth, multiple=2, x=x, generator=g())
     assert 3 * more == step_flops(model, SHAPE, 3) - before > 0
-
-
-def test_the_control_trains_the_final_network_from_new_weights():
-    t = task("smoke", "synthetic").but(epochs=4, precision="fp32")
-    chosen, scratch = (
-        method(plan=((1, "deepen", "stage 3"),)),
-        FromScratch(method(plan=((1, "deepen", "stage 3"),))),
-    )
-    model = t.build(t.load(), 0)
-    train(model, t.load(), t.recipe, [chosen], 0)
-    history = scratch(t, 0)
-    assert history.structure == models.describe(model) != models.describe(t.build(t.load(), 0))
-    assert history.steps == t.recipe.epochs * (128 // 32)
-    assert not history.events
-
-
-def test_renewed_weights_are_those_of_a_fresh_network():
-    new, old = (models.build("resnet", 4, SHAPE, seed=s, blocks=([4, 0], 1, 1)) for s in (3, 0))
-    assert equal(renewed(old, 3), new)
-    assert not equal(old, new)
 
 
 def test_settings_that_cannot_be_are_bad_input():
