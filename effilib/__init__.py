@@ -8,7 +8,7 @@ The names below are imported when they are first used: `import effilib` itself l
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "load": "data",

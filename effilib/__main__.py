@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import effilib
+from effilib import paths
 from effilib.errors import BadInput
 
 __all__ = ["main"]
@@ -295,9 +297,19 @@ def keep_results(**which: Any) -> int:
     """Keep results: `effilib record`. Say what was kept where."""
     from effilib.workbook import runner
 
+    _needs_checkout("record")
     for place in runner.keep(**which):
         print(f"recorded: {place}")
     return 0
+
+
+def _needs_checkout(command):
+    """Raise `BadInput` where what is recorded belongs to an installed package."""
+    if paths.recorded() == Path(effilib.__file__).with_name("recorded"):
+        raise BadInput(
+            f"{command} keeps results to be committed, in a checkout of effilib"
+            " (EFFILIB_RECORDED names another folder)"
+        )
 
 
 def show_series() -> int:
@@ -341,6 +353,7 @@ def tune_baseline(
     """Run what is missing of a sweep and say what is best at each length: `effilib tune`."""
     from effilib import tasks, tuning
 
+    _needs_checkout("tune")
     task = tasks.task(preset, dataset, variant=variant, size=size)  # complains before anything is written
     if epochs:
         task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))

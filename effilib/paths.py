@@ -48,21 +48,27 @@ def results() -> Path:
 def recorded() -> Path:
     """Return the folder of the committed study runs that chapters 2 and 10 and the README read.
 
-    `EFFILIB_RECORDED` names a copy on another machine.
+    `EFFILIB_RECORDED` names a copy on another machine. An installed package brings its own.
 
     >>> any(recorded().glob("*/*/record.json"))
     True
     """
-    return Path(os.environ.get("EFFILIB_RECORDED") or root() / "results" / "recorded")
+    return Path(os.environ.get("EFFILIB_RECORDED") or _ours("results/recorded"))
 
 
 def notebooks() -> Path:
-    """Return the folder of the notebooks of the series.
+    """Return the folder of the notebooks of the series; an installed package brings its own.
 
     >>> (notebooks() / "02_overview.ipynb").exists()
     True
     """
-    return root() / "notebooks"
+    return _ours("notebooks")
+
+
+def _ours(place):
+    """A folder of the checkout, or its copy in an installed package."""
+    packed = Path(__file__).with_name(Path(place).name)
+    return packed if packed.is_dir() else root() / place
 
 
 def cache() -> Path:

@@ -22,6 +22,8 @@ from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.workbook import advise, recipes
 from effilib.workbook.advise import make_plan
 
+pytestmark = pytest.mark.slow
+
 LENET = """
 from torch import nn
 

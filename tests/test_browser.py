@@ -8,6 +8,8 @@ from effilib import paths
 from effilib.workbook import report, runner
 from tests.browser import complaints, keep
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (390, 1440)
 RUN = ("02", "07_3")  # measurements without a verdict; a method
 

@@ -24,6 +24,8 @@ from effilib.errors import BadInput
 from effilib.workbook import cluster
 from tests.runs import WAIT, alive, background, command, status, wait_for, write_notebook
 
+pytestmark = pytest.mark.slow
+
 distributed = pytest.importorskip("distributed", reason="the cluster needs the package `distributed`")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only there all of 127.0.0.0/8 is this machine")
 

@@ -17,6 +17,8 @@ from effilib.data import synthetic
 from effilib.errors import NoEffect
 from effilib.training import Method, Recipe, train
 
+pytestmark = pytest.mark.slow
+
 DATA = synthetic(images=64)
 RECIPE = Recipe(epochs=1, batch_size=16, compile=True, precision="fp32")
 

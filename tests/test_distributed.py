@@ -37,6 +37,8 @@ from effilib.training import Method, Recipe, train
 from effilib.workbook.train_command import methods as all_methods
 from tests.common import users
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=5, batch_size=33, lr=0.1, precision="fp64")  # 33 images: shares of 17 and 16
 DATA = synthetic(images=200)  # 4 batches an epoch, 20 steps
 

@@ -49,6 +49,8 @@ from effilib import paths
 from effilib.workbook import runner
 from tests.runs import RECORD, WAIT, background, command, status, wait_for, write_notebook
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_table_names_tests_that_are_there():
     named = re.findall(r"(test_\w+)::(test_\w+)", __doc__)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from torch import nn
 from effilib.data import load
 from effilib.errors import BadInput
 from effilib.training import Recipe, train
+
+pytestmark = pytest.mark.slow
 
 DATA = load("synthetic").limit(24)
 CLASSES, SHAPE = DATA.classes, DATA.shape

@@ -8,13 +8,18 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import effilib
 from effilib import paths, provenance, statistics, training
 from effilib.workbook import series
 
+CONTRIBUTING = (paths.root() / "CONTRIBUTING.md").read_text()
 README = (paths.root() / "README.md").read_text()
-PROJECT = tomllib.loads((paths.root() / "pyproject.toml").read_text())["project"]
+TOML = tomllib.loads((paths.root() / "pyproject.toml").read_text())
+PROJECT, GROUPS = TOML["project"], TOML["dependency-groups"]
+TESTED = (paths.root() / "constraints.txt").read_text().splitlines()
 
 
 def test_the_table_of_chapters_is_up_to_date():
@@ -52,7 +57,7 @@ def test_it_explains_every_verdict():
 BLOCKS = re.findall(r"(?s)```python\n(.*?)```", README)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=["a method", "a loop", "the library"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["a loop", "a method", "the library"])
 def test_its_code_runs_as_it_stands(code, tmp_path):
     file = paths.write(tmp_path / "mine.py", code)
     own = {
@@ -86,7 +91,7 @@ def test_its_table_of_modules_is_the_tree():
 
 
 def test_its_method_is_thirty_lines():
-    assert len(BLOCKS[0].splitlines()) <= 30
+    assert len(BLOCKS[1].splitlines()) <= 30
 
 
 def test_it_is_cited_with_its_version():
@@ -100,6 +105,7 @@ def test_every_dependency_has_its_sentence():
     wanted = [
         *PROJECT["dependencies"],
         *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+        *(d for group in GROUPS.values() for d in group if isinstance(d, str)),
     ]
     names = {re.split(r"[<>=\[]", d)[0] for d in wanted}
     section = README.split("## Dependencies")[1]
@@ -108,7 +114,7 @@ def test_every_dependency_has_its_sentence():
 
 def test_make_has_the_targets_that_it_names():
     makefile = (paths.root() / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"make ([\w-]+)", README + CONTRIBUTING):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
@@ -118,7 +124,26 @@ def test_pictures_and_notebooks_that_it_links_to_are_there():
 
 
 def test_it_names_the_exact_pair_of_versions():
-    dev = PROJECT["optional-dependencies"]["dev"]
     for pair in ("torch==2.14.1", "torchvision==0.29.1"):
-        assert pair in dev
-        assert pair in README
+        assert pair in TESTED
+        assert f"`{pair}`" in README
+
+
+def test_every_dependency_was_tested_in_an_exact_version_that_is_allowed():
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in TESTED)  # names and versions only
+    tested = {canonicalize_name(name): version for name, version in (line.split("==") for line in TESTED)}
+    everything = [*PROJECT["dependencies"], *(d for g in GROUPS.values() for d in g if isinstance(d, str))]
+    for wanted in map(Requirement, everything):
+        assert tested[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+
+
+def test_the_changelog_begins_with_this_version():
+    changes = (paths.root() / "CHANGELOG.md").read_text()
+    assert re.findall(r"(?m)^## (\S+)", changes)[0] == effilib.__version__
+
+
+def test_the_wheel_has_every_package():
+    listed = TOML["tool"]["setuptools"]["packages"]
+    files = (paths.root() / "effilib").rglob("__init__.py")
+    there = {".".join(file.parent.relative_to(paths.root()).parts) for file in files}
+    assert set(listed) == there | set(TOML["tool"]["setuptools"]["package-dir"])

@@ -61,6 +61,7 @@ class Job:
     timeout: int  # seconds for one cell
     key: str = ""  # digest of what the result depends on
     token: str = ""  # the job goes on while `folder / ".running"` says this
+    beside: tuple[str, ...] = ()  # names of all notebooks of its run
     shared: bool = False  # may other notebooks run on the same machine at the same time?
     home: Path = field(default_factory=Path.cwd)  # where the command was typed
     environment: dict = field(
@@ -349,7 +350,7 @@ def finish(job: Job, ran: Ran) -> Outcome:
         ran = Ran(ran.place, ran.failure, ran.seconds + seconds())
         _note(job, job.results, ran, reason + kept if reason else "")
         with contextlib.suppress(OSError):  # a full disk ends no series; it is said at its end
-            report.index(job.folder)
+            report.index(job.folder, job.beside)
     shared = bool(saved(job.results / "record.json").get("shared_machine"))
     return Outcome(
         job.name, _status(reason), reason.removeprefix(SKIPPED), ran.seconds, shared and not reason

@@ -27,7 +27,9 @@ from effilib import paths
 from effilib.errors import BadInput
 from effilib.workbook import series
 
-__all__ = ["index", "light_imports", "mathml", "render", "scoreboard_rows", "speedup"]
+__all__ = [
+    "filled", "index", "light_imports", "mathml", "recorded_index", "render", "scoreboard_rows", "speedup",
+]  # fmt: skip
 
 # The scoreboard
 
@@ -51,6 +53,7 @@ BADGES = {  # how a verdict or status begins -> tone (its colour in style.css), 
     "unreadable": ("failed", "✗"),
     "skipped": ("none", "○"),
     "not run": ("none", "○"),
+    "not recorded": ("none", "○"),
 }
 EQUAL = {"seconds": "time", "flops": "FLOPs"}
 SKIPPED = "skipped: "  # how the reason begins of a notebook that does not apply to the network or the data
@@ -250,24 +253,58 @@ def _number(value):
     return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
-def index(folder: str | Path) -> Path:
+def index(folder: str | Path, notebooks: Any = ()) -> Path:
     """Write `<folder>/index.html`, the scoreboard of the notebooks run into it.
 
-    Beside each of its figures it shows the recorded one. Returns its path.
+    Beside each of its figures it shows the recorded one. notebooks: names that get a row even where nothing
+    was run. Returns its path.
 
     >>> "No notebook has been run" in index(".").read_text()
     True
     """
     folder = Path(folder)
-    rows, recorded = scoreboard_rows(folder), series.recorded()
+    rows, recorded = scoreboard_rows(folder, notebooks), series.recorded()
     for row in rows:
-        row |= _badge(row) | {"thumbnail": _thumbnail(folder / row["notebook"] / "figure.png")}
         row["recorded"] = _recorded(recorded.get(row["notebook"]), row["date"], folder)
+    return _scoreboard(folder, rows, {row["notebook"]: folder / row["notebook"] for row in rows})
+
+
+def recorded_index(folder: str | Path | None = None, links: dict[str, str] | None = None) -> Path:
+    """Write the scoreboard of all recorded results: a row for each chapter.
+
+    folder: where it goes, by default among the records; the reports lie below it as they do there. links:
+    words -> address of what else there is. Returns its path.
+
+    >>> "Mixed precision" in recorded_index().read_text()
+    True
+    """
+    places = {stem: records[-1]["folder"] for stem, records in series.recorded().items()}
+    there = [chapter for chapter in series.CHAPTERS if chapter.exists and chapter.stem not in places]
+    rows = []
+    for place in places.values():
+        row = _row(place)
+        rows.append(row | {"report": row["report"] and f"{place.parent.name}/{row['report']}"})
+    for chapter in there:
+        row = {"notebook": chapter.stem, "chapter": chapter.number, "title": chapter.title}
+        row |= {"title_de": chapter.title_de, "status": "not run", "verdict": "not recorded"}
+        rows.append(EMPTY | row)
+    rows.sort(key=lambda row: _chapter_order(row["notebook"]))
+    series.mark_survivors(rows)
+    notes = [series.OLDER_NOTE.replace("*", "")] if any(row["older"] for row in rows) else []
+    return _scoreboard(Path(folder or paths.recorded()), rows, places, links=links or {}, notes=notes)
+
+
+def _scoreboard(folder, rows, places, links=(), notes=()):
+    """Write `index.html` of `rows`; places: notebook -> folder of its picture."""
+    for row in rows:
+        place = places.get(row["notebook"])
+        row |= _badge(row) | {"thumbnail": _thumbnail(place / "figure.png") if place else ""}
     counts = [row["status"] for row in rows]
     tests = sum(row["survives"] is not None for row in rows)
-    content = _page(
+    content = filled(
         "index.html",
         title="Time-efficient training of CNNs",
+        links=links,
         facts=[
             *_distinct(rows, "dataset", "preset", "machine"),
             *_date(max((row["date"] for row in rows), default="")),
@@ -277,9 +314,9 @@ def index(folder: str | Path) -> Path:
         complete=counts.count("complete"),
         skipped=counts.count("skipped"),
         failed=counts.count("failed") + counts.count("unreadable"),
-        notes=[*_warnings(rows), *dict.fromkeys(note for row in rows for note in row["beware"])],
+        notes=[*notes, *_warnings(rows), *dict.fromkeys(note for row in rows for note in row["beware"])],
         holm=(HOLM if tests > 1 else ALONE).format(tests) if any(row["survives"] for row in rows) else "",
-        with_recorded=any(row["recorded"] for row in rows),
+        with_recorded=any(row.get("recorded") for row in rows),
         ticks=_place(rows),
         rows=rows,
     )
@@ -359,6 +396,11 @@ def _thumbnail(file, width=320):
 
 @functools.lru_cache(256)  # an index is written after every notebook
 def _shrunk(file, changed, width):
+    return _small(file, width, 64)
+
+
+def _small(file, width, colours):
+    """A picture, by its name or as a file, as a small data URI; "" where it is damaged."""
     from PIL import Image  # comes with matplotlib
 
     try:
@@ -369,12 +411,26 @@ def _shrunk(file, changed, width):
     small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
     small.thumbnail((width, 2 * width))
     buffer = io.BytesIO()
-    small.quantize(64).save(buffer, "PNG", optimize=True)
+    small.quantize(colours).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _page(template, **content):
-    """Fill a template of `pages/`. Whatever is not marked as HTML is escaped."""
+def _with_small_pictures(html, width=1200):
+    """A page whose pictures are as wide as a screen shows them, in few colours, where that is less."""
+
+    def smaller(match):
+        small = _small(io.BytesIO(base64.b64decode(match[1])), width, 128)
+        return small if small and len(small) < len(match[0]) else match[0]
+
+    return re.sub(r"data:image/png;base64,([\w+/=]+)", smaller, html)
+
+
+def filled(template: str, **content: Any) -> str:
+    """Return a template of `pages/` as a page. Whatever is not marked as HTML is escaped.
+
+    >>> "<title>5 &lt; 6</title>" in filled("page.html", title="5 < 6")
+    True
+    """
     from markupsafe import Markup
 
     style = Markup(_source("style.css"))
@@ -435,13 +491,15 @@ def render(
     failure: str | None = None,
     *,
     alone: bool = False,
+    kept: bool = False,
 ) -> Path:
     """Write an executed notebook as one HTML file that opens offline and needs no script.
 
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
     there is one. failure: why the run failed, or was skipped; shown on top, and then even an unreadable
-    notebook gives a page. alone: whether there is no scoreboard to go back to. Returns `html`'s path. Raises
-    `BadInput` if the notebook can't be read and no failure was given.
+    notebook gives a page. alone: whether there is no scoreboard to go back to. kept: whether it lies among
+    the recorded results, whose scoreboard is two folders up: small pictures, and nothing recorded beside.
+    Returns `html`'s path. Raises `BadInput` if the notebook can't be read and no failure was given.
 
     >>> from nbformat import v4, write
     >>> cells = [v4.new_markdown_cell("# Norms"), v4.new_markdown_cell("$x^2 + y^2$")]
@@ -476,9 +534,11 @@ def render(
         warnings.append(_unexpected(error))
     # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a
     # complete result.
-    up = "../.." if html.parent.parent.name == "failed" else ".."
-    cells = _cells(executed, Path(notebook).absolute().parent, up)
-    content = _page(
+    up = "../.." if kept or html.parent.parent.name == "failed" else ".."
+    others = rf"{up}/index.html#\1" if kept else rf"{up}/\1/report.html\2"
+    cells = _cells(executed, Path(notebook).absolute().parent, others)
+    earlier = [] if kept else series.recorded().get(html.parent.name)
+    content = filled(
         "report.html",
         row=row,
         up=up,
@@ -491,11 +551,11 @@ def render(
         notes=notes,
         ticks=_place(verdicts),
         verdicts=[verdict | _badge(verdict) for verdict in verdicts],
-        recorded=_recorded(series.recorded().get(html.parent.name), row["date"], html.parent, width=640),
+        recorded=_recorded(earlier, row["date"], html.parent, width=640),
         cells=cells,
         failing_cell='id="failing-cell"' in cells,
     )
-    return paths.write(html, content)
+    return paths.write(html, _with_small_pictures(content) if kept else content)
 
 
 def _run_facts(row):
@@ -529,8 +589,8 @@ def _take_heading(notebook, chapter):
     return heading[1].strip().removeprefix(chapter).lstrip(" .:·-")
 
 
-def _cells(notebook, folder, up):
-    """The cells as HTML. folder: where relative pictures are looked for. up: the way to other reports."""
+def _cells(notebook, folder, others):
+    """The cells as HTML. folder: where relative pictures are looked for. others: the way to other reports."""
     from markupsafe import Markup
 
     with light_imports():
@@ -562,10 +622,10 @@ def _cells(notebook, folder, up):
                 if kind in output.get("data", {}):
                     output.data[kind] = _hide_formulas(output.data[kind], formulas)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder)}})
-    return Markup(_offline(_show_formulas(body, formulas), up))
+    return Markup(_offline(_show_formulas(body, formulas), others))
 
 
-def _offline(html, up):
+def _offline(html, others):
     """Take out what runs or loads: scripts, frames, remote pictures, styles. Tables get a box to scroll."""
     from bs4 import BeautifulSoup
 
@@ -591,7 +651,7 @@ def _offline(html, up):
             elif name == "style":
                 element[name] = _offline_style(value)
             elif name == "href":  # another notebook of the series is its report here
-                element[name] = re.sub(r"^(?:\./)?([\w-]+)\.ipynb(?=#|$)", rf"{up}/\1/report.html", value)
+                element[name] = re.sub(r"^(?:\./)?([\w-]+)\.ipynb(#.*)?$", others, value)
     for style in soup("style"):
         style.string = _offline_style(style.string or "")
     for element in soup("table"):

@@ -56,9 +56,10 @@ __all__ = [
 
 TIMEOUT = {"smoke": 300, "quick": 1200, "study": 6 * 3600, "full": 7 * 24 * 3600}  # seconds for one cell
 LAST = "10"  # this chapter reads the results of the others
-PLACES = {"recorded", "play", "cache"}  # folders below `results` that are no batch runs
+PLACES = {"recorded", "play", "cache", "pages"}  # folders below `results` that are no batch runs
 NOT_IN_KEY = (  # a result does not depend on them
     *(f"workbook/{name}.py" for name in ("cluster", "jobs", "predict", "report", "runner", "train_command")),
+    "workbook/website.py",
     "__main__.py",
 )
 
@@ -188,12 +189,12 @@ def plan(
         other += f"-{provenance.digest(own)[:4]}"
     folder = paths.results() / (name or re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{preset}-{label}{other}"))
     common = {"folder": folder, "preset": preset, "dataset": label, "timeout": timeout or TIMEOUT[preset]}
-    jobs = []
+    jobs, names = [], tuple(notebook.stem for notebook in chosen)
     for notebook in chosen:
         known = _defaults(notebook)
         values = {key: _value(notebook, key, text) for key, text in given.items()}
         values |= {key: value for key, value in (("preset", preset), ("dataset", dataset)) if key in known}
-        jobs.append(Job(notebook=notebook, parameters=values, **common))
+        jobs.append(Job(notebook=notebook, parameters=values, beside=names, **common))
     if "dataset" in dict(parameters) and not any("dataset" in job.parameters for job in jobs):
         raise BadInput(f"unknown parameter 'dataset': {', '.join(job.name for job in jobs)} has none")
     return jobs
@@ -424,8 +425,9 @@ def keep(
 ) -> list[Path]:
     """Copy complete results among the recorded ones, which are committed.
 
-    The README's table and picture and `all.csv` follow. Returns the places. Raises `BadInput`, before
-    anything is copied, for a result that is missing, failed, of an older protocol, or no measurement.
+    Reports get small pictures; the scoreboards, `all.csv` and the README's table follow. Returns the places.
+    Raises `BadInput`, before anything is copied, for a result that is missing, failed, of an older protocol,
+    or no measurement.
 
     >>> keep(["02"], preset="smoke")
     Traceback (most recent call last):
@@ -435,10 +437,12 @@ def keep(
     for job in planned:
         _check_kept(job)
     for job in planned:
-        for file in ("history.csv", "figure.png", "report.html", "record.json"):
+        place = paths.make(job.recorded)
+        for file in ("history.csv", "figure.png", "record.json"):
             if (job.results / file).exists():
-                paths.write(paths.make(job.recorded) / file, (job.results / file).read_bytes())
-    report.index(planned[0].recorded.parent)
+                paths.write(place / file, (job.results / file).read_bytes())
+        record = saved(job.results / "record.json")
+        report.render(job.results / "notebook.ipynb", place / "report.html", record, kept=True)
     series.update()
     return [job.recorded for job in planned]
 
@@ -503,6 +507,10 @@ def run(
 
     many = "s" * (len(planned) > 1)
     progress.say(f"{len(planned)} notebook{many}, preset {planned[0].preset}, into {folder}")
+    if (recorded := paths.recorded() / "index.html").exists():
+        progress.say(f"recorded results, to be read meanwhile: {recorded}")
+    with contextlib.suppress(OSError):  # it is said at the end
+        progress.say(f"this machine's, row by row: {report.index(folder, planned[0].beside)}")
     try:
         # Left in this order: first the hold on the folder, which ends the jobs that run, then their workers.
         with _workers(jobs, scheduler, planned, progress.say) as (executor, shared), hold(folder) as token:

@@ -38,6 +38,7 @@ __all__ = [
 
 SCHEMA = 2  # of `notebook.Book.record`: speed-up at equal accuracy, from curves
 OLDER = "older protocol"  # a record of schema 1: time to one target accuracy
+OLDER_NOTE = f"*{OLDER}*: time to one target accuracy, which says something else; to be measured anew."
 JUDGED = ("faster", "slower", "no difference", "undecided", "depends on the budget")  # by one test each
 ENVIRONMENT = ("notebook", "preset", "dataset", "network", "machine", "threads", "torch", "commit", "date")
 
@@ -271,10 +272,7 @@ def readme_table() -> str:
         paper = c.info.paper if c.info else ""
         rows.append(f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {paper} | {result} |")
     if any(row.endswith(f"| {OLDER} |") for row in rows):
-        rows += [
-            "",
-            f"*{OLDER}*: time to one target accuracy, which says something else; to be measured anew.",
-        ]
+        rows += ["", OLDER_NOTE]
     return "\n".join(rows)
 
 
@@ -331,18 +329,21 @@ def update_picture() -> bool:
 
 
 def update() -> None:
-    """Bring all that is made from the records up to date: README, scoreboard, `all.csv`.
+    """Bring all that is made from the records up to date: README, scoreboards, `all.csv`.
 
     >>> update()  # python -m effilib.workbook.series
     >>> with_table(text := (paths.root() / "README.md").read_text()) == text
     True
     """
+    from effilib.workbook import report  # which imports this module
+
     file = paths.root() / "README.md"
     if file.exists():
         paths.write(file, with_table(file.read_text(encoding="utf-8")))
     if paths.recorded().exists():
         update_picture()
         update_runs()
+        report.recorded_index()
 
 
 if __name__ == "__main__":  # python -m effilib.workbook.series
