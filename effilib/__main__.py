@@ -295,9 +295,9 @@ def run_series(compare: str | None, **settings: Any) -> int:
 
 def keep_results(**which: Any) -> int:
     """Keep results: `effilib record`. Say what was kept where."""
+    _needs_checkout("record")
     from effilib.workbook import runner
 
-    _needs_checkout("record")
     for place in runner.keep(**which):
         print(f"recorded: {place}")
     return 0
@@ -351,9 +351,9 @@ def tune_baseline(
     preset: str, dataset: str, variant: str, size: int | None, epochs: list[float] | None, **grid: Any
 ) -> int:
     """Run what is missing of a sweep and say what is best at each length: `effilib tune`."""
+    _needs_checkout("tune")
     from effilib import tasks, tuning
 
-    _needs_checkout("tune")
     task = tasks.task(preset, dataset, variant=variant, size=size)  # complains before anything is written
     if epochs:
         task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))
