@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import effilib
-from effilib import paths
 from effilib.errors import BadInput
 
 __all__ = ["main"]
@@ -305,6 +304,8 @@ def keep_results(**which: Any) -> int:
 
 def _needs_checkout(command):
     """Raise `BadInput` where what is recorded belongs to an installed package."""
+    from effilib import paths
+
     if paths.recorded() == Path(effilib.__file__).with_name("recorded"):
         raise BadInput(
             f"{command} keeps results to be committed, in a checkout of effilib"

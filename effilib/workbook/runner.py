@@ -509,11 +509,11 @@ def run(
     progress.say(f"{len(planned)} notebook{many}, preset {planned[0].preset}, into {folder}")
     if (recorded := paths.recorded() / "index.html").exists():
         progress.say(f"recorded results, to be read meanwhile: {recorded}")
-    with contextlib.suppress(OSError):  # it is said at the end
-        progress.say(f"this machine's, row by row: {report.index(folder, planned[0].beside)}")
     try:
         # Left in this order: first the hold on the folder, which ends the jobs that run, then their workers.
         with _workers(jobs, scheduler, planned, progress.say) as (executor, shared), hold(folder) as token:
+            with contextlib.suppress(OSError):  # it is said at the end
+                progress.say(f"this machine's, row by row: {report.index(folder, planned[0].beside)}")
             for last in (False, True):
                 batch = [job for job in planned if job.name.startswith(LAST) == last]
                 batch = [replace(job, key=run_key(job), token=token, shared=shared) for job in batch]
