@@ -23,6 +23,7 @@ from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
 from effilib.methods.column_row_sampling import ChannelSampling
 from effilib.methods.gradient_approximation import GradientApproximation
+from effilib.methods.improvement import Treatment
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
@@ -225,6 +226,7 @@ def every_method():
         ),
         "structure_and_strength": (with_bn, StructureAndStrength(structure="random", scope="auto")),
         "channel_sampling": (lambda: with_bn(widths=(16, 16)), ChannelSampling(minimal=4, block=4)),
+        "treatment": (lambda: with_bn(widths=(16, 16)), Treatment(plan=("widen stage 1",))),
         "wavelet_auto_encoder": (lambda: WAE(1, 4, trunk(8), trunk(4), (8, 4)), WaveletAutoEncoder()),
     }
     found = {}

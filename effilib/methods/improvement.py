@@ -96,6 +96,8 @@ class Treatment(Net2Net):
         generator: torch.Generator,
     ) -> list[str]:
         """Change the network in place; return the plan."""
+        if not self.plan:
+            raise BadInput("a treatment needs a plan, such as ('widen stage 1',)")
         with surgery.undoing(model, optimizer):
             for candidate in self.plan:
                 treat_(model, candidate, x, optimizer, multiple=self.multiple, generator=generator)
