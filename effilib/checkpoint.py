@@ -33,7 +33,7 @@ __all__ = [
 def save_model(
     path: Path | str, model: nn.Module, network: str, dataset: Dataset, *, layout: str = "contiguous"
 ) -> None:
-    """Save a network with all that is needed to build it anew, and to use it.
+    """Save a network with all that building and using it needs.
 
     network: its name, or the import path of a user's own. dataset: on what it was trained, whose classes and
     images it knows from now on. layout: the memory format of its training.
@@ -171,9 +171,10 @@ def save(
     flops: object,
     losses: list[torch.Tensor],
 ) -> None:
-    """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere).
+    """Write a run's state at an epoch's end.
 
-    Raises `BadInput`, and writes nothing, if a method keeps in `run.state` what could not be read again.
+    mine: its identity. path: None: nowhere. Raises `BadInput`, and writes nothing, if a method keeps in
+    `run.state` what could not be read again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -292,7 +293,7 @@ def read(path: Path | str | None, mine: dict, ranks: Ranks, device: torch.device
 
 
 def shape_(model: nn.Module, saved: dict | None) -> nn.Module:
-    """Give a network the widths, depths and kernel sizes that were saved, in place.
+    """Give a network its saved widths, depths and kernel sizes, in place.
 
     >>> saved = {"settings": {"widths": [[2], [8]], "bn": True}}
     >>> shape_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), saved).settings()["widths"]
@@ -324,7 +325,7 @@ def _hold_alike_(new, old):
 
 
 def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Bring a user's fresh network to the shape of `tensors`, its state after surgery.
+    """Bring a user's fresh network to the shape after surgery.
 
     In place; what else differs stays. Blocks that were put behind a Sequential's last one come back, residual
     paths that were removed go, and channel nodes get their widths. Values mean nothing: the state is loaded

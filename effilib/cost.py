@@ -239,7 +239,7 @@ def conv_passes(
     channels_last: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, Callable[[], object]]:
-    """Return the three products of a training step at a convolution, as functions to be timed.
+    """Return a convolution's three products of a training step, to be timed.
 
     `convolution_backward` with its output mask computes only the gradient that is asked for.
 
@@ -293,7 +293,7 @@ def conv_seconds(
 
 
 def layers(model: nn.Module, x: torch.Tensor) -> dict[str, Conv]:
-    """Return the convolutions of `model` by name, with the sizes that they really meet.
+    """Return a model's convolutions by name, with the sizes they meet.
 
     x: images (N, C, H, W). Raises `BadInput` for a convolution that `Conv` cannot describe: not square, or
     dilated.
@@ -337,7 +337,7 @@ def latency_table(
     repeats: int = 15,
     seconds: float | None = None,
 ) -> list[dict]:
-    """Return the milliseconds of each convolution in place, as medians of interleaved rounds.
+    """Return each convolution's milliseconds in place, medians of interleaved rounds.
 
     Rows (layer, pass, flops, ms, gflops_per_s). The first convolution's dX is left out: training never
     computes it.

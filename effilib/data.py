@@ -94,7 +94,7 @@ class Split:
         return Split(x=self.x[index], y=self.y[index])
 
     def to(self, device: torch.device | str) -> "Split":
-        """The same split on another device."""
+        """Return the same split on another device."""
         return Split(x=self.x.to(device), y=self.y.to(device))
 
 
@@ -148,35 +148,36 @@ class Dataset:
         return _digest(t for s in (self.train, self.decide, self.validation, self.test) for t in (s.x, s.y))
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same data on another device."""
+        """Return the same data on another device."""
         return replace(
             self, **{k: getattr(self, k).to(device) for k in ("train", "decide", "validation", "test")}
         )
 
     def limit(self, images: int) -> "Dataset":
-        """The same data with the first `images` training images; any such prefix is stratified."""
+        """Return the data with fewer training images: the first, stratified ones."""
         if not 0 < images <= len(self.train):
             raise BadInput(f"{self.name} has {len(self.train)} training images: cannot take {images}")
         return replace(self, train=self.train[:images])
 
     def whole(self) -> "Dataset":
-        """The same data with all published training images trained on, judged by the test images alone.
+        """Return the data with all published training images trained on.
 
-        What others report is measured so. Nothing may be tuned on it: the validation images are trained on.
+        The test images alone judge, as in what others report. Nothing may be tuned on it: the validation
+        images are trained on.
         """
         train = [self.train, self.validation, self.decide]
         train = Split(x=torch.cat([s.x for s in train]), y=torch.cat([s.y for s in train]))
         return replace(self, train=train, held_out=("test",))
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, H, W, C) uint8 -> (N, C, H, W) of `dtype` with mean 0 and variance 1 per channel.
+        """Normalise images to mean 0 and variance 1 per channel.
 
-        Channels are last in memory.
+        (N, H, W, C) uint8 -> (N, C, H, W) of `dtype`, channels last in memory.
         """
         return normalize(x, self.mean, self.std, self.dtype)
 
     def shuffled(self, batch_size: int, generator: torch.Generator, **augmentation) -> "Batches":
-        """The training batches, shuffled and augmented: `Batches`; data of another kind may have its own."""
+        """Return the shuffled, augmented `Batches` of training; other data may have their own."""
         return Batches(self, batch_size, generator, **augmentation)
 
     def batches(
@@ -192,9 +193,10 @@ class Dataset:
 
 
 def normalize(x: torch.Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(N, H, W, C) integers of 0 to 255 -> (N, C, H, W) with mean 0 and variance 1 per channel.
+    """Normalise images to mean 0 and variance 1 per channel.
 
-    mean, std: of the channels in [0, 1]. Channels are last in memory.
+    (N, H, W, C) integers of 0 to 255 -> (N, C, H, W), channels last in memory. mean, std: of the channels in
+    [0, 1].
 
     >>> normalize(torch.full((1, 1, 2, 1), 255), mean=(0.5,), std=(0.25,))
     tensor([[[[2., 2.]]]])
@@ -298,9 +300,9 @@ class Batches:
     def cut(
         self, index: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, mirrored: torch.Tensor
     ) -> torch.Tensor:
-        """Normalised crops (B, C, H, W) of the training images `index` at offsets dy, dx: (B,).
+        """Return normalised crops (B, C, H, W) of training images.
 
-        mirrored: (B,) whether each of them is.
+        index, dy, dx: (B,), which images, and the offsets. mirrored: (B,) whether each of them is.
         """
         channels, height, width = self.dataset.shape
         padded_height, padded_width = self.padded.shape[1:3]
@@ -330,7 +332,9 @@ def _reflected(x, pad):
 
 
 def check_name(name: str) -> None:
-    """Raise `BadInput` unless `name` is a known data set or an existing `.npz` file or folder.
+    """Raise `BadInput` unless a data set of this name can be loaded.
+
+    It is a known one, or an existing `.npz` file or folder.
 
     >>> check_name("cifar10")
     >>> check_name("my/photos.npz")
@@ -371,11 +375,12 @@ def folder_name(name: str) -> str:
 
 
 def load(name: str | Path, *, device: torch.device | str = "cpu", size: int | None = None) -> Dataset:
-    """Load a data set by its name or the path of a user's own images (README, "Your own data").
+    """Load a data set by its name or path.
 
-    size: side in pixels to which images are resized, their middle cropped where they are not square; by
-    default they keep the size that they share, but pictures in a folder get 32 if it is above 64, or if they
-    share none. Raises `BadInput` naming what is unknown, missing or corrupt, and what was expected.
+    A path leads to a user's own images (README, "Your own data"). size: side in pixels to which images are
+    resized, their middle cropped where they are not square; by default they keep the size that they share,
+    but pictures in a folder get 32 if it is above 64, or if they share none. Raises `BadInput` naming what is
+    unknown, missing or corrupt, and what was expected.
 
     >>> data = load("mnist5k")  # 5,000 real digits that ship with a package: nothing is downloaded
     >>> data.shape, len(data.train)
@@ -438,7 +443,7 @@ def _known(name):
 
 
 def check_size(size: int | None) -> None:
-    """Raise `BadInput` unless `size` is a side of images in pixels, or None.
+    """Raise `BadInput` unless `size` is a side in pixels, or None.
 
     >>> check_size(0)
     Traceback (most recent call last):
@@ -449,7 +454,7 @@ def check_size(size: int | None) -> None:
 
 
 def own(name: str) -> Path | None:
-    """Return the file or folder of a user's own data set, or None.
+    """Return the path of a user's own data set, or None.
 
     >>> own("cifar10"), own("nowhere/photos")
     (None, None)
@@ -516,7 +521,7 @@ def synthetic(
 
 
 def stratified_order(labels: np.ndarray, seed: int = SPLIT_SEED) -> np.ndarray:
-    """Return a seeded order of which every prefix holds the classes in their proportions.
+    """Return a seeded order whose prefixes hold the classes in proportion.
 
     labels: (N,) integers. Sample number r of the n of its class gets the place (r + 1/2) / n; sorting by
     place mixes them.
@@ -590,7 +595,9 @@ def _blocks(x, elements=2**20):
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation per channel of integers (N, H, W, C) over 255.
+    """Return each channel's mean and standard deviation.
+
+    Of integers (N, H, W, C) over 255.
 
     >>> moments(torch.tensor([0, 51, 102]).view(1, 1, 3, 1))
     (tensor([0.2000], dtype=torch.float64), tensor([0.2000], dtype=torch.float64))

@@ -87,7 +87,7 @@ RANGES = {
 
 
 def within(what: str, value: object, words: str) -> None:
-    """Raise `BadInput` unless `value` is a number in the range that `words` name.
+    """Raise `BadInput` unless a number lies in the range in words.
 
     >>> within("recipe: momentum", 2, "from 0 to below 1")
     Traceback (most recent call last):
@@ -99,7 +99,7 @@ def within(what: str, value: object, words: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has run out, on whichever device.
+    """Return whether an error says that memory has run out.
 
     >>> out_of_memory(RuntimeError("CUDA out of memory")), out_of_memory(ValueError("no such thing"))
     (True, False)

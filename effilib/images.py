@@ -71,7 +71,7 @@ def _suffix(file):
 
 
 def read(file: Path, *, grey: bool, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return a picture as uint8, (H, W, 1) if grey, else (H, W, 3).
+    """Return a picture as uint8 of (H, W, 1 or 3).
 
     size: (W, H); the short side is resized and the rest cropped, centred. A camera's orientation is followed,
     what is transparent becomes white, of 16 bits the upper 8 are taken. Raises `BadInput`, "file (why)".
@@ -140,7 +140,7 @@ def _fit(image, size):
 
 
 def resize(x: np.ndarray, size: int) -> np.ndarray:
-    """Return images (N, H, W, C) at another size, as `read` resizes and crops them.
+    """Return images (N, H, W, C) resized and cropped as `read` does.
 
     >>> resize(np.zeros((2, 8, 6, 1), np.uint8), 4).shape
     (2, 4, 4, 1)
@@ -152,7 +152,7 @@ def resize(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def listed(bad: list[str], most: int = 200) -> str:
-    """Return all of a list in words, or its beginning and how many more there are.
+    """Return a list in words, or its beginning and its length.
 
     >>> listed(["a.png (damaged)", "b.png (no picture)"]), listed(["a"] * 300, most=2)
     ('a.png (damaged), b.png (no picture)', 'a, a and 298 more')
@@ -162,11 +162,11 @@ def listed(bad: list[str], most: int = 200) -> str:
 
 
 def convert(root: Path, cache: Path, title: str, size: int | None = None) -> tuple[Path, tuple[str, ...]]:
-    """Return the `.npz` of an image folder, made in `cache` unless it is there, and its classes.
+    """Return the cached `.npz` of an image folder, and its classes.
 
-    root: holds `train/<class>/` and `test/<class>/`. title: begins the file's name and what is said. size:
-    side of the images in pixels; by default small pictures of one size keep it, others get 32. Raises
-    `BadInput` that names all pictures that cannot be read.
+    It is made in `cache` unless it is there. root: holds `train/<class>/` and `test/<class>/`. title: begins
+    the file's name and what is said. size: side of the images in pixels; by default small pictures of one
+    size keep it, others get 32. Raises `BadInput` that names all pictures that cannot be read.
 
     >>> for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
     ...     Path("pets", place).mkdir(parents=True)

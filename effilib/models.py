@@ -52,8 +52,9 @@ ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
 def conv3x3(c_in: int, c_out: int, stride: int = 1, bias: bool = False, kernel: int = 3) -> nn.Conv2d:
-    """A convolution that keeps the size of maps, but for the stride: (N, c_in, H, W) -> (N, c_out, H /
-    stride, W / stride). kernel: odd.
+    """Return a convolution that keeps the size of maps, but for stride.
+
+    (N, c_in, H, W) -> (N, c_out, H / stride, W / stride). kernel: odd.
 
     >>> conv3x3(3, 8, stride=2)(torch.zeros(1, 3, 6, 6)).shape
     torch.Size([1, 8, 3, 3])
@@ -73,8 +74,9 @@ class Gone(nn.Module):
 
 
 class Constant(nn.Module):
-    """Stands where the last layer of a removed residual path stood, and adds what is left of it: a constant
-    per channel, (C,).
+    """Add what is left of a removed residual path: a constant.
+
+    (C,), one per channel; it stands where the path's last layer stood.
 
     >>> Constant(2)(torch.ones(1, 2, 1, 1)).flatten().tolist()  # it begins at 0
     [1.0, 1.0]
@@ -238,8 +240,9 @@ class VGG(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
     def settings(self) -> dict:
-        """Widths as they are now, whether there is BatchNorm, and windows above 2: `VGG(classes, channels,
-        **settings)` has the same structure.
+        """Return the settings with which `VGG` has this structure now.
+
+        Widths, whether there is BatchNorm, and windows above 2.
         """
         widths = [[]]
         for layer in self.features:
@@ -290,7 +293,7 @@ class Groups(nn.Module):
         return self.head(x.amax((2, 3))) * self.scale
 
     def settings(self) -> dict:
-        """Widths as they are now: `Groups(classes, channels, **settings)` has the same structure."""
+        """Return the settings with which `Groups` has this structure now."""
         return {
             "widths": [g[4].out_channels for g in self.groups],
             "stem": self.stem.out_channels,
@@ -301,7 +304,7 @@ class Groups(nn.Module):
 
 
 def resnet(classes: int, channels: int = 3, **settings) -> ResNet:
-    """`ResNet` with the given widths and blocks.
+    """Return a `ResNet` with the given widths and blocks.
 
     >>> resnet(10, channels=1, widths=(8,), blocks=(2,)).settings()
     {'widths': [8], 'blocks': [[8, 8]], 'stem': 8}
@@ -310,7 +313,7 @@ def resnet(classes: int, channels: int = 3, **settings) -> ResNet:
 
 
 def vgg(classes: int, channels: int = 3, **settings) -> VGG:
-    """`VGG` with the given widths.
+    """Return a `VGG` with the given widths.
 
     >>> vgg(10, widths=((8,), (16, 16))).settings()
     {'widths': [[8], [16, 16]], 'bn': True}
@@ -325,7 +328,7 @@ def convnet(
     bn: bool = True,
     window: int = 2,
 ) -> VGG:
-    """A small plain convolutional network, with or without BatchNorm: one 3x3 convolution a stage.
+    """Return a small plain network: one 3x3 convolution a stage.
 
     >>> convnet(10, widths=(8, 16), bn=False).settings()
     {'widths': [[8], [16]], 'bn': False}
@@ -334,7 +337,7 @@ def convnet(
 
 
 def speed_run(classes: int, channels: int = 3, **settings) -> Groups:
-    """`Groups` with the given widths.
+    """Return `Groups` with the given widths.
 
     >>> speed_run(10, widths=(16, 32)).settings()["widths"]
     [16, 32]
@@ -346,8 +349,9 @@ NETWORKS = {"resnet": resnet, "vgg": vgg, "convnet": convnet, "speed_run": speed
 
 
 def stream(seed: int, name: str) -> torch.Generator:
-    """A random stream of its own per purpose: initial weights, data order and a method's draws never shift
-    each other.
+    """Return the random stream of a purpose.
+
+    Initial weights, data order and a method's draws never shift each other.
 
     >>> [torch.rand(1, generator=stream(0, name)).item() < 1 for name in ("weights", "data")]
     [True, True]
@@ -479,7 +483,7 @@ def fits(
     layout: torch.memory_format = torch.channels_last,
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 (it has no state)
 ) -> None:
-    """Raise `BadInput` unless `model` can be trained on images of `shape` (C, H, W).
+    """Raise `BadInput` unless a model can be trained on such images.
 
     It has to take them to logits (N, classes) in eval and in training mode, and to gradients; of that nothing
     is left behind. batch: (x, y) as in training (default: two black images). autocast: the training's number
@@ -575,7 +579,7 @@ def _check_logits(out, network, wanted, mode):
 
 
 def in_training(model: nn.Module) -> nn.Module:
-    """Put `model` into training mode, but for layers that its user left in eval mode.
+    """Put a model into training mode, but for layers left in eval.
 
     A network that is in eval mode as a whole comes along as a whole.
 
@@ -609,8 +613,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def find(network: str, what: str = "network") -> Callable:
-    """The function behind `"module:function"` or `"file.py:function"`, or the class. what: it is called so in
-    errors.
+    """Return the function or class behind an import path.
+
+    `"module:function"` or `"file.py:function"`. what: it is called so in errors.
 
     >>> find("effilib.models:resnet") is resnet
     True
@@ -653,8 +658,9 @@ def _call(function, classes, settings):
 
 
 def kernels(model: nn.Module) -> dict:
-    """Kernel size, stride and padding of every convolution by name, as plain values: what kernel rescaling
-    changes.
+    """Return every convolution's kernel size, stride and padding by name.
+
+    Plain values: what kernel rescaling changes.
 
     >>> kernels(nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=2)))
     {'0': [[5, 5], [2, 2], [2, 2]]}
@@ -687,7 +693,9 @@ def set_kernel_(conv: nn.Conv2d, size: int, stride: int, padding: int) -> None:
 
 
 def describe(model: nn.Module) -> dict:
-    """Widths, depths and kernel sizes of one of our networks as they are now, JSON-able; {} for a user's own.
+    """Return the present structure of one of our networks, JSON-able.
+
+    Widths, depths and kernel sizes; {} for a user's own network.
 
     >>> describe(build("convnet", 10, (1, 8, 8), widths=(4, 8))), describe(nn.Linear(1, 1))
     ({'widths': [[4], [8]], 'bn': True}, {})
@@ -697,8 +705,10 @@ def describe(model: nn.Module) -> dict:
 
 @torch.no_grad()
 def reestimate_(model: nn.Module, batches: Iterable, *, training: bool = False) -> int:
-    """Set BatchNorm's running statistics to the plain average over `batches` of images (N, C, H, W), in
-    place. Returns how many layers: those that their user left in eval mode keep theirs.
+    """Estimate BatchNorm's running statistics anew, in place.
+
+    They become the plain average over `batches` of images (N, C, H, W). Returns how many layers: those that
+    their user left in eval mode keep theirs.
 
     All other layers compute as in eval mode (exact products, no dropout), or with `training` as in training.
 

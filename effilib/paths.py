@@ -46,9 +46,10 @@ def results() -> Path:
 
 
 def recorded() -> Path:
-    """Return the folder of the committed study runs that chapters 2 and 10 and the README read.
+    """Return the folder of the committed study runs.
 
-    `EFFILIB_RECORDED` names a copy on another machine. An installed package brings its own.
+    Chapters 2 and 10 and the README read them. `EFFILIB_RECORDED` names a copy on another machine. An
+    installed package brings its own.
 
     >>> any(recorded().glob("*/*/record.json"))
     True
@@ -92,7 +93,7 @@ def kernels() -> Path:
 
 
 def make(folder: Path | str, what: str = "results") -> Path:
-    """Create `folder` and prove that a file can be written there, or raise `BadInput` naming it.
+    """Create a folder, or raise `BadInput` where nothing can be written.
 
     what: "results" or "data".
 
@@ -167,7 +168,7 @@ def _finite(content):
 
 
 def read_json(path: Path | str) -> object:
-    """Return the content of a JSON file, or None where there is none or it is not whole.
+    """Return a JSON file's content, None where it is not whole.
 
     >>> read_json(write("mine.json", {"seconds": 1.5})), read_json("missing.json")
     ({'seconds': 1.5}, None)

@@ -34,7 +34,9 @@ class Progress:
             self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def done(self, line: str, work: float = 1.0, count: int = 1) -> None:
-        """Note that so many more are done, in so much of the work; `line` says what."""
+        """Note that so many more are done, and say `line`.
+
+        work: how much of the work they were."""
         self.count += count
         self.worked += work
         left = (
@@ -75,7 +77,7 @@ def ticked(items: Sequence[T], title: str, every: float = 10) -> Iterator[T]:
 
 
 def say_seconds(seconds: float) -> str:
-    """ "3.4 s", "48 s", "5 min", "2 h 5 min".
+    """Return seconds in words: "3.4 s", "48 s", "5 min", "2 h 5 min".
 
     >>> say_seconds(3.42), say_seconds(290), say_seconds(7500)
     ('3.4 s', '5 min', '2 h 5 min')

@@ -186,7 +186,7 @@ def source(*things, always: tuple[str, ...] = ("effilib.training", "effilib.expe
 
 
 def named_source(name: str) -> str:
-    """Return a digest of the source behind `"module:name"` or `"file.py:name"`.
+    """Return a digest of the source behind an import path.
 
     It changes with the file, with what the file imports, and with the version of an installed package. "" for
     a name of effilib's own.
@@ -207,7 +207,7 @@ def named_source(name: str) -> str:
 
 
 def imports(modules: Iterable[str]) -> set[str]:
-    """Return all modules of effilib and of the user's own that `modules` import, directly or not.
+    """Return what `modules` import of effilib and the user, directly or not.
 
     Never report, notebook, runner or command line.
 

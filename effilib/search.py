@@ -108,7 +108,7 @@ def leave_one_out(task: Task, parts: Sequence[Contender]) -> list[Arm]:
 
 
 def few(task: Task) -> Task:
-    """Return the task for two epochs of a few images, or less where it is shorter.
+    """Return the task for two epochs of a few images, at most.
 
     >>> few(task("quick", "mnist5k")).images
     512
@@ -168,7 +168,7 @@ def applicable(
 
 
 def gain(baseline: Sequence[History], arm: Sequence[History], slope: float) -> float:
-    """Return the log of the speed-up at equal accuracy, by paired runs of one length.
+    """Return the log speed-up at equal accuracy, by paired runs.
 
     slope: points that the baseline gains with e times the time, by which accuracy is turned into time.
 
@@ -227,7 +227,7 @@ def search(
     most: int = 3,
     report: Callable[[str], object] = print,
 ) -> Found:
-    """Search the contenders that can take part, and the best combination of those that gain.
+    """Search for the best contenders and their best combination.
 
     lengths: of the two rounds. seeds: paired ones, a round. keep: share of the contenders that the second
     round sees. most: additions that are tried. Cells are cached: interrupted, a search goes on.

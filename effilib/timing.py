@@ -111,7 +111,7 @@ def pass_times(
     repeats: int = 15,
     seconds: float | None = None,
 ) -> pd.DataFrame:
-    """Time forward pass, backward pass and whole step of each variant, in turn.
+    """Time each variant's forward pass, backward pass and whole step.
 
     Returns a row a variant, medians: "forward ms" (with the loss), "backward ms", "step ms" (with both and
     the optimizer).
@@ -142,7 +142,7 @@ def layer_times(
     repeats: int = 9,
     seconds: float = 8,
 ) -> pd.DataFrame:
-    """Time forward and backward pass of single layers, exact and approximated, in turn.
+    """Time single layers' passes, exact and approximated, in turn.
 
     convs: name -> `cost.Conv`. approximations: name -> `Approximation`; "exact" is added. precision: of the
     tensors. Returns a row a (layer, variant), medians: "forward ms", "backward ms".

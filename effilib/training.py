@@ -99,7 +99,7 @@ class Recipe:
 
 @dataclass
 class Schedule:
-    """Where a run is on its recipe's schedule, and how fast it goes through it.
+    """Hold where a run is on its recipe's schedule, and its pace.
 
     Positions are in steps of the recipe's batch size. `lr_at` is (position, planned) -> learning rate; a
     method may put one of its own here when it is set up.
@@ -153,13 +153,16 @@ class Method:
         return x, y
 
     def loss_terms(self, run: "Run") -> torch.Tensor | None:
-        """Return a scalar to add to the loss (`run.logits`, `run.loss` are there), or None."""
+        """Return a scalar to add to the loss, or None.
+
+        `run.logits` and `run.loss` are there.
+        """
 
     def on_after_backward(self, run: "Run") -> None:
-        """Gradients are there, unscaled; the optimizer has not stepped."""
+        """Act on unscaled gradients, before the optimizer's step."""
 
     def on_step_end(self, run: "Run") -> None:
-        """The optimizer has stepped."""
+        """Act after the optimizer's step."""
 
     def on_epoch_end(self, run: "Run") -> None:
         """After an epoch's last step, before its evaluation."""
@@ -353,9 +356,10 @@ class Run:
         self._kind = self.step_kind if kind == "step" else kind
 
     def generator(self, method: Method, share: bool = False) -> torch.Generator:
-        """The method's own random stream (on the CPU), so that its draws do not shift the order of the data.
+        """Return the method's own random stream, on the CPU.
 
-        It is the same in all processes, for what they decide alike. share: of draws for single images or
+        Its draws do not shift the order of the data. It is the same in all processes, for what they decide
+        alike. share: of draws for single images or
         activations, of which every process has its own. With one process both are the same stream."""
         return (self.own if share else self.generators)[method]
 
@@ -413,10 +417,10 @@ class Run:
         self.kind = before
 
     def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
-        """Move parameters into a group of the optimizer's own, where they are not yet in it.
+        """Move parameters into an optimizer's group of their own.
 
-        settings: of the group: `lr_factor` on the learning rate, `ends`, the share of the run after which its
-        own schedule has ended, or any of the optimizer's.
+        Where they are not yet in it. settings: of the group: `lr_factor` on the learning rate, `ends`, the
+        share of the run after which its own schedule has ended, or any of the optimizer's.
         """
         moved = set(parameters)
         for g in list(self.optimizer.param_groups):
@@ -434,8 +438,9 @@ class Run:
         return self.schedule.scale * lr * group.get("lr_factor", 1.0)
 
     def grow_batch(self, factor: float, lr_factor: float = 1.0) -> None:
-        """From the next epoch on, train on batches `factor` times as large, at `lr_factor` times the
-        schedule's learning rate.
+        """Train on larger batches from the next epoch on.
+
+        `factor` times as large, at `lr_factor` times the schedule's learning rate.
 
         The epochs and the schedule over them stay; there are fewer steps. Call it at an epoch's start or end.
         """
@@ -451,8 +456,9 @@ class Run:
         self.steps = self.step + self.schedule.left
 
     def replan(self, left: int) -> None:
-        """Go through what is left of the schedule in so many more steps, more or fewer than planned. Call it
-        at an epoch's start or end.
+        """Go through the rest of the schedule in so many steps.
+
+        More or fewer than planned. Call it at an epoch's start or end.
         """
         if left < 1:
             raise BadInput(f"a run needs at least one more step, got {left}")
@@ -479,7 +485,7 @@ class Run:
         self.wrap()
 
     def align_gradients(self) -> None:
-        """Lay out gradients that a method set as their parameters, for the same reason."""
+        """Lay out gradients as their parameters, for the same reason."""
         for p in self.model.parameters():
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
@@ -513,7 +519,7 @@ class Run:
             self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
     def autocast(self) -> torch.autocast:
-        """The run's number format, for a `with`."""
+        """Return the run's number format, for a `with`."""
         return autocast(self.precision, self.device)
 
     def train_step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
@@ -540,7 +546,7 @@ class Run:
         return x, y
 
     def add_terms(self, loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the loss of these logits, with what the methods add to it."""
+        """Return the logits' loss with what the methods add."""
         self.logits, self.loss = logits, self.ranks.mean(loss.detach(), self.batches)
         for hook in self._hooks["loss_terms"]:
             term = hook(self)
@@ -934,8 +940,9 @@ def warm_up(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32") -> tuple[float, float]:
-    """(mean cross entropy, accuracy in %) of `model` in eval mode on a split ("decide", "validation",
-    "test").
+    """Return (mean cross entropy, accuracy in %) on a split.
+
+    In eval mode. split: "decide", "validation" or "test".
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -957,7 +964,7 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "f
 def class_hits(
     model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32", multi_crop: float = 0.0
 ) -> list[list[int]]:
-    """Return [correct, all] by class of `model` in eval mode on a split.
+    """Return [correct, all] by class, in eval mode, on a split.
 
     multi_crop: see `Recipe`.
 
@@ -1013,7 +1020,9 @@ def crop_logits(model: nn.Module, x: torch.Tensor, share: float = 1.0, flip: boo
 
 
 def judge_(history: History, hits: list[list[list[int]]]) -> None:
-    """Set a history's final accuracies from [correct, all] by class on the validation and the test images.
+    """Set a history's final accuracies.
+
+    From [correct, all] by class on the validation and the test images.
 
     >>> judge_(history := History(), [[[8, 0], [8, 2]], [[7, 1], [8, 2]]])
     >>> history.final, history.test_accuracy, history.balanced_accuracy, history.held_out, history.majority
@@ -1028,7 +1037,7 @@ def judge_(history: History, hits: list[list[list[int]]]) -> None:
 
 
 def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in 32 bits or more, as losses need them.
+    """Return logits in 32 bits or more, as losses need them.
 
     >>> at_least_fp32(torch.zeros(1, dtype=torch.bfloat16)).dtype
     torch.float32
@@ -1083,7 +1092,9 @@ def memory(run: Run, saved: int, before: dict) -> dict:
 
 
 def native_bf16(device: str | torch.device = "cpu") -> bool:
-    """Whether bf16 products are native here: avx512_bf16 or amx_bf16, CUDA from compute capability 8.0.
+    """Return whether bf16 products are native here.
+
+    avx512_bf16 or amx_bf16, CUDA from compute capability 8.0.
 
     >>> native_bf16("cpu") == (resolve_precision("auto", "cpu") == "bf16")
     True
@@ -1094,8 +1105,9 @@ def native_bf16(device: str | torch.device = "cpu") -> bool:
 
 
 def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str:
-    """The precision that is meant: "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for
-    what the device cannot do fast.
+    """Return the precision that is meant.
+
+    "auto" is "bf16" where it is native, else "fp32". Raises `BadInput` for what the device cannot do fast.
 
     >>> resolve_precision("fp32"), resolve_precision("auto") in ("fp32", "bf16")
     ('fp32', True)
@@ -1110,9 +1122,11 @@ def resolve_precision(precision: str, device: str | torch.device = "cpu") -> str
 
 
 def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu", model: nn.Module | None = None) -> str:
-    """The recipe's memory format; "auto" -> "channels_last" where the kernels read it: on CPUs, and on CUDA's
-    tensor cores, unless the model is one that cannot take it (`convolution.contiguous_`). Raises
-    `NotApplicable` where such a model is asked to.
+    """Return the memory format that is meant.
+
+    "auto" is "channels_last" where the kernels read it: on CPUs, and on CUDA's tensor cores, unless the model
+    is one that cannot take it (`convolution.contiguous_`). Raises `NotApplicable` where such a model is asked
+    to.
 
     >>> resolve_layout(Recipe(), "cpu"), resolve_layout(Recipe(memory_format="contiguous"), "cpu")
     ('channels_last', 'contiguous')
@@ -1135,7 +1149,7 @@ def resolve_layout(recipe: Recipe, device: str | torch.device = "cpu", model: nn
 
 
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:
-    """Products inside are in "bf16" or "fp16"; with any other precision nothing changes.
+    """Compute products inside in "bf16" or "fp16"; else change nothing.
 
     >>> with autocast("bf16", "cpu"):
     ...     y = F.linear(torch.ones(1, 2), torch.ones(3, 2))
@@ -1165,7 +1179,7 @@ def backend(recipe, device):
 
 
 def can_compile(device: str | torch.device = "cpu") -> str:
-    """Why `torch.compile` cannot work here, in words; "" if it can.
+    """Return why `torch.compile` cannot work here, or "".
 
     >>> isinstance(can_compile(), str)
     True

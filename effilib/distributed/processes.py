@@ -62,7 +62,7 @@ def run(
     silence: float = SILENCE,
     threads: int = 1,
 ) -> list:
-    """Call `function(rank, *args)` in `n` processes and return the list of their results, by rank.
+    """Call `function(rank, *args)` in `n` processes; return their results by rank.
 
     function: one that can be imported (not defined in a notebook). args and results are pickled. Inside,
     `torch.distributed` is ready, with `n` ranks. timeout: seconds for all of it. silence: seconds that a rank
@@ -100,7 +100,7 @@ def run(
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Kill processes, each with all that it has started, and wait until they are gone.
+    """Kill processes and all that they started; wait for their end.
 
     >>> sleeper = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
     >>> end([sleeper])
@@ -117,7 +117,7 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def loopback() -> dict[str, str]:
-    """Return the environment in which gloo stays on this machine and looks up no host's name.
+    """Return the environment in which gloo stays on this machine.
 
     >>> loopback()
     {'GLOO_SOCKET_IFNAME': 'lo...'}

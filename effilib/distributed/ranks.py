@@ -155,7 +155,7 @@ class Ranks:
     # Shares of a batch
 
     def share(self, n: int) -> slice:
-        """The slice of a batch of `n` images that is this rank's; shares differ by one at most."""
+        """Return this rank's slice of a batch; sizes differ by one at most."""
         if n < self.size:
             raise BadInput(
                 f"a batch of {n} cannot be shared among {self.size} processes: it needs at least one image"
@@ -166,8 +166,9 @@ class Ranks:
         return slice(start, start + each + (self.rank < more))
 
     def weigh(self, mean: torch.Tensor, batches: "Batches") -> torch.Tensor:
-        """A mean over this rank's share of a batch, weighed so that the mean over all ranks is that over the
-        batch.
+        """Weigh a mean over this rank's share of a batch.
+
+        The mean of the weighed ones over all ranks is that over the batch.
         """
         if self.size == 1:
             return mean
@@ -175,7 +176,7 @@ class Ranks:
         return mean * ((mine.stop - mine.start) * self.size / batches.batch_size)
 
     def mean(self, mean: torch.Tensor, batches: "Batches") -> torch.Tensor:
-        """The mean over the whole batch of what is a mean over this rank's share of it."""
+        """Return a whole batch's mean from the means over the shares."""
         return mean if self.size == 1 else self.total(self.weigh(mean, batches)) / self.size
 
     # Words: anything that can be pickled; what cannot is an error in all processes, as they would wait for it
@@ -185,7 +186,7 @@ class Ranks:
         return self.first(lambda: value)
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function()` returns on rank 0, the only one to call it, on all ranks.
+        """Call `function` on rank 0 and return its result on all ranks.
 
         What it raises there is raised by all, in the same words.
         """
@@ -204,7 +205,7 @@ class Ranks:
         return _unpack(box[0])
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, a list, on all ranks."""
+        """Return the list of all ranks' values, on all ranks."""
         if self.size == 1:
             return [value]
         try:
@@ -228,14 +229,14 @@ class Ranks:
     # Numbers
 
     def total(self, t: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks."""
+        """Return a tensor's sum over all ranks."""
         if self.size > 1:
             t = t.detach().clone()
             dist.all_reduce(t)
         return t
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole batch (N, ...) of which every rank has its share, in the order of the ranks: slow."""
+        """Return the whole batch (N, ...) from all ranks' shares, slowly."""
         return x if self.size == 1 else torch.cat([part.to(x.device) for part in self.gather(x.cpu())])
 
     def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -264,10 +265,10 @@ class Ranks:
     # The network
 
     def wrap(self, model: nn.Module, sync_bn: bool = False) -> nn.Module:
-        """The model with gradients averaged over the ranks; all get rank 0's parameters and buffers.
+        """Return the model with gradients averaged over the ranks.
 
-        sync_bn: let BatchNorm take its moments over the whole batch. To be called anew when parameters came
-        or went.
+        All get rank 0's parameters and buffers. sync_bn: let BatchNorm take its moments over the whole batch.
+        To be called anew when parameters came or went.
         """
         if self.size == 1:
             return model
@@ -306,7 +307,7 @@ ALONE = Ranks()
 
 
 def sync_(model: nn.Module, on: bool = True) -> None:
-    """Let BatchNorms take their moments over the whole batch, or make them plain again.
+    """Let BatchNorms span the whole batch, or make them plain again.
 
     In place; `nn.SyncBatchNorm` works on CUDA only.
 

@@ -9,8 +9,9 @@ __all__ = ["Info"]
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is
-    added).
+    """Say what a method is: name, chapter, paper, claim, cost model.
+
+    claim: one sentence, with its conditions. cost_model: what is saved, what is added.
 
     >>> from effilib.methods import prune_train
     >>> prune_train.INFO.name, prune_train.INFO.chapter

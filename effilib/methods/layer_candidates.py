@@ -53,7 +53,7 @@ class Site:
     first: bool = False
 
     def flops(self, candidate: str = ORIGINAL) -> int:
-        """Return the FLOPs of the forward pass of a candidate on this site's images."""
+        """Return the FLOPs of a candidate's forward pass at this site."""
         total, (H, W) = 0, (self.H, self.W)
         for C, O, k, s, p, g in parts(candidate, self):  # noqa: E741
             H, W = ((n + 2 * b - a) // c + 1 for n, a, b, c in zip((H, W), k, p, s, strict=True))
@@ -88,7 +88,7 @@ def parts(candidate: str, site: Site) -> list[tuple]:
 
 
 def fits(candidate: str, site: Site) -> bool:
-    """Return whether a candidate can stand at a site and does fewer products there.
+    """Return whether a candidate fits a site and does fewer products.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
     >>> fits("group/4", site), fits("group/3", site)  # 3 does not divide 16
@@ -101,7 +101,7 @@ def fits(candidate: str, site: Site) -> bool:
 
 
 def why_left(conv: nn.Module) -> str:
-    """Return why no candidate can do what a layer does, "" where one can.
+    """Return why no candidate can replace a layer, or "".
 
     >>> why_left(nn.Conv2d(4, 8, 3, dilation=2))
     'it is dilated'
@@ -132,7 +132,7 @@ def site_of(conv: nn.Conv2d, **images) -> Site:
 
 
 def passes(candidate: str, site: Site) -> float:
-    """Return the share of the channels that pass a candidate's narrowest part, 0..1.
+    """Return the share of channels at a candidate's narrowest part, 0..1.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> passes("lowrank/4", site), passes("dwsep", site)
@@ -168,7 +168,7 @@ def replacement(
     norm: bool = True,
     conv: nn.Conv2d | None = None,
 ) -> Replacement:
-    """Return a candidate for a site, a module of the same input and output shapes.
+    """Return a candidate's module, of the site's input and output shapes.
 
     Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm:
     BatchNorm between the parts of a candidate that has ReLUs there. conv: a trained convolution; then the
@@ -223,7 +223,7 @@ def _matrix(W, candidate):
 
 
 def factors(W: torch.Tensor, candidate: str) -> list[torch.Tensor]:
-    """Return weights of a candidate's parts whose product comes nearest to the filters W.
+    """Return weights of a candidate's parts that come nearest to W.
 
     W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated singular value decompositions of
     a matrix; a bottleneck takes the leading directions of either side (HOSVD, near the best).

@@ -102,10 +102,7 @@ class Chain:
         return [self.part(i, j) for i, j in itertools.pairwise((0, *cuts, len(self)))]
 
     def doubts(self, k: int) -> list[str]:
-        """Return why training that is cut behind k would not give the same weights.
-
-        In sentences; none if it does.
-        """
+        """Return why a cut behind k would change the weights, in sentences."""
         found = []
         if k < len(self):
             near, far = self.part(0, k), self.part(k, len(self))

@@ -76,10 +76,10 @@ class Cluster:
 
 
 def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
-    """Return the bytes through the server's link in a step, 4 [2 W P(1..k) + 2 W b A_k].
+    """Return the bytes through the server's link in a step.
 
-    The first k of N layers are on the workers. Weights down and gradients up, activations up and their
-    gradients down; k = N is the plain parameter server, where nothing is cut.
+    4 [2 W P(1..k) + 2 W b A_k]: the first k of N layers are on the workers. Weights down and gradients up,
+    activations up and their gradients down; k = N is the plain parameter server, where nothing is cut.
 
     >>> conv, fc = (Layer(name="", parameters=p, outputs=a) for p, a in ((10, 100), (1000, 10)))
     >>> layers = [conv, fc]
@@ -92,7 +92,7 @@ def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
 
 
 def step_seconds(layers: Sequence[Layer], k: int, cluster: Cluster) -> float:
-    """Return T(k), the seconds of a step that is cut behind layer k.
+    """Return T(k), the seconds of a step cut behind layer k.
 
     The workers' part, the link and the server's part, one after the other; with overlap the longest of them.
 
@@ -130,10 +130,10 @@ def server_bytes(layers: Sequence[Layer], k: int, cluster: Cluster) -> int:
 
 
 def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
-    """Return (k, seconds) of the cut with the shortest step that fits the server's memory.
+    """Return (k, seconds) of the cut with the shortest step.
 
-    Of equals the one with the least on the server. The first layer always stays with the workers, for the
-    images are there.
+    It fits the server's memory; of equals the one with the least on the server. The first layer always stays
+    with the workers, for the images are there.
 
     >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
     >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
@@ -169,9 +169,9 @@ def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
 def pipeline(
     layers: Sequence[Layer], stages: int, batch: int, bandwidth: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Cut the chain in `stages` pieces so that the slowest piece or link takes the least time.
+    """Cut the chain in pieces whose slowest takes the least time.
 
-    Returns (seconds, cuts); one machine a piece.
+    Links between pieces count as pieces. Returns (seconds, cuts); one machine a piece.
 
     B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m
     stages (PipeDream's straight pipeline); seconds are those of a batch of `batch` images. cuts: how many
@@ -213,7 +213,9 @@ def bubble(stages: int, microbatches: int) -> float:
 
 
 def estimate(layers: Sequence[Layer], rate: float) -> list[Layer]:
-    """Return the layers with seconds from FLOPs, for a device that does `rate` FLOP/s.
+    """Return layers with seconds estimated from FLOPs.
+
+    rate: the device's FLOP/s.
 
     >>> estimate([Layer(name="conv", parameters=10, outputs=5, flops=2e9)], rate=1e9)[0].seconds
     2.0

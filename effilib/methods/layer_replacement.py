@@ -54,7 +54,7 @@ def guard(
     seed: int = 0,
     least: float = 0.05,
 ) -> dict:
-    """Take back what does not pay when the whole training step is measured.
+    """Take back what does not pay in a whole training step.
 
     Returns the plan without it; the model is left as it was. If the step is as short as foreseen, to within
     `least` of the original's, nothing is looked for. Else a replacement pays if the step is slower with that
@@ -115,7 +115,7 @@ def guard(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReplacement:
-    """Survey, choose and guard, on the clock, then train the rebuilt network from scratch.
+    """Survey, choose and guard, then train the rebuilt network from scratch.
 
     For `Arm.fit`: (task, seed) -> `History`. The table of latencies is charged to every seed with what it
     took, also where it comes from the cache. The plan stands in the history's events and structure. Raises

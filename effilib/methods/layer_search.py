@@ -25,9 +25,9 @@ __all__ = ["fisher_potential", "foresee", "pick", "potentials", "survey"]
 
 
 def fisher_potential(A: torch.Tensor, dA: torch.Tensor) -> float:
-    """Return the Fisher potential of a layer's output A (N, C, H, W) with gradient dA.
+    """Return the Fisher potential of a layer's output.
 
-    sum_c 1/2 mean_n (sum_ij A dA)^2; never negative.
+    A, dA: (N, C, H, W), output and gradient; sum_c 1/2 mean_n (sum_ij A dA)^2; never negative.
 
     >>> fisher_potential(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))  # 4^2 / 2
     8.0
@@ -42,7 +42,7 @@ def potentials(
     y: torch.Tensor,
     context: Callable = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """Return the Fisher potential of the named layers on one batch, by name.
+    """Return the named layers' Fisher potentials on one batch.
 
     Layers that the pass does not reach have 0.
 
@@ -79,11 +79,11 @@ def survey(
     block: int = 16,
     seed: int = 0,
 ) -> dict:
-    """Measure what each candidate and each cut takes and damages, and the whole step.
+    """Measure each candidate's and cut's time and damage.
 
-    The model is left as it was. x, y: one batch of training images, in the layout of training. block: nodes
-    lose so many channels at a time, at most half of them (0: none). Damage is the loss of potential as a
-    share of the network's, and at least that of a cut to what `passes`.
+    The whole step is measured too; the model is left as it was. x, y: one batch of training images, in the
+    layout of training. block: nodes lose so many channels at a time, at most half of them (0: none). Damage
+    is the loss of potential as a share of the network's, and at least that of a cut to what `passes`.
 
     Returns plain values: "layers" (name -> candidate -> "seconds", "damage", "flops"), "corners" (name ->
     seconds as `between` takes them), "potential" (name -> its share), "nodes" (name -> "widths", from all on,

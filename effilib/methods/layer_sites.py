@@ -38,7 +38,7 @@ def _calls(model, x, context):
 def sites(
     model: nn.Module, x: torch.Tensor, context: Callable = contextlib.nullcontext
 ) -> tuple[dict[str, Site], dict[str, str]]:
-    """Return all plain convolutions as they meet images x, and which are never replaced.
+    """Return all plain convolutions, and which are never replaced.
 
     (dict name -> `Site`, dict name -> why not). Those that are left alone can still lose channels.
 
@@ -74,9 +74,10 @@ def sites(
 
 
 def cuttable(model: nn.Module, found: dict[str, Site]) -> list[surgery.Node]:
-    """Return the channel nodes that sites write, and sites and linear layers read.
+    """Return the channel nodes that can be cut.
 
-    None where the network's structure cannot be read.
+    Sites write them, and sites and linear layers read them. None where the network's structure cannot be
+    read.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> [node.name for node in cuttable(net, sites(net, torch.zeros(2, 1, 8, 8))[0])]
@@ -91,7 +92,7 @@ def cuttable(model: nn.Module, found: dict[str, Site]) -> list[surgery.Node]:
 
 
 def replace_(model: nn.Module, plan: dict, seed: int = 0, *, trained: bool = False) -> list[str]:
-    """Cut and replace what a plan names, in place, new layers drawn from `seed`.
+    """Cut and replace what a plan names, in place.
 
     plan: "layers" (name -> candidate), "widths" (channel node -> channels, the first ones), "norm" (BatchNorm
     within new layers; default: if the network has one). Returns the names. Where channels are cut, outgoing
@@ -139,7 +140,7 @@ def replace_(model: nn.Module, plan: dict, seed: int = 0, *, trained: bool = Fal
 
 
 def swap_(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place `name` of `model`, in place, and return what stood there.
+    """Put a module into a model, in place; return the old one.
 
     >>> net = nn.Sequential(nn.ReLU())
     >>> swap_(net, "0", nn.Tanh()), net[0]

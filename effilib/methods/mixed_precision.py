@@ -36,7 +36,7 @@ INFO = Info(
 
 
 def round_to(x: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Return x rounded to the nearest numbers of `dtype`, in its own format.
+    """Return x rounded to the numbers of `dtype`, in its own format.
 
     x: any shape. Overflow becomes inf, underflow 0.
 
@@ -159,7 +159,7 @@ class LossScaler:
         return self.S * loss
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide gradients by S, before anything looks at them (clipping, weight decay, a method)."""
+        """Divide gradients by S, before anything else looks at them."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
         self.finite = all(
@@ -167,7 +167,7 @@ class LossScaler:
         )  # squares could overflow
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer's step, unless a gradient overflowed and such steps are skipped."""
+        """Take the optimizer's step, unless it overflowed and is skipped."""
         if self.finite or not self.skip:
             optimizer.step()
 

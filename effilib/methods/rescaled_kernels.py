@@ -141,7 +141,7 @@ def kernels(model: nn.Module, smallest: int = SMALLEST) -> dict[str, int]:
 
 
 def scaled(conv: nn.Conv2d, k: int, factor: float) -> int:
-    """Return the size that a kernel of size k should have on images `factor` times as large.
+    """Return a kernel's size on images `factor` times as large.
 
     Odd and at least 3; of a patch the nearest whole number, at least 2.
 

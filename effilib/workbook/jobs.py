@@ -100,7 +100,10 @@ class Job:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The user's own files behind the parameters, such as the mine.py of DIR/mine.py:net."""
+        """Return the user's own files behind the parameters.
+
+        Such as the mine.py of DIR/mine.py:net.
+        """
         texts = {name: value for name, value in self.parameters.items() if isinstance(value, str)}
         found = {
             name: Path(text.rpartition(":")[0] if ".py:" in text else text) for name, text in texts.items()
@@ -108,7 +111,7 @@ class Job:
         return {name: path for name, path in found.items() if path.is_absolute() and path.exists()}
 
     def held(self) -> bool:
-        """Return whether the run that this job belongs to still holds the results folder."""
+        """Return whether this job's run still holds the results folder."""
         try:
             return (self.folder / ".running").read_text(encoding="utf-8") == self.token
         except OSError:
@@ -146,7 +149,7 @@ class Ran:
 
 
 def listing(path: Path) -> list[tuple[str, int, int]]:
-    """Return the names, sizes and times of a file, or of all files in a folder.
+    """Return names, sizes and times of a file or a folder's files.
 
     >>> [(name, size) for name, size, _ in listing(paths.write("a.txt", "abc"))]
     [('a.txt', 3)]
@@ -386,7 +389,7 @@ def _locked(file):
 
 
 def executed(job: Job) -> bool:
-    """Return whether there is a complete record of this very job, with a report or without.
+    """Return whether there is a complete record of this very job.
 
     Times from a shared machine do not do if it runs alone.
 

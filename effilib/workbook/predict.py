@@ -85,7 +85,7 @@ def find(pictures: Sequence[str]) -> list[Path]:
 
 @torch.no_grad()
 def predict(model: nn.Module, known: dict, files: Iterable[Path], bad: list[str]) -> Iterator[Row]:
-    """Yield each picture with its pixels and its classes, the likeliest first, with their probabilities.
+    """Yield each picture, its pixels, and its classes with probabilities.
 
     known: as `checkpoint.load_images` returns it. bad: gets what cannot be read.
 
@@ -137,7 +137,7 @@ def table(rows: Sequence[tuple[Path, list[tuple[str, float]]]]) -> bytes:
 
 
 def contact_sheet(rows: Sequence[Row]) -> figures.Figure:
-    """Draw pictures as the network sees them, each with its class and probability.
+    """Draw pictures as the network sees them, classes beneath.
 
     >>> pixels = np.zeros((8, 8, 1), np.uint8)
     >>> sheet = contact_sheet([(Path("a.png"), pixels, [("cat", 0.75), ("dog", 0.25)])])

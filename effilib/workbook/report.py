@@ -85,7 +85,7 @@ UNEXPECTED = (
 
 
 def scoreboard_rows(folder: str | Path, notebooks: Any = ()) -> list[dict]:
-    """Return what is known about each notebook of a folder of results, by chapter.
+    """Return what a folder of results knows of each notebook.
 
     folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`. notebooks:
     names that get a row even where nothing was run. Returns flat dicts with the same keys, ready for
@@ -493,7 +493,7 @@ def render(
     alone: bool = False,
     kept: bool = False,
 ) -> Path:
-    """Write an executed notebook as one HTML file that opens offline and needs no script.
+    """Write an executed notebook as one HTML file, without scripts.
 
     notebook: the executed `.ipynb`. html: the file to write. record: the content of its `record.json`, if
     there is one. failure: why the run failed, or was skipped; shown on top, and then even an unreadable
