@@ -159,12 +159,9 @@ OPERATIONS = {
 
 def _in_place(node, module):
     """Whether an activation overwrites what it reads."""
-    said = (
-        getattr(module, "inplace", False)
-        or node.kwargs.get("inplace")
-        or node.target in ("relu_", torch.relu_)
-    )
-    return said or node.target in (F.relu, F.silu) and True in node.args
+    said = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
+    by_place = node.target in (F.relu, F.silu) and True in node.args
+    return said or by_place or node.target in ("relu_", torch.relu_)
 
 
 def _known(node, model):

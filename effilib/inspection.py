@@ -50,12 +50,12 @@ def followers(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
     outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
 
     def after(conv, inputs, output):
-        outputs[id(output)] = (output, names[conv])  # held, so that no other tensor gets its id
+        outputs[id(output)] = (output, output._version, names[conv])  # held, so that no other has its id
 
     def before(norm, inputs):
-        conv = outputs.get(id(inputs[0]))
-        if conv:
-            found[conv[1]] = names[norm]
+        x = inputs[0]
+        if id(x) in outputs and x._version == outputs[id(x)][1]:  # nothing in place came between
+            found[outputs[id(x)][2]] = names[norm]
 
     for m in model.modules():
         if isinstance(m, nn.Conv2d):

@@ -22,7 +22,8 @@ from torch import nn
 
 from effilib import convolution as conv
 from effilib.convolution import Approximation
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.inspection import followers
 from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import Method, Run
@@ -272,24 +273,8 @@ def placements(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) 
     >>> [list(placements(net, conv.layers(net), x).values()) for net in (with_norm, without)]
     [['dO'], ['dI']]
     """
-    names, outputs, hooks = {m: n for n, m in chosen.items()}, {}, []
-    place = dict.fromkeys(chosen, "dI")
-
-    def keep(module, inputs, output):
-        outputs[id(output)] = (module, output)  # kept alive, so that no id comes twice
-
-    def look(module, inputs):
-        found = outputs.get(id(inputs[0]))
-        if found:
-            place[names[found[0]]] = "dO"
-
-    for m in model.modules():
-        if m in names:
-            hooks.append(m.register_forward_hook(keep))
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            hooks.append(m.register_forward_pre_hook(look))
-    conv.probe(model, x, hooks)
-    return place
+    behind = followers(model, x)
+    return {name: "dO" if name in behind else "dI" for name in chosen}
 
 
 def prune_gradients_(
