@@ -328,7 +328,7 @@ class _Product(torch.autograd.Function):
                 x, w = a.operands(x, w)
             if a.forward:
                 y = a.forward(x, w, product)
-                y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+                y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2)).to(y.dtype)
             else:
                 y = product.forward(x, w, bias)
         index, scale = sampled or (None, None)

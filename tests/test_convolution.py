@@ -31,7 +31,8 @@ from effilib.errors import BadInput, NoEffect
 from effilib.methods.column_row_sampling import ColumnRowSampling
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_approximation import GradientApproximation
-from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets
+from effilib.methods.gradient_pruning import GradientPruning
+from effilib.methods.gradient_subsets import GradientSubsets
 from effilib.training import Recipe, train
 from tests.common import g
 

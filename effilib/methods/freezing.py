@@ -203,7 +203,7 @@ class FrozenPrefix(Method):
             run.restructure(lambda model, optimizer: self._freeze(run, state["depth"]))
 
     def on_step_end(self, run: Run) -> None:
-        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        done = run.schedule.after / run.schedule.planned
         depth = sum(done >= a for a in self.at)
         if depth > run.state[self]["depth"] and run.step + 1 < run.steps:
             run.restructure(lambda model, optimizer: self._freeze(run, depth))

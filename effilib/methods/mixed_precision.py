@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import BadInput, NoEffect, within
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -149,6 +149,9 @@ class LossScaler:
         interval: int = 2000,
         skip: bool = True,
     ):
+        for name, value in (("scale", scale), ("growth", growth), ("backoff", backoff)):
+            within(f"mixed precision: {name}", value, "above 0")
+        within("mixed precision: interval", interval, "a whole number above 0")
         self.S, self.growth, self.backoff = float(scale), growth, backoff
         self.interval, self.skip = interval, skip
         self.clean = self.skipped = 0
@@ -204,6 +207,9 @@ class MixedPrecision(Method):
     scale: float = 2.0**16  # S at the beginning; 1 is no scaling
     dynamic: bool = True  # skip overflowing steps, grow and back off; else S stays and every step is taken
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
+
+    def __post_init__(self):
+        LossScaler(self.scale, interval=self.interval)  # which says what is out of range
 
     def on_fit_start(self, run: Run) -> None:
         if run.precision not in ("fp32", "tf32"):

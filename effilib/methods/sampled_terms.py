@@ -27,9 +27,8 @@ def norms(t: torch.Tensor, dim: int) -> torch.Tensor:
     >>> norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
     """
-    t = (
-        t.float() if t.dtype == torch.float16 else t
-    )  # squares overflow; those of bf16 are only rounded, and sums are fp32 inside
+    # squares of fp16 overflow; those of bf16 are only rounded, and sums are fp32 inside
+    t = t.float() if t.dtype == torch.float16 else t
     return t.pow(2).sum([d for d in range(t.dim()) if d != dim]).float().sqrt()
 
 
@@ -87,7 +86,8 @@ def choose_terms(
                 "scale by"
             )
         return w.topk(k).indices, None
-    w = torch.ones_like(w) if scheme == "uniform" else w
+    even = scheme == "uniform" or not w.sum().isfinite()  # what overflowed orders nothing
+    w = torch.ones_like(w) if even else w
     p = (w / w.sum() if w.sum() > 0 else torch.full_like(w, 1 / n)) * (1 - mix) + mix / n
     generator = generator and conv.on_device(generator, w.device)
     if replacement and scheme != "bernoulli":
@@ -178,6 +178,12 @@ def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -
     """
     outputs, found, hooks = {}, {}, []
 
+    def shifted(m, inputs, y):
+        """A path whose last BatchNorm begins at 0 would hand on what came before it."""
+        y = y + (m.weight == 0).view(1, -1, *[1] * (y.dim() - 2))
+        outputs[m] = y.relu()
+        return y
+
     def look(name):
         def hook(layer, inputs):
             for bn, z in outputs.items():
@@ -190,7 +196,7 @@ def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -
 
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
-            hooks.append(m.register_forward_hook(lambda m, inputs, y: outputs.update({m: y.relu()})))
+            hooks.append(m.register_forward_hook(shifted))
     for name, layer in chosen.items():
         hooks.append(layer.register_forward_pre_hook(look(name)))
     conv.probe(model, x, hooks)
