@@ -186,7 +186,7 @@ def _known(node, model):
 
 
 class Part:
-    """The part of a network whose backward pass can be done for some of the samples.
+    """Hold the layers whose backward pass can be for some samples.
 
     borders: places at which samples may be dropped, lowest first, by the layer or block below; top_only: only
     the uppermost. above: the operation at which it ends. Raises `NoEffect` where it would hold no layer.
@@ -226,7 +226,7 @@ class Part:
 
     @property
     def borders(self) -> list[str]:
-        """Names of the places at which samples may be dropped, lowest first."""
+        """Return where samples may be dropped, lowest first."""
         return list(self.names.values())
 
     def _label(self, node):
@@ -309,10 +309,10 @@ class _Partial:
 
 
 def partial_backward_(model: nn.Module, sampler: Sampler, top_only: bool = False) -> Part:
-    """Give `model` a backward pass for some of the samples, in place. Returns the part that has it.
+    """Give `model` a backward pass for some samples, in place.
 
-    sampler, top_only: as of `Part`, which says what is refused. In eval mode, and where the images need a
-    gradient, all is as before.
+    Returns the part that has it. sampler, top_only: as of `Part`, which says what is refused. In eval mode,
+    and where the images need a gradient, all is as before.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8)).train()
     >>> half = lambda border, norms: (torch.arange(1), torch.full((1,), 2.0)) if len(norms) == 2 else None
@@ -356,7 +356,7 @@ def batch_norm_backward(
     gamma: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dX of the samples that are left, dgamma, dbeta of a batch normalization.
+    """Return dX of some samples, dgamma, dbeta of a batch normalization.
 
     dy: (n, C, H, W), weighted by 1 / p. x: (N, C, H, W), whole; index, weight: (n,). mean, invstd: (C,), of
     the whole batch.

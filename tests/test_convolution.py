@@ -440,6 +440,14 @@ def test_a_converted_model_can_be_copied_and_saved(tmp_path):
     Net().load_state_dict(torch.load(tmp_path / "w.pt"))
 
 
+def test_a_bias_takes_the_format_of_what_replaces_the_product():
+    layer, x = nn.Conv2d(2, 3, 3), torch.rand(1, 2, 5, 5)
+    half = Approximation(forward=lambda x, w, product: product.forward(x.bfloat16(), w.bfloat16()))
+    y = approx_conv2d(x, layer.weight, layer.bias, approximation=half)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), layer(x), atol=0.05)
+
+
 # Several methods at once
 
 

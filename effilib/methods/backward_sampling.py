@@ -48,10 +48,11 @@ DEFENSIVE = 0.1  # of the mean norm is added to each: no weight grows without bo
 
 
 def probabilities(norms: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
-    """Return p = min(1, c (|g_i| + 0.1 mean |g|)) with sum k.
+    """Return the probabilities with which samples stay, k on average.
 
-    Of the norms alone the variance would be least, but one that is near 0 would have a weight 1 / p without
-    bound; so none is above 11 N / k. norms: (N,), not all 0. k: from 1 to N; or (K, 1) of them, for p (K, N).
+    p = min(1, c (|g_i| + 0.1 mean |g|)), with sum k. Of the norms alone the variance would be least, but one
+    that is near 0 would have a weight 1 / p without bound; so none is above 11 N / k. norms: (N,), not all 0.
+    k: from 1 to N; or (K, 1) of them, for p (K, N).
 
     >>> probabilities(torch.tensor([0.0, 0.0, 3.0]), 2).tolist()
     [0.5, 0.5, 1.0]
@@ -79,7 +80,7 @@ def systematic(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def added_variance(norms: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return the variance that sampling adds to a gradient, as a share of SGD's own.
+    """Return the variance that sampling adds, as a share of SGD's own.
 
     sum (1 / p_i - 1) |g_i|^2 / sum |g_i|^2, over the last dimension: for samples drawn independently, and
     whose gradients of the weights are as long as those of the activations, at right angles.

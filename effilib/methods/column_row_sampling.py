@@ -48,10 +48,11 @@ INFO = Info(
 def forward_sampling(
     ratio: float, minimal: int, *, block: int = 1, norm: nn.Module | None = None, **how
 ) -> Approximation:
-    """Return the `Approximation` by a share of the input channels, forward and backward.
+    """Return the `Approximation` by a share of the input channels.
 
-    block: channels are chosen in blocks of so many neighbours. norm: the BatchNorm that, with a ReLU, makes
-    the input: channels are scored by its parameters (`rectified_energy`); None: by the input itself.
+    In the forward and the backward pass. block: channels are chosen in blocks of so many neighbours. norm:
+    the BatchNorm that, with a ReLU, makes the input: channels are scored by its parameters
+    (`rectified_energy`); None: by the input itself.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
@@ -77,7 +78,7 @@ def forward_sampling(
 
 
 def backward_sampling(ratio: float, minimal: int, **how) -> Approximation:
-    """Return the `Approximation` with an exact forward pass and a sampled backward pass.
+    """Return the `Approximation` with a sampled backward pass only.
 
     dX is of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|.
 
@@ -165,15 +166,15 @@ def sample_channels_(
     block: int = 16,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Let a model compute, in training steps, a uniform choice of its channels only. In place.
+    """Let a model compute a choice of its channels only, in place.
 
-    In forward sampling a channel that is left out gets a gradient of 0. Where all of its readers leave out
-    the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
-    products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
-    `effilib.surgery`) that only convolutions write and read. fixed: always the same ones, a narrower network
-    within this one; else drawn anew in every step. Returns the nodes' names. Raises `NoEffect` if there are
-    none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the network's
-    widths must stay.
+    In training steps; the choice is uniform. In forward sampling a channel that is left out gets a gradient
+    of 0. Where all of its readers leave out the same ones, nobody needs to write them either: the same sums
+    and gradients, from a quarter of the products instead of half. Chosen are blocks of channels, as in
+    `sample_columns_`, in every node (see `effilib.surgery`) that only convolutions write and read. fixed:
+    always the same ones, a narrower network within this one; else drawn anew in every step. Returns the
+    nodes' names. Raises `NoEffect` if there are none, `BadInput` if the network cannot be traced.
+    `exact_channels_` undoes it; until then the network's widths must stay.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
     >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
@@ -320,7 +321,7 @@ class _ForAShare:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(_ForAShare, Method):
-    """Train with sampled products, for the first part of the run or all of it.
+    """Train with sampled products, at first or all the time.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
@@ -361,7 +362,7 @@ class ColumnRowSampling(_ForAShare, Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSampling(_ForAShare, Method):
-    """Train a choice of the channels, for the first part of the run or all of it.
+    """Train a choice of the channels, at first or all the time.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))

@@ -100,7 +100,7 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
 
 
 def freeze_(model: nn.Module, x: torch.Tensor, names: list[str]) -> list[str]:
-    """Freeze layers in place, and fold their BatchNorms into the convolutions before them.
+    """Freeze layers in place, and fold BatchNorms into their convolutions.
 
     names: of `prefix`. Parameters, names and objects stay. BatchNorms take their running statistics from now
     on; what they are folded into is checked on a batch of images x, and undone if an output changes. What
@@ -151,7 +151,9 @@ def _plain_(m):
 
 
 def thaw_(model: nn.Module, frozen: list[str]) -> None:
-    """Undo `freeze_` in place: plain layers again, and the parameters `frozen` have gradients.
+    """Undo `freeze_` in place.
+
+    Layers are plain again, and the parameters `frozen` have gradients.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(2, 1, 8, 8)
     >>> thaw_(net, freeze_(net, x, prefix(net, x)))

@@ -68,10 +68,11 @@ def locations(
 def dw_at(
     index: torch.Tensor, v: torch.Tensor, x: torch.Tensor, w: torch.Tensor, product: conv.Convolution
 ) -> torch.Tensor:
-    """Return dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere.
+    """Return dW from one location per sample and output channel.
 
-    dW[o] = sum_n v[n, o] patch(x[n], index[n, o]). Needs one row of channels per filter tap, sample and
-    output channel; the size of the maps does not matter.
+    As if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o] patch(x[n],
+    index[n, o]). Needs one row of channels per filter tap, sample and output channel; the size of the maps
+    does not matter.
 
     >>> x, w = torch.arange(9.0).view(1, 1, 3, 3), torch.zeros(1, 1, 2, 2)
     >>> dw_at(torch.tensor([[3]]), torch.tensor([[2.0]]), x, w, conv.Convolution()).tolist()  # below right
@@ -100,12 +101,13 @@ def replacement(
     generator: torch.Generator | None = None,
     size: Callable[[], int] | None = None,
 ) -> Callable:
-    """Return the function (dy, x, w, product) -> dW that replaces the exact one.
+    """Return the function that replaces dW.
 
-    "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new
-    each time. "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of
-    the last two; None is the published one for "top", 1 / N on top of the mean over the batch that dy carries
-    already, and 1 for "unbiased". size: () -> N, where x is only one process's share of the batch.
+    (dy, x, w, product) -> dW. "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone.
+    "random": N(0, 1 / N^2), new each time. "top", "unbiased": from one location per sample and channel, see
+    `locations`. scale: factor of the last two; None is the published one for "top", 1 / N on top of the mean
+    over the batch that dy carries already, and 1 for "unbiased". size: () -> N, where x is only one process's
+    share of the batch.
 
     >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
     >>> conv.approx_linear(x, w, dw=replacement("zero")).sum().backward()
@@ -131,11 +133,11 @@ def replacement(
 
 
 def scheduled(schedule: str, layer: int, step: int) -> bool:
-    """Return whether the dW of convolution number `layer` is replaced in batch `step`.
+    """Return whether a convolution's dW is replaced in this batch.
 
-    0 is the stem, which never is. S1: every fourth layer from the second on, in every batch. S2: every other
-    layer, in every other batch. S3: every layer, in every fourth batch. Each is a quarter of all pairs.
-    "always": every layer, in every batch.
+    layer: its number; 0 is the stem, which never is. S1: every fourth layer from the second on, in every
+    batch. S2: every other layer, in every other batch. S3: every layer, in every fourth batch. Each is a
+    quarter of all pairs. "always": every layer, in every batch.
 
     >>> [scheduled("S1", layer, step=0) for layer in range(6)]
     [False, True, False, False, False, True]
@@ -152,9 +154,7 @@ def scheduled(schedule: str, layer: int, step: int) -> bool:
     }[schedule]
 
 
-def approximate_gradients_(
-    model, how, schedule, step, *, x=None, owner="gradient approximation", **options
-):
+def approximate_gradients_(model, how, schedule, step, *, x=None, owner="gradient approximation", **options):
     """Replace the dW of a model's convolutions by schedule, in place.
 
     step: () -> int, the number of the batch. Convolutions are numbered in their true order if x, a batch of

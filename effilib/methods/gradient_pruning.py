@@ -76,7 +76,7 @@ def _times(p):
 
 
 def zero_fraction(p: float) -> float:
-    """Return the share of zeros that a target rate p makes of normal gradients.
+    """Return the share of zeros of normal gradients at target rate p.
 
     p - sqrt(2/pi) (1 - exp(-t^2/2)) / t, where t is tau / sigma.
 
@@ -121,7 +121,7 @@ def lognormal_threshold(g: torch.Tensor, zeros: float) -> torch.Tensor:
 
 
 def prune(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Set elements below tau to 0 or to tau with their sign, so that their expectation stays.
+    """Set elements below tau to 0 or +-tau, unbiased.
 
     g where |g| >= tau, else sign(g) tau with probability |g| / tau: E = g, Var = |g| (tau - |g|). Same shape,
     layout and format. tau: 0-d; one that is 0 or not finite (a gradient overflowed) prunes nothing. The
@@ -155,9 +155,9 @@ def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generato
 def prune_in_one_pass(
     g: torch.Tensor, tau: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return g pruned by the compiled kernel, and what it summed on the way.
+    """Return g pruned by the compiled kernel, and its sums.
 
-    That is: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
+    These are: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
 
     >>> g = torch.tensor([3.0, 0.0, -1.0])
     >>> if compiler.load("gradient_pruning", "there is no kernel"):
@@ -200,12 +200,12 @@ def _uniform_like(t, generator, dtype):
 
 
 class Pruner:
-    """Prune the gradients of one layer and keep count; its state is plain.
+    """Prune a layer's gradients and keep count.
 
-    law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier
-    tau are averaged to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's
-    own. every: density is counted every so many batches. A batch whose gradient overflowed tells nothing: it
-    is neither counted nor averaged.
+    Its state is plain. p: target rate. law: "normal" (p is the share below tau) or "lognormal" (p is the
+    share of zeros). fifo: as many earlier tau are averaged to predict this batch's; until there are that many
+    nothing is pruned; 0 takes the batch's own. every: density is counted every so many batches. A batch whose
+    gradient overflowed tells nothing: it is neither counted nor averaged.
 
     >>> pruner, generator = Pruner(p=0.9), torch.Generator().manual_seed(0)
     >>> state = pruner.new_state()
@@ -222,7 +222,7 @@ class Pruner:
         self.p, self.law, self.fifo, self.every = p, law, fifo, every
 
     def new_state(self) -> dict:
-        """Return what is kept of a layer: earlier tau, and sums over the batches that were counted."""
+        """Return what is kept of a layer: earlier tau, and sums."""
         return {"taus": [], "calls": 0, "counted": 0, "zeros": 0.0, "error": 0.0, "cosine": 0.0}
 
     def __call__(self, g: torch.Tensor, state: dict, generator: torch.Generator) -> torch.Tensor:

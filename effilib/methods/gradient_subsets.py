@@ -48,11 +48,11 @@ def subset_gradients_(
     x: torch.Tensor | None = None,
     owner: object = "gradient subsets",
 ) -> list[str]:
-    """Compute dX and dW of all convolutions but the stem from random subsets.
+    """Compute dX and dW of convolutions from random subsets, in place.
 
-    In place, scaled without bias. keep: share of the slices. dx, dw: of what: "outputs" (channels),
-    "samples", or None: exact. If both name the same, they share the subset. Grouped convolutions stay exact.
-    Returns the names; raises `NoEffect` if no layer matched.
+    Of all but the stem, scaled without bias. keep: share of the slices. dx, dw: of what: "outputs"
+    (channels), "samples", or None: exact. If both name the same, they share the subset. Grouped convolutions
+    stay exact. Returns the names; raises `NoEffect` if no layer matched.
 
     >>> subset_gradients_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), 0.5, torch.Generator())
     ['features.4']

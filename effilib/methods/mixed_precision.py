@@ -36,7 +36,7 @@ INFO = Info(
 
 
 def round_to(x: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Return x rounded to the nearest numbers of `dtype`, in its own format.
+    """Return x rounded to numbers of `dtype`, in its own format.
 
     x: any shape. Overflow becomes inf, underflow 0.
 
@@ -66,7 +66,7 @@ class Round(torch.autograd.Function):
 
 
 class HalfConv2d(nn.Conv2d):
-    """Convolve fp16 operands, summed in fp32, into an fp16 result; dX and dW alike.
+    """Convolve fp16 operands, summed in fp32, into fp16; dX and dW alike.
 
     >>> y = HalfConv2d(1, 4, 3)(torch.rand(1, 1, 5, 5))
     >>> torch.equal(y, round_to(y))
@@ -124,7 +124,7 @@ def emulate_fp16_(model: nn.Module, on: bool = True) -> int:
 
 
 class LossScaler:
-    """Scale the loss by S; shrink S where a gradient overflowed, grow it else.
+    """Scale the loss by S, which shrinks after overflows and grows else.
 
     A step with an overflow is skipped; S grows after `interval` clean steps.
 
@@ -162,7 +162,7 @@ class LossScaler:
         return self.S * loss
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide gradients by S, before anything looks at them (clipping, weight decay, a method)."""
+        """Divide gradients by S, before clipping or a method sees them."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
         self.finite = all(
@@ -170,7 +170,7 @@ class LossScaler:
         )  # squares could overflow
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer's step, unless a gradient overflowed and such steps are skipped."""
+        """Take the optimizer's step, unless it overflowed and is to be skipped."""
         if self.finite or not self.skip:
             optimizer.step()
 
