@@ -113,9 +113,7 @@ class _BatchNorm(_Operation):
 
 class _ReLU(_Operation):
     def forward(self, keep, x):
-        n = self.node
-        in_place = getattr(self.module, "inplace", False) or n.kwargs.get("inplace") or True in n.args
-        y = torch.relu_(x) if in_place or n.target in ("relu_", torch.relu_) else torch.relu(x)
+        y = torch.relu_(x) if _in_place(self.node, self.module) else torch.relu(x)
         return y, (keep(y),)
 
     def backward(self, kept, dy, y):
@@ -135,6 +133,7 @@ class _Samplewise(_Operation):
 
     def call(self, x):
         n = self.node
+        x = x.clone() if _in_place(n, self.module) else x  # it is needed once more
         if self.module is not None:
             return self.module.forward(x)  # no hooks: this runs within a backward pass too
         return n.target(x, *n.args[1:], **n.kwargs)
@@ -158,6 +157,13 @@ OPERATIONS = {
 }
 
 
+def _in_place(node, module):
+    """Whether an activation overwrites what it reads."""
+    said = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
+    by_place = node.target in (F.relu, F.silu) and True in node.args
+    return said or by_place or node.target in ("relu_", torch.relu_)
+
+
 def _known(node, model):
     """The operation of a node, or None where it is not known, or something else takes part in it."""
     module = model.get_submodule(node.target) if node.op == "call_module" else None
@@ -171,6 +177,8 @@ def _known(node, model):
         return None
     if kind is _Sum and (len(tensors) != 2 or len(node.args) != 2 or node.kwargs):
         return None
+    if _in_place(node, module) and len(node.all_input_nodes[0].users) > 1:  # others read what it writes
+        return None
     return kind(node, module) if set(tensors) == set(node.all_input_nodes) else None
 
 
@@ -178,7 +186,7 @@ def _known(node, model):
 
 
 class Part:
-    """The part of a network whose backward pass can be done for some of the samples.
+    """Hold the layers whose backward pass can be for some samples.
 
     borders: places at which samples may be dropped, lowest first, by the layer or block below; top_only: only
     the uppermost. above: the operation at which it ends. Raises `NoEffect` where it would hold no layer.
@@ -218,7 +226,7 @@ class Part:
 
     @property
     def borders(self) -> list[str]:
-        """Names of the places at which samples may be dropped, lowest first."""
+        """Return where samples may be dropped, lowest first."""
         return list(self.names.values())
 
     def _label(self, node):
@@ -301,10 +309,10 @@ class _Partial:
 
 
 def partial_backward_(model: nn.Module, sampler: Sampler, top_only: bool = False) -> Part:
-    """Give `model` a backward pass for some of the samples, in place. Returns the part that has it.
+    """Give `model` a backward pass for some samples, in place.
 
-    sampler, top_only: as of `Part`, which says what is refused. In eval mode, and where the images need a
-    gradient, all is as before.
+    Returns the part that has it. sampler, top_only: as of `Part`, which says what is refused. In eval mode,
+    and where the images need a gradient, all is as before.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8)).train()
     >>> half = lambda border, norms: (torch.arange(1), torch.full((1,), 2.0)) if len(norms) == 2 else None
@@ -348,7 +356,7 @@ def batch_norm_backward(
     gamma: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dX of the samples that are left, dgamma, dbeta of a batch normalization.
+    """Return dX of some samples, dgamma, dbeta of a batch normalization.
 
     dy: (n, C, H, W), weighted by 1 / p. x: (N, C, H, W), whole; index, weight: (n,). mean, invstd: (C,), of
     the whole batch.
@@ -374,12 +382,13 @@ def batch_norm_backward(
     >>> torch.allclose(dx.sum((0, 2, 3)), torch.zeros(2), atol=1e-5)
     True
     """
+    precise = torch.promote_types(mean.dtype, torch.float32)  # without fp32 parameters they are bf16
+    weight, mean, invstd, gamma = (t.to(precise).contiguous() for t in (weight, mean, invstd, gamma))
     name = {torch.float32: "batch_norm_rows_float32", torch.bfloat16: "batch_norm_rows_bfloat16"}.get(x.dtype)
-    rows = x.is_contiguous(memory_format=torch.channels_last)
-    if name and rows and x.is_cpu and (kernels := compiler.load("batch_norm_rows", INSTEAD)):
-        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        dx, weight = torch.empty_like(dy), weight.float()
-        dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
+    rows = x.is_cpu and precise == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    if name and rows and (kernels := compiler.load("batch_norm_rows", INSTEAD)):
+        dy, index = dy.to(x.dtype).contiguous(memory_format=torch.channels_last), index.long().contiguous()
+        dx, dgamma, dbeta = torch.empty_like(dy), torch.empty_like(mean), torch.empty_like(mean)
         n, C, H, W = dy.shape
         tensors = (dy, x, index, weight, mean, invstd, gamma)
         getattr(kernels, name)(
@@ -400,7 +409,7 @@ def _batch_norm_backward(dy, x, weight, mean, invstd, gamma, eps):
     def channel(t):
         return t.view(1, -1, 1, 1)
 
-    g, w = dy.to(mean.dtype), weight.to(mean.dtype).view(-1, 1, 1, 1)
+    g, w = dy.to(mean.dtype), weight.view(-1, 1, 1, 1)
     xhat = (x.to(mean.dtype) - channel(mean)) * channel(invstd)
     dbeta, dgamma = total(g), total(g * xhat)
     s0, s1 = w.sum() * x.shape[2] * x.shape[3], total(w * xhat)

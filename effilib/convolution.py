@@ -56,7 +56,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Convolution:
-    """y = x * w with this geometry. x: (N, C, H, W), w: (O, C / groups, k, k), y and dy: (N, O, H', W').
+    """Compute a convolution y = x * w, dX and dW.
+
+    x: (N, C, H, W), w: (O, C / groups, k, k), y and dy: (N, O, H', W').
 
     >>> product = Convolution(padding=(1, 1))
     >>> x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
@@ -75,14 +77,15 @@ class Convolution:
         return list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x * w, with the bias (O,) if there is one."""
+        """Return x * w, with the bias (O,) if there is one."""
         return aten.convolution(*self._guarded(x, w), bias, *self._settings())
 
     def backward(
         self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, mask: tuple[bool, bool] = (True, True)
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dX, dW), None where the mask says that it is not asked for. Of x (of w) only the shape is read
-        where dW (dX) is not.
+        """Return (dX, dW), None where the mask says so.
+
+        Of x (of w) only the shape is read where dW (dX) is not asked for.
         """
         x, w = self._guarded(x, w)
         return aten.convolution_backward(dy, x, w, None, *self._settings(), [*mask, False])[:2]
@@ -95,7 +98,9 @@ class Convolution:
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """y = x w^T: what a linear layer computes. x: (N, C), w: (O, C), y and dy: (N, O).
+    """Compute what a linear layer does, y = x w^T.
+
+    x: (N, C), w: (O, C), y and dy: (N, O).
 
     >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
     >>> MatrixProduct().forward(x, w), MatrixProduct().backward(torch.ones(1, 1), x, w)
@@ -105,13 +110,13 @@ class MatrixProduct:
     groups: int = 1
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x w^T, with the bias (O,) if there is one."""
+        """Return x w^T, with the bias (O,) if there is one."""
         return F.linear(x, w, bias)
 
     def backward(
         self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, mask: tuple[bool, bool] = (True, True)
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dX, dW), None where the mask says that it is not asked for."""
+        """Return (dX, dW), None where the mask says so."""
         return dy @ w if mask[0] else None, dy.T @ x if mask[1] else None
 
 
@@ -120,7 +125,7 @@ class MatrixProduct:
 
 
 def take(t: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """The slices `index` of t along dim 0 or 1, laid out as t is.
+    """Return slices of t along dim 0 or 1.
 
     index: (k,); or along dim 1 (k / b, b), whose rows are blocks of b neighbouring channels, each from a
     multiple of b on: they are copied as a whole, which is several times as fast.
@@ -143,8 +148,9 @@ def take(t: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
 
 
 def put(t: torch.Tensor, dim: int, index: torch.Tensor, size: int) -> torch.Tensor:
-    """The opposite of `take`: a tensor with `size` slices along dim, t in the slices `index` (no two alike)
-    and 0 elsewhere.
+    """Return what `take` took back in its place, and 0 elsewhere.
+
+    A tensor with `size` slices along dim, t in the slices `index`, no two of which are alike.
 
     >>> put(torch.tensor([[3, 1]]), 1, torch.tensor([2, 0]), size=4).tolist()
     [[1, 0, 3, 0]]
@@ -180,7 +186,9 @@ def _columns(rows, index):
 
 
 def weigh(t: torch.Tensor, dim: int, scale: torch.Tensor | None) -> torch.Tensor:
-    """t with slice i along dim multiplied by scale[i]; scale is a number, a vector or None (1).
+    """Return t with slice i along dim multiplied by scale[i].
+
+    scale: a vector, a number for all slices, or None (1).
 
     >>> weigh(torch.ones(2, 2), 1, torch.tensor([1.0, 5.0])).tolist()
     [[1.0, 5.0], [1.0, 5.0]]
@@ -198,7 +206,7 @@ def dx_of_outputs(
     index: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """dX from the output channels `index` only, each weighed by its scale: sum_o scale_o dX^(o).
+    """Return dX from the output channels `index` only: sum_o scale_o dX^(o).
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
     >>> dx_of_outputs(dy, x, w, MatrixProduct(), torch.tensor([0, 2])).tolist()
@@ -216,7 +224,7 @@ def dw_of_outputs(
     index: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """dW of the output channels `index` only, weighed; 0 in all others.
+    """Return dW of the output channels `index`, weighed, else 0.
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
     >>> dw_of_outputs(dy, x, w, MatrixProduct(), torch.tensor([0, 2])).tolist()
@@ -234,7 +242,7 @@ def dx_of_samples(
     index: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """dX of the samples `index` only, weighed; 0 in all others.
+    """Return dX of the samples `index`, weighed, else 0.
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
     >>> dx_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1])).tolist()
@@ -252,7 +260,7 @@ def dw_of_samples(
     index: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """dW from the samples `index` only, each weighed by its scale: sum_n scale_n dW^(n).
+    """Return dW from the samples `index` only: sum_n scale_n dW^(n).
 
     >>> dy, x, w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3), torch.eye(3)
     >>> dw_of_samples(dy, x, w, MatrixProduct(), torch.tensor([1]), scale=2).tolist()
@@ -269,18 +277,16 @@ def dw_of_samples(
 
 @dataclass(frozen=True, kw_only=True)
 class Approximation:
-    """The parts of a product that are replaced; None is exact. `product` is a `Convolution` or a
-    `MatrixProduct`.
+    """Replace parts of a product; None is exact.
 
     sample: (x, w) -> None or (index, scale): only these input channels (index as in `take`) take part, in all
-    three products; the others get a
-        dX and dW of 0. The channel's contribution is multiplied by its scale (a vector, a number or None).
+    three products; the others get a dX and dW of 0. The channel's contribution is multiplied by its scale (a
+    vector, a number or None).
     operands: (x, w) -> (x, w) as all three products see them, e.g. rounded; gradients pass straight through.
-    They may be
-        trees of tensors, if forward, dx and dw are replaced by what understands them.
+    They may be trees of tensors, if forward, dx and dw are replaced by what understands them.
     forward: (x, w, product) -> y. output_gradient: dy -> dy as dX and dW see it (the bias sees the exact
     one). dx: (dy, x, w, product) -> dX. dw: (dy, x, w, product) -> dW, or None: no gradient, the optimizer
-    skips the parameter.
+    skips the parameter. `product` is a `Convolution` or a `MatrixProduct`.
 
     >>> halved = Approximation(output_gradient=lambda dy: 0.5 * dy)
     >>> none = Approximation(dw=lambda dy, x, w, product: None)
@@ -328,7 +334,7 @@ class _Product(torch.autograd.Function):
                 x, w = a.operands(x, w)
             if a.forward:
                 y = a.forward(x, w, product)
-                y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+                y = y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2)).to(y.dtype)
             else:
                 y = product.forward(x, w, bias)
         index, scale = sampled or (None, None)
@@ -389,12 +395,11 @@ def approx_conv2d(
     approximation: Approximation = EXACT,
     **parts,
 ) -> torch.Tensor:
-    """`F.conv2d` with replaceable parts, e.g. `approx_conv2d(x, w, padding=1, dw=f)`; the names are those of
-    `Approximation`.
+    """Compute `F.conv2d`, some parts of it replaced.
 
-    x: (N, C, H, W), w: (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to
-    `F.conv2d`, also under autocast. Only the gradients that are asked for are computed; it cannot be
-    differentiated twice.
+    As in `approx_conv2d(x, w, padding=1, dw=f)`; parts are named as in `Approximation`. x: (N, C, H, W), w:
+    (O, C / groups, k, k) -> (N, O, H', W'). Without replacement it is bit-equal to `F.conv2d`, also under
+    autocast. Only the gradients that are asked for are computed; it cannot be differentiated twice.
 
     >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(2, 1, 3, 3, requires_grad=True)
     >>> y = approx_conv2d(x, w, padding=1, dw=lambda dy, x, w, product: torch.zeros_like(w))
@@ -414,7 +419,9 @@ def approx_linear(
     approximation: Approximation = EXACT,
     **parts,
 ) -> torch.Tensor:
-    """`F.linear` with replaceable parts. x: (..., C), w: (O, C) -> (..., O).
+    """Compute `F.linear`, some parts of it replaced.
+
+    x: (..., C), w: (O, C) -> (..., O).
 
     >>> x, w = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
     >>> approx_linear(x, w, dw=lambda dy, x, w, product: 2 * product.backward(dy, x, w)[1]).sum().backward()
@@ -429,7 +436,7 @@ def approx_linear(
 
 
 class ApproxConv2d(nn.Conv2d):
-    """A convolution with the `approximations` of its owners; exact in eval mode.
+    """Convolve with the `approximations` of its owners; exactly in eval mode.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> zero = {"features.4": Approximation(output_gradient=torch.zeros_like)}
@@ -456,7 +463,7 @@ class ApproxConv2d(nn.Conv2d):
 
 
 class ApproxLinear(nn.Linear):
-    """A linear layer with the `approximations` of its owners; exact in eval mode.
+    """Multiply with the `approximations` of its owners; exactly in eval mode.
 
     >>> layer, x = ApproxLinear(3, 2), torch.ones(1, 3)
     >>> layer.approximations = {"me": Approximation(forward=lambda x, w, product: 0 * product.forward(x, w))}
@@ -477,7 +484,7 @@ PLAIN = {approx: plain for plain, approx in APPROX.items()}
 
 
 def merged(layer: nn.Module) -> Approximation:
-    """All approximations of a layer as one.
+    """Return all approximations of a layer as one.
 
     >>> sign = Approximation(output_gradient=torch.sign)
     >>> rounded = Approximation(operands=lambda x, w: (x.round(), w.round()))
@@ -494,7 +501,7 @@ def merged(layer: nn.Module) -> Approximation:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold `model` in eval mode; afterwards every layer is in its own mode again.
+    """Hold `model` in eval mode, then each layer in its own.
 
     >>> net = nn.Sequential(nn.BatchNorm2d(1).eval(), nn.Dropout())
     >>> with evaluating(net):
@@ -513,8 +520,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def probe(model: nn.Module, x: torch.Tensor, hooks: dict, grad: bool = False) -> None:
-    """A forward pass in eval mode for the sake of its hooks, which are removed; the model is left as it was,
-    whatever happens.
+    """Run a model in eval mode for the sake of its hooks.
+
+    They are removed, and the model is left as it was, whatever happens.
 
     >>> seen, net = [], nn.Sequential(nn.Dropout(), nn.Linear(2, 3))
     >>> hook = net[1].register_forward_hook(lambda m, inputs, output: seen.append(output.shape))
@@ -531,9 +539,9 @@ def probe(model: nn.Module, x: torch.Tensor, hooks: dict, grad: bool = False) ->
 
 
 def layers(model: nn.Module, x: torch.Tensor | None = None, *, linear: bool = False) -> dict[str, nn.Module]:
-    """The layers that the papers approximate: every convolution but the stem and the classifier. Dict name ->
-    module, in order.
+    """Return the layers that the papers approximate: name -> module, in order.
 
+    Every convolution but the stem and the classifier.
     The stem is the convolution that sees the image; the classifier is the last layer with weights. x: a batch
     of images, by which the layers' true order and the stem are found (in eval mode, nothing is learned);
     without it the order in which the model holds them. linear: linear layers too. A class of the user's own
@@ -577,11 +585,11 @@ def layers(model: nn.Module, x: torch.Tensor | None = None, *, linear: bool = Fa
 def convert_(
     chosen: dict[str, nn.Module], approximations: dict | Approximation, owner: object, method: str
 ) -> list[str]:
-    """Give layers their approximations, in place: parameters, names and objects stay. Returns the names.
+    """Give layers their approximations, in place; return the names.
 
-    chosen: dict name -> module, of `layers`. approximations: dict name -> `Approximation`; a layer without
-    one stays. owner: whose they are, for `revert_`. Raises `NoEffect` if no layer gets one, `BadInput` where
-    two owners replace the same part.
+    Parameters, names and objects stay. chosen: dict name -> module, of `layers`. approximations: dict name ->
+    `Approximation`; a layer without one stays. owner: whose they are, for `revert_`. Raises `NoEffect` if no
+    layer gets one, `BadInput` where two owners replace the same part.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> none = Approximation(dw=lambda dy, x, w, product: torch.zeros_like(w))
@@ -609,8 +617,9 @@ def convert_(
 
 
 def revert_(model: nn.Module, owner: object) -> int:
-    """Take the owner's approximations away again; layers without any become plain. Returns how many layers
-    had one.
+    """Take the owner's approximations away again, in place.
+
+    Layers without any become plain. Returns how many layers had one.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> zero = {"features.4": Approximation(output_gradient=torch.zeros_like)}
@@ -628,7 +637,7 @@ def revert_(model: nn.Module, owner: object) -> int:
 
 
 def on_device(generator: torch.Generator, device: str | torch.device) -> torch.Generator:
-    """A generator that draws on `device`: itself, or on CUDA a new one that it seeds.
+    """Return a generator on `device`: itself, or one it seeds.
 
     >>> generator = torch.Generator()
     >>> on_device(generator, "cpu") is generator
@@ -645,12 +654,11 @@ BLOCK = 16  # channels that oneDNN's kernels take at once, with AVX-512
 
 
 def guard_(model: nn.Module) -> nn.Module:
-    """Keep 1 x 1 convolutions with a stride out of a kernel that writes past its memory (oneDNN issue 6035).
-    In place.
+    """Keep strided pointwise convolutions out of a faulty kernel, in place.
 
-    On a CPU, with fewer than `BLOCK` input channels in channels_last, their backward pass may crash, hang or
-    be wrong, as the batch and the number of threads have it. Such a layer gets its input, and its weights, in
-    the contiguous layout.
+    It writes past its memory (oneDNN issue 6035). On a CPU, with fewer than `BLOCK` input channels in
+    channels_last, their backward pass may crash, hang or be wrong, as the batch and the number of threads
+    have it. Such a layer gets its input, and its weights, in the contiguous layout.
 
     >>> conv = guard_(nn.Conv2d(8, 8, 1, stride=2).to(memory_format=torch.channels_last))
     >>> y = conv(torch.zeros(15, 8, 6, 6).to(memory_format=torch.channels_last))
@@ -668,7 +676,7 @@ def guard_(model: nn.Module) -> nn.Module:
 
 
 def contiguous_(model: nn.Module) -> RemovableHandle:
-    """Give `model` its images in the contiguous layout, whichever they come in. Returns the hook.
+    """Give `model` its images in the contiguous layout; return the hook.
 
     >>> net = nn.Sequential(nn.Identity())
     >>> _ = contiguous_(net)

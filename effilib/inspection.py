@@ -11,7 +11,7 @@ __all__ = ["cut_patches", "first_convolution", "followers"]
 
 
 def cut_patches(x: torch.Tensor, conv: nn.Conv2d, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return at most `count` patches that `conv` sees in x, drawn at random.
+    """Return at most `count` random patches that `conv` sees in x.
 
     x: (N, C, H, W). Returns (M, C / groups * kh * kw). They lie where the convolution puts its filters,
     padding included; the channels of each group are patches of their own.
@@ -40,9 +40,9 @@ def cut_patches(x: torch.Tensor, conv: nn.Conv2d, count: int, generator: torch.G
 
 
 def followers(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
-    """Return {convolution: normalisation} by name, where one takes just what the other gives.
+    """Return {convolution: the normalisation behind it} by name.
 
-    x: a few images (N, C, H, W).
+    Where one takes just what the other gives, nothing in between. x: a few images (N, C, H, W).
 
     >>> followers(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     {'features.0': 'features.1', 'features.4': 'features.5'}
@@ -50,12 +50,12 @@ def followers(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
     outputs, found, hooks, names = {}, {}, [], {m: n for n, m in model.named_modules()}
 
     def after(conv, inputs, output):
-        outputs[id(output)] = (output, names[conv])  # held, so that no other tensor gets its id
+        outputs[id(output)] = (output, output._version, names[conv])  # held, so that no other has its id
 
     def before(norm, inputs):
-        conv = outputs.get(id(inputs[0]))
-        if conv:
-            found[conv[1]] = names[norm]
+        x = inputs[0]
+        if id(x) in outputs and x._version == outputs[id(x)][1]:  # nothing in place came between
+            found[outputs[id(x)][2]] = names[norm]
 
     for m in model.modules():
         if isinstance(m, nn.Conv2d):

@@ -121,6 +121,11 @@ class Schedule:
         return self.scale * self.lr_at(self.position, self.planned)
 
     @property
+    def after(self) -> float:
+        """Position after this step."""
+        return self.position + self.pace
+
+    @property
     def left(self) -> int:
         """Steps that are left at this pace."""
         return math.ceil(round((self.planned - self.position) / self.pace, 6))  # 6.000000000000001 is 6
@@ -591,7 +596,7 @@ class Run:
         """Go on to the next step."""
         self._kind = self.step_kind
         self.step += 1
-        self.schedule.position += self.schedule.pace
+        self.schedule.position = self.schedule.after
 
 
 def _parameters(model):

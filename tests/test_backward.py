@@ -193,6 +193,45 @@ def test_the_compiled_batch_norm_is_the_one_in_many_steps(dtype, close, channels
         assert torch.allclose(a.double(), b.double(), rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("odd", ["weight in fp64", "every second", "int32", "all in bf16"])
+def test_the_compiled_batch_norm_reads_whatever_its_operands_are(odd):
+    dy, x, index, weight, *others, eps = norm_case(16, torch.bfloat16)
+    close = 1e-6
+    expected = batch_norm_backward(dy, x, index, weight, *others, eps)
+    if odd == "weight in fp64":
+        weight = weight.double()
+    elif odd == "every second":
+        index, weight = index.repeat_interleave(2)[::2], weight.repeat_interleave(2)[::2]
+    elif odd == "int32":
+        index = index.int()
+    else:
+        others, close = [t.bfloat16() for t in others], 0.1
+    found = batch_norm_backward(dy, x, index, weight, *others, eps)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.allclose(a, b, rtol=close, atol=close) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("network", ["in bf16", "without parameters"])
+def test_statistics_that_are_not_fp32_do_no_harm(network, monkeypatch):
+    """`Odd`'s BatchNorm in bf16, with the kernel and without it."""
+    found, plain = [], network == "without parameters"
+    index, weight = torch.arange(8)[::2], torch.full((4,), 2.0)
+    for kernel in (True, False):
+        with models.seeded(0):
+            model = Odd().train()
+        if plain:
+            model.norm = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+        model = (model if plain else model.bfloat16()).to(memory_format=torch.channels_last)
+        partial_backward_(model, lambda border, norms: (index, weight))
+        x = images(8, torch.float32 if plain else torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        if not kernel:
+            monkeypatch.setattr(backward.compiler, "load", lambda *words: None)
+        found.append(gradients(model, x, torch.arange(8) % 4, "bf16" if plain else "fp32")[1])
+    assert all(torch.allclose(a, b, rtol=0.03, atol=2e-3) for a, b in zip(*found, strict=True))
+
+
 def test_its_numbers_do_not_depend_on_the_number_of_threads():
     case, found = norm_case(16, torch.bfloat16, pixels=3000), []
     threads = torch.get_num_threads()
@@ -240,6 +279,38 @@ def test_what_is_kept_for_the_backward_pass_is_counted_and_no_more_than_autograd
     whole = saved(model)
     partial_backward_(model, everything)
     assert 0.5 * whole < saved(model) < 1.1 * whole
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, nn.ReLU])
+def test_activations_in_place_change_nothing(act):
+    def network(in_place):
+        with models.seeded(0):
+            return nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act(inplace=in_place), nn.Conv2d(4, 4, 3),
+                act(inplace=in_place), nn.Flatten(), nn.Linear(64, 4),
+            ).double()  # fmt: skip
+
+    exact, mine, (x, y) = network(False), network(True), batch("in place")
+    partial_backward_(mine, listed)
+    for a, b in zip(gradients(exact, x, y)[1], gradients(mine, x, y)[1], strict=True):
+        assert torch.allclose(a, b)
+
+
+class Preactivated(Plain):
+    """What an activation overwrites is read by another layer too."""
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(self.c(F.relu(x, inplace=True) + x).mean((2, 3)))
+
+
+def test_where_others_read_what_an_activation_overwrites_it_is_not_known():
+    with models.seeded(0):
+        exact = Preactivated().double()
+    mine, (x, y) = copy.deepcopy(exact), batch("overwritten")
+    assert partial_backward_(mine, everything).above == "relu"
+    for a, b in zip(gradients(exact, x, y)[1], gradients(mine, x, y)[1], strict=True):
+        assert a is b is None or torch.allclose(a, b)
 
 
 class Odd(nn.Module):

@@ -31,7 +31,8 @@ from effilib.errors import BadInput, NoEffect
 from effilib.methods.column_row_sampling import ColumnRowSampling
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_approximation import GradientApproximation
-from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets
+from effilib.methods.gradient_pruning import GradientPruning
+from effilib.methods.gradient_subsets import GradientSubsets
 from effilib.training import Recipe, train
 from tests.common import g
 
@@ -437,6 +438,14 @@ def test_a_converted_model_can_be_copied_and_saved(tmp_path):
     assert torch.equal(twin(images()), model(images()))
     torch.save(model.state_dict(), tmp_path / "w.pt")
     Net().load_state_dict(torch.load(tmp_path / "w.pt"))
+
+
+def test_a_bias_takes_the_format_of_what_replaces_the_product():
+    layer, x = nn.Conv2d(2, 3, 3), torch.rand(1, 2, 5, 5)
+    half = Approximation(forward=lambda x, w, product: product.forward(x.bfloat16(), w.bfloat16()))
+    y = approx_conv2d(x, layer.weight, layer.bias, approximation=half)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), layer(x), atol=0.05)
 
 
 # Several methods at once

@@ -145,6 +145,12 @@ def test_the_guess_of_an_exponent_changes_nothing(n, dtype):
             assert all(torch.equal(found[0][0], q[0]) and found[0][1] == q[1] for q in found)
 
 
+def test_int8_sums_beyond_int32_are_exact_too():
+    x = torch.full((1, 140_000, 1, 1), 127, dtype=torch.int8)
+    y = integers.convolve_int8(x, x, Convolution(), 1.0, 1.0)
+    assert y.item() == torch.tensor(140_000.0 * 127**2).bfloat16().item()
+
+
 def test_int8_products_are_exact(route):
     for k, product in GEOMETRIES.values():
         x, w = whole((2, 5, 9, 8), 8, 0), whole((6, 5, k, k), 8, 1)

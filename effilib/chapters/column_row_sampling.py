@@ -8,7 +8,7 @@ from effilib.tasks import Task
 
 RATIOS = (0.75, 0.5, 0.3)
 HALF = "50% of the channels"
-NARROWER = "narrower network, exact"
+NARROWER = {0.75: 0.87, 0.5: 0.72, 0.3: 0.55}  # ratio -> share of the channels with about so many products
 # A plain network of wide convolutions on small maps, which bound a step: 128 to 256 channels in the study.
 WIDE = {
     "smoke": ((16,), (64,), (32,)),
@@ -20,7 +20,9 @@ WIDE = {
 TUNED: dict[str, dict[float, dict]] = {}
 SIZES = {p: dict(network="vgg", widths={"widths": w}, tuned=TUNED.get(p, {})) for p, w in WIDE.items()}
 SIZES["quick"] |= dict(epochs=1)
-SIZES["study"] |= dict(epochs=2.5)  # five arms of a minute: 880 steps the longest, 8 epochs of 14,000 images
+SIZES["study"] |= dict(
+    epochs=2.5
+)  # seven arms of a minute or less: 880 steps the longest, 8 epochs of 14,000 images
 GRID = {p: dict(size) for p, size in SIZES.items()}  # of what is only shown
 GRID["quick"] |= dict(epochs=0.4)
 GRID["study"] |= dict(epochs=1)
@@ -34,20 +36,22 @@ CONTENDER = HALF
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return exact training, all ratios (quick: half), and an exact network of about half of the FLOPs."""
-    names = (HALF,) if task.preset in ("smoke", "quick") else SETTINGS
-    sampled = [Arm(name=n, methods=(SETTINGS[n],), tuned=RATES.get(n, {})) for n in names]
-    return [Arm(name="exact", role="baseline"), *sampled, *narrower(task)]
+    """Return exact training, all ratios (quick: half), and for each an exact network of as many products."""
+    methods = {n: m for n, m in SETTINGS.items() if n == HALF or task.preset in ("study", "full")}
+    sampled = [Arm(name=n, methods=(m,), tuned=RATES.get(n, {})) for n, m in methods.items()]
+    controls = [arm for m in methods.values() for arm in narrower(task, m.ratio)]
+    return [Arm(name="exact", role="baseline"), *sampled, *controls]
 
 
-def narrower(task: Task, share: float = 0.72) -> list[Arm]:
-    """Return the control: `share` of the channels, in multiples of 16: about half of the products."""
+def narrower(task: Task, ratio: float = 0.5) -> list[Arm]:
+    """Return the control: a network with about `ratio` of the products, its channels multiples of 16."""
     if task.network != "vgg" or "widths" not in task.widths:
         return []
     widths = tuple(
-        tuple(max(8, round(c * share / 16) * 16) for c in stage) for stage in task.widths["widths"]
+        tuple(max(8, round(c * NARROWER[ratio] / 16) * 16) for c in stage) for stage in task.widths["widths"]
     )
-    return [Arm(name=NARROWER, role="control", network={"widths": widths}, tuned=RATES.get(NARROWER, {}))]
+    name = f"narrower network, {ratio:.0%} of the products"
+    return [Arm(name=name, role="control", network={"widths": widths}, tuned=RATES.get(name, {}))]
 
 
 def grid(task: Task) -> list[Arm]:

@@ -6,7 +6,7 @@ from effilib.methods.freezing import FrozenPrefix
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.tasks import Task
 
-FROZEN, ZERO, TOP = "frozen prefix", "zero, S1", "top location, S1"
+FROZEN, ZERO = "frozen prefix", "zero, S1"
 SCHEDULES = ("S1", "S2", "S3")
 RESNET_20 = {"widths": (16, 32, 64), "blocks": (3, 3, 3)}  # published, with ResNet-14 beside it
 # epochs -> recipe of ResNet-20 at this chapter's lengths; empty: not swept yet, the task's own
@@ -25,7 +25,6 @@ SETTINGS = {
     # in the last half of the batches; the layers on the largest maps are fewer, and cost more.
     FROZEN: FrozenPrefix(at=(0.5,)),
     ZERO: GradientApproximation(how="zero", schedule="S1"),
-    TOP: GradientApproximation(how="top", schedule="S1"),
 }
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 RATES: dict[str, dict[float, dict]] = {}

@@ -2,7 +2,8 @@
 
 from effilib.experiment import Arm
 from effilib.methods.backward_sampling import BackwardSampling
-from effilib.methods.gradient_pruning import GradientPruning, GradientSubsets, zero_fraction
+from effilib.methods.gradient_pruning import GradientPruning, zero_fraction
+from effilib.methods.gradient_subsets import GradientSubsets
 from effilib.tasks import Task
 
 PRUNED, SAMPLED, SMALLER = "pruned, p = 90%", "samples by norm", "smaller network, exact"

@@ -1,5 +1,5 @@
 // Backward pass of batch normalization over some samples of a batch, each with a weight of its own; see
-// `effilib.methods.backward_sampling.batch_norm_backward`. Images lie as (N, H, W, C). x is read where it lies in
+// `effilib.backward.batch_norm_backward`. Images lie as (N, H, W, C). x is read where it lies in
 // the whole batch, so that nothing is copied; sums are taken sample by sample, so that threads change nothing.
 
 #include <algorithm>

@@ -47,10 +47,10 @@ def library() -> ctypes.CDLL | None:
 def quantise(
     x: torch.Tensor, bits: int, *, stochastic: bool = False, seed: int = 0, guess: int = 0
 ) -> tuple[torch.Tensor, float] | None:
-    """Return x, fp32 or bf16, as (integers, scf), or None without a kernel.
+    """Return x as (integers, scf), or None without a kernel.
 
-    scf is nan if x is not finite. guess: the scf that is tried first; a right one saves a pass, and changes
-    nothing else. Random numbers follow from the seed and an element's place in memory.
+    x: fp32 or bf16. scf is nan if x is not finite. guess: the scf that is tried first; a right one saves a
+    pass, and changes nothing else. Random numbers follow from the seed and an element's place in memory.
 
     >>> found = quantise(torch.tensor([1.0, 0.3]), 4)
     >>> found is None or (found[0].tolist(), found[1]) == ([4, 1], 2)
@@ -72,9 +72,10 @@ def quantise(
 def forward(
     x: torch.Tensor, w: torch.Tensor, product: Convolution, bits: int, scale: float = 1.0
 ) -> torch.Tensor:
-    """Return scale (x * w) in fp32: (N, C, H, W) by (O, C, k, k).
+    """Return scale (x * w) in fp32.
 
-    x, w: int8 or int16 of at most `bits` bits, sign included. scale: a power of two.
+    x: (N, C, H, W), w: (O, C, k, k), int8 or int16 of at most `bits` bits, sign included. scale: a power of
+    two.
 
     >>> x, w = (torch.full(shape, 200, dtype=torch.int16) for shape in ((1, 1, 4, 4), (1, 1, 3, 3)))
     >>> forward(x, w, Convolution(), bits=9).unique().tolist()  # 9 x 200^2
@@ -133,16 +134,18 @@ def backward_w(
 def convolve_int8(
     x: torch.Tensor, w: torch.Tensor, product: Convolution, x_scale: float, w_scale: float
 ) -> torch.Tensor:
-    """Return x_scale w_scale (x * w) in bf16, of int8 by oneDNN where processors have such products.
+    """Return x_scale w_scale (x * w) in bf16, of int8.
 
-    x, w: int8, without groups.
+    x, w: int8, without groups. By oneDNN where processors have such products and its int32 holds the sum for
+    certain.
 
     >>> x, w = torch.full((1, 1, 4, 4), -100).to(torch.int8), torch.ones(1, 1, 3, 3).to(torch.int8)
     >>> convolve_int8(x, w, Convolution(), 0.5, 0.5).unique().tolist()
     [-225.0]
     """
     native = x.device.type == "cpu" and cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}
-    if not (native and INT8):
+    held = w[0].numel() <= (2**31 - 1) // (255 * 128)  # it multiplies unsigned by signed bytes
+    if not (native and INT8 and held):
         return forward(x, w, product, 8, x_scale * w_scale).bfloat16()
     geometry = (list(product.stride), list(product.padding), list(product.dilation), 1)
     scales, zeros = torch.full((len(w),), w_scale), torch.zeros(len(w), dtype=torch.int32)

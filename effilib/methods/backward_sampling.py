@@ -1,18 +1,19 @@
 """Backward passes on a part of the batch: samples kept by the norm of their gradient (arXiv:2402.17227).
 
 Pruning elements of a gradient leaves dense kernels as much to do as before. Dropping *samples* makes every
-product below smaller: at a border between two blocks sample i stays with probability p_i, in proportion to
-|g_i| and at most 1, and then has the weight 1 / p_i. All that lies below, dX, dW, BatchNorm, ReLU and sums,
-is computed for the samples that stayed. The forward pass is exact, and the loss sees every sample. The
-backward pass for some of the samples is `effilib.backward`'s.
+product below smaller: at a border between two blocks sample i stays with probability p_i, which grows with
+|g_i| up to 1, and then has the weight 1 / p_i. All that lies below, dX, dW, BatchNorm, ReLU and sums, is
+computed for the samples that stayed. The forward pass is exact, and the loss sees every sample. The backward
+pass for some of the samples is `effilib.backward`'s.
 
 Wang, Chen & Zhu (ICLR 2024) measure the variance of sampling, and that of SGD, by six extra passes every 100
 steps, and steer by their ratio. Here the ratio is predicted from the norms of each batch (`added_variance`),
 which costs nothing and needs no time to settle. With it either a variance is allowed at every border
 (`fewest`, in their spirit), or the number of samples is found with which training gets furthest in its time
 (`most_efficient`): at the uppermost border only, since below it what stayed has norms that are alike. They
-drop samples independently; here as many as planned stay (`systematic`), in multiples of a few, since kernels
-are chosen anew for each size. Their sampling of tokens for dW is left out.
+drop samples independently, with p_i in proportion to |g_i| itself; here as many as planned stay
+(`systematic`), in multiples of a few, since kernels are chosen anew for each size, and no weight is above a
+bound (`probabilities`). Their sampling of tokens for dW is left out.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from effilib.backward import partial_backward_, whole_backward_
-from effilib.errors import BadInput
+from effilib.errors import BadInput, within
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -47,17 +48,21 @@ DEFENSIVE = 0.1  # of the mean norm is added to each: no weight grows without bo
 
 
 def probabilities(norms: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
-    """Return p = min(1, c |g_i|) with sum k.
+    """Return the probabilities with which samples stay, k on average.
 
-    norms: (N,), above 0. k: from 1 to N; or (K, 1) of them, for p (K, N).
+    p = min(1, c (|g_i| + 0.1 mean |g|)), with sum k. Of the norms alone the variance would be least, but one
+    that is near 0 would have a weight 1 / p without bound; so none is above 11 N / k. norms: (N,), not all 0.
+    k: from 1 to N; or (K, 1) of them, for p (K, N).
 
-    >>> probabilities(torch.tensor([1.0, 1.0, 2.0, 8.0]), 2).tolist()
-    [0.25, 0.25, 0.5, 1.0]
+    >>> probabilities(torch.tensor([0.0, 0.0, 3.0]), 2).tolist()
+    [0.5, 0.5, 1.0]
     """
-    u, rank = norms.double().sort(descending=True).values, torch.arange(len(norms), device=norms.device)
-    rest = u.flip(0).cumsum(0).flip(0)  # of all that are not larger
-    certain = ((k - rank) * u > rest).sum(-1, keepdim=True)  # the largest have p = 1
-    return (norms * ((k - certain) / rest[certain])).clamp(max=1).to(norms.dtype)
+    u, rank = norms.double(), torch.arange(len(norms), device=norms.device)
+    u = u + DEFENSIVE * u.mean()
+    falling = u.sort(descending=True).values
+    rest = falling.flip(0).cumsum(0).flip(0)  # of all that are not larger
+    certain = ((k - rank) * falling > rest).sum(-1, keepdim=True)  # the largest have p = 1
+    return (u * ((k - certain) / rest[certain])).clamp(max=1).to(norms.dtype)
 
 
 def systematic(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -75,7 +80,7 @@ def systematic(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def added_variance(norms: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return the variance that sampling adds to a gradient, as a share of SGD's own.
+    """Return the variance that sampling adds, as a share of SGD's own.
 
     sum (1 / p_i - 1) |g_i|^2 / sum |g_i|^2, over the last dimension: for samples drawn independently, and
     whose gradients of the weights are as long as those of the activations, at right angles.
@@ -87,16 +92,17 @@ def added_variance(norms: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def fewest(norms: torch.Tensor, tau: float, multiple: int = 8) -> int:
-    """Return how many samples have to stay for an added variance of at most tau.
+    """Return how many samples must stay to add at most variance tau.
 
     A multiple of `multiple`, or all.
 
     >>> fewest(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0]), tau=0.1, multiple=1)
     5
     """
-    ks = torch.arange(multiple, len(norms), multiple, device=norms.device)
-    good = (added_variance(norms, probabilities(norms, ks[:, None])) <= tau).nonzero()
-    return int(ks[good[0, 0]]) if len(good) else len(norms)
+    ks = torch.tensor([*range(multiple, len(norms), multiple), len(norms)], device=norms.device)
+    enough = added_variance(norms, probabilities(norms, ks[:, None])) <= tau
+    enough[-1] = True  # of all, but for rounding
+    return int(ks[enough.nonzero()[0, 0]])
 
 
 def most_efficient(norms: torch.Tensor, fixed: float, multiple: int = 8) -> int:
@@ -138,15 +144,13 @@ class BackwardSampling(Method):
     def __post_init__(self):
         if self.keep is not None and self.tau is not None:
             raise BadInput("backward sampling: keep and tau both say how many samples stay; give one of them")
-        within = {
-            "fixed": 0 <= self.fixed < 1, "keep": self.keep is None or 0 < self.keep <= 1,
-            "tau": self.tau is None or self.tau > 0, "begin": 0 <= self.begin < 1,
-            "multiple": self.multiple >= 1,
+        ranges = {
+            "fixed": "from 0 to below 1", "keep": "above 0, to 1", "tau": "above 0",
+            "begin": "from 0 to below 1", "multiple": "a whole number above 0",
         }  # fmt: skip
-        for name, good in within.items():
-            if not good:
-                ranges = "tau above 0, keep above 0 to 1, fixed and begin from 0 to below 1, multiple from 1"
-                raise BadInput(f"backward sampling: {name} is {getattr(self, name)}; choose {ranges}")
+        for name, words in ranges.items():
+            if (value := getattr(self, name)) is not None:
+                within(f"backward sampling: {name}", value, words)
 
     def on_fit_start(self, run: Run) -> None:
         if run.recipe.compile:
@@ -188,14 +192,13 @@ class BackwardSampling(Method):
             if not norms.isfinite().all() or not norms.any():
                 return None  # what overflowed stays, to be seen
             norms = norms.cpu()
-            u = norms + DEFENSIVE * norms.mean()
-            p = probabilities(u, self._size(u))
+            p = probabilities(norms, self._size(norms))
             index = systematic(p, generator)
             s = run.state[self]["borders"].setdefault(border, {"calls": 0, "share": 0.0, "variance": 0.0})
             s["calls"] += 1
             s["share"] += len(index) / len(run.logits)
             s["variance"] += added_variance(norms, p).item()
-            return None if len(index) == len(u) else (index.to(device), (1 / p[index]).to(device))
+            return None if len(index) == len(norms) else (index.to(device), (1 / p[index]).to(device))
 
         return partial_backward_(run.model, sampler, top_only=self.tau is None)
 

@@ -16,13 +16,13 @@ before every evaluation. The 2018 version of the paper counts operations; times 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call
 
 from effilib import convolution as conv
 from effilib import surgery
 from effilib.convolution import Approximation
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import NoEffect, choose, within
 from effilib.methods import Info
 from effilib.methods.sampled_terms import blocks, choose_terms, how_many, norms, rectified, rectified_energy
 from effilib.models import reestimate_
@@ -48,15 +48,17 @@ INFO = Info(
 def forward_sampling(
     ratio: float, minimal: int, *, block: int = 1, norm: nn.Module | None = None, **how
 ) -> Approximation:
-    """Return the `Approximation` by a share of the input channels, forward and backward.
+    """Return the `Approximation` by a share of the input channels.
 
-    block: channels are chosen in blocks of so many neighbours. norm: the BatchNorm that, with a ReLU, makes
-    the input: channels are scored by its parameters (`rectified_energy`); None: by the input itself.
+    In the forward and the backward pass. block: channels are chosen in blocks of so many neighbours. norm:
+    the BatchNorm that, with a ReLU, makes the input: channels are scored by its parameters
+    (`rectified_energy`); None: by the input itself.
 
     >>> index, scale = forward_sampling(0.5, minimal=1).sample(torch.ones(2, 4, 3, 3), torch.ones(8, 4, 3, 3))
     >>> len(index)  # of 4 input channels
     2
     """
+    _check(ratio, minimal, block)
 
     def sample(x, w):
         k, n, b = blocks(ratio, x.shape[1], minimal, block)
@@ -76,7 +78,7 @@ def forward_sampling(
 
 
 def backward_sampling(ratio: float, minimal: int, **how) -> Approximation:
-    """Return the `Approximation` with an exact forward pass and a sampled backward pass.
+    """Return the `Approximation` with a sampled backward pass only.
 
     dX is of some output channels, by |W_o||dY_o|, dW of some examples, by |x_n||dY_n|.
 
@@ -85,6 +87,7 @@ def backward_sampling(ratio: float, minimal: int, **how) -> Approximation:
     >>> w.grad[0].tolist()  # two of four samples took part
     [2.0, 2.0]
     """
+    _check(ratio, minimal)
 
     def dx(dy, x, w, product):
         k = how_many(ratio, len(w), minimal)
@@ -129,7 +132,7 @@ def sample_columns_(
     """
     choose("place of sampling", where, ("forward", "backward"))
     choose("score of channels", score, ("auto", "measured"))
-    _check(ratio, block)
+    _check(ratio, minimal, block)
     chosen = {n: m for n, m in conv.layers(model, x, linear=linear).items() if getattr(m, "groups", 1) == 1}
     norms = rectified(model, chosen, x) if score == "auto" and where == "forward" and x is not None else {}
     approximations = {}
@@ -145,11 +148,10 @@ def sample_columns_(
     return conv.convert_(chosen, approximations, owner, "column-row sampling")
 
 
-def _check(ratio, block):
-    if not 0 < ratio <= 1:
-        raise BadInput(f"column-row sampling: ratio is {ratio}, it must be above 0 and at most 1")
-    if block < 1:
-        raise BadInput(f"column-row sampling: block is {block}, it must be a number of channels above 0")
+def _check(ratio, minimal, block=1):
+    within("column-row sampling: ratio", ratio, "above 0, to 1")
+    within("column-row sampling: minimal", minimal, "a whole number above 0")
+    within("column-row sampling: block", block, "a whole number above 0")
 
 
 # What no product reads is not computed either
@@ -164,21 +166,21 @@ def sample_channels_(
     block: int = 16,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Let a model compute, in training steps, a uniform choice of its channels only. In place.
+    """Let a model compute a choice of its channels only, in place.
 
-    In forward sampling a channel that is left out gets a gradient of 0. Where all of its readers leave out
-    the same ones, nobody needs to write them either: the same sums and gradients, from a quarter of the
-    products instead of half. Chosen are blocks of channels, as in `sample_columns_`, in every node (see
-    `effilib.surgery`) that only convolutions write and read. fixed: always the same ones, a narrower network
-    within this one; else drawn anew in every step. Returns the nodes' names. Raises `NoEffect` if there are
-    none, `BadInput` if the network cannot be traced. `exact_channels_` undoes it; until then the network's
-    widths must stay.
+    In training steps; the choice is uniform. In forward sampling a channel that is left out gets a gradient
+    of 0. Where all of its readers leave out the same ones, nobody needs to write them either: the same sums
+    and gradients, from a quarter of the products instead of half. Chosen are blocks of channels, as in
+    `sample_columns_`, in every node (see `effilib.surgery`) that only convolutions write and read. fixed:
+    always the same ones, a narrower network within this one; else drawn anew in every step. Returns the
+    nodes' names. Raises `NoEffect` if there are none, `BadInput` if the network cannot be traced.
+    `exact_channels_` undoes it; until then the network's widths must stay.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
     >>> sample_channels_(net, 0.5)  # the last layer's channels are read by the classifier
     ['features.4']
     """
-    _check(ratio, block)
+    _check(ratio, minimal, block)
     chosen = {}  # node -> (blocks computed, blocks, channels a block)
     for node in surgery.trace(model).nodes:
         k, n, b = blocks(ratio, node.width, minimal, block)
@@ -187,33 +189,45 @@ def sample_channels_(
             chosen[node] = k, n, b
     if not chosen:
         raise NoEffect("column-row sampling: no channels are written and read by convolutions only")
-    exact, inside = model.forward, []
+    exact_channels_(model)
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (_Sampled, cls), {"__module__": cls.__module__})
+    model.sampled = _Choice(chosen, generator, fixed)
+    return [node.name for node in chosen]
 
-    def draw():
-        return {node: (_draw(k, n, generator), b) for node, (k, n, b) in chosen.items()}
 
-    kept = draw() if fixed else {}
+class _Choice:
+    """Which channels take part: chosen, node -> (blocks computed, blocks, channels a block)."""
 
-    def forward(*args, **kwargs):
-        if inside or not model.training:
-            return exact(*args, **kwargs)
-        drawn = kept or draw()
-        parts = _parts(model, drawn)
-        inside.append(True)
+    def __init__(self, chosen, generator, fixed):
+        self.chosen, self.generator, self.inside = chosen, generator, False
+        self.kept = self.draw() if fixed else None
+
+    def draw(self):
+        return {node: (_draw(k, n, self.generator), b) for node, (k, n, b) in self.chosen.items()}
+
+
+class _Sampled:
+    """Mixed into a model's class, so that a copy follows its own layers: in training it computes a choice."""
+
+    def forward(self, x):
+        choice = self.sampled
+        if choice.inside or not self.training or isinstance(x, fx.Proxy):  # followed by surgery
+            return super().forward(x)
+        drawn = choice.kept or choice.draw()
+        parts = _parts(self, drawn)
+        choice.inside = True
         try:
-            y = functional_call(model, parts, args, kwargs)
+            y = functional_call(self, parts, (x,))
         finally:
-            inside.clear()
+            choice.inside = False
         for node, (index, b) in drawn.items():
             for name in node.bns:
                 for statistic in ("running_mean", "running_var"):
-                    whole = getattr(model.get_submodule(name), statistic)
+                    whole = getattr(self.get_submodule(name), statistic)
                     if whole is not None:
                         whole.view(-1, b)[index.to(whole.device)] = parts[f"{name}.{statistic}"].view(-1, b)
         return y
-
-    model.forward = forward
-    return [node.name for node in chosen]
 
 
 def _is_plain(m):
@@ -243,12 +257,14 @@ def exact_channels_(model: nn.Module) -> None:
     """Let a model compute all channels again, in place.
 
     >>> net = build("vgg", 10, (3, 8, 8), widths=((16,), (32, 32)))
-    >>> names = sample_channels_(net, 0.5)
+    >>> kind, names = type(net), sample_channels_(net, 0.5)
     >>> exact_channels_(net)
-    >>> "forward" in vars(net)
-    False
+    >>> type(net) is kind
+    True
     """
-    vars(model).pop("forward", None)
+    if isinstance(model, _Sampled):
+        model.__class__ = type(model).__mro__[2]
+        del model.sampled
 
 
 # The methods
@@ -258,15 +274,15 @@ class _ForAShare:
     """Hooks of both methods: sampled for the first part of the run, exact for the rest."""
 
     def __post_init__(self):
-        if not 0 < self.until <= 1:
-            raise BadInput(f"column-row sampling: until is {self.until}, it must be above 0 and at most 1")
+        within("column-row sampling: until", self.until, "above 0, to 1")
+        _check(self.ratio, self.minimal, self.block)
 
     def on_epoch_start(self, run):
         if run.state[self]["exact"]:  # resumed: the network is as it was at the start
             self.make_exact_(run.model)
 
     def on_step_end(self, run):
-        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        done = run.schedule.after / run.schedule.planned
         if not run.state[self]["exact"] and self.until <= done < 1:
             run.restructure(lambda model, optimizer: self.make_exact_(model))
             run.state[self]["exact"] = True
@@ -305,7 +321,7 @@ class _ForAShare:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnRowSampling(_ForAShare, Method):
-    """Train with sampled products, for the first part of the run or all of it.
+    """Train with sampled products, at first or all the time.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))
@@ -346,7 +362,7 @@ class ColumnRowSampling(_ForAShare, Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSampling(_ForAShare, Method):
-    """Train a choice of the channels, for the first part of the run or all of it.
+    """Train a choice of the channels, at first or all the time.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(32, 16))

@@ -70,12 +70,13 @@ def quantise(
     generator: torch.Generator | None = None,
     guess: float = 0.0,
 ) -> DFP:
-    """Return x (any shape, fp32 or bf16) as b-bit integers with a shared exponent.
+    """Return x as b-bit integers with a shared exponent.
 
-    dim: there is one for every slice along it. max|x| = f 2^E with f in [1/2, 1); scf = b - 1 - E; I =
-    round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest number that would round up to 2^(b-1) gets
-    the next exponent. rounding: "nearest" (half to even), or "stochastic": up with the probability of the
-    fraction, E[I] = x 2^scf. guess: an exponent that may be right, which saves time and changes nothing.
+    x: any shape, fp32 or bf16. dim: there is one for every slice along it. max|x| = f 2^E with f in [1/2, 1);
+    scf = b - 1 - E; I = round(x 2^scf), so that 2^(b-2) <= max|I| < 2^(b-1). A largest number that would
+    round up to 2^(b-1) gets the next exponent. rounding: "nearest" (half to even), or "stochastic": up with
+    the probability of the fraction, E[I] = x 2^scf. guess: an exponent that may be right, which saves time
+    and changes nothing.
 
     >>> q = quantise(torch.tensor([1.0, 0.3]), bits=4)
     >>> q.I.tolist(), q.scf.item()
@@ -300,7 +301,7 @@ class DynamicFixedPoint(Method):
 
 
 def eight_bits(generator: torch.Generator) -> Approximation:
-    """Return the `Approximation` with int8 products forward and for dX, dW in bf16.
+    """Return the `Approximation` with y and dX in int8, dW in bf16.
 
     Per tensor an exponent of 8 bits. dy is rounded at random for dX, so that the gradients that are passed on
     are unbiased; dW, a sum over all pixels, reads x and dy themselves. dX of a convolution with a stride,

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from effilib import convolution as conv
 from effilib.errors import BadInput, NoEffect
+from effilib.inspection import followers
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -74,12 +75,13 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
     >>> prefix(net, torch.zeros(1, 1, 8, 8))
     ['stem', 'bn', 'stages.0.0.conv1', 'stages.0.0.bn1', 'stages.0.0.conv2', 'stages.0.0.bn2']
     """
-    names, called, sizes, hooks = {m: n for n, m in model.named_modules()}, [], {}, []
+    leaves = {m: n for n, m in model.named_modules() if not list(m.children())}
+    called, sizes, hooks = [], {}, []
 
     def note_size(m, inputs, output):
         sizes[m] = output.shape[2:] if isinstance(output, torch.Tensor) and output.dim() == 4 else None
 
-    for m in names:
+    for m in leaves:  # a parameter of a block's own is called with what is in it
         if isinstance(m, _BatchNorm) or next(m.parameters(recurse=False), None) is not None:
             hooks.append(m.register_forward_pre_hook(lambda m, inputs: called.append(m)))
             hooks.append(m.register_forward_hook(note_size))
@@ -89,7 +91,7 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
         seen.add(sizes[m])
         if sizes[m] is None or len(seen) > depth or called.count(m) > 1:
             break
-        found.append(names[m])
+        found.append(leaves[m])
     if not found:
         raise NoEffect("frozen prefix: no layer comes before one that has no maps, or is called again")
     if len(found) == len(called):
@@ -98,7 +100,7 @@ def prefix(model: nn.Module, x: torch.Tensor, depth: int = 1) -> list[str]:
 
 
 def freeze_(model: nn.Module, x: torch.Tensor, names: list[str]) -> list[str]:
-    """Freeze layers in place, and fold their BatchNorms into the convolutions before them.
+    """Freeze layers in place, and fold BatchNorms into their convolutions.
 
     names: of `prefix`. Parameters, names and objects stay. BatchNorms take their running statistics from now
     on; what they are folded into is checked on a batch of images x, and undone if an output changes. What
@@ -115,46 +117,31 @@ def freeze_(model: nn.Module, x: torch.Tensor, names: list[str]) -> list[str]:
     others = {p for m in model.modules() if m not in layers for p in m.parameters(recurse=False)}
     mine = {p for m in layers for p in m.parameters(recurse=False) if p.requires_grad} - others
     own = [m for m in layers if mine.issuperset(p for p in m.parameters(recurse=False) if p.requires_grad)]
-    pairs, before = _look(model, x)
+    pairs = [map(model.get_submodule, pair) for pair in followers(model, x).items()]
+    before = _logits(model, x)
     frozen = [n for n, p in model.named_parameters() if p in mine]
     for p in mine:
         p.requires_grad_(False)
     fixed = [m for m in own if type(m) is nn.BatchNorm2d and m.running_mean is not None]
     for bn in fixed:
         bn.__class__ = _Fixed
-    folded = {c: bn for c, bn in pairs.items() if c in own and bn in fixed}
+    folded = {c: bn for c, bn in pairs if type(c) is nn.Conv2d and c in own and bn in fixed}
     for c, bn in folded.items():
         weights = fuse_conv_bn_weights(
             c.weight, c.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
         c.folded, c.__class__, bn.__class__ = tuple(w.detach() for w in weights), _Folded, _Passed
-    after = _look(model, x)[1]
-    if not torch.allclose(after, before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
+    if not torch.allclose(_logits(model, x), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
         for c, bn in folded.items():
             _plain_(c)
             bn.__class__ = _Fixed
     return frozen
 
 
-def _look(model, x):
-    """(convolution -> the BatchNorm that reads its output, logits) on images x in eval mode."""
-    outputs, pairs, hooks, logits = {}, {}, [], []
-
-    def keep(m, inputs, output):
-        outputs[id(output)] = (m, output)  # kept alive, so that no id comes twice
-
-    def match(m, inputs):
-        if id(inputs[0]) in outputs:
-            pairs[outputs[id(inputs[0])][0]] = m
-
-    for m in model.modules():
-        if type(m) is nn.Conv2d:
-            hooks.append(m.register_forward_hook(keep))
-        elif type(m) is nn.BatchNorm2d:
-            hooks.append(m.register_forward_pre_hook(match))
-    hooks.append(model.register_forward_hook(lambda m, inputs, output: logits.append(output)))
-    conv.probe(model, x, hooks)
-    return pairs, logits[-1].float()
+def _logits(model, x):
+    """Logits of images x in eval mode."""
+    with torch.no_grad(), conv.evaluating(model):
+        return model(x).float()
 
 
 def _plain_(m):
@@ -164,7 +151,9 @@ def _plain_(m):
 
 
 def thaw_(model: nn.Module, frozen: list[str]) -> None:
-    """Undo `freeze_` in place: plain layers again, and the parameters `frozen` have gradients.
+    """Undo `freeze_` in place.
+
+    Layers are plain again, and the parameters `frozen` have gradients.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.rand(2, 1, 8, 8)
     >>> thaw_(net, freeze_(net, x, prefix(net, x)))
@@ -216,7 +205,7 @@ class FrozenPrefix(Method):
             run.restructure(lambda model, optimizer: self._freeze(run, state["depth"]))
 
     def on_step_end(self, run: Run) -> None:
-        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        done = run.schedule.after / run.schedule.planned
         depth = sum(done >= a for a in self.at)
         if depth > run.state[self]["depth"] and run.step + 1 < run.steps:
             run.restructure(lambda model, optimizer: self._freeze(run, depth))

@@ -68,10 +68,11 @@ def locations(
 def dw_at(
     index: torch.Tensor, v: torch.Tensor, x: torch.Tensor, w: torch.Tensor, product: conv.Convolution
 ) -> torch.Tensor:
-    """Return dW if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere.
+    """Return dW from one location per sample and output channel.
 
-    dW[o] = sum_n v[n, o] patch(x[n], index[n, o]). Needs one row of channels per filter tap, sample and
-    output channel; the size of the maps does not matter.
+    As if dy were v (N, O) at the locations `index` (N, O) and 0 elsewhere: dW[o] = sum_n v[n, o] patch(x[n],
+    index[n, o]). Needs one row of channels per filter tap, sample and output channel; the size of the maps
+    does not matter.
 
     >>> x, w = torch.arange(9.0).view(1, 1, 3, 3), torch.zeros(1, 1, 2, 2)
     >>> dw_at(torch.tensor([[3]]), torch.tensor([[2.0]]), x, w, conv.Convolution()).tolist()  # below right
@@ -94,14 +95,19 @@ def dw_at(
 
 
 def replacement(
-    how: str, *, scale: float | None = None, generator: torch.Generator | None = None
+    how: str,
+    *,
+    scale: float | None = None,
+    generator: torch.Generator | None = None,
+    size: Callable[[], int] | None = None,
 ) -> Callable:
-    """Return the function (dy, x, w, product) -> dW that replaces the exact one.
+    """Return the function that replaces dW.
 
-    "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone. "random": N(0, 1 / N^2), new
-    each time. "top", "unbiased": from one location per sample and channel, see `locations`. scale: factor of
-    the last two; None is the published one for "top", 1 / N on top of the mean over the batch that dy carries
-    already, and 1 for "unbiased".
+    (dy, x, w, product) -> dW. "zero": zeros. "skip": none at all, the optimizer leaves the parameter alone.
+    "random": N(0, 1 / N^2), new each time. "top", "unbiased": from one location per sample and channel, see
+    `locations`. scale: factor of the last two; None is the published one for "top", 1 / N on top of the mean
+    over the batch that dy carries already, and 1 for "unbiased". size: () -> N, where x is only one process's
+    share of the batch.
 
     >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
     >>> conv.approx_linear(x, w, dw=replacement("zero")).sum().backward()
@@ -111,14 +117,15 @@ def replacement(
     choose("gradient", how, REPLACEMENTS)
 
     def dw(dy, x, w, product):
+        N = len(x) if size is None else size()
         if how == "skip":
             return None
         if how == "zero":
             return torch.zeros_like(w)
         if how == "random":
             g = generator and conv.on_device(generator, w.device)
-            return torch.empty_like(w, dtype=torch.float32).normal_(std=1 / len(x), generator=g).to(w.dtype)
-        factor = scale if scale is not None else 1.0 if how == "unbiased" else 1 / len(x)
+            return torch.empty_like(w, dtype=torch.float32).normal_(std=1 / N, generator=g).to(w.dtype)
+        factor = scale if scale is not None else 1.0 if how == "unbiased" else 1 / N
         index, v = locations(dy, how, generator)
         return dw_at(index, factor * v, x, w, product)
 
@@ -126,11 +133,11 @@ def replacement(
 
 
 def scheduled(schedule: str, layer: int, step: int) -> bool:
-    """Return whether the dW of convolution number `layer` is replaced in batch `step`.
+    """Return whether a convolution's dW is replaced in this batch.
 
-    0 is the stem, which never is. S1: every fourth layer from the second on, in every batch. S2: every other
-    layer, in every other batch. S3: every layer, in every fourth batch. Each is a quarter of all pairs.
-    "always": every layer, in every batch.
+    layer: its number; 0 is the stem, which never is. S1: every fourth layer from the second on, in every
+    batch. S2: every other layer, in every other batch. S3: every layer, in every fourth batch. Each is a
+    quarter of all pairs. "always": every layer, in every batch.
 
     >>> [scheduled("S1", layer, step=0) for layer in range(6)]
     [False, True, False, False, False, True]
@@ -147,21 +154,20 @@ def scheduled(schedule: str, layer: int, step: int) -> bool:
     }[schedule]
 
 
-def approximate_gradients_(
-    model, how, schedule, step, *, scale=None, generator=None, x=None, owner="gradient approximation"
-):
+def approximate_gradients_(model, how, schedule, step, *, x=None, owner="gradient approximation", **options):
     """Replace the dW of a model's convolutions by schedule, in place.
 
     step: () -> int, the number of the batch. Convolutions are numbered in their true order if x, a batch of
     images, is given; 1x1 filters neither count nor are replaced, as with the authors. "top" and "unbiased"
-    leave grouped convolutions exact. Returns the names; raises `NoEffect` if no layer is ever replaced.
+    leave grouped convolutions exact. options: of `replacement`. Returns the names; raises `NoEffect` if no
+    layer is ever replaced.
 
     >>> net = build("vgg", 10, (3, 32, 32), widths=((16,), (32, 32)))
     >>> approximate_gradients_(net, "zero", "S1", step=lambda: 0)
     ['features.4']
     """
     choose("schedule", schedule, SCHEDULES)
-    dw = replacement(how, scale=scale, generator=generator)
+    dw = replacement(how, **options)
     counted = {n: m for n, m in conv.layers(model, x).items() if max(m.kernel_size) > 1}
 
     def made(number):
@@ -202,9 +208,11 @@ class GradientApproximation(Method):
                 "gradient"
             )
         x = run.dataset.normalize(run.dataset.train.x[:2])
+        # random numbers stand for the whole batch: in all processes they are the same ones
+        generator = run.generator(self, share=self.how != "random")
         names = approximate_gradients_(
-            run.model, self.how, self.schedule, lambda: run.step, scale=self.scale, x=x, owner=self,
-            generator=run.generator(self, share=True),
+            run.model, self.how, self.schedule, lambda: run.step, x=x, owner=self,
+            scale=self.scale, generator=generator, size=lambda: run.batches.batch_size,
         )  # fmt: skip
         run.state[self] = {"layers": names}
 

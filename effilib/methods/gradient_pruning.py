@@ -6,9 +6,9 @@ gradients are normal: a target rate p means that a share p lies below tau, *not*
 those below tau many become tau). The paper predicts tau from earlier batches (a FIFO), so that hardware can
 prune in passing.
 
-Zeros save time only in hardware that skips them. What saves time on dense kernels are structured subsets:
-output channels, or samples; they stand beside it. Chmiel et al. (2021, arXiv:2006.08173) find gradients
-nearer to lognormal: their threshold aims at the share of zeros itself.
+Zeros save time only in hardware that skips them; what saves time on dense kernels is in `gradient_subsets`.
+Chmiel et al. (2021, arXiv:2006.08173) find gradients nearer to lognormal: their threshold aims at the share
+of zeros itself.
 """
 
 import ctypes
@@ -22,15 +22,15 @@ from torch import nn
 
 from effilib import convolution as conv
 from effilib.convolution import Approximation
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.inspection import followers
 from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import Method, Run
 
 __all__ = [
-    "INFO", "GradientPruning", "GradientSubsets", "Pruner", "lognormal_threshold", "placements", "prune",
-    "prune_by_steps", "prune_gradients_", "prune_in_one_pass", "subset_gradients_", "threshold",
-    "zero_fraction",
+    "INFO", "GradientPruning", "Pruner", "lognormal_threshold", "placements", "prune", "prune_by_steps",
+    "prune_gradients_", "prune_in_one_pass", "threshold", "zero_fraction",
 ]  # fmt: skip
 
 INFO = Info(
@@ -76,7 +76,7 @@ def _times(p):
 
 
 def zero_fraction(p: float) -> float:
-    """Return the share of zeros that a target rate p makes of normal gradients.
+    """Return the share of zeros of normal gradients at target rate p.
 
     p - sqrt(2/pi) (1 - exp(-t^2/2)) / t, where t is tau / sigma.
 
@@ -121,7 +121,7 @@ def lognormal_threshold(g: torch.Tensor, zeros: float) -> torch.Tensor:
 
 
 def prune(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Set elements below tau to 0 or to tau with their sign, so that their expectation stays.
+    """Set elements below tau to 0 or +-tau, unbiased.
 
     g where |g| >= tau, else sign(g) tau with probability |g| / tau: E = g, Var = |g| (tau - |g|). Same shape,
     layout and format. tau: 0-d; one that is 0 or not finite (a gradient overflowed) prunes nothing. The
@@ -155,9 +155,9 @@ def prune_by_steps(g: torch.Tensor, tau: torch.Tensor, generator: torch.Generato
 def prune_in_one_pass(
     g: torch.Tensor, tau: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return g pruned by the compiled kernel, and what it summed on the way.
+    """Return g pruned by the compiled kernel, and its sums.
 
-    That is: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
+    These are: mean |g|, the share of zeros, the cosine between g and the outcome. g: fp32 or bf16, on a CPU.
 
     >>> g = torch.tensor([3.0, 0.0, -1.0])
     >>> if compiler.load("gradient_pruning", "there is no kernel"):
@@ -171,7 +171,10 @@ def prune_in_one_pass(
     pruned, sums, n = torch.empty_like(g), (ctypes.c_double * 5)(), g.numel()
     level = torch.tensor(tau if math.isfinite(tau) else 0.0, dtype=g.dtype).item()
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    kernel(g.data_ptr(), pruned.data_ptr(), n, level, seed, sums, torch.get_num_threads())
+    kernel(
+        ctypes.c_void_p(g.data_ptr()), ctypes.c_void_p(pruned.data_ptr()), ctypes.c_int64(n),
+        ctypes.c_float(level), ctypes.c_uint64(seed), sums, ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
     magnitude, zeros, product, square, after = sums
     norms = math.sqrt(square * after)
     return pruned, {"mean": magnitude / n, "zeros": zeros / n, "cosine": product / norms if norms else 0.0}
@@ -180,16 +183,10 @@ def prune_in_one_pass(
 def _kernel(g):
     """The compiled kernel for such gradients, or None."""
     name = {torch.float32: "prune_float32", torch.bfloat16: "prune_bfloat16"}.get(g.dtype)
-    library = (
-        compiler.load("gradient_pruning", "gradients are pruned step by step") if name and g.is_cpu else None
-    )
-    if library is None:
+    if not (name and g.is_cpu):
         return None
-    function, pointer = getattr(library, name), ctypes.c_void_p
-    function.argtypes = [
-        pointer, pointer, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64, pointer, ctypes.c_int64
-    ]  # fmt: skip
-    return function
+    library = compiler.load("gradient_pruning", "gradients are pruned step by step")
+    return library and getattr(library, name)
 
 
 def _uniform_like(t, generator, dtype):
@@ -203,12 +200,12 @@ def _uniform_like(t, generator, dtype):
 
 
 class Pruner:
-    """Prune the gradients of one layer and keep count; its state is plain.
+    """Prune a layer's gradients and keep count.
 
-    law: "normal" (p is the share below tau) or "lognormal" (p is the share of zeros). fifo: as many earlier
-    tau are averaged to predict this batch's; until there are that many nothing is pruned; 0 takes the batch's
-    own. every: density is counted every so many batches. A batch whose gradient overflowed tells nothing: it
-    is neither counted nor averaged.
+    Its state is plain. p: target rate. law: "normal" (p is the share below tau) or "lognormal" (p is the
+    share of zeros). fifo: as many earlier tau are averaged to predict this batch's; until there are that many
+    nothing is pruned; 0 takes the batch's own. every: density is counted every so many batches. A batch whose
+    gradient overflowed tells nothing: it is neither counted nor averaged.
 
     >>> pruner, generator = Pruner(p=0.9), torch.Generator().manual_seed(0)
     >>> state = pruner.new_state()
@@ -218,10 +215,14 @@ class Pruner:
     """
 
     def __init__(self, p: float, law: str = "normal", fifo: int = 0, every: int = 10):
+        choose("law of gradients", law, ("normal", "lognormal"))
+        within("gradient pruning: p", p, "from 0 to below 1")
+        within("gradient pruning: fifo", fifo, "a whole number, 0 or above")
+        within("gradient pruning: every", every, "a whole number above 0")
         self.p, self.law, self.fifo, self.every = p, law, fifo, every
 
     def new_state(self) -> dict:
-        """Return what is kept of a layer: earlier tau, and sums over the batches that were counted."""
+        """Return what is kept of a layer: earlier tau, and sums."""
         return {"taus": [], "calls": 0, "counted": 0, "zeros": 0.0, "error": 0.0, "cosine": 0.0}
 
     def __call__(self, g: torch.Tensor, state: dict, generator: torch.Generator) -> torch.Tensor:
@@ -272,24 +273,8 @@ def placements(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) 
     >>> [list(placements(net, conv.layers(net), x).values()) for net in (with_norm, without)]
     [['dO'], ['dI']]
     """
-    names, outputs, hooks = {m: n for n, m in chosen.items()}, {}, []
-    place = dict.fromkeys(chosen, "dI")
-
-    def keep(module, inputs, output):
-        outputs[id(output)] = (module, output)  # kept alive, so that no id comes twice
-
-    def look(module, inputs):
-        found = outputs.get(id(inputs[0]))
-        if found:
-            place[names[found[0]]] = "dO"
-
-    for m in model.modules():
-        if m in names:
-            hooks.append(m.register_forward_hook(keep))
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            hooks.append(m.register_forward_pre_hook(look))
-    conv.probe(model, x, hooks)
-    return place
+    behind = followers(model, x)
+    return {name: "dO" if name in behind else "dI" for name in chosen}
 
 
 def prune_gradients_(
@@ -343,17 +328,15 @@ class GradientPruning(Method):
     every: int = 10  # batches from one count of the density to the next
 
     def __post_init__(self):
-        choose("law of gradients", self.law, ("normal", "lognormal"))
-        if not 0 <= self.p < 1 or self.fifo < 0:
-            raise BadInput(
-                f"gradient pruning: p is {self.p}, it must be from 0 to below 1; fifo is {self.fifo}, it "
-                "must not be negative"
-            )
+        self._pruner()  # which says what is out of range
+
+    def _pruner(self):
+        return Pruner(self.p, self.law, self.fifo, self.every)
 
     def on_fit_start(self, run: Run) -> None:
         if not self.p:
             raise NoEffect("gradient pruning: p = 0 prunes nothing")
-        pruner, state = Pruner(self.p, self.law, self.fifo, self.every), run.state.setdefault(self, {})
+        pruner, state = self._pruner(), run.state.setdefault(self, {})
         x = run.dataset.normalize(run.dataset.train.x[:2])
         place = prune_gradients_(
             run.model, pruner, x, lambda: run.state[self], run.generator(self, share=True), owner=self
@@ -373,102 +356,4 @@ class GradientPruning(Method):
             density=density,
             error=means["error"],
             cosine=means["cosine"],
-        )
-
-
-# Structured subsets, which dense kernels can use
-
-
-def random_subset(
-    n: int, keep: float, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> tuple[torch.Tensor, float]:
-    """Return (index, scale): k = round(keep n) >= 1 of n slices, and n / k.
-
-    Scaled by it their sum is unbiased.
-
-    >>> index, scale = random_subset(8, 0.25, torch.Generator().manual_seed(0))
-    >>> len(index), scale
-    (2, 4.0)
-    """
-    k = max(1, round(keep * n))
-    return torch.randperm(n, generator=generator)[:k].sort().values.to(device), n / k
-
-
-SUBSETS = {
-    "outputs": (conv.dx_of_outputs, conv.dw_of_outputs, 1),
-    "samples": (conv.dx_of_samples, conv.dw_of_samples, 0),
-}
-
-
-def subset_gradients_(
-    model: nn.Module,
-    keep: float,
-    generator: torch.Generator,
-    *,
-    dx: str | None = "outputs",
-    dw: str | None = "outputs",
-    x: torch.Tensor | None = None,
-    owner: object = "gradient subsets",
-) -> list[str]:
-    """Compute dX and dW of all convolutions but the stem from random subsets.
-
-    In place, scaled without bias. keep: share of the slices. dx, dw: of what: "outputs" (channels),
-    "samples", or None: exact. If both name the same, they share the subset. Grouped convolutions stay exact.
-    Returns the names; raises `NoEffect` if no layer matched.
-
-    >>> subset_gradients_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), 0.5, torch.Generator())
-    ['features.4']
-    """
-    for of in (dx, dw):
-        choose("subset", of, (*SUBSETS, None))
-    if not 0 < keep <= 1:
-        raise BadInput(f"gradient subsets: keep is {keep}, it must be above 0 and at most 1")
-
-    def made():
-        drawn = {}
-
-        def draw(dy):  # one draw a layer and batch, for dX and dW
-            drawn.clear()
-            for of in dict.fromkeys(filter(None, (dx, dw))):
-                drawn[of] = random_subset(dy.shape[SUBSETS[of][2]], keep, generator, dy.device)
-            return dy
-
-        def part(of, which):
-            return lambda dy, x, w, product: SUBSETS[of][which](dy, x, w, product, *drawn[of])
-
-        return Approximation(output_gradient=draw, dx=dx and part(dx, 0), dw=dw and part(dw, 1))
-
-    chosen = {n: m for n, m in conv.layers(model, x).items() if m.groups == 1}
-    wanted = chosen if keep < 1 and (dx or dw) else {}
-    return conv.convert_(chosen, {n: made() for n in wanted}, owner, "gradient subsets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSubsets(Method):
-    """Train with structured, unbiased subsets of the activation gradients.
-
-    >>> data = load("synthetic")
-    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
-    >>> history = train(net, data, Recipe(epochs=1), [GradientSubsets(keep=0.5)])
-    >>> history.events[-1]["text"]
-    '1 layers: dX from 50% of outputs, dW from 50% of outputs'
-    """
-
-    keep: float = 0.5  # share of the slices
-    dx: str | None = "outputs"  # of what dX is computed: "outputs" (channels), "samples", None: exact
-    dw: str | None = "outputs"  # the same for dW; if both name the same, they share the subset
-
-    def on_fit_start(self, run: Run) -> None:
-        x = run.dataset.normalize(run.dataset.train.x[:2])
-        names = subset_gradients_(
-            run.model, self.keep, run.generator(self, share=True), dx=self.dx, dw=self.dw, x=x, owner=self
-        )
-        run.state[self] = {"layers": names}
-
-    def on_fit_end(self, run: Run) -> None:
-        conv.revert_(run.model, self)
-        run.log(
-            self,
-            f"{len(run.state[self]['layers'])} layers: dX from {self.keep:.0%} of {self.dx}, "
-            f"dW from {self.keep:.0%} of {self.dw}",
         )

@@ -170,16 +170,13 @@ class KernelRescaling(Method):
     def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = run.state[self]
         if self.rewarm and state["phase"] > 0:
-            factor = min(
-                1.0,
-                (run.schedule.position - state["since"] + run.schedule.pace)
-                / (self.rewarm * run.schedule.planned),
-            )
+            warm = self.rewarm * run.schedule.planned
+            factor = min(1.0, (run.schedule.after - state["since"]) / warm)
             run.schedule.scale, state["lr"] = run.schedule.scale * factor / state["lr"], factor
         return resize(x, state["size"]).contiguous(memory_format=run.layout), y
 
     def on_step_end(self, run: Run) -> None:
-        self.follow(run, run.schedule.position + run.schedule.pace)
+        self.follow(run, run.schedule.after)
 
     def on_fit_end(self, run: Run) -> None:
         self.follow(run, run.schedule.planned)  # where a run ends early, by divergence

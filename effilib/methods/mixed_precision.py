@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import BadInput, NoEffect, within
 from effilib.methods import Info
 from effilib.training import Method, Run
 
@@ -36,7 +36,7 @@ INFO = Info(
 
 
 def round_to(x: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Return x rounded to the numbers of `dtype`, in its own format.
+    """Return x rounded to numbers of `dtype`, in its own format.
 
     x: any shape. Overflow becomes inf, underflow 0.
 
@@ -66,7 +66,7 @@ class Round(torch.autograd.Function):
 
 
 class HalfConv2d(nn.Conv2d):
-    """Convolve fp16 operands, summed in fp32, into an fp16 result; dX and dW alike.
+    """Convolve fp16 operands, summed in fp32, into fp16; dX and dW alike.
 
     >>> y = HalfConv2d(1, 4, 3)(torch.rand(1, 1, 5, 5))
     >>> torch.equal(y, round_to(y))
@@ -124,7 +124,7 @@ def emulate_fp16_(model: nn.Module, on: bool = True) -> int:
 
 
 class LossScaler:
-    """Scale the loss by S; shrink S where a gradient overflowed, grow it else.
+    """Scale the loss by S, which shrinks after overflows and grows else.
 
     A step with an overflow is skipped; S grows after `interval` clean steps.
 
@@ -149,6 +149,9 @@ class LossScaler:
         interval: int = 2000,
         skip: bool = True,
     ):
+        for name, value in (("scale", scale), ("growth", growth), ("backoff", backoff)):
+            within(f"mixed precision: {name}", value, "above 0")
+        within("mixed precision: interval", interval, "a whole number above 0")
         self.S, self.growth, self.backoff = float(scale), growth, backoff
         self.interval, self.skip = interval, skip
         self.clean = self.skipped = 0
@@ -159,7 +162,7 @@ class LossScaler:
         return self.S * loss
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide gradients by S, before anything else looks at them."""
+        """Divide gradients by S, before clipping or a method sees them."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(grads, self.S)
         self.finite = all(
@@ -167,7 +170,7 @@ class LossScaler:
         )  # squares could overflow
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer's step, unless it overflowed and is skipped."""
+        """Take the optimizer's step, unless it overflowed and is to be skipped."""
         if self.finite or not self.skip:
             optimizer.step()
 
@@ -204,6 +207,9 @@ class MixedPrecision(Method):
     scale: float = 2.0**16  # S at the beginning; 1 is no scaling
     dynamic: bool = True  # skip overflowing steps, grow and back off; else S stays and every step is taken
     interval: int = 200  # clean steps before S grows; PyTorch's 2,000 is longer than our runs
+
+    def __post_init__(self):
+        LossScaler(self.scale, interval=self.interval)  # which says what is out of range
 
     def on_fit_start(self, run: Run) -> None:
         if run.precision not in ("fp32", "tf32"):

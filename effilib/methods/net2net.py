@@ -176,7 +176,7 @@ class Net2Net(Method):
             torch._foreach_mul_(views, self.newborn)
 
     def on_step_end(self, run: Run) -> None:
-        done = run.schedule.position + run.schedule.pace
+        done = run.schedule.after
         due = done >= self.at * run.schedule.planned and run.step + 1 < run.steps
         if due and not run.state[self]["grown"]:
             run.level()  # in mid-epoch several processes are equal up to rounding only

@@ -396,7 +396,7 @@ class PruneTrain(Method):
         if self.mode == "proximal" and lam and self._active(run):
             kappa = run.lr * lam / (1 - run.recipe.momentum)
             shrink_(self._groups(run), kappa, self.weigh, self.keep_scale)
-        now = schedule.position + schedule.pace
+        now = schedule.after
         if any(schedule.position < share * schedule.planned <= now for share in self.at):
             run.level()  # in mid-epoch several processes are equal up to rounding only, and zeros decide
             self._reconfigure(run)

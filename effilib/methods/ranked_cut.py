@@ -181,7 +181,7 @@ class RankedCut(Method):
 
     def on_step_end(self, run: Run) -> None:
         state, planned = run.state[self], run.schedule.planned
-        done = run.schedule.position + run.schedule.pace
+        done = run.schedule.after
         due = done >= (self.first + state["looks"] * self.every) * planned
         if state["cut"] or not (due or done >= self.latest * planned) or run.step + 1 >= run.steps:
             return

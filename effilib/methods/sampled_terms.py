@@ -22,19 +22,22 @@ SCHEMES = ("topk", "uniform", "norm", "bernoulli")
 
 
 def norms(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return |t_i|_F of every slice i along dim, in fp32: any shape -> (t.shape[dim],).
+    """Return the norm of every slice along dim, in fp32.
+
+    |t_i|_F of any shape -> (t.shape[dim],).
 
     >>> norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
     """
-    t = (
-        t.float() if t.dtype == torch.float16 else t
-    )  # squares overflow; those of bf16 are only rounded, and sums are fp32 inside
+    # squares of fp16 overflow; those of bf16 are only rounded, and sums are fp32 inside
+    t = t.float() if t.dtype == torch.float16 else t
     return t.pow(2).sum([d for d in range(t.dim()) if d != dim]).float().sqrt()
 
 
 def inclusion(w: torch.Tensor, k: int) -> torch.Tensor:
-    """Return probabilities p_i = min(1, c w_i) that add up to k, w >= 0: (n,) -> (n,).
+    """Return probabilities min(1, c w_i) that add up to k.
+
+    w: (n,), 0 or above -> (n,).
 
     >>> inclusion(torch.tensor([6.0, 1.0, 1.0]), 2).tolist()
     [1.0, 0.5, 0.5]
@@ -59,7 +62,7 @@ def choose_terms(
     mix: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return which k of n terms to compute, and the factor of each.
+    """Return which k of n terms to compute, and their factors.
 
     (index (m,), scale (m,) or None), no index twice, m <= k but for Bernoulli. w: (n,), the terms' norms
     |A^(i)||B_(i)|. scheme: "topk", the largest; "uniform"; "norm", in proportion to w (NPS); "bernoulli",
@@ -67,7 +70,7 @@ def choose_terms(
     that a term can come twice ("uniform", "norm"); without, a systematic sample, in which every term's
     probability is exactly that of `inclusion`. scaled: divide each term by its expected number of draws,
     which makes the sum unbiased. mix: share of the uniform distribution mixed in, so that no channel is left
-    out for ever (0.1 in the authors' code; "norm", "bernoulli").
+    out for ever (0.1 in the authors' code; "norm", "bernoulli"). Norms that overflowed count as equal.
 
     Raises `BadInput` for an unknown scheme, or scaled top-k, which has no probabilities.
 
@@ -87,7 +90,8 @@ def choose_terms(
                 "scale by"
             )
         return w.topk(k).indices, None
-    w = torch.ones_like(w) if scheme == "uniform" else w
+    even = scheme == "uniform" or not w.sum().isfinite()  # what overflowed orders nothing
+    w = torch.ones_like(w) if even else w
     p = (w / w.sum() if w.sum() > 0 else torch.full_like(w, 1 / n)) * (1 - mix) + mix / n
     generator = generator and conv.on_device(generator, w.device)
     if replacement and scheme != "bernoulli":
@@ -110,10 +114,11 @@ def choose_terms(
 
 
 def squared_error(terms: torch.Tensor, k: int, scheme: str, *, p: torch.Tensor | None = None) -> torch.Tensor:
-    """Return E|AB - estimate|_F^2 of a scaled estimate, by formula (Drineas et al. 2006).
+    """Return the mean squared error of a scaled estimate, by formula.
 
-    terms: (n, ...), the n terms A^(i) B_(i). scheme: "replacement" with draw probabilities p (n,);
-    "bernoulli" with inclusion probabilities p; "uniform" without replacement.
+    E|AB - estimate|_F^2 (Drineas et al. 2006). terms: (n, ...), the n terms A^(i) B_(i). scheme:
+    "replacement" with draw probabilities p (n,); "bernoulli" with inclusion probabilities p; "uniform"
+    without replacement.
 
     >>> squared_error(torch.tensor([[1.0], [3.0]]), 1, "uniform").item()  # the sum is 4, the estimate 2 or 6
     4.0
@@ -138,9 +143,10 @@ def how_many(ratio, n, minimal):
 
 
 def blocks(ratio: float, channels: int, minimal: int, block: int) -> tuple[int, int, int]:
-    """Return (k, n, b): of n blocks of b neighbouring channels, k are computed.
+    """Return how many of n blocks of channels are computed.
 
-    b: a divisor of `channels`, at most `block`, and smaller where the ratio would be rounded up to 1.
+    (k, n, b): k of n blocks of b neighbours; b divides `channels`, is at most `block`, and smaller where the
+    ratio would be rounded up to 1.
 
     >>> blocks(0.5, 64, minimal=10, block=16), blocks(0.3, 256, 10, 16), blocks(0.75, 32, 10, 16)
     ((2, 4, 16), (5, 16, 16), (3, 4, 8))
@@ -152,9 +158,10 @@ def blocks(ratio: float, channels: int, minimal: int, block: int) -> tuple[int, 
 
 
 def rectified_energy(gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Return E[relu(z)^2] for z ~ N(beta, gamma^2): what BatchNorm and ReLU let through, by channel.
+    """Return what BatchNorm and ReLU let through, by channel.
 
-    With t = beta / |gamma| it is (beta^2 + gamma^2) Phi(t) + beta |gamma| phi(t). (C,), (C,) -> (C,).
+    E[relu(z)^2] for z ~ N(beta, gamma^2). With t = beta / |gamma| it is (beta^2 + gamma^2) Phi(t) + beta
+    |gamma| phi(t). (C,), (C,) -> (C,).
 
     >>> rectified_energy(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
     tensor([0.5000, 2.0000])
@@ -178,6 +185,12 @@ def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -
     """
     outputs, found, hooks = {}, {}, []
 
+    def shifted(m, inputs, y):
+        """A path whose last BatchNorm begins at 0 would hand on what came before it."""
+        y = y + (m.weight == 0).view(1, -1, *[1] * (y.dim() - 2))
+        outputs[m] = y.relu()
+        return y
+
     def look(name):
         def hook(layer, inputs):
             for bn, z in outputs.items():
@@ -190,7 +203,7 @@ def rectified(model: nn.Module, chosen: dict[str, nn.Module], x: torch.Tensor) -
 
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
-            hooks.append(m.register_forward_hook(lambda m, inputs, y: outputs.update({m: y.relu()})))
+            hooks.append(m.register_forward_hook(shifted))
     for name, layer in chosen.items():
         hooks.append(layer.register_forward_pre_hook(look(name)))
     conv.probe(model, x, hooks)

@@ -182,7 +182,7 @@ class Lookahead(Method):
 
     def on_step_end(self, run: Run) -> None:
         if (run.step + 1) % self.every == 0 and run.step + 1 < run.steps:
-            share = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+            share = run.schedule.after / run.schedule.planned
             self._average(run, self.decay**self.every * share**3)
 
     def on_fit_end(self, run: Run) -> None:

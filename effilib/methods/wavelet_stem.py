@@ -351,7 +351,7 @@ class WaveletStem(Method):
             run.restructure(lambda model, optimizer: self._whole(run, model))  # resumed
 
     def on_step_end(self, run: Run) -> None:
-        done = (run.schedule.position + run.schedule.pace) / run.schedule.planned
+        done = run.schedule.after / run.schedule.planned
         if done >= self.share and not run.state[self]["whole"] and run.step + 1 < run.steps:
             run.restructure(lambda model, optimizer: self._whole(run, model))
             run.log(self, f"after {self.share:.0%} of the run, {run.state[self]['stem']} reads whole images")

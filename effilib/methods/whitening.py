@@ -160,7 +160,7 @@ class Whitening(Method):
 
     def on_step_end(self, run: Run) -> None:
         if run.step + 1 < run.steps:
-            self._freeze(run, run.schedule.position + run.schedule.pace)
+            self._freeze(run, run.schedule.after)
 
     def _freeze(self, run, position):
         """Freeze the bias when its time is over: nothing up to the next layer needs a gradient then."""

@@ -1,5 +1,7 @@
 """What chapter 3.4 trains: sampled products on a wide network, and a narrower one."""
 
+import itertools
+
 import pytest
 
 from effilib.chapters import column_row_sampling as chapter
@@ -12,8 +14,19 @@ def test_the_study_judges_all_ratios_and_the_others_half():
     study, quick = (task(p, "synthetic").sized(chapter.SIZES) for p in ("study", "quick"))
     check_arms(study, chapter.arms(study))
     assert [m.ratio for a in chapter.arms(study) for m in a.methods] == [0.75, 0.5, 0.3]
+    assert [a.role for a in chapter.arms(study)] == ["baseline", *["method"] * 3, *["control"] * 3]
     assert [a.role for a in chapter.arms(quick)] == ["baseline", "method", "control"]
     assert chapter.CONTENDER in chapter.SETTINGS
+
+
+@pytest.mark.parametrize("ratio", chapter.RATIOS)
+def test_each_ratio_has_a_narrower_network_of_about_as_many_products(ratio):
+    study = task("study", "synthetic").sized(chapter.SIZES)
+    wide, narrow = (
+        sum(a * b for a, b in itertools.pairwise(itertools.chain(*widths)))
+        for widths in (study.widths["widths"], chapter.narrower(study, ratio)[0].network["widths"])
+    )
+    assert abs(narrow / wide - ratio) < 0.08
 
 
 def test_the_judged_network_is_wide_and_the_control_has_about_half_of_its_products():

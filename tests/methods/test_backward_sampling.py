@@ -36,9 +36,10 @@ def norms(n=40, s=1.5):
 
 
 @pytest.mark.parametrize("k", [1, 7, 20, 39, 40])
-def test_probabilities_are_in_proportion_to_the_norms_up_to_one_and_add_up(k):
-    u = norms()
-    p = probabilities(u, k)
+def test_probabilities_are_in_proportion_to_the_norms_and_a_tenth_of_their_mean_up_to_one_and_add_up(k):
+    g_ = norms()
+    u, p = g_ + 0.1 * g_.mean(), probabilities(g_, k)
+    assert probabilities(g_.index_fill(0, torch.tensor([0]), 0.0), k).min() > 0.999 * k / (11 * 40)
     assert p.sum().item() == pytest.approx(k)
     assert 0 < p.min() <= p.max() <= 1
     below = p < 1 - 1e-12
@@ -46,7 +47,7 @@ def test_probabilities_are_in_proportion_to_the_norms_up_to_one_and_add_up(k):
     assert ((p / u)[below] / (p / u)[below][0] - 1).abs().max() < 1e-9 if below.any() else True
     if below.any() and not below.all():
         assert u[~below].min() > u[below].max()
-    together = probabilities(u, torch.tensor([[3], [k]]))
+    together = probabilities(g_, torch.tensor([[3], [k]]))
     assert torch.allclose(together[1], p)
 
 
@@ -85,6 +86,7 @@ def test_no_fewer_samples_would_do(tau):
 def test_alike_samples_all_stay_and_unlike_ones_do_not():
     assert fewest(torch.ones(32), 0.1) == 32
     assert fewest(norms(32, s=2.0), 0.1) < 20
+    assert fewest(norms(4), 0.1) == 4  # fewer than a multiple
 
 
 def test_the_most_efficient_number_is_the_best_of_all_and_all_where_nothing_is_gained():
@@ -133,6 +135,20 @@ def test_the_variance_that_a_border_may_add_decides_how_many_stay():
     free = trained(BackwardSampling(multiple=2))[1].events[-1]  # by itself, at the uppermost border only
     assert list(free["share"]) == ["stages.1.0"]
     assert 0 < free["share"]["stages.1.0"] <= 1
+
+
+def test_a_small_batch_is_no_crash_and_the_logged_variance_is_the_gradients_own():
+    assert not trained(BackwardSampling(tau=0.1), replace(RECIPE, epochs=0.1, batch_size=4))[1].diverged
+    seen = torch.tensor([0.0, 1.0, 2.0, 9.0])
+    state = {"borders": {}}
+    run = SimpleNamespace(
+        model=network().train(), device="cpu", logits=seen, generator=lambda *a, **k: g(), state={}
+    )
+    method = BackwardSampling(keep=0.5, multiple=1)
+    run.state[method] = state
+    method._install(run).sampler("border", seen)
+    expected = added_variance(seen, probabilities(seen, 2)).item()
+    assert state["borders"]["border"]["variance"] == pytest.approx(expected)
 
 
 def test_until_it_begins_training_is_exact_and_then_it_is_not():

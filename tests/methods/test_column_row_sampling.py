@@ -319,6 +319,27 @@ def test_what_is_no_batchnorm_and_relu_is_measured():
     assert torch.equal(y, expected)
 
 
+def test_a_residual_path_that_begins_at_zero_is_not_taken_for_what_came_before():
+    model, x = models.build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,)), torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        for block in model.stages[0]:
+            block.bn2.weight.zero_()
+    before = copy.deepcopy(model.state_dict())
+    found = which.rectified(model, crs.conv.layers(model, x), x)
+    assert {n: m is model.bn for n, m in found.items()} == {
+        "stages.0.0.conv1": True, "stages.0.0.conv2": False, "stages.0.1.conv2": False,
+    }  # fmt: skip
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", ["norm", "bernoulli"])
+def test_norms_that_overflowed_end_in_a_draw(scheme):
+    for w in ([1.0, math.inf, 2.0], [1.0, math.nan, 2.0], [3e38, 3e38, 3e38]):
+        index, scale = choose_terms(torch.tensor(w), 2, scheme, scaled=True, generator=g())
+        assert 0 < len(index) <= 3
+        assert scale.isfinite().all()
+
+
 def test_all_channels_are_bit_equal_to_the_exact_product():
     x, w = conv_case(torch.float32)
     for ratio, minimal in ((1.0, 1), (0.5, 12)):
@@ -416,6 +437,11 @@ def test_settings_that_change_nothing_have_no_effect_and_bad_ones_are_named():
             sample_columns_(network(), ratio)
     with pytest.raises(BadInput, match="block is 0"):
         sample_columns_(network(), block=0)
+    for where in (sample_columns_, sample_channels_):
+        with pytest.raises(BadInput, match="minimal is 0"):
+            where(network(), minimal=0)
+    with pytest.raises(BadInput, match="minimal is 0"):
+        crs.backward_sampling(0.01, minimal=0)
     with pytest.raises(BadInput, match="unknown score of channels 'measure'"):
         sample_columns_(network(), score="measure")
     for until in (0, 1.5):
@@ -481,6 +507,21 @@ def test_only_chosen_channels_have_new_statistics_and_evaluation_is_exact():
     exact_channels_(model)
     model.load_state_dict(before)
     assert torch.equal(model.eval()(x), expected)
+
+
+def test_a_copy_under_sampling_follows_its_own_weights():
+    model, x = traced("vgg")
+    sample_channels_(model, 0.5, minimal=4, block=4, generator=g())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.features[0].weight.zero_()
+    for mode in (False, True):
+        assert not torch.equal(model.train(mode)(x), twin.train(mode)(x))
+    twin(x).sum().backward()
+    assert model.features[0].weight.grad is None
+    assert [str(n) for n in surgery.trace(twin).nodes] == [str(n) for n in surgery.trace(model).nodes]
+    exact_channels_(twin)
+    assert type(twin) is models.VGG
 
 
 def test_a_fixed_choice_trains_always_the_same_channels():

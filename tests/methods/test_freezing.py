@@ -50,6 +50,13 @@ class Twice(nn.Module):
         return self.head(self.a(self.b(self.a(x)))[:, 0, :4, :4].flatten(1))
 
 
+def test_a_parameter_of_the_networks_own_does_not_hide_its_layers():
+    model, x = network(), torch.zeros(2, 1, 8, 8)
+    names = prefix(model, x)
+    model.scale, model.stages[0][0].shift = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    assert prefix(model, x) == names
+
+
 def test_a_network_without_such_layers_has_no_effect():
     x = torch.zeros(2, 1, 8, 8)
     for model in (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), Twice()):

@@ -123,6 +123,18 @@ def test_the_published_scale_is_one_over_the_batch_on_top_of_the_mean_loss():
     )  # linear in x
 
 
+@pytest.mark.parametrize("how", ["top", "random"])
+def test_of_a_share_of_the_batch_the_scale_is_that_of_the_whole(how):
+    """Two processes with 2 and 1 of 3 samples, whose gradients are averaged: one process's."""
+    (x, w, dy), product = case(), GEOMETRIES[1][1]
+    whole = replacement(how, generator=g())(dy, x, w, product)
+    shares = [
+        replacement(how, generator=g(), size=lambda: 3)(2 * dy[part], x[part], w, product)
+        for part in (slice(0, 2), slice(2, 3))
+    ]  # `Ranks.weigh` makes dy of a share twice that of the batch
+    assert torch.allclose(sum(shares) / 2, whole, rtol=1e-5)
+
+
 def test_random_gradients_have_the_published_deviation_and_are_fresh_each_time():
     x, w, dy = torch.zeros(8, 64, 3, 3), torch.zeros(64, 64, 3, 3), torch.zeros(8, 64, 1, 1)
     dw = replacement("random", generator=g())

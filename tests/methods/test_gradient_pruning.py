@@ -21,7 +21,6 @@ from effilib.methods import gradient_pruning as gp
 from effilib.methods.gradient_pruning import (
     INFO,
     GradientPruning,
-    GradientSubsets,
     Pruner,
     lognormal_threshold,
     lognormal_zeros,
@@ -30,11 +29,10 @@ from effilib.methods.gradient_pruning import (
     prune,
     prune_gradients_,
     prune_in_one_pass,
-    random_subset,
-    subset_gradients_,
     threshold,
     zero_fraction,
 )
+from effilib.methods.gradient_subsets import SUBSETS, GradientSubsets, random_subset, subset_gradients_
 from effilib.training import Recipe, train
 from tests.common import equal, g, resumed_and_whole
 
@@ -405,8 +403,11 @@ def test_what_changes_nothing_has_no_effect_and_what_is_wrong_is_named():
     for p in (-0.1, 1.0):
         with pytest.raises(BadInput, match="p is"):
             GradientPruning(p=p)
-    with pytest.raises(BadInput, match="law of gradients"):
-        GradientPruning(law="gauss")
+    for make in (GradientPruning, lambda **how: Pruner(0.9, **how)):
+        with pytest.raises(BadInput, match="every is 0"):
+            make(every=0)
+        with pytest.raises(BadInput, match="law of gradients"):
+            make(law="gauss")
     with pytest.raises(NoEffect, match="p = 0"):
         train(network(), DATA, RECIPE, [GradientPruning(p=0.0)])
 
@@ -475,4 +476,4 @@ def test_a_resumed_run_ends_bit_equal(name, tmp_path):
 
 def test_the_information_is_complete():
     assert all(getattr(INFO, f) for f in ("name", "name_de", "chapter", "paper", "claim", "cost_model"))
-    assert gp.SUBSETS.keys() == {"outputs", "samples"}
+    assert SUBSETS.keys() == {"outputs", "samples"}

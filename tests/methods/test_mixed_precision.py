@@ -13,7 +13,7 @@ from torch import nn
 
 from effilib import models
 from effilib.data import synthetic
-from effilib.errors import NoEffect
+from effilib.errors import BadInput, NoEffect
 from effilib.methods.mixed_precision import (
     INFO,
     HalfBatchNorm2d,
@@ -357,6 +357,14 @@ def test_a_constant_scale_stays_and_takes_every_step():
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert w.item() == -math.inf
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"interval": 1.5}, {"scale": 0.0}], ids=str)
+def test_wrong_settings_are_named(wrong):
+    (name, value), *_ = wrong.items()
+    for make in (LossScaler, MixedPrecision):
+        with pytest.raises(BadInput, match=f"mixed precision: {name} is {value}"):
+            make(**wrong)
 
 
 def test_the_scalers_state_is_plain_and_goes_on_from_there():
