@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import effilib
@@ -135,6 +137,14 @@ def test_every_dependency_was_tested_in_an_exact_version_that_is_allowed():
     everything = [*PROJECT["dependencies"], *(d for g in GROUPS.values() for d in g if isinstance(d, str))]
     for wanted in map(Requirement, everything):
         assert tested[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+
+
+def test_every_tested_version_runs_on_the_oldest_python():
+    tested = dict(line.split("==") for line in TESTED)
+    here = [d for d in metadata.distributions() if tested.get(d.name) == d.version]
+    assert here
+    wanted = {f"{d.name}=={d.version}": d.metadata.get("Requires-Python") or "" for d in here}
+    assert not {name: needs for name, needs in wanted.items() if "3.11.0" not in SpecifierSet(needs)}
 
 
 def test_the_changelog_begins_with_this_version():
