@@ -13,7 +13,6 @@ def test_the_study_judges_all_ratios_and_the_others_half():
     check_arms(study, chapter.arms(study))
     assert [m.ratio for a in chapter.arms(study) for m in a.methods] == [0.75, 0.5, 0.3]
     assert [a.role for a in chapter.arms(quick)] == ["baseline", "method", "control"]
-    assert chapter.CONTENDER in chapter.SETTINGS
 
 
 def test_the_judged_network_is_wide_and_the_control_has_about_half_of_its_products():
