@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 import effilib
 from effilib import paths, provenance, statistics, training
-from effilib.workbook import series
+from effilib.workbook import recipes, series
 
 CONTRIBUTING = (paths.root() / "CONTRIBUTING.md").read_text()
 README = (paths.root() / "README.md").read_text()
@@ -118,6 +118,24 @@ def test_make_has_the_targets_that_it_names():
     makefile = (paths.root() / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", README + CONTRIBUTING):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_make_test_leaves_out_what_is_slow_and_ci_runs_everything():
+    def commands(target):
+        return subprocess.run(["make", "-n", target], cwd=paths.root(), capture_output=True, text=True).stdout
+
+    assert '-m "not slow"' in commands("test")
+    assert "nbval" in commands("test")
+    assert "not slow" not in commands("test-all")
+    assert len(re.findall("-m pytest", commands("test-all"))) == 2
+    workflow = (paths.root() / ".github" / "workflows" / "tests.yml").read_text()
+    assert "make test-all" in workflow
+
+
+def test_its_recipe_is_one(tmp_path):
+    (toml,) = re.findall(r"(?s)```toml\n(.*?)```", README)
+    task, _ = recipes.read(paths.write(tmp_path / "mine.toml", toml))
+    assert (task.recipe.batch_size, task.recipe.lr) == (128, 0.2)
 
 
 def test_pictures_and_notebooks_that_it_links_to_are_there():

@@ -9,8 +9,8 @@ __all__ = ["Info"]
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """name, chapter, paper, claim (one sentence, with its conditions) and cost model (what is saved, what is
-    added).
+    """name, chapter, paper, claim (one sentence, with its conditions), cost model (what is saved, what is
+    added), and where it applies (a few words).
 
     >>> from effilib.methods import prune_train
     >>> prune_train.INFO.name, prune_train.INFO.chapter
@@ -23,3 +23,4 @@ class Info:
     paper: str
     claim: str
     cost_model: str
+    applies: str = ""
