@@ -1,5 +1,6 @@
 """Chapter 10: what is trained: the best arm of every chapter, and a combination, on one task."""
 
+from effilib import data, paths
 from effilib.chapters import (
     column_row_sampling,
     dynamic_fixed_point,
@@ -22,7 +23,7 @@ from effilib.search import Found, applicable, combined, leave_one_out, why_not
 from effilib.tasks import Task
 from effilib.training import resolve_precision
 
-__all__ = ["CONTENDERS", "PRESCRIBED", "SEARCH", "SIZES", "arms", "combinations", "contenders"]
+__all__ = ["CONTENDERS", "PRESCRIBED", "SEARCH", "SIZES", "arms", "combinations", "contenders", "elsewhere"]
 
 BASELINE = "baseline"
 SIZES = {
@@ -35,6 +36,11 @@ SEARCH = {
     "study": dict(seeds=2),
     "full": dict(seeds=2),
 }
+ELSEWHERE = {  # whether it carries over: two arms a task
+    "quick": dict(images=640, epochs=1, seeds=1),
+    "study": dict(epochs=3),
+}
+FASHION = "fashion_mnist"
 FEW = ("resizing", "whitening stem", "wavelet stem", "PruneTrain")  # of the presets smoke and quick
 PRESCRIBED = (
     "resizing",
@@ -84,6 +90,11 @@ def contenders(task: Task) -> list[Contender]:
     return [c for c in CONTENDERS if c.name in FEW or task.preset in ("study", "full")]
 
 
+def prescribed() -> list[Contender]:
+    """Return the parts of the prescribed combination."""
+    return [next(c for c in CONTENDERS if c.name == name) for name in PRESCRIBED]
+
+
 def arms(task: Task) -> tuple[list[Arm], list[Contender], dict[str, str]]:
     """Return (the baseline and all that apply, these as contenders, left out: name -> why)."""
     able, left_out = applicable(task, contenders(task))
@@ -95,10 +106,36 @@ def combinations(task: Task, found: Found, left_out: dict[str, str]) -> list[Arm
 
     What of them does not apply goes into `left_out`.
     """
-    parts = [next(c for c in CONTENDERS if c.name == name) for name in PRESCRIBED]
+    parts = prescribed()
     arms = [found.best(task), *leave_one_out(task, found.parts)] if len(found.parts) > 1 else []
     if set(found.parts) != set(parts):
         arms.append(combined(task, parts))
     whys = {a.name: why_not(task, a) for a in arms}
     left_out |= {name: why for name, why in whys.items() if why}
     return [a for a in arms if not whys[a.name]]
+
+
+def elsewhere(task: Task, found: Found) -> tuple[dict[str, tuple[Task, list[Arm]]], dict[str, str]]:
+    """Return (where -> task, baseline and best arm), (where not -> why): does it carry over, untuned?
+
+    To another network, and to Fashion-MNIST with the same recipe. Where a search found nothing, the best is
+    the prescribed combination.
+    """
+    other = "resnet" if task.network == "vgg" else "vgg"
+    tasks, left_out = {f"with network {other}": task.on(other).sized(SIZES).sized(ELSEWHERE)}, {}
+    if task.preset in ("smoke", "quick"):
+        left_out[f"on {FASHION}"] = f"there is no time for it in the preset {task.preset}"
+    elif task.dataset == FASHION:
+        left_out[f"on {FASHION}"] = "all of this chapter is on it"
+    elif not data.present(FASHION):
+        left_out[f"on {FASHION}"] = f"its files are not in {paths.data()}"
+    else:
+        tasks[f"on {FASHION}"] = task.but(dataset=FASHION).sized(ELSEWHERE)
+    tried = {}
+    for where, there in tasks.items():
+        best = combined(there, found.parts or prescribed())
+        if why := why_not(there, best):
+            left_out[where] = why
+        else:
+            tried[where] = there, [Arm(name=BASELINE, role="baseline"), best]
+    return tried, left_out

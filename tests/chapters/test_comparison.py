@@ -60,6 +60,20 @@ def test_methods_of_a_combination_work_in_order_and_change_different_things():
         search.combined(TASK, [BY_NAME["resizing"], BY_NAME["Tree-CNN"]])
 
 
+def test_the_best_is_tried_on_another_network_and_data_set_untuned(monkeypatch):
+    parts = [BY_NAME["resizing"], BY_NAME["whitening stem"]]
+    tried, left_out = chapter.elsewhere(TASK, search.Found(parts=parts))
+    there, arms = tried["with network vgg"]
+    assert (there.network, there.recipe) == ("vgg", TASK.recipe)
+    assert [a.name for a in arms] == ["baseline", "resizing + whitening stem"]
+    assert list(left_out) == ["on fashion_mnist"]
+    monkeypatch.setattr(chapter, "FASHION", "mnist5k")  # which is always there
+    tried, left_out = chapter.elsewhere(TASK.but(preset="study", lr=0.3), search.Found(parts=parts[:1]))
+    assert not left_out
+    there, _ = tried["on mnist5k"]
+    assert (there.dataset, there.network, there.recipe.lr) == ("mnist5k", TASK.network, 0.3)
+
+
 def test_a_fault_of_ours_is_raised_and_one_of_a_users_network_is_a_reason():
     def fails(task, seed):
         raise ZeroDivisionError("a fault")
