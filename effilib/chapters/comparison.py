@@ -37,7 +37,7 @@ SEARCH = {
     "full": dict(seeds=2),
 }
 ELSEWHERE = {  # whether it carries over: two arms a task
-    "quick": dict(images=640, epochs=1, seeds=1),
+    "quick": dict(images=640, epochs=1, seeds=1, validation=250),
     "study": dict(epochs=3),
 }
 FASHION = "fashion_mnist"
