@@ -1,5 +1,6 @@
 # make report     create .venv, install, say where the recorded results lie, run the series (preset quick)
-# make test       all tests, the notebooks through nbval included; make test-fast leaves out what is slow
+# make test       tests without what is marked slow, the notebooks through nbval included; make test-all has all
+# make test-fast  the same without the notebooks
 # make lab        JupyterLab on notebooks/        make lint    ruff, pyright        make bench   benchmarks
 # make pages      what is published: recorded results and public names, into results/pages
 # ARGS="..."      goes to the command: make report ARGS="-p dataset fashion_mnist"
@@ -7,19 +8,22 @@
 PYTHON ?= python3
 # Tests run in one process a core, with one thread each: threads of several processes would wait for each other.
 APART = -n auto --maxprocesses=8 --dist loadfile
+WHICH = -m "not slow"
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 report: .venv/installed
 	$(BIN)/effilib run $(ARGS)
 
-test test-fast: export OMP_NUM_THREADS = 1
-test: .venv/installed
-	$(BIN)/python -m pytest $(APART) $(ARGS)
+test test-all test-fast: export OMP_NUM_THREADS = 1
+test: test-fast
 	$(BIN)/python -m pytest $(APART) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
 
+test-all: WHICH =  # also for what it depends on
+test-all: test
+
 test-fast: .venv/installed
-	$(BIN)/python -m pytest $(APART) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(APART) $(WHICH) $(ARGS)
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
@@ -43,4 +47,4 @@ bench: .venv/installed
 	$(PIP) --constraint constraints.txt --editable . --group dev
 	touch $@
 
-.PHONY: report test test-fast lab lint pages bench
+.PHONY: report test test-all test-fast lab lint pages bench

@@ -57,7 +57,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Return the command line's parser."""
-    top = Parser(prog="effilib", description=effilib.__doc__)
+    top = Parser(
+        prog="effilib",
+        description="Time-efficient training of convolutional neural networks: every method measured "
+        "under one protocol.",
+        epilog="effilib COMMAND --help says what a command does, and how.",
+    )
     top.add_argument("--version", action="version", version=f"effilib {effilib.__version__}")
     commands = top.add_subparsers(
         dest="command", required=True, metavar="{run,record,list,train,predict,advise,tune}"
@@ -65,7 +70,11 @@ def parser() -> Parser:
 
     formatter = argparse.RawDescriptionHelpFormatter
     run = commands.add_parser(
-        "run", help="execute notebooks and build their report", epilog=EPILOG, formatter_class=formatter
+        "run",
+        help="execute notebooks and build their report",
+        description="Execute notebooks, all or some, and build a page with their verdicts.",
+        epilog=EPILOG,
+        formatter_class=formatter,
     )
     _which(run)
     run.add_argument(
@@ -94,16 +103,23 @@ def parser() -> Parser:
     run.set_defaults(call=run_series)
 
     record = commands.add_parser(
-        "record", help="keep results of a run in results/recorded, to be committed, and in the README's table"
+        "record",
+        help="copy a run's results into results/recorded and update the README",
+        description="Copy a run's results into results/recorded, to be committed, and update the README.",
     )
     _which(record)
     record.set_defaults(call=keep_results)
 
-    show = commands.add_parser("list", help="show the series, and what is recorded of it")
+    said = "show the series, and what is recorded of it"
+    show = commands.add_parser("list", help=said, description=f"{said.capitalize()}.")
     show.set_defaults(call=show_series)
 
     train = commands.add_parser(
-        "train", help="train once, without a notebook", epilog=TRAIN, formatter_class=formatter
+        "train",
+        help="train once, without a notebook",
+        description="Train a network once, with any methods, and keep the model and its history.",
+        epilog=TRAIN,
+        formatter_class=formatter,
     )
     train.add_argument(
         "--method",
@@ -114,11 +130,11 @@ def parser() -> Parser:
         metavar=("NAME", "SETTING=VALUE"),
         help="a method and settings of it; may be repeated (default: none, the baseline)",
     )
-    _task(train)
+    _task(train, more=", or speed_run: chapter 11's own network and recipe, which excludes --network")
     train.add_argument(
         "--network",
         default="",
-        help="resnet, vgg, convnet, or a path such as torchvision.models:resnet18 or mine.py:net",
+        help="resnet, vgg, convnet, speed_run, or a path such as torchvision.models:resnet18 or mine.py:net",
     )
     train.add_argument(
         "--epochs", type=float, metavar="N", help="length of the schedule (default: the preset's)"
@@ -163,9 +179,8 @@ def parser() -> Parser:
     )
     train.set_defaults(call=train_once)
 
-    predict = commands.add_parser(
-        "predict", help="tell the classes of new pictures by a network that was trained"
-    )
+    said = "classify new pictures with a trained network"
+    predict = commands.add_parser("predict", help=said, description=f"{said.capitalize()}.")
     predict.add_argument("model", type=os.path.expanduser, help="the model.pt that train wrote")
     predict.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="files, or folders with all below them"
@@ -185,12 +200,13 @@ def parser() -> Parser:
     advise = commands.add_parser(
         "advise",
         help="find which methods save time on your images, network and machine; goes on if interrupted",
+        description="Find which methods save time on your images, network and machine: tune a baseline, "
+        "try the methods, and measure the best and their combination. It ends in a page, a recipe for "
+        "`effilib train` and a snippet for your own loop. If it is interrupted, run the same command again.",
     )
     advise.add_argument("dataset", metavar="DATA", help="mnist5k, cifar10, ..., or the path of your own")
     advise.add_argument("--network", default="", help="as for train (default: resnet)")
-    advise.add_argument(
-        "--minutes", type=float, default=10, metavar="N", help="that it may take (default: 10)"
-    )
+    advise.add_argument("--minutes", type=float, default=10, metavar="N", help="time budget (default: 10)")
     advise.add_argument("--size", type=int, metavar="PX", help="side in pixels to which images are resized")
     advise.add_argument(
         "--recipe",
@@ -200,7 +216,11 @@ def parser() -> Parser:
         help="your own recipe, as the baseline: it is not tuned then",
     )
     advise.add_argument(
-        "--methods", nargs="+", default=[], metavar="NAME", help="of chapter 10, to be tried (default: all)"
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help='try only these contenders, e.g. resizing "whitening stem" (default: all of chapter 10)',
     )
     advise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     advise.add_argument(
@@ -215,6 +235,8 @@ def parser() -> Parser:
     tune = commands.add_parser(
         "tune",
         help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped",
+        description="Tune a task's baseline: train every setting of a grid with several seeds, or what is "
+        "missing of it, and say what is best at each length.",
     )
     _task(tune)
     tune.add_argument(
@@ -235,10 +257,10 @@ def parser() -> Parser:
     return top
 
 
-def _task(command):
-    """The options that say what is trained."""
+def _task(command, more=""):
+    """The options that say what is trained. more: about presets."""
     what = "smoke, quick, study or full: network and recipe (default: EFFILIB_PRESET, else quick)"
-    command.add_argument("--preset", default="", help=what)
+    command.add_argument("--preset", default="", help=what + more)
     command.add_argument(
         "--dataset",
         default="",

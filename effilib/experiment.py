@@ -22,7 +22,18 @@ from effilib.progress import Progress
 from effilib.tasks import Task
 from effilib.training import History, check_methods, resolve_layout, resolve_precision, train
 
-__all__ = ["Arm", "cells", "check_arms", "find_lengths", "key", "measure", "order", "pilot", "shared_machine"]
+__all__ = [
+    "Arm",
+    "Contender",
+    "cells",
+    "check_arms",
+    "find_lengths",
+    "key",
+    "measure",
+    "order",
+    "pilot",
+    "shared_machine",
+]
 
 PILOT_SEED = 2000  # never measured, as those of tuning (1000, 1001, ...)
 SEEDS = 100  # seeds a length; cell j of length i has the seed 100 i + j
@@ -74,6 +85,26 @@ class Arm:
         if task.axis == "images":
             dataset = mine.load()
         return train(mine.build(dataset, seed, **self.network), dataset, mine.recipe, self.methods, seed)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method, or a control, as it takes part in chapter 10 and in `effilib advise`.
+
+    >>> narrow = Arm(name="", network={"widths": (4, 4, 4)})
+    >>> Contender("narrow", "", ("the network",), lambda task: narrow).arm(task("smoke", "synthetic")).name
+    'narrow'
+    """
+
+    name: str
+    chapter: str  # its number, "" for a control
+    modifies: tuple[str, ...]  # what of the training it changes; no two of a combination may change the same
+    make: Callable[[Task], Arm]  # its name is set later
+    order: int = 0  # in which methods of a combination work within a step, smallest first
+
+    def arm(self, task: Task) -> Arm:
+        """Return its arm on a task."""
+        return replace(self.make(task), name=self.name)
 
 
 def shared_machine() -> bool:

@@ -15,14 +15,13 @@ import pandas as pd
 
 from effilib import models
 from effilib.errors import BadInput, NoEffect
-from effilib.experiment import Arm, measure
+from effilib.experiment import Arm, Contender, measure
 from effilib.progress import say_seconds
 from effilib.statistics import FLAT
 from effilib.tasks import Task
 from effilib.training import History
 
 __all__ = [
-    "Contender",
     "Found",
     "applicable",
     "clash",
@@ -37,26 +36,6 @@ __all__ = [
 BASELINE = Arm(name="baseline", role="baseline")
 TRIED = 2  # epochs by which it is seen whether an arm can be trained
 SEED = 3000  # of the first cell: never measured, as those of tuning and of pilots
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method, or a control, as it takes part.
-
-    >>> narrow = Arm(name="", network={"widths": (4, 4, 4)})
-    >>> Contender("narrow", "", ("the network",), lambda task: narrow).arm(task("smoke", "synthetic")).name
-    'narrow'
-    """
-
-    name: str
-    chapter: str  # its number, "" for a control
-    modifies: tuple[str, ...]  # what of the training it changes; no two of a combination may change the same
-    make: Callable[[Task], Arm]  # its name is set later
-    order: int = 0  # in which methods of a combination work within a step, smallest first
-
-    def arm(self, task: Task) -> Arm:
-        """Return its arm on a task."""
-        return replace(self.make(task), name=self.name)
 
 
 def clash(a: Contender, b: Contender, task: Task) -> str:

@@ -140,13 +140,24 @@ def test_failed_run_gives_1(notebooks, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["tune", "--help"], ["--version"]]
+    ("arguments", "says"),
+    [
+        (["--version"], f"effilib {__version__}"),
+        (["--help"], "every method measured under one protocol. "),
+        (["run", "--help"], "Execute notebooks, all or some, "),
+        (["record", "--help"], "Copy a run's results into results/recorded"),
+        (["list", "--help"], "Show the series, "),
+        (["train", "--help"], "speed_run: chapter 11's own network and recipe, which excludes --network"),
+        (["predict", "--help"], "Classify new pictures with a trained network. "),
+        (["advise", "--help"], "Find which methods save time on your images, network and machine: "),
+        (["tune", "--help"], "Tune a task's baseline: train every setting "),
+    ],
 )
-def test_help(capsys, arguments):
+def test_help_says_what_a_command_does(capsys, arguments, says):
     with pytest.raises(SystemExit) as end:
         command.main(arguments)
     assert end.value.code == 0
-    assert "effilib" in capsys.readouterr().out
+    assert says in " ".join([*capsys.readouterr().out.split(), ""])
 
 
 def test_help_imports_nothing_heavy():

@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import effilib
 from effilib import paths, provenance, statistics, training
-from effilib.workbook import series
+from effilib.workbook import recipes, series
 
 CONTRIBUTING = (paths.root() / "CONTRIBUTING.md").read_text()
 README = (paths.root() / "README.md").read_text()
@@ -118,6 +120,24 @@ def test_make_has_the_targets_that_it_names():
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def test_make_test_leaves_out_what_is_slow_and_ci_runs_everything():
+    def commands(target):
+        return subprocess.run(["make", "-n", target], cwd=paths.root(), capture_output=True, text=True).stdout
+
+    assert '-m "not slow"' in commands("test")
+    assert "nbval" in commands("test")
+    assert "not slow" not in commands("test-all")
+    assert len(re.findall("-m pytest", commands("test-all"))) == 2
+    workflow = (paths.root() / ".github" / "workflows" / "tests.yml").read_text()
+    assert "make test-all" in workflow
+
+
+def test_its_recipe_is_one(tmp_path):
+    (toml,) = re.findall(r"(?s)```toml\n(.*?)```", README)
+    task, _ = recipes.read(paths.write(tmp_path / "mine.toml", toml))
+    assert (task.recipe.batch_size, task.recipe.lr) == (128, 0.2)
+
+
 def test_pictures_and_notebooks_that_it_links_to_are_there():
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (paths.root() / link).exists(), link
@@ -135,6 +155,14 @@ def test_every_dependency_was_tested_in_an_exact_version_that_is_allowed():
     everything = [*PROJECT["dependencies"], *(d for g in GROUPS.values() for d in g if isinstance(d, str))]
     for wanted in map(Requirement, everything):
         assert tested[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+
+
+def test_every_tested_version_runs_on_the_oldest_python():
+    tested = dict(line.split("==") for line in TESTED)
+    here = [d for d in metadata.distributions() if tested.get(d.name) == d.version]
+    assert here
+    wanted = {f"{d.name}=={d.version}": d.metadata.get("Requires-Python") or "" for d in here}
+    assert not {name: needs for name, needs in wanted.items() if "3.11.0" not in SpecifierSet(needs)}
 
 
 def test_the_changelog_begins_with_this_version():

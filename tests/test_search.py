@@ -7,9 +7,8 @@ import pytest
 
 from effilib import clock, search
 from effilib.errors import BadInput
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.data_pruning import DataPruning
-from effilib.search import Contender
 from effilib.tasks import task
 from effilib.training import History, Method
 

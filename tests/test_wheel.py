@@ -82,6 +82,12 @@ def test_a_training_and_a_notebook_run(effilib_command, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_advice_is_given_however_little_time_there_is(effilib_command, tmp_path):
+    few = ["--minutes", 0.1, "--methods", "data pruning", "--out", tmp_path / "advice"]
+    effilib_command("advise", "synthetic", *few)
+    assert {"recipe.toml", "snippet.py"} <= {file.name for file in (tmp_path / "advice").iterdir()}
+
+
 @pytest.mark.parametrize("command", ["record", "tune"])
 def test_what_is_committed_needs_a_checkout(effilib_command, command):
     said = effilib_command(command, "--preset", "smoke", code=2)

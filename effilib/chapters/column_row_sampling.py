@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.column_row_sampling import ChannelSampling, ColumnRowSampling
 from effilib.tasks import Task
 
@@ -32,7 +32,15 @@ UNTIL = 0.6
 SETTINGS = {f"{r:.0%} of the channels": ChannelSampling(ratio=r, until=UNTIL) for r in RATIOS}
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 RATES: dict[str, dict[float, dict]] = {}
-CONTENDER = HALF
+CONTENDERS = (
+    Contender(
+        "column-row sampling",
+        "3.4",
+        ("the convolutions", "the network"),
+        lambda task: Arm(name="", methods=(SETTINGS[HALF],)),
+        3,
+    ),
+)
 
 
 def arms(task: Task) -> list[Arm]:

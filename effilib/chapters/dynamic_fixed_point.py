@@ -1,6 +1,6 @@
 """Chapter 3.3: what is trained: 14 bits in fp32's place, 8 bits in bf16's, and fewer and fewer bits."""
 
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.dynamic_fixed_point import DynamicFixedPoint, EightBits
 from effilib.tasks import Task
 
@@ -16,6 +16,13 @@ SETTINGS = {
     # Where the idea went: it has to beat bf16, in which it runs.
     EIGHT: EightBits(),
 }
+
+
+def _contender(task):
+    return Arm(name="", methods=(DynamicFixedPoint(),), changes={"precision": "fp32"})
+
+
+CONTENDERS = (Contender("dynamic fixed point", "3.3", ("the convolutions",), _contender, 3),)
 
 
 def arms(task: Task) -> list[Arm]:

@@ -1,7 +1,7 @@
 """Chapter 4.2: what is trained: a prefix that freezes, replaced weight gradients, a smaller exact network."""
 
 from effilib.chapters.gradient_pruning import smaller
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.freezing import FrozenPrefix
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.tasks import Task
@@ -28,7 +28,15 @@ SETTINGS = {
 }
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 RATES: dict[str, dict[float, dict]] = {}
-CONTENDER = FROZEN
+CONTENDERS = (
+    Contender(
+        "gradient approximation",
+        "4.2",
+        ("the convolutions", "the norms"),
+        lambda task: Arm(name="", methods=(SETTINGS[FROZEN],)),
+        3,
+    ),
+)
 
 
 def arms(task: Task) -> list[Arm]:

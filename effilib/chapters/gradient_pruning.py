@@ -1,6 +1,6 @@
 """Chapter 4.1: what is trained: pruned gradients, backward passes on some samples, a smaller network."""
 
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.backward_sampling import BackwardSampling
 from effilib.methods.gradient_pruning import GradientPruning, zero_fraction
 from effilib.methods.gradient_subsets import GradientSubsets
@@ -26,7 +26,15 @@ SETTINGS = {
 }
 # arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
 TUNED: dict[str, dict[float, dict]] = {}
-CONTENDER = SAMPLED
+CONTENDERS = (
+    Contender(
+        "sampled backward passes",
+        "4.1",
+        ("the convolutions", "the norms"),
+        lambda task: Arm(name="", methods=(SETTINGS[SAMPLED],)),
+        3,
+    ),
+)
 
 
 def arms(task: Task) -> list[Arm]:

@@ -1,7 +1,7 @@
 """Chapter 6.3: what is trained: images that begin small, kernels that do, patches."""
 
 from effilib.data import Dataset
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.rescaled_kernels import kernels
 from effilib.tasks import Task
@@ -49,6 +49,16 @@ def method(task: Task, dataset: Dataset, **changes) -> KernelRescaling:
     """Return the method; sizes are multiples of 8 where images are not tiny, as CPUs compute them best."""
     multiple = 8 if min(dataset.shape[1:]) >= 24 else 1
     return KernelRescaling(multiple=multiple, **changes)
+
+
+def _contender(task, **how):
+    return Arm(name="", methods=(method(task, task.load(), **how),))
+
+
+CONTENDERS = (
+    Contender("resizing", "6.3", ("the images",), lambda task: _contender(task, kernels=False), 1),
+    Contender("kernel rescaling", "6.3", ("the images",), _contender, 1),
+)
 
 
 def arms(task: Task) -> list[Arm]:

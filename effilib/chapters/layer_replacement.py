@@ -2,7 +2,7 @@
 
 from effilib import surgery
 from effilib.errors import BadInput
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.layer_candidates import CANDIDATES
 from effilib.methods.layer_replacement import LayerReplacement
 from effilib.methods.narrower import Narrower
@@ -32,6 +32,13 @@ def wide(task: Task) -> Task:
 def method(preset: str, budget: float = BUDGET, **settings) -> LayerReplacement:
     """Return layer replacement as a preset runs it."""
     return LayerReplacement(budget=budget, **SETTINGS.get(preset, {}) | settings)
+
+
+def _contender(task):
+    return Arm(name="", fit=method(task.preset))
+
+
+CONTENDERS = (Contender("layer replacement", "6.4", ("the convolutions", "the network"), _contender),)
 
 
 def arms(task: Task) -> list[Arm]:

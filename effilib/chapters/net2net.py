@@ -5,7 +5,7 @@ from torch import nn
 from effilib import models, surgery
 from effilib.chapters import kernel_rescaling
 from effilib.data import Dataset
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods import net2net
 from effilib.methods.narrower import Narrower
 from effilib.methods.net2net import Grown, OneRun
@@ -14,7 +14,6 @@ from effilib.tasks import Task
 SCRATCH, GIVEN, ONE = "from scratch", "Net2Deeper, teacher given", "one run that grows"
 SMALL = "the small network from scratch"
 HALVED, RESIZED = "one run, half the side until it grows", "half the side, no growth"
-CONTENDER = ONE
 SIZES = {
     "quick": dict(images=640, epochs=2, batch_size=32, lr=0.1, validation=125),
     "study": dict(epochs=4, seeds=3),  # six arms
@@ -78,6 +77,9 @@ def _student(task, name, role="method", **settings):
 def one_run(task: Task, name: str = ONE, **settings) -> Arm:
     """Return the run that begins small and grows once."""
     return Arm(name=name, fit=OneRun(**growth(task), **RUN[task.preset] | settings))
+
+
+CONTENDERS = (Contender("Net2Net", "6.2", ("the network",), one_run),)
 
 
 def arms(task: Task) -> list[Arm]:

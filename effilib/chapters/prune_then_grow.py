@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from effilib import clock, paths, provenance
 from effilib.chapters import kernel_rescaling
 from effilib.chapters import practical_setting as setting
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.diagnosis import (
     Buds,
     CheapestFlop,
@@ -112,6 +112,15 @@ def resizer(task: Task) -> KernelRescaling:
 def procedure(task: Task, **changes) -> PruneThenGrow:
     """Return the method as a preset runs it, with changes."""
     return PruneThenGrow(**{**SETTINGS[task.preset], **changes})
+
+
+def _contender(task):
+    return Arm(name="", methods=(resizer(task), procedure(task)), network=start(task))
+
+
+CONTENDERS = (
+    Contender(GROWN, "II.9", ("the convolutions", "the norms", "the network", "the images"), _contender, 5),
+)
 
 
 def arms(task: Task) -> list[Arm]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from effilib import experiment
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.prune_train import PruneTrain, Smaller
 from effilib.methods.ranked_cut import RankedCut
 from effilib.tasks import Task
@@ -50,6 +50,13 @@ def method(preset: str, ratio: float | None = None) -> PruneTrain:
     """Return PruneTrain as a preset runs it, or with another ratio."""
     found = PruneTrain(**SETTINGS[preset])
     return found if ratio is None else replace(found, ratio=ratio)
+
+
+def _contender(task):
+    return Arm(name="", methods=(method(task.preset),))
+
+
+CONTENDERS = (Contender(PRUNED, "6.1", ("the convolutions", "the norms"), _contender, 4),)
 
 
 def ranked(preset: str) -> RankedCut:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from effilib import data
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.other_norms import NORMS, OtherNorm
 from effilib.methods.standardization_loss import StandardizationLoss, Unstandardized
 from effilib.tasks import Task
@@ -95,6 +95,13 @@ def arm(task: Task, kind: str, batch: int, role: str = "method", normalized: boo
     lam = LAM[_sweep(task)] if task.network == NETWORK else ELSEWHERE
     what = methods(kind, lam, normalized)
     return Arm(name=kind, role=role, methods=what, changes={"lr": rate(task, kind, batch)})
+
+
+def _contender(task):
+    return Arm(name="", methods=(StandardizationLoss(),), changes={"lr": SHARE * task.recipe.lr})
+
+
+CONTENDERS = (Contender(SL, "7.2", ("the norms",), _contender, 1),)
 
 
 def judged(task: Task) -> int:

@@ -1,7 +1,7 @@
 """Chapter 5.1: what is trained: four kinds of pooling on few images; all images, less those learned."""
 
 from effilib.chapters import convnet_tuning as convnet
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.data_pruning import DataPruning
 from effilib.methods.stochastic_pooling import StochasticPooling, TrainingAccuracy
 from effilib.tasks import Task
@@ -40,7 +40,16 @@ ALL = {
     "study": dict(epochs=8, seeds=3),
 }
 PRUNED = "data pruning"
-CONTENDER = PRUNED
+CONTENDERS = (
+    Contender(
+        "stochastic pooling",
+        "5.1",
+        ("the pooling",),
+        lambda task: Arm(name="", methods=(StochasticPooling(),)),
+        3,
+    ),
+    Contender(PRUNED, "5.1", ("which images",), lambda task: Arm(name="", methods=(DataPruning(),)), 1),
+)
 
 
 def with_all_images(task: Task) -> Task:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from effilib.chapters import convnet_tuning as convnet
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.methods.structure_and_strength import STRUCTURES, StructureAndStrength
 from effilib.methods.whitening import Whitening
 from effilib.tasks import Task
@@ -37,6 +37,25 @@ BASE, PAPER, START = "random, all weights", "dictionary, strength only", "kmeans
 STRENGTH = "kmeans, strength only"
 
 
+def _strength(task):
+    return Arm(name="", methods=(StructureAndStrength(scope="auto"),))
+
+
+def _whitened(task):
+    return Arm(name="", methods=(Whitening(),), network=_wide(task))
+
+
+CONTENDERS = (
+    Contender("structure and strength", "5.2", ("the convolutions", "the norms"), _strength, 2),
+    Contender(WHITE, "5.2", ("the stem",), _whitened),
+)
+
+
+def _wide(task):
+    """Settings of a network whose stem can be as wide as the whitening one."""
+    return {"stem": CHANNELS} if task.network == "resnet" else {}
+
+
 def with_stem(task: Task) -> Task:
     """Return the task on its own network, in which the stem is judged."""
     return convnet.on_own_network(task).sized(STEM)
@@ -44,7 +63,7 @@ def with_stem(task: Task) -> Task:
 
 def stems(task: Task) -> list[Arm]:
     """Return the stem as built, the whitening one, and its controls: as wide, trained or frozen."""
-    wide = {"stem": CHANNELS} if task.network == "resnet" else {}
+    wide = _wide(task)
     found = [
         Arm(name="as built", role="baseline"),
         Arm(name=WHITE, methods=(Whitening(),), network=wide),

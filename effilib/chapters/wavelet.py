@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from effilib import models
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect
-from effilib.experiment import Arm
+from effilib.experiment import Arm, Contender
 from effilib.inspection import first_convolution
 from effilib.methods.wavelet_auto_encoder import AutoEncoder
 from effilib.methods.wavelet_bands import Precomputed
@@ -31,6 +31,18 @@ EVERY = {  # of the run of all arms, which is shown and not judged
 }
 FEW = (BANDS, LOW, PHASE, WIDE, PUSHED, JOINT)  # of them in the preset quick
 THREE_STAGES = (0.2, 0.5, 0.3)  # of the steps; the order is the paper's, the shares are ours
+
+
+def _encoder(task):
+    if not ours(task):
+        raise BadInput("its trunks are networks of ours, whose widths are lists")
+    return Arm(name="", fit=AutoEncoder())
+
+
+CONTENDERS = (
+    Contender(BANDS, "7.3", ("the stem",), lambda task: Arm(name="", methods=(WaveletStem(),))),
+    Contender("wavelet auto-encoder", "7.3", ("the stem", "the network"), _encoder),
+)
 
 
 def ours(task: Task) -> bool:

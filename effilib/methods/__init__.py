@@ -11,7 +11,8 @@ __all__ = ["Info"]
 class Info:
     """Say what a method is: name, chapter, paper, claim, cost model.
 
-    claim: one sentence, with its conditions. cost_model: what is saved, what is added.
+    claim: one sentence, with its conditions. cost_model: what is saved, what is added. applies: where, in a
+    few words.
 
     >>> from effilib.methods import prune_train
     >>> prune_train.INFO.name, prune_train.INFO.chapter
@@ -24,3 +25,4 @@ class Info:
     paper: str
     claim: str
     cost_model: str
+    applies: str = ""

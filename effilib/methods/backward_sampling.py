@@ -39,6 +39,7 @@ INFO = Info(
     "bias, saves up to 73.87 % of its FLOPs and 49.58 % of the training's, at the same accuracy.",
     cost_model="Below a border dX, dW and all passes over gradients shrink to the share of samples kept. "
     "Added: their activations are copied once, and a norm of the gradient a sample.",
+    applies="long trainings, where most images are learnt",
 )
 
 PHASES = 16  # of a run, in each of which the FLOPs of a step are counted: fewer and fewer samples stay

@@ -42,6 +42,7 @@ INFO = Info(
     "accuracy on CIFAR-100 and saves half of the operations (2018); up to 1.37x less training time (2021).",
     cost_model="All three products of a sampled layer shrink to k/C, or to (k/C)^2 where what no product "
     "reads is not computed; added: scoring and copying channels, and putting dX back.",
+    applies="wide convolutions, bound by arithmetic",
 )
 
 

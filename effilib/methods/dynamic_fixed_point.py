@@ -40,6 +40,7 @@ INFO = Info(
     "number of iterations, with the same hyper-parameters, 1.8x as fast on processors with such products.",
     cost_model="Same products, on 16-bit integers; added: a pass over an operand that finds its largest "
     "magnitude and rounds it, two where the exponent has changed.",
+    applies="processors with 16-bit integer products",
 )
 
 

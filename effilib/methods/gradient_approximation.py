@@ -35,6 +35,7 @@ INFO = Info(
     "loses 0.75 (Titan Xp).",
     cost_model="dW, a third of a convolution's products, is saved in a quarter of the layers and batches: at "
     "most 8 %; added for the location: a search and a gather of N O C k^2 numbers.",
+    applies="networks whose first maps are large",
 )
 
 REPLACEMENTS = ("zero", "skip", "random", "top", "unbiased")

@@ -42,6 +42,7 @@ INFO = Info(
     "negligible loss of accuracy; up to 5.92x less time in the backward pass on hardware that skips zeros.",
     cost_model="dX and dW shrink to the density of dO where zeros are skipped; dense kernels save nothing. "
     "Added: some passes over dO, and a random number an element.",
+    applies="hardware that skips zeros",
 )
 
 

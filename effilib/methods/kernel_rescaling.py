@@ -37,6 +37,7 @@ INFO = Info(
     cost_model="On images of s times the side a step costs s^2 of a full one, a layer whose kernels are as "
     "much smaller s^4. Added are resizing the images and a few forward passes for BatchNorm's statistics "
     "at each switch.",
+    applies="images whose side can be halved; kernels of 5 x 5 or more",
 )
 
 

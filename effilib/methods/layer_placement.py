@@ -33,6 +33,7 @@ INFO = Info(
     "parameter servers.",
     cost_model="Bytes at the server a step: 4 [2 W P(1..k) + 2 W b A_k] instead of 4 [2 W P]; the server "
     "computes the rest.",
+    applies="several machines with a parameter server",
 )
 
 BYTES = 4  # of a number on the wire, fp32

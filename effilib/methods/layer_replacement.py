@@ -41,6 +41,7 @@ INFO = Info(
     cost_model="A k x k convolution of C to O channels does k^2 C O products a pixel; depthwise-separable "
     "k^2 C + C O, in g groups k^2 C^2 / g + C O, a bottleneck (C^2 + k^2 C O / r + O^2) / r, of low rank d "
     "k^2 C d + d O, spatial k d (C + O).",
+    applies="networks most of whose time is in 3 x 3 convolutions",
 )
 
 

@@ -32,6 +32,7 @@ INFO = Info(
     "that are bound by bandwidth or arithmetic run 2-6x faster on Volta.",
     cost_model="Same FLOPs, half the bytes; products at the processor's 16-bit rate; weights are cast once a "
     "step.",
+    applies="processors with native 16-bit products",
 )
 
 

@@ -34,6 +34,7 @@ INFO = Info(
     "random start, to the same accuracy; the smaller one's own training is not counted.",
     cost_model="Same FLOPs a step as the larger network from scratch, fewer steps to the same accuracy. The "
     "teacher's training is free only where the teacher was there anyway.",
+    applies="networks of which a smaller one learns too",
 )
 
 

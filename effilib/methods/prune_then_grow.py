@@ -51,6 +51,7 @@ INFO = Info(
     cost_model="Early steps cost what the small network costs; each growth adds its FLOPs to the steps "
     "that are left. Added are a pass over the weights a step, a look at held-out images an epoch, and some "
     "milliseconds of surgery. All is held within a budget of FLOPs.",
+    applies="networks whose right shape is not known",
 )
 
 # What lives keeps its scale: under BatchNorm that is its learning rate.

@@ -55,6 +55,7 @@ INFO = Info(
     cost_model="The penalty adds a pass over the weights per step; a layer's FLOPs shrink with the product "
     "of its live input and output channels; a cut costs milliseconds. FLOPs become time only where "
     "the narrower layers run as efficiently.",
+    applies="networks wider than they need to be",
 )
 
 THRESHOLD = 1e-4  # of the published form: a group is dead where all of its weights are smaller

@@ -28,6 +28,7 @@ INFO = Info(
     "is cut there trains in less time, to a comparable accuracy.",
     cost_model="Full price until the cut, at 10 to 30 % of the run; then the share of the convolutions' time "
     "that was asked for is gone. The ranking costs a product per BatchNorm's channel and step.",
+    applies="networks wider than they need to be",
 )
 
 PRICES = ("milliseconds", "FLOPs")

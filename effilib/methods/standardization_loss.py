@@ -45,6 +45,7 @@ INFO = Info(
     "BatchNorm with large batches needs fewer steps still.",
     cost_model="Same products; per layer one pass over the pre-activations for the moments and one for the "
     "gradient, as BatchNorm has.",
+    applies="small batches, for which BatchNorm is poor",
 )
 
 EPS = 1e-5  # in the logarithm, as BatchNorm's: a dead channel has variance 0

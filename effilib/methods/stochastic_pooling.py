@@ -44,6 +44,7 @@ INFO = Info(
     cost_model="Same products; a pooling layer costs 1.1-1.5 times max pooling's time. It pays only if fewer "
     "images or "
     "fewer steps suffice.",
+    applies="networks with max pooling, and few images",
 )
 
 CHUNK = 2**17  # windows at a time: what is computed in between stays in the processor's cache

@@ -42,6 +42,7 @@ INFO = Info(
     cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs "
     "seconds before "
     "the first step.",
+    applies="few labelled images",
 )
 STRUCTURES, SCOPES = ("random", "dictionary", "kmeans"), ("filter", "kernel", "input", "auto")
 DEAD = 1e-6  # norm below which an atom is none

@@ -38,6 +38,7 @@ INFO = Info(
     "somewhat less accuracy.",
     cost_model="The root on all images so far, small branches on their own classes' images, nothing for the "
     "rest; at inference the root and one branch.",
+    applies="classes that arrive in stages",
 )
 Make = Callable[[int], nn.Module]  # number of outputs -> network
 

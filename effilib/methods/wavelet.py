@@ -36,6 +36,7 @@ INFO = Info(
     "error.",
     cost_model="Layers before the first halving work on a quarter of the pixels; the stem reads 4 times "
     "the channels; Haar itself is 4 additions a pixel.",
+    applies="networks that begin at full resolution",
 )
 
 # Low-pass filters (analysis, synthesis), in PyWavelets' order; high-pass ones follow from them by alternating

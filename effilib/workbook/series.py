@@ -20,6 +20,7 @@ __all__ = [
     "OLDER",
     "SCHEMA",
     "Chapter",
+    "answer",
     "chapter",
     "drawn",
     "headlines",
@@ -38,7 +39,7 @@ __all__ = [
 
 SCHEMA = 2  # of `notebook.Book.record`: speed-up at equal accuracy, from curves
 OLDER = "older protocol"  # a record of schema 1: time to one target accuracy
-OLDER_NOTE = f"*{OLDER}*: time to one target accuracy, which says something else; to be measured anew."
+OLDER_NOTE = f"*{OLDER}*: time to one target accuracy, which is another measure; to be repeated."
 JUDGED = ("faster", "slower", "no difference", "undecided", "depends on the budget")  # by one test each
 ENVIRONMENT = ("notebook", "preset", "dataset", "network", "machine", "threads", "torch", "commit", "date")
 
@@ -262,30 +263,61 @@ def readme_table() -> str:
     """Return the README's table of chapters, from here and from the methods' `INFO`, never typed.
 
     >>> print(readme_table().splitlines()[0])
-    | chapter | notebook | attacks | source | recorded |
+    | chapter | notebook | attacks | applies to | source | recorded |
     """
-    rows = ["| chapter | notebook | attacks | source | recorded |", "|---|---|---|---|---|"]
+    rows = ["| chapter | notebook | attacks | applies to | source | recorded |", "|---|---|---|---|---|---|"]
     found = recorded()
     for c in CHAPTERS:
         name = f"[{c.title}](notebooks/{c.stem}.ipynb)" if c.exists else f"{c.title} (to come)"
         result = say(found.get(c.stem, [{}])[-1])
-        paper = c.info.paper if c.info else ""
-        rows.append(f"| {c.number} | {name} | {ATTACKS.get(c.attacks, '')} | {paper} | {result} |")
+        said = (c.info.applies, c.info.paper) if c.info else ("", "")
+        rows.append(" | ".join(["| " + c.number, name, ATTACKS.get(c.attacks, ""), *said, result + " |"]))
     if any(row.endswith(f"| {OLDER} |") for row in rows):
         rows += ["", OLDER_NOTE]
     return "\n".join(rows)
 
 
+def answer() -> str:
+    """Return what saves time, from the record of chapter 10, in three lines of Markdown.
+
+    >>> answer().count("\\n") in (0, 2)
+    True
+    """
+    record = recorded().get("10_comparison", [{}])[-1]
+    head = record.get("headline")
+    if older(record) or not head:
+        return "*What saves most (chapter 10) is not measured yet under the present protocol.*"
+    alone = {}
+    for v in record["verdicts"]:
+        if (
+            v["verdict"].startswith("faster")
+            and " + " not in v["arm"]
+            and not v["arm"].startswith("without ")
+        ):
+            alone.setdefault(v["arm"], v["ratio"])  # the first is of all arms, side by side
+    named = ", ".join(f"{arm} {alone[arm]:.2f}x" for arm in sorted(alone, key=lambda a: -alone[a])) or "none"
+    aim = f" (aim {head['aim']:g}x: {head['aim_verdict']})" if head.get("aim") else ""
+    lines = (
+        f"**On my {record['machine']['summary']}: {head['arm']}, {head['verdict']}.**",
+        f"{head['text']}, on {record['dataset']}{aim}.",
+        f"Faster by themselves: {named}.",
+    )
+    return "  \n".join(lines)
+
+
 def with_table(readme: str) -> str:
-    """Return the README's text with its table of chapters brought up to date.
+    """Return the README's text with its answer and its table of chapters brought up to date.
 
     >>> text = with_table("before <!-- chapters --> stale <!-- /chapters --> after")
     >>> "stale" in text, text.endswith("<!-- /chapters --> after")
     (False, True)
     """
-    begin, end = "<!-- chapters -->", "<!-- /chapters -->"
-    head, rest = readme.split(begin)
-    return f"{head}{begin}\n{readme_table()}\n{end}{rest.split(end)[1]}"
+    for name, made in (("answer", answer), ("chapters", readme_table)):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in readme:
+            head, rest = readme.split(begin)
+            readme = f"{head}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def picture() -> Path:

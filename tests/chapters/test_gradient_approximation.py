@@ -16,7 +16,6 @@ def test_the_judged_arms_are_the_prefix_and_the_papers_beside_the_published_cont
     ]
     assert [a.role for a in chapter.arms(quick)] == ["baseline", "method", "control"]
     assert chapter.arms(study)[1].methods == (chapter.SETTINGS[chapter.FROZEN],)
-    assert chapter.CONTENDER in chapter.SETTINGS
 
 
 def test_the_control_is_the_published_one_in_the_study():

@@ -12,7 +12,6 @@ def test_the_judged_arms_are_the_papers_the_sampled_one_and_a_smaller_network():
         check_arms(t, arms)
         assert [a.role for a in arms] == ["baseline", "method", "method", "control"]
         assert [a.name for a in arms] == ["exact", chapter.PRUNED, chapter.SAMPLED, chapter.SMALLER]
-    assert chapter.CONTENDER in chapter.SETTINGS
 
 
 def test_the_control_is_a_block_or_some_channels_smaller():
