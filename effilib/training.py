@@ -26,6 +26,7 @@ from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import FLIPS, Dataset
 from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
+from effilib.surgery import undoing
 
 __all__ = [
     "EVALUATIONS", "LAYOUTS", "History", "Method", "Recipe", "Run", "Schedule", "at_least_fp32", "autocast",
@@ -404,22 +405,26 @@ class Run:
         the count of FLOPs follow here. Timed as "reconfigure", never capped. Call it between steps: at an
         epoch's start or end, or a step's end; with several processes in all of them alike: at an epoch's end
         they are equal to the last bit, so that what is read from the model is too. Raises `ValueError` if the
-        optimizer and the model differ afterwards."""
+        optimizer and the model differ afterwards. After an error all is as it was."""
         before, self.kind = self._kind, "reconfigure"
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
-        self._model = change(self.model, self.optimizer) or self.model
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if (
-            len(held) != len(set(held))
-            or set(held) != set(self.model.parameters())
-            or not set(self.optimizer.state) <= set(held)
-        ):
-            raise ValueError(
-                "after a change of structure the optimizer must hold exactly the model's parameters"
-            )
-        self.structures += 1
-        self.settle()
-        self.kind = before
+        try:
+            with undoing(self.model, self.optimizer):
+                model = change(self.model, self.optimizer) or self.model
+                held = [p for group in self.optimizer.param_groups for p in group["params"]]
+                if (
+                    len(held) != len(set(held))
+                    or set(held) != set(model.parameters())
+                    or not set(self.optimizer.state) <= set(held)
+                ):
+                    raise ValueError(
+                        "after a change of structure the optimizer must hold exactly the model's parameters"
+                    )
+            self._model = model
+            self.structures += 1
+        finally:
+            self.settle()
+            self.kind = before
 
     def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
         """Move parameters into an optimizer's group of their own.

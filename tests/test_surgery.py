@@ -228,26 +228,6 @@ def test_old_graphs_still_go_backward_and_memory_format_stays():
     assert optimizer.state[new]["momentum_buffer"].stride() == new.stride()
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_running_average_follows(wrapped):
-    model = make("resnet")
-    ema = torch.optim.swa_utils.AveragedModel(model) if wrapped else copy.deepcopy(model)
-    inner = ema.module if wrapped else ema
-    shake(inner, 5)
-    x = images()
-    before = both(inner, x)
-    for node in nodes(model):
-        select_(node, [*range(node.width), 0], ema=ema)
-    assert_close(both(inner, x), before, atol=1e-10, rtol=0)
-    append_block_(model, "stages.1.1", x=x, ema=ema)
-    assert_close(both(inner, x), before, atol=1e-10, rtol=0)
-    remove_path_(trace(model).path("stages.1.2"), ema=ema)
-    assert_close(both(inner, x), before, atol=1e-10, rtol=0)
-    assert {k: v.shape for k, v in inner.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
-
-
 def test_a_sliced_network_follows_the_masked_one_for_twenty_steps():
     dense, x, y = make("resnet"), images(12), torch.arange(12) % 5
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)

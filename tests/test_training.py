@@ -1022,6 +1022,27 @@ def test_an_optimizer_that_does_not_fit_the_new_structure_is_an_error(kind):
         trained(methods=[Careless()])
 
 
+@pytest.mark.parametrize("kind", ["refused", "another model"])
+def test_a_refused_change_of_structure_leaves_the_run_as_it_was(kind):
+    def change(model, optimizer):
+        widen(model, optimizer)
+        if kind == "another model":
+            return network(seed=9)
+        raise BadInput("no")
+
+    @dataclass(frozen=True)
+    class Try(Method):
+        def on_step_end(self, run):
+            if run.step == 3:
+                before = run.model, run.kind, run.structures
+                with pytest.raises((BadInput, ValueError)):
+                    run.restructure(change)
+                assert (run.model, run.kind, run.structures) == before
+
+    (a, _), (b, _) = trained(methods=[Try()]), trained()
+    assert same(a, b)
+
+
 def test_counting_a_step_changes_no_weights():
     """A change of structure that changes nothing makes the loop count one step more."""
 

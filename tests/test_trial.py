@@ -11,6 +11,7 @@ from torch import nn
 from effilib import models, surgery
 from effilib.errors import BadInput
 from effilib.methods.net2net import deepen_, grow_
+from effilib.methods.prune_train import dead_paths
 from tests.common import exactly, images, make, shake, step
 
 X = images(8, torch.float32)
@@ -282,6 +283,132 @@ def test_undoing_brings_back_what_was_changed_in_place():
         change()
     untouched(model, optimizer, before)
     step(model, optimizer, X, Y)
+
+
+def test_undoing_brings_back_the_optimizers_groups():
+    model = make("resnet", dtype=torch.float32)
+    optimizer = trained(model)
+    before = snapshot(model, optimizer)
+
+    def change():
+        with surgery.undoing(model, optimizer):
+            optimizer.param_groups[0]["lr"] = 9.0
+            optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        change()
+    untouched(model, optimizer, before)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01]
+
+
+# Groups of the optimizer
+
+
+def by_kind(model, left_out=()):
+    """With weight decay on matrices and kernels, none on the rest."""
+    held = [p for p in model.parameters() if all(p is not q for q in left_out)]
+    groups = [{"params": [p for p in held if p.dim() > 1]}, {"params": [p for p in held if p.dim() == 1]}]
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(("name", "where"), [("resnet", "stages.2.0"), ("vgg", "features.2")])
+def test_what_is_new_joins_the_groups_of_its_kind_in_the_networks_order(name, where):
+    model = make(name, dtype=torch.float32)
+    optimizer = by_kind(model)
+    step(model, optimizer, X, Y)
+    old = set(model.parameters())
+    deepen_(model, where, optimizer, x=X)
+    matrices, rest = (g["params"] for g in optimizer.param_groups)
+    assert all(p.dim() > 1 for p in matrices)
+    assert all(p.dim() == 1 for p in rest)
+    exactly(optimizer, model)
+    order = {p: i for i, p in enumerate(model.parameters())}
+    new = [[order[p] for p in g if p not in old] for g in (matrices, rest)]
+    assert all(n == sorted(n) for n in new)
+    step(model, optimizer, X, Y)
+
+
+def test_what_is_new_is_trained_where_the_last_old_parameter_is_not():
+    model = net(block)
+    last = model[2][1].bn2
+    for p in (*last.parameters(), model[2][1].bn1.weight):
+        p.requires_grad_(False)
+    optimizer = by_kind(model, left_out=[last.bias])
+    name = surgery.append_block_(model, "2.1", optimizer, x=X)
+    new = list(model.get_submodule(name).parameters())
+    assert {p for g in optimizer.param_groups for p in g["params"]} >= set(new)
+    for _ in range(2):  # its convolutions once its last scale is not 0
+        step(model.train(), optimizer, X, Y)
+    assert all(p.grad.any() for p in new)
+
+
+def test_an_optimizer_of_other_weights_is_refused():
+    model = make("resnet", dtype=torch.float32)
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(BadInput, match="new would not be trained: the optimizer holds nothing"):
+        surgery.append_block_(model, "stages.0.0", optimizer, x=X)
+    assert len(model.stages[0]) == 1
+    with pytest.raises(BadInput, match="new would not be trained: no group"):
+        surgery.adopt_(optimizer, [model.stem.weight], like=model.head.weight)
+
+
+@pytest.mark.parametrize(("name", "where"), [("resnet", "stages.0.0"), ("vgg", "features.2")])
+def test_insertion_draws_nothing_from_the_global_generator(name, where):
+    model, before = make(name, dtype=torch.float32), torch.get_rng_state()
+    deepen_(model, where, x=X, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_new_block_has_the_kernels_of_the_one_before_it():
+    model = models.build("resnet", 5, (3, 8, 8), widths=(4,), blocks=(1,), kernels=(3, 5))
+    surgery.append_block_(model, "stages.0.0", x=X)
+    assert model.stages[0][1].kernels == model.stages[0][0].kernels == [5, 5]
+
+
+@pytest.mark.parametrize("breaker", ["noise", "uneven"])
+def test_rounding_of_short_numbers_is_no_change(breaker):
+    model = make("resnet", dtype=torch.bfloat16)
+    how = dict(wider=1.5, deeper=("stages.0.0",), breaker=breaker, generator=torch.Generator().manual_seed(0))
+    grow_(model, None, X.bfloat16(), None, **how)
+    with pytest.raises(BadInput, match="would change"), surgery.keeping("half", model, X.bfloat16()):
+        nn.init.constant_(model.head.weight, 0.5)
+
+
+# Sums that a removed path cannot take part in
+
+
+SUMS = {
+    "out.add(x)": lambda out, x: out.add(x),
+    "out.add_(x)": lambda out, x: out.add_(x),
+    "alpha": lambda out, x: torch.add(out, x, alpha=0.1),
+}
+
+
+class Summed(Residual):
+    def __init__(self, add):
+        super().__init__()
+        self.add = add
+
+    def forward(self, x):
+        return F.relu(self.add(self.path(x), x))
+
+
+@pytest.mark.parametrize("how", [*SUMS, "torch.add"])
+def test_a_path_is_removed_only_from_a_plain_sum(how):
+    model = net(lambda: Summed(SUMS.get(how, torch.add)))
+    for m in model[2]:
+        for p in (m.conv1.weight, m.conv2.weight, m.bn2.bias):
+            nn.init.zeros_(p)
+        m.bn2.running_mean.zero_()
+    before = both(model)
+    assert bool(dead_paths(surgery.trace(model))) == (how == "torch.add")
+    if how == "torch.add":
+        surgery.remove_path_(surgery.trace(model).path("2.0"))
+    else:
+        with pytest.raises(BadInput, match=r"residual path 2\.0 has a sum that is no plain \+"):
+            surgery.remove_path_(surgery.trace(model).path("2.0"))
+    assert torch.equal(both(model), before)
 
 
 # 7.6, 7.7 What is traced

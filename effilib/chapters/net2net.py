@@ -6,7 +6,7 @@ from effilib import models, surgery
 from effilib.chapters import kernel_rescaling
 from effilib.data import Dataset
 from effilib.experiment import Arm, Contender
-from effilib.methods import net2net
+from effilib.methods import narrower
 from effilib.methods.narrower import Narrower
 from effilib.methods.net2net import Grown, OneRun
 from effilib.tasks import Task
@@ -53,7 +53,7 @@ def teacher(task: Task) -> tuple:
 
 def thin_(model: nn.Module) -> tuple:
     """Give a network half of its widths in place, in multiples of 16 where it has as many."""
-    return net2net.thin_(model, **HALF)
+    return narrower.thin_(model, **HALF)
 
 
 HALF = dict(factor=0.5, multiple=16)

@@ -2,11 +2,53 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from effilib import models, surgery
+from effilib.data import Dataset
 from effilib.tasks import Task
 from effilib.training import History, stream, train
 
-__all__ = ["Narrower"]
+__all__ = ["Narrower", "narrow", "thin_"]
+
+
+@torch.no_grad()
+def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tuple[str, int], ...]:
+    """Make a smaller network of the same kind in place, before it is trained.
+
+    Keeps the first channels of every node, `factor` of them in whole multiples. Returns ((node, width
+    before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
+
+    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
+    >>> thin_(net, 0.5), net.settings()["widths"]
+    ((('features.0', 4), ('features.4', 8)), [[2], [4]])
+    """
+    before = []
+    for node in surgery.nodes(model):
+        before.append((node.name, node.width))
+        q = min(node.width, max(1, round(factor * node.width / multiple)) * multiple)
+        surgery.select_(node, range(q))
+    return tuple(before)
+
+
+def narrow(
+    task: Task, dataset: Dataset, seed: int, factor: float, multiple: int = 1, **settings
+) -> tuple[nn.Module, tuple[tuple[str, int], ...]]:
+    """Return (the task's network with narrower layers, its nodes' full widths), see `thin_`.
+
+    It is initialised as it is at these widths. settings: of the network, instead of the task's. A factor of 1
+    or more leaves it.
+
+    >>> t = task("smoke", "synthetic")
+    >>> narrow(t, t.load(), 0, 0.5)[0].settings()["widths"]
+    [4, 4, 4]
+    """
+    model = task.build(dataset, seed, **settings)
+    before = thin_(model, factor, multiple) if factor < 1 else ()
+    if before and task.network in models.NETWORKS:
+        models.initialize_(model, stream(seed, "initial weights").initial_seed())
+    return model, before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +67,5 @@ class Narrower:
 
     def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
-        model = task.build(dataset, seed)
-        for node in surgery.nodes(model):
-            width = max(1, round(self.factor * node.width / self.multiple)) * self.multiple
-            surgery.select_(node, range(min(node.width, width)))
-        if task.network in models.NETWORKS:  # as it is initialised at these widths
-            models.initialize_(model, stream(seed, "initial weights").initial_seed())
+        model, _ = narrow(task, dataset, seed, self.factor, self.multiple)
         return train(model, dataset, task.recipe, (), seed)

@@ -14,16 +14,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from effilib import models, surgery
+from effilib import surgery
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.methods import Info
 from effilib.methods.gradmax import gradmax_
+from effilib.methods.narrower import narrow
 from effilib.methods.widening import BREAKERS, jitter_, widen_
 from effilib.tasks import Task
-from effilib.training import History, Method, Recipe, Run, stream, train
+from effilib.training import History, Method, Recipe, Run, train
 
-__all__ = ["Grown", "Net2Net", "OneRun", "deepen_", "fresh", "grow_", "thin_"]
+__all__ = ["Grown", "Net2Net", "OneRun", "deepen_", "fresh", "grow_"]
 
 INFO = Info(
     name="Net2Net",
@@ -45,7 +46,6 @@ def deepen_(
     *,
     x: torch.Tensor,
     generator: torch.Generator | None = None,
-    ema: nn.Module | None = None,
 ) -> str:
     """Add a layer or block behind `where` in place (Net2Deeper); it changes nothing.
 
@@ -59,8 +59,8 @@ def deepen_(
     ('stages.0.1', True)
     """
     if isinstance(dict(model.named_modules()).get(where), nn.ReLU):
-        return surgery.insert_layer_(model, where, optimizer, x=x, ema=ema)
-    return surgery.append_block_(model, where, optimizer, x=x, generator=generator, ema=ema)
+        return surgery.insert_layer_(model, where, optimizer, x=x)
+    return surgery.append_block_(model, where, optimizer, x=x, generator=generator)
 
 
 def grow_(
@@ -223,34 +223,6 @@ class Net2Net(Method):
         run.log(self, f"{before:,} -> {after:,} parameters: {'; '.join(done)}", parameters=[before, after])
 
 
-@torch.no_grad()
-def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tuple[str, int], ...]:
-    """Make a smaller network of the same kind in place, before it is trained: a teacher.
-
-    Keeps the first channels of every node. Returns ((node, width before), ...), which `Net2Net(wider=...)`
-    takes to make the larger one of it again.
-
-    >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
-    >>> thin_(net, 0.5), net.settings()["widths"]
-    ((('features.0', 4), ('features.4', 8)), [[2], [4]])
-    """
-    before = []
-    for node in surgery.nodes(model):
-        before.append((node.name, node.width))
-        q = min(node.width, max(1, round(factor * node.width / multiple)) * multiple)
-        surgery.select_(node, range(q))
-    return tuple(before)
-
-
-def _begin(fit, task, dataset, seed):
-    """The smaller network that a fit begins with, and its nodes' full widths."""
-    model = task.build(dataset, seed, **dict(fit.small))
-    before = thin_(model, fit.factor, fit.multiple) if fit.factor < 1 else ()
-    if before and task.network in models.NETWORKS:  # as wide as it is now
-        models.initialize_(model, stream(seed, "initial weights").initial_seed())
-    return model, before
-
-
 @dataclass(frozen=True, kw_only=True)
 class OneRun:
     """Train a network that begins small and grows once, in one run: (task, seed) -> `History`.
@@ -277,7 +249,7 @@ class OneRun:
     def __call__(self, task: Task, seed: int) -> History:
         """Train it at the task's length."""
         dataset = task.load()
-        model, before = _begin(self, task, dataset, seed)
+        model, before = narrow(task, dataset, seed, self.factor, self.multiple, **dict(self.small))
         how = dict(at=self.at, hold=self.hold, newborn=self.newborn, breaker=self.breaker)
         method = Net2Net(wider=before or 1.0, deeper=self.deeper, **how)
         return train(model, dataset, task.recipe, [*self.methods, method], seed)
@@ -291,13 +263,11 @@ class Grown:
     """Train a student that grows out of a teacher: (task, seed) -> `History`.
 
     The teacher is the task's network with other settings (fewer blocks), or with narrower layers. The student
-    grows to full size before its first step, on its clock. Students whose teacher is given share it within a
-    cell.
+    grows to full size before its first step, on its clock. The teacher was there anyway: the students of a
+    cell share it (`OneRun` counts it).
 
-    >>> t = task("smoke", "synthetic")
-    >>> student, both = Grown(factor=0.5)(t, seed=0), Grown(factor=0.5, counted=True)(t, seed=0)
-    >>> student.steps, both.steps, both.seconds > student.seconds
-    (4, 12, True)
+    >>> Grown(factor=0.5)(task("smoke", "synthetic"), seed=0).steps  # the teacher's 8 are not counted
+    4
     """
 
     breaker: str = "noise"  # of symmetry, see `widen_`; or "gradmax"
@@ -308,11 +278,10 @@ class Grown:
     epochs: float = 0.5  # the student's share of the recipe's epochs
     lr: float = 0.5  # and of its learning rate
     taught: float = 1.0  # the teacher's share of the epochs
-    counted: bool = False  # put the teacher's training on the clock
     given: Recipe | None = None  # of the teacher, where it is not the student's at its length
 
     def __call__(self, task: Task, seed: int) -> History:
-        """Train both, or the student alone where the teacher was trained before."""
+        """Train the student, and the teacher where it was not trained before."""
         dataset = task.load()
         model, before, teacher = self.teacher(task, dataset, seed)
         epochs, lr = self.epochs * task.recipe.epochs, self.lr * task.recipe.lr
@@ -322,7 +291,7 @@ class Grown:
         student = train(model, dataset, recipe, [method], seed)
         event = {"step": 0, "epoch": 0, "method": "teacher", "text": f"teacher: {teacher.accuracy:.2f} %"}
         student.events.insert(0, event | {"accuracy": teacher.accuracy, "seconds": teacher.seconds})
-        return teacher + student if self.counted else student
+        return student
 
     def teacher(
         self, task: Task, dataset: Dataset, seed: int
@@ -330,12 +299,10 @@ class Grown:
         """Return the trained teacher, its nodes' full widths, and its history."""
         recipe = self.given or task.recipe
         recipe = replace(recipe, epochs=self.taught * recipe.epochs)
-        model, before = _begin(self, task, dataset, seed)
+        model, before = narrow(task, dataset, seed, self.factor, self.multiple, **dict(self.small))
         key = repr((replace(task, recipe=recipe), seed, self.factor, self.multiple, self.small))
-        if self.counted or key not in _taught:
+        if key not in _taught:
             history = train(model, dataset, recipe, (), seed)
-            if self.counted:
-                return model, before, history
             _taught.clear()
             _taught[key] = copy.deepcopy(model.state_dict()), history
         weights, history = _taught[key]

@@ -476,7 +476,7 @@ class PruneThenGrow(Policy, Method):
         x, y = (run.ranks.whole(t) for t in state["batch"])
         before = {m: name for name, m in model.named_modules()}
         owners = stages.owners(surgery.trace(model))
-        done += prune_(model, optimizer, cuts=cuts, **how)
+        done += prune_(model, optimizer, cuts=cuts, x=x[:16], **how)
         if stage is not None:
             how = dict(multiple=how["multiple"], breaker=self.breaker, generator=run.generator(self))
             done += self._enlarge(

@@ -72,8 +72,13 @@ def group_norms(W: torch.Tensor, axis: int, per: int = 1) -> torch.Tensor:
     >>> group_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 0)
     tensor([5., 1.])
     """
-    norms = torch.linalg.vector_norm(W, dim=[a for a in range(W.dim()) if a != axis])
-    return norms if per == 1 else torch.linalg.vector_norm(norms.view(-1, per), dim=1)
+    return _squares(W, axis, per).sqrt()
+
+
+def _squares(W, axis, per):
+    """Squares of the groups' norms: finite gradients at 0, in half the time of PyTorch's norm."""
+    squares = W.square().sum([a for a in range(W.dim()) if a != axis])
+    return squares if per == 1 else squares.view(-1, per).sum(1)
 
 
 def group_weight(W: torch.Tensor, axis: int, per: int = 1, weigh: str = "equal") -> float | torch.Tensor:
@@ -100,7 +105,7 @@ def group_lasso(groups: list[Group], eps: float = 1e-8, weigh: str = "equal") ->
     >>> group_lasso([(W, 0, 1)]).item()  # 5 + 1
     6.0
     """
-    sums = [group_weight(*g, weigh) * (group_norms(*g).square() + eps).sqrt().sum() for g in groups]
+    sums = [group_weight(*g, weigh) * (_squares(*g) + eps).sqrt().sum() for g in groups]
     return torch.stack(sums).sum()
 
 
@@ -229,10 +234,14 @@ def stays(
 def dead_paths(
     structure: surgery.Structure, threshold: float = 0.0, rule: str = "union", spare: Spare | None = None
 ) -> list[surgery.Path]:
-    """Return the residual paths in which all channels of a node are dead."""
+    """Return the residual paths that add nothing but a constant: all that their last layer reads is dead.
+
+    Behind an earlier node that is dead, BatchNorms' shifts and biases still flow on.
+    """
     found = []
     for path in structure.paths:
-        dead = any(not stays(node, threshold, rule, spare).any() for node in structure.inner(path))
+        last = [node for node in structure.inner(path) if path.convs[-1] in node.consumers]
+        dead = last and not stays(last[0], threshold, rule, spare).any()
         if dead and surgery.can_remove(path):
             found.append(path)
     return found
@@ -265,11 +274,14 @@ def prune_(
     rule: str = "union",
     spare: Spare | None = None,
     cuts: dict[str, torch.Tensor] | None = None,
+    x: torch.Tensor | None = None,
 ) -> list[str]:
     """Cut the dead channels of `model` in place.
 
     Residual paths that are dead as a whole are removed. Exact for exact zeros (threshold 0). spare: channels
-    that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut. Returns
+    that are not cut, see `stays`. cuts: a dict that gets the indices kept of every node that is cut. x: (N,
+    C, H, W), some images on which it is seen that the cut changes nothing in training mode, see `keeping` (in
+    eval mode a BatchNorm may still remember what died); else all is undone, and `BadInput` raised. Returns
     what was done, in words; [] where nothing was dead enough.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
@@ -279,16 +291,17 @@ def prune_(
     ['features.0 4 -> 2']
     """
     done = []
-    for path in dead_paths(surgery.trace(model), threshold, rule, spare):
-        surgery.remove_path_(path, optimizer)
-        done.append(f"residual path {path.name} removed")
-    for node in surgery.trace(model).nodes:
-        index = kept(stays(node, threshold, rule, spare), multiple)
-        if len(index) < node.width:
-            done.append(f"{node.name} {node.width} -> {len(index)}")
-            surgery.select_(node, index, optimizer)
-            if cuts is not None:
-                cuts[node.name] = index
+    with surgery.keeping("cutting dead channels", model, x, optimizer, modes=("training",)):
+        for path in dead_paths(surgery.trace(model), threshold, rule, spare):
+            surgery.remove_path_(path, optimizer)
+            done.append(f"residual path {path.name} removed")
+        for node in surgery.trace(model).nodes:
+            index = kept(stays(node, threshold, rule, spare), multiple)
+            if len(index) < node.width:
+                done.append(f"{node.name} {node.width} -> {len(index)}")
+                surgery.select_(node, index, optimizer)
+                if cuts is not None:
+                    cuts[node.name] = index
     return done
 
 
@@ -413,8 +426,9 @@ class PruneTrain(Method):
         threshold = THRESHOLD if self.mode == "published" else 0.0
         how = dict(threshold=threshold, multiple=self.blocks(run), rule=self.rule)
         if anything_dead(run.model, **how):
-            done = []
-            run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, **how)))
+            done, exact = [], self.mode == "proximal"  # a threshold changes a little
+            x = run.dataset.normalize(run.dataset.train.x[:16]) if exact else None
+            run.restructure(lambda model, optimizer: done.extend(prune_(model, optimizer, x=x, **how)))
             run.log(self, "; ".join(done), pruned=done)
             self._enlarge(run)
 

@@ -3,9 +3,10 @@
 What a channel is worth is the change of the loss if its BatchNorm's scale were 0, to first order:
 |gamma dL/dgamma| (Molchanov et al. 2019, arXiv:1906.10771), summed over steps. What it costs is measured: a
 CPU's convolutions work in blocks of 16 channels, so blocks are ranked, by their worth per millisecond. The
-ranking is looked at again and again, and the cut comes once two looks agree (Early-Bird tickets, You et al.
-2020, arXiv:1909.11957: the distance of their masks is below 0.1), or at the latest after 30 % of the run,
-while the learning rate is high. There is no penalty, and nothing is trained that is not needed.
+ranking is looked at again and again, each time by the steps since the last look, and the cut comes once two
+looks agree (Early-Bird tickets, You et al. 2020, arXiv:1909.11957: the distance of their masks is below 0.1),
+or at the latest after 30 % of the run, while the learning rate is high; it goes by all steps. There is no
+penalty, and nothing is trained that is not needed.
 """
 
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ class RankedCut(Method):
         nodes = self._nodes(run)
         run.state[self] = {
             "scores": {n.name: torch.zeros(n.width, device=run.device) for n in nodes}, "prices": None,
-            "mask": None, "looks": 0, "cut": False, "widths": [], "epochs": [],
+            "seen": None, "mask": None, "looks": 0, "cut": False, "widths": [], "epochs": [],
         }  # fmt: skip
 
     def _blocks(self, run):
@@ -160,10 +161,12 @@ class RankedCut(Method):
     def _nodes(self, run):
         """The nodes that can lose a block: those with a BatchNorm, whose scale says what a channel does."""
         found = [n for n in surgery.trace(run.model).nodes if n.bns and set(n.bns.values()) == {1}]
-        found = [n for n in found if all(n.layer(b).weight is not None for b in n.bns)]
+        scales = {n: [n.layer(b).weight for b in n.bns] for n in found}
+        found = [n for n in found if all(w is not None and w.requires_grad for w in scales[n])]
         if not any(n.width > self._blocks(run) for n in found):
             raise NoEffect(
-                f"ranked cut: no channels with a BatchNorm come in more than one block of {self._blocks(run)}"
+                "ranked cut: no channels with a BatchNorm, its scale trained, come in more than one block of "
+                f"{self._blocks(run)}"
             )
         return found
 
@@ -188,13 +191,19 @@ class RankedCut(Method):
             return
         if state["prices"] is None:
             state["prices"] = run.ranks.first(lambda: self._prices(run))
-        scores = {name: score.cpu() for name, score in state["scores"].items()}
-        mask = run.ranks.agree(masks(scores, state["prices"], self.share, self._blocks(run)))
+        scores = {name: score.to("cpu", copy=True) for name, score in state["scores"].items()}
+        recent = {n: s - state["seen"][n] for n, s in scores.items()} if state["seen"] else scores
+        mask = self._masks(run, recent)
         apart = 1.0 if state["mask"] is None else distance(mask, state["mask"])
-        state |= {"mask": mask, "looks": state["looks"] + 1}
+        state |= {"seen": scores, "mask": mask, "looks": state["looks"] + 1}
         if apart < self.agree or done >= self.latest * planned:
-            self._cut(run, mask, f"after {done / planned:.0%} of the run, masks {apart:.2f} apart")
+            why = f"after {done / planned:.0%} of the run, masks {apart:.2f} apart"
+            self._cut(run, self._masks(run, scores), why)
             self._note(run, done)
+
+    def _masks(self, run, scores):
+        prices = run.state[self]["prices"]
+        return run.ranks.agree(masks(scores, prices, self.share, self._blocks(run)))
 
     def _prices(self, run):
         x = run.dataset.normalize(run.dataset.train.x[: run.batches.batch_size])

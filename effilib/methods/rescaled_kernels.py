@@ -159,14 +159,13 @@ def rescale_(
     *,
     smallest: int = SMALLEST,
     amplitude: bool = True,
-    ema: nn.Module | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Rescale a network's kernels, in place.
 
     Returns what was done: dict name -> (size before, size after). k: a size for every kernel that
     `kernels(model, smallest)` lists (int), a factor on their sizes (float), or dict name -> size. Padding
     follows, so that maps keep their relation to the image; a patch embedding is PI-resized and its stride
-    follows as well. amplitude: see `rescale_kernel`. ema: a running average of the model, changed alike.
+    follows as well. amplitude: see `rescale_kernel`.
 
     The optimizer holds the new Parameters in the place of the old ones. Their momentum begins anew at 0: a
     gradient follows the adjoint of the map that the weights follow, g = A^T g', and to an enlarged kernel
@@ -203,8 +202,7 @@ def rescale_(
         )
         raise NoEffect(f"kernel rescaling: {type(model).__name__}: {what}")
     for name, (_, size) in done.items():
-        for m in surgery.copies(model, ema):
-            _rescale(m.get_submodule(name), size, optimizer if m is model else None, amplitude)
+        _rescale(model.get_submodule(name), size, optimizer, amplitude)
     return done
 
 

@@ -50,7 +50,6 @@ def widen_(
     breaker: str = "noise",
     noise: float = 0.05,
     generator: torch.Generator | None = None,
-    ema: nn.Module | None = None,
 ) -> torch.Tensor:
     """Give a node q channels in place (Net2Wider); the function is kept, but for the noise.
 
@@ -74,21 +73,14 @@ def widen_(
     if q == n:
         return torch.arange(n)
     if breaker in ("pair", "random"):
-        append_(node, q - n, optimizer, ema=ema)
+        append_(node, q - n, optimizer)
         _draw_(node, n, breaker, generator)
-        _follow_(node, n, ema)
         return torch.cat([torch.arange(n), torch.full((q - n,), -1)])
     index = replication(n, q, generator)
-    surgery.select_(
-        node,
-        index,
-        optimizer,
-        share=uneven_shares(index, generator) if breaker == "uneven" else None,
-        ema=ema,
-    )
+    share = uneven_shares(index, generator) if breaker == "uneven" else None
+    surgery.select_(node, index, optimizer, share=share)
     if breaker == "noise" and noise:
         jitter_(node, n, noise, generator)
-        _follow_(node, n, ema)
     return index
 
 
@@ -115,13 +107,7 @@ def _randn(shape, generator, like):
 
 
 @torch.no_grad()
-def append_(
-    node: surgery.Node,
-    k: int,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    ema: nn.Module | None = None,
-) -> None:
+def append_(node: surgery.Node, k: int, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give a node k channels in place that read and write with zero weights.
 
     BatchNorm's values are the first ones of a new layer, momentum is 0.
@@ -132,7 +118,7 @@ def append_(
     [True, True, True, True, False, False]
     """
     n = node.width
-    surgery.select_(node, [*range(n), *[0] * k], optimizer, share=[1.0] * n + [0.0] * k, ema=ema)
+    surgery.select_(node, [*range(n), *[0] * k], optimizer, share=[1.0] * n + [0.0] * k)
     for name in node.producers:
         m = node.layer(name)
         for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
@@ -171,19 +157,3 @@ def _draw_(node, n, breaker, generator):
         if breaker == "pair":
             new[:, half * per : 2 * half * per] = -new[:, : half * per]
             new[:, 2 * half * per :] = 0
-
-
-def _follow_(node, n, ema):
-    """Give the running average the same new channels."""
-    if ema is None:
-        return
-    ema = surgery.copies(node.model, ema)[1]
-    for name in [*node.producers, *node.bns]:
-        per = node.bns.get(name, 1)
-        for mine, theirs in zip(
-            node.layer(name).state_dict().values(), node.layer(name, ema).state_dict().values(), strict=True
-        ):
-            if mine.dim():
-                theirs[n * per :] = mine[n * per :]
-    for name, per in node.consumers.items():
-        node.layer(name, ema).weight[:, n * per :] = node.layer(name).weight[:, n * per :]

@@ -16,10 +16,10 @@ from effilib.surgery.operations import (
     replace_,
     select_,
 )
-from effilib.surgery.trial import copies, keeping, undoing
+from effilib.surgery.trial import keeping, undoing
 
 __all__ = [
     "CONVS", "NORMS", "Node", "Path", "Structure", "adopt_", "append_block_", "can_remove", "checked",
-    "copies", "follower", "forget_", "insert_layer_", "keeping", "nodes", "remove_block_", "remove_layer_",
+    "follower", "forget_", "insert_layer_", "keeping", "nodes", "remove_block_", "remove_layer_",
     "remove_path_", "replace_", "select_", "trace", "undoing", "unknown",
 ]  # fmt: skip

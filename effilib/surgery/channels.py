@@ -56,10 +56,11 @@ FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
 
 @dataclass(eq=False)
 class Node:
-    """Channels that change together. Layers are named as in `model.named_modules()`; print it to see them.
+    """Channels that change together.
 
-    consumers, bns: layer -> columns per channel (H*W for a linear layer behind a flatten, else 1). why: the
-    reason for which the node cannot be changed, "" if it can.
+    Layers are named as in `model.named_modules()`; print it to see them. consumers, bns: layer -> columns per
+    channel (H*W for a linear layer behind a flatten, else 1). why: the reason for which the node cannot be
+    changed, "" if it can.
 
     >>> net = build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))
     >>> print(trace(net)["stages.1.0.conv1"])
@@ -102,8 +103,10 @@ class Node:
 
 @dataclass(eq=False)
 class Path:
-    """A residual path, added to a shortcut that begins at the same tensor. layers, shortcut: names, in the
-    order of the pass.
+    """A residual path, added to a shortcut that begins at the same tensor.
+
+    layers, shortcut: names, in the order of the pass. plain: whether the sum is `+`, `+=` or `torch.add` of
+    the two, in which a plain 0 can stand for the path.
 
     >>> path = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1))).path("stages.1.0")
     >>> path.convs, path.shortcut
@@ -114,6 +117,7 @@ class Path:
     name: str  # the block whose forward adds them
     layers: list
     shortcut: list
+    plain: bool = True
 
     @property
     def in_place(self) -> bool:
@@ -130,7 +134,9 @@ class Path:
 
 @dataclass(eq=False)
 class Structure:
-    """What `trace` found: nodes that can be changed, nodes that cannot (each says why), residual paths.
+    """What `trace` found.
+
+    nodes can be changed, refused cannot (each says why); paths: residual ones.
 
     >>> found = trace(build("resnet", 10, (3, 32, 32), widths=(8, 16), blocks=(1, 1)))
     >>> found["stages.0.0.conv2"].name  # it writes into the trunk, as the stem does
@@ -168,7 +174,7 @@ class Structure:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
-    """The sentence that refuses a name and lists the choices.
+    """Return the sentence that refuses a name and lists the choices.
 
     >>> print(unknown("layer", "stem1", ["stem", "head"]))
     unknown layer 'stem1': choose one of stem, head (did you mean 'stem'?)
@@ -225,7 +231,9 @@ class _Value:
 
 
 class Tracer(fx.Tracer):
-    """Follows a forward pass for images alone: its flags and masks keep their defaults, and are no symbols.
+    """A symbolic tracer of a forward pass for images alone.
+
+    Flags and masks of that pass keep their defaults, and are no symbols.
 
     >>> class Flags(nn.Linear):
     ...     def forward(self, x, features=False):
@@ -293,7 +301,7 @@ def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.
 
 
 def trace(model: nn.Module) -> Structure:
-    """Find the channel nodes and residual paths of `model`: a `Structure`.
+    """Find the channel nodes and residual paths of `model`.
 
     Input channels and outputs of the network are never nodes, and what is not the same in training and in
     eval mode is refused. Raises `NotApplicable` if the forward pass as a whole cannot be followed
@@ -334,8 +342,9 @@ def _trace(model):
 
 
 def nodes(model: nn.Module) -> list[Node]:
-    """The channel nodes of `model` that can be changed. Raises `NotApplicable` with the first reason where
-    there are none.
+    """Return the channel nodes of `model` that can be changed.
+
+    Raises `NotApplicable` with the first reason where there are none.
 
     >>> [node.name for node in nodes(build("convnet", 10, (3, 32, 32), widths=(4, 8)))]
     ['features.0', 'features.4']
@@ -627,12 +636,15 @@ def _paths(model, graph):
             if all(ends) and ends[0][1] is ends[1][1]:
                 (longer, _), (shorter, _) = sorted(ends, key=lambda e: -convs(e[0]))
                 if convs(longer) > convs(shorter):
-                    found.append(Path(model, place_of(n), longer, shorter))
+                    plain = n.op == "call_function" and "alpha" not in n.kwargs
+                    found.append(Path(model, place_of(n), longer, shorter, plain))
     return found
 
 
 def checked(node: Node) -> Node:
-    """The node, if it can be changed and the network still is what it was traced in; else `BadInput`.
+    """Return the node if it can be changed now, else raise `BadInput`.
+
+    The network has to be still what it was traced in.
 
     >>> net = build("convnet", 10, (3, 32, 32), widths=(4, 8))
     >>> node = trace(net)["features.0"]

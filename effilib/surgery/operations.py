@@ -21,7 +21,7 @@ from effilib import models
 from effilib.errors import BadInput
 from effilib.models import Block, Constant, Gone
 from effilib.surgery.channels import CONVS, NORMS, Node, Path, checked, trace, unknown
-from effilib.surgery.trial import copies, keeping
+from effilib.surgery.trial import keeping
 
 __all__ = [
     "adopt_",
@@ -56,12 +56,11 @@ POWERS = {
 def replace_(
     module: nn.Module, name: str, change: Callable, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Put a new Parameter in place of `module.name`, in its optimizer's group and place too, without a
-    gradient.
+    """Put a new Parameter in place of `module.name`, for its optimizer too.
 
-    change: (tensor, power) -> tensor; power is None for the parameter itself, else how the optimizer's state
-    scales with the gradient (`POWERS`). The memory format stays. Raises `BadInput` for a state whose scale is
-    not known.
+    It has no gradient, and its old one's group and place. change: (tensor, power) -> tensor; power is None
+    for the parameter itself, else how the optimizer's state scales with the gradient (`POWERS`). The memory
+    format stays. Raises `BadInput` for a state whose scale is not known.
 
     >>> layer = nn.Linear(2, 3)
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -115,8 +114,13 @@ def _like(t, old):
     """A copy of t in the memory format of old, and for the same shape in its very strides."""
     if t.shape == old.shape:
         return torch.empty_like(old).copy_(t)
-    last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
-    return t.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return t.clone(memory_format=_format(old))
+
+
+def _format(like):
+    last = torch.channels_last
+    only = like.dim() == 4 and like.is_contiguous(memory_format=last) and not like.is_contiguous()
+    return last if only else torch.contiguous_format
 
 
 def forget_(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
@@ -139,7 +143,9 @@ def forget_(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Par
 def adopt_(
     optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], like: nn.Parameter
 ) -> None:
-    """Put new parameters into the optimizer's group of `like`, right behind it; SGD's momentum begins at 0.
+    """Put new parameters right behind `like`, in its group of the optimizer.
+
+    SGD's momentum begins at 0. Raises `BadInput` if no group holds `like`: they would not be trained.
 
     >>> old, new = nn.Linear(2, 3), nn.Linear(3, 3)
     >>> optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
@@ -149,14 +155,36 @@ def adopt_(
     """
     if optimizer is None:
         return
-    for group in optimizer.param_groups:
-        places = [i for i, p in enumerate(group["params"]) if p is like]
-        if places:
-            group["params"][places[0] + 1 : places[0] + 1] = list(parameters)
-            if "momentum_buffer" in optimizer.state.get(like, {}):  # the fused SGD wants all or none
-                for p in parameters:
-                    optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-            return
+    group = next((g for g in optimizer.param_groups if any(p is like for p in g["params"])), None)
+    if group is None:
+        raise BadInput("what is new would not be trained: no group of the optimizer holds the old parameter")
+    parameters, place = list(parameters), next(i for i, p in enumerate(group["params"]) if p is like)
+    moving = any("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"])
+    group["params"][place + 1 : place + 1] = parameters
+    for p in parameters if moving else ():  # the fused SGD wants all or none
+        optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+
+
+def _adopt_alike_(optimizer, new, before, model):
+    """Adopt what new layers hold, each in the group of the last of its kind (a normalisation's bias) in the
+    layers `before`, else in the model: weight decay and learning rate go by kind.
+    """
+    if optimizer is None:
+        return
+    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    old = [(kind, p) for kind, p in _kinds([model, *before]) if p in groups]
+    if not old:
+        raise BadInput("what is new would not be trained: the optimizer holds nothing of the network")
+    for kind, p in reversed(_kinds(new)):
+        same = [q for k, q in old if k == kind] or [q for _, q in old if (q.dim() > 1) == (p.dim() > 1)]
+        group = groups[(same or [old[-1][1]])[-1]]
+        adopt_(optimizer, [p], [q for _, q in old if groups[q] == group][-1])
+
+
+def _kinds(layers):
+    """[((whether its layer is a normalisation, its name there), parameter)], in order."""
+    own = [m for layer in layers for m in layer.modules()]
+    return [((isinstance(m, NORMS), k), p) for m in own for k, p in m.named_parameters(recurse=False)]
 
 
 @torch.no_grad()
@@ -166,10 +194,10 @@ def select_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     share: torch.Tensor | None = None,
-    ema: nn.Module | None = None,
 ) -> None:
-    """Give a node the channels `index` of its old ones: without repeats it is pruned, with repeats widened.
-    In place.
+    """Give a node the channels `index` of its old ones, in place.
+
+    Without repeats it is pruned, with repeats widened.
 
     index: (q,) whole numbers below `node.width`. share: (q,) factors for the chosen channels' outgoing
     weights; by default 1 / how often the channel was chosen, so that widening keeps the function (Net2Wider).
@@ -178,8 +206,8 @@ def select_(
 
     optimizer: its state follows as the gradients do: that of producers and BatchNorms is multiplied by the
     share (second moments by its square), that of consumers is copied. (Momentum that came from weight decay
-    is scaled alike, the one part that is not exact.) ema: a running average of the model, changed in the same
-    way. Raises `BadInput` for a node that cannot be changed, or an index that is empty or out of range.
+    is scaled alike, the one part that is not exact.) Raises `BadInput` for a node that cannot be changed, or
+    an index that is empty or out of range.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -224,27 +252,25 @@ def select_(
 
         return change
 
-    for model in copies(node.model, ema):
-        mine = optimizer if model is node.model else None
-        for name in node.producers:
-            m = node.layer(name, model)
-            for p in ("weight", "bias"):
-                if getattr(m, p, None) is not None:
-                    replace_(m, p, chosen(0, 1, 0, 1), mine)
-            _resize(m, "out", len(index))
-        for name, per in node.bns.items():
-            m = node.layer(name, model)
-            for p in ("weight", "bias"):
-                if getattr(m, p) is not None:
-                    replace_(m, p, chosen(0, per, 0, 1), mine)
-            for b in ("running_mean", "running_var"):
-                if getattr(m, b) is not None:
-                    setattr(m, b, chosen(0, per, 0, 0)(getattr(m, b), None))
-            m.num_features = len(index) * per
-        for name, per in node.consumers.items():
-            m = node.layer(name, model)
-            replace_(m, "weight", chosen(1, per, 1, 0), mine)
-            _resize(m, "in", len(index) * per)
+    for name in node.producers:
+        m = node.layer(name)
+        for p in ("weight", "bias"):
+            if getattr(m, p, None) is not None:
+                replace_(m, p, chosen(0, 1, 0, 1), optimizer)
+        _resize(m, "out", len(index))
+    for name, per in node.bns.items():
+        m = node.layer(name)
+        for p in ("weight", "bias"):
+            if getattr(m, p) is not None:
+                replace_(m, p, chosen(0, per, 0, 1), optimizer)
+        for b in ("running_mean", "running_var"):
+            if getattr(m, b) is not None:
+                setattr(m, b, chosen(0, per, 0, 0)(getattr(m, b), None))
+        m.num_features = len(index) * per
+    for name, per in node.consumers.items():
+        m = node.layer(name)
+        replace_(m, "weight", chosen(1, per, 1, 0), optimizer)
+        _resize(m, "in", len(index) * per)
 
 
 def _resize(m, side, size):
@@ -258,13 +284,15 @@ def _resize(m, side, size):
 
 
 def can_remove(path: Path) -> bool:
-    """Whether the constant that a dead residual path adds has somewhere to go.
+    """Return whether a residual path that adds only a constant can be removed.
+
+    Its sum must be a plain one, and the constant must have somewhere to go.
 
     >>> can_remove(trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))).path("stages.0.0"))
     True
     """
     shift = getattr(path.model.get_submodule(path.layers[-1]), "bias", None)
-    return shift is None or not shift.any() or not path.in_place or _norm(path) is not None
+    return path.plain and (shift is None or not shift.any() or not path.in_place or _norm(path) is not None)
 
 
 def _norm(path):
@@ -276,16 +304,14 @@ def _norm(path):
 
 
 @torch.no_grad()
-def remove_path_(
-    path: Path, optimizer: torch.optim.Optimizer | None = None, *, ema: nn.Module | None = None
-) -> None:
-    """Remove a residual path: its block becomes its shortcut plus the constant that the path's last BatchNorm
-    (or bias) adds.
+def remove_path_(path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Remove a residual path, but for the constant that its end adds.
 
-    That is exact where the path's last convolution writes only zeros (in eval mode once BatchNorm's running
-    mean has forgotten the rest), else the path's contribution is lost. Where the sum is `out += shortcut` the
-    constant goes into the shortcut's BatchNorm. Raises `BadInput` if it can go nowhere there. Trace the
-    network again afterwards.
+    Its block becomes its shortcut plus the shift of the path's last BatchNorm (or bias). That is exact where
+    the path's last convolution writes only zeros (in eval mode once BatchNorm's running mean has forgotten
+    the rest), else the path's contribution is lost. Where the sum is `out += shortcut` the constant goes into
+    the shortcut's BatchNorm. Raises `BadInput` if it can go nowhere there, or the sum is no plain one, see
+    `Path`. Trace the network again afterwards.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(2,))
     >>> remove_path_(trace(net).path("stages.0.1"))
@@ -293,36 +319,28 @@ def remove_path_(
     [[8, 0]]
     """
     model = path.model
-    last = model.get_submodule(path.layers[-1])
-    shift = getattr(last, "bias", None)
-    norm = _norm(path)
+    shift = getattr(model.get_submodule(path.layers[-1]), "bias", None)
     if not can_remove(path):
-        raise BadInput(
-            f"residual path {path.name} adds a constant, and its sum is in place: "
-            "it cannot be removed exactly"
-        )
+        why = "adds a constant, and its sum is in place" if path.plain else "has a sum that is no plain +"
+        raise BadInput(f"residual path {path.name} {why}: it cannot be removed exactly")
     gone = [p for n in path.layers for p in model.get_submodule(n).parameters()]
-    if not path.in_place and shift is not None:
+    for name in path.layers[1:-1]:
+        _put(model, name, nn.Identity())
+    _put(model, path.layers[0], Gone())
+    if path.in_place or shift is None:
+        if shift is not None and (norm := _norm(path)) is not None:
+            model.get_submodule(norm).bias.add_(shift)
+        _put(model, path.layers[-1], Nothing())
+    else:
         gone = [p for p in gone if p is not shift]
-    for m in copies(model, ema):
-        shift = getattr(m.get_submodule(path.layers[-1]), "bias", None)
-        if path.in_place and shift is not None and norm is not None:
-            m.get_submodule(norm).bias.add_(shift)
-        for name in path.layers[1:-1]:
-            _put(m, name, nn.Identity())
-        _put(m, path.layers[0], Gone())
-        if path.in_place or shift is None:
-            _put(m, path.layers[-1], Nothing())
-        else:
-            constant = Constant(len(shift))
-            constant.bias = shift  # the same Parameter: its optimizer need not know
-            _put(m, path.layers[-1], constant)
+        constant = Constant(len(shift))
+        constant.bias = shift  # the same Parameter: its optimizer need not know
+        _put(model, path.layers[-1], constant)
     forget_(optimizer, gone)
 
 
 class Nothing(nn.Module):
-    """The end of a removed residual path that adds nothing: a plain 0, to which even `out += shortcut` can
-    add.
+    """The end of a removed residual path: a plain 0, to which `out += shortcut` can add.
 
     >>> torch.ones(2) + Nothing()(torch.ones(2))
     tensor([1., 1.])
@@ -394,15 +412,15 @@ def append_block_(
     *,
     x: torch.Tensor | None,
     generator: torch.Generator | None = None,
-    ema: nn.Module | None = None,
 ) -> str:
-    """Put a new residual block behind the block `name`, with zero in its last BatchNorm's scale.
+    """Put a new residual block behind the block `name`; it changes nothing.
 
     The block is one of ours, or a copy of a user's block whose shortcut is the identity; its convolutions are
-    drawn anew (He, fan in). On the first step only that scale has a gradient. x: (N, C, H, W), images on
-    which it is seen that the function is kept, see `keeping`; None: it may change. Returns the new block's
-    name; trace the network again. Raises `BadInput`, with the network as it was, where what follows the sum
-    does not leave it alone: another activation than ReLU, a scale, a pooling.
+    drawn anew (He, fan in), and its last BatchNorm's scale is 0, which alone has a gradient on the first
+    step. All of it is trained, each parameter in the optimizer's group of the old ones of its kind. x: (N, C,
+    H, W), images on which it is seen that the function is kept, see `keeping`; None: it may change. Returns
+    the new block's name; trace the network again. Raises `BadInput`, with the network as it was, where what
+    follows the sum does not leave it alone: another activation than ReLU, a scale, a pooling.
 
     >>> net, x = build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -414,7 +432,8 @@ def append_block_(
     holder, place = _sequential(model, name)
     old = holder[place]
     if isinstance(old, Block):
-        new, last = Block(old.width, old.width), "bn2"
+        with models.seeded(0):  # a constructor's draws, which are not used, shift nobody's
+            new, last = Block(old.width, old.width, kernels=old.kernels), "bn2"
     else:
         path = trace(model).path(name)
         if path.shortcut:
@@ -423,7 +442,7 @@ def append_block_(
             )
         new, last = copy.deepcopy(old), path.layers[-1][len(name) + 1 :]
     like = next(old.parameters())
-    new.to(like.device, like.dtype).train(old.training)
+    new.requires_grad_(True).to(like.device, like.dtype).train(old.training)
     for m in new.modules():
         if isinstance(m, CONVS):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu", generator=generator)
@@ -435,11 +454,9 @@ def append_block_(
         nn.init.zeros_(p)
     new = new.to(memory_format=_format(like))
     fresh = follower(holder, place)
-    with keeping(f"a block behind {name}", model, x, optimizer, ema):
-        for m in copies(model, ema):
-            inside = _sequential(m, name)[0]
-            _splice_(inside, place + 1, place + 1, [new if m is model else copy.deepcopy(new)])
-        adopt_(optimizer, list(new.parameters()), list(old.parameters())[-1])
+    with keeping(f"a block behind {name}", model, x, optimizer):
+        _splice_(holder, place + 1, place + 1, [new])
+        _adopt_alike_(optimizer, [new], [old], model)
     return f"{name.rpartition('.')[0]}.{fresh}".lstrip(".")
 
 
@@ -449,9 +466,8 @@ def remove_block_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     x: torch.Tensor | None,
-    ema: nn.Module | None = None,
 ) -> None:
-    """Take the block `name`, whose residual path adds nothing, out of its Sequential.
+    """Take out the block `name`, whose residual path adds nothing.
 
     x: images on which it is seen that the function is kept, see `keeping`; None: what it computes is lost.
     Raises `BadInput`, with the network as it was, if it is not kept, or the block has layers on its shortcut.
@@ -467,18 +483,15 @@ def remove_block_(
         raise BadInput(
             f"block {name} changes the shape on its shortcut: only its residual path can be removed"
         )
-    place = _sequential(model, name)[1]
-    with keeping(f"taking out {name}", model, x, optimizer, ema):
-        _take_out_(model, name, place + 1, optimizer, ema)
+    holder, place = _sequential(model, name)
+    with keeping(f"taking out {name}", model, x, optimizer):
+        _take_out_(holder, place, place + 1, optimizer)
 
 
-def _take_out_(model, name, end, optimizer, ema):
-    """Take the layers from `name` to the place `end` (which stays) out of their Sequential."""
-    for m in copies(model, ema):
-        holder, place = _sequential(m, name)
-        if m is model:
-            forget_(optimizer, [p for layer in list(holder)[place:end] for p in layer.parameters()])
-        _splice_(holder, place, end)
+def _take_out_(holder, start, end, optimizer):
+    """Take the layers from the place `start` to `end` (which stays) out of a Sequential."""
+    forget_(optimizer, [p for layer in list(holder)[start:end] for p in layer.parameters()])
+    _splice_(holder, start, end)
 
 
 @torch.no_grad()
@@ -488,16 +501,15 @@ def insert_layer_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     x: torch.Tensor,
-    ema: nn.Module | None = None,
 ) -> str:
-    """Put an identity layer (3x3 convolution, BatchNorm, ReLU) behind the ReLU `after` in a Sequential
-    (Net2Deeper).
+    """Put an identity layer behind the ReLU `after` in a Sequential (Net2Deeper).
 
-    x: (N, C, H, W), images as in training. They tell how many channels come out of `after`, and their mean
-    and variance, with which BatchNorm undoes its own normalisation: scale sqrt(var + eps), shift mean. So the
-    function is kept in eval mode; in training mode on x, and nearly so on other batches. Returns the new
-    convolution's name; trace the network again. Raises `BadInput`, with the network as it was, where that is
-    not so; phi(phi(x)) = phi(x) is needed, so only a ReLU can be followed.
+    It is a 3x3 convolution, BatchNorm and ReLU. x: (N, C, H, W), images as in training. They tell how many
+    channels come out of `after`, and their mean and variance, with which BatchNorm undoes its own
+    normalisation: scale sqrt(var + eps), shift mean. So the function is kept in eval mode; in training mode
+    on x, and nearly so on other batches. Returns the new convolution's name; trace the network again. Raises
+    `BadInput`, with the network as it was, where that is not so; phi(phi(x)) = phi(x) is needed, so only a
+    ReLU can be followed.
 
     >>> net, x = build("convnet", 4, (1, 8, 8), widths=(4, 8)).eval(), torch.rand(2, 1, 8, 8)
     >>> before = net(x)
@@ -518,7 +530,8 @@ def insert_layer_(
         raise BadInput(f"{after}: what comes out of it is no map (N, C, H, W), but {tuple(h.shape)}")
     c, like = h.shape[1], next((p for p in reversed(weights) if p.dim() == 4), weights[-1])
     with_bn = isinstance([m for m in own if next(m.parameters(recurse=False), None) is not None][-1], NORMS)
-    conv, bn = nn.Conv2d(c, c, 3, padding=1, bias=not with_bn), nn.BatchNorm2d(c)
+    with models.seeded(0):  # a constructor's draws, which are not used, shift nobody's
+        conv, bn = nn.Conv2d(c, c, 3, padding=1, bias=not with_bn), nn.BatchNorm2d(c)
     new = [conv, bn, nn.ReLU(inplace=relu.inplace)] if with_bn else [conv, nn.ReLU(inplace=relu.inplace)]
     for m in new:
         m.to(like.device, like.dtype, memory_format=_format(like)).train(holder.training)
@@ -530,11 +543,9 @@ def insert_layer_(
     bn.weight.copy_((var + bn.eps).sqrt())
     bn.bias.copy_(mean)
     name = f"{after.rpartition('.')[0]}.{follower(holder, place)}".lstrip(".")
-    with keeping(f"a layer behind {after}", model, x, optimizer, ema):
-        for m in copies(model, ema):
-            mine = new if m is model else [copy.deepcopy(layer) for layer in new]
-            _splice_(_sequential(m, after)[0], place + 1, place + 1, mine)
-        adopt_(optimizer, [p for m in new for p in m.parameters()], weights[-1])
+    with keeping(f"a layer behind {after}", model, x, optimizer):
+        _splice_(holder, place + 1, place + 1, new)
+        _adopt_alike_(optimizer, new, list(holder)[: place + 1], model)
     return name
 
 
@@ -558,9 +569,8 @@ def remove_layer_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     x: torch.Tensor | None,
-    ema: nn.Module | None = None,
 ) -> None:
-    """Take the convolution `name`, with the BatchNorm and ReLU behind it, out of its Sequential.
+    """Take out the convolution `name`, with the BatchNorm and ReLU behind it.
 
     x: images on which it is seen that the function is kept, see `keeping`; None: what it computes is lost.
     Raises `BadInput`, with the network as it was, if it is not kept, or the layer changes the number of
@@ -580,8 +590,8 @@ def remove_layer_(
     end = place + 1
     while end < len(holder) and isinstance(holder[end], nn.BatchNorm2d | nn.ReLU):
         end += 1
-    with keeping(f"taking out {name}", model, x, optimizer, ema):
-        _take_out_(model, name, end, optimizer, ema)
+    with keeping(f"taking out {name}", model, x, optimizer):
+        _take_out_(holder, place, end, optimizer)
 
 
 def _keeps_size(conv):
@@ -589,10 +599,3 @@ def _keeps_size(conv):
         2 * p + 1 for p in conv.padding
     )
     return set(conv.stride) == {1} and set(conv.dilation) == {1} and tuple(pad) == tuple(conv.kernel_size)
-
-
-def _format(like):
-    last = (
-        like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    )
-    return torch.channels_last if last else torch.contiguous_format

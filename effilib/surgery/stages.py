@@ -38,7 +38,7 @@ ALWAYS = -(10**6)  # epoch of birth of the channels that were there from the sta
 
 
 def find(model: nn.Module, shape: tuple[int, int, int]) -> dict:
-    """The layout of a network on images (C, H, W) = `shape`.
+    """Return the layout of a network on images (C, H, W) = `shape`.
 
     >>> layout = find(build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1)), (1, 8, 8))
     >>> layout["holders"], layout["pixels"]
@@ -63,7 +63,7 @@ def find(model: nn.Module, shape: tuple[int, int, int]) -> dict:
 
 
 def names(layout: dict) -> list[str]:
-    """What the stages are called, in the order of the forward pass.
+    """Return what the stages are called, in the order of the forward pass.
 
     >>> names(find(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8)))
     ['stage 1', 'stage 2']
@@ -86,8 +86,9 @@ def _sizes(model, shape):
 
 
 def stage_of(node: Node, layout: dict) -> int | None:
-    """The number of a node's stage, None if it has none. Any producer tells: the first may be gone with its
-    path.
+    """Return the number of a node's stage, None if it has none.
+
+    Any producer tells: the first may be gone with its path.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> stage_of(surgery.trace(net)["stages.1.0.conv1"], find(net, (1, 8, 8)))
@@ -97,7 +98,7 @@ def stage_of(node: Node, layout: dict) -> int | None:
 
 
 def members(structure: Structure, layout: dict, stage: int) -> list[Node]:
-    """The nodes of a stage (its number).
+    """Return the nodes of a stage (its number).
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> [node.name for node in members(surgery.trace(net), find(net, (1, 8, 8)), 1)]
@@ -107,7 +108,7 @@ def members(structure: Structure, layout: dict, stage: int) -> list[Node]:
 
 
 def paths(structure: Structure, layout: dict, stage: int) -> list:
-    """The residual paths of a stage.
+    """Return the residual paths of a stage.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
     >>> [path.name for path in paths(surgery.trace(net), find(net, (1, 8, 8)), 1)]
@@ -117,7 +118,7 @@ def paths(structure: Structure, layout: dict, stage: int) -> list:
 
 
 def depth(structure: Structure, layout: dict, stage: int) -> int:
-    """Residual paths of a stage; of a plain one its layers.
+    """Count the residual paths of a stage; of a plain one its layers.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 2))
     >>> depth(surgery.trace(net), find(net, (1, 8, 8)), 1)
@@ -127,8 +128,9 @@ def depth(structure: Structure, layout: dict, stage: int) -> int:
 
 
 def widenable(structure: Structure, layout: dict, stage: int, trunk: bool = False) -> list[Node]:
-    """The nodes that become wider with a stage: those inside of its residual paths, and the trunk if told; of
-    a plain stage all.
+    """Return the nodes that become wider with a stage.
+
+    They are those inside of its residual paths, with `trunk` the trunk too; of a plain stage all.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> [node.name for node in widenable(surgery.trace(net), find(net, (1, 8, 8)), 1)]  # without the trunk
@@ -142,8 +144,9 @@ def widenable(structure: Structure, layout: dict, stage: int, trunk: bool = Fals
 
 
 def deepenable(model: nn.Module, layout: dict, stage: int) -> str:
-    """Where a new block or layer can follow: the stage's last block, or its last ReLU in a Sequential. Raises
-    `BadInput` if nowhere.
+    """Return the layer or block of a stage that a new one can follow.
+
+    It is the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if there is none.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> deepenable(net, find(net, (1, 8, 8)), 1)
@@ -173,8 +176,9 @@ def deepenable(model: nn.Module, layout: dict, stage: int) -> str:
 
 
 def follow(layout: dict, before: dict, model: nn.Module, stage: int | None = None) -> dict:
-    """The layout after surgery. before: module -> its name then, for layers are renumbered; new layers belong
-    to `stage`.
+    """Return the layout after surgery.
+
+    before: module -> its name then, for layers are renumbered. New layers belong to `stage`.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> layout, before = find(net, (1, 8, 8)), {m: name for name, m in net.named_modules()}
@@ -192,8 +196,9 @@ def follow(layout: dict, before: dict, model: nn.Module, stage: int | None = Non
 
 
 def table(structure: Structure) -> dict:
-    """What is noted of every channel at an epoch's end, by node: its epoch of birth, whether it lives, its
-    strength.
+    """Return the table of channels as it begins, by node's name.
+
+    At an epoch's end it holds of every channel its epoch of birth, whether it lives, and its strength.
 
     >>> table(surgery.trace(build("convnet", 4, (1, 8, 8), widths=(2, 4))))["features.0"]["alive"]
     [True, True]
@@ -205,7 +210,7 @@ def table(structure: Structure) -> dict:
 
 
 def owners(structure: Structure) -> dict:
-    """Producer -> its node's name.
+    """Return producer -> its node's name.
 
     >>> owners(surgery.trace(build("resnet", 4, (1, 8, 8), widths=(8,), blocks=(1,))))
     {'stem': 'stem', 'stages.0.0.conv2': 'stem', 'stages.0.0.conv1': 'stages.0.0.conv1'}
@@ -213,14 +218,12 @@ def owners(structure: Structure) -> dict:
     return {p: n.name for n in structure.nodes for p in n.producers}
 
 
-def carry(
-    channels: dict, owners: dict, before: Structure, structure: Structure, cuts: dict, epoch: int
-) -> tuple:
-    """(the table after surgery, number of channels born in it). owners, before: of then, see `owners` and
-    `follow`; structure: of now.
+def carry(channels: dict, owners: dict, before: dict, structure: Structure, cuts: dict, epoch: int) -> tuple:
+    """Return the table of channels after surgery, and how many were born in it.
 
-    cuts: node's name then -> indices kept. Further channels of a node, and those of a new node, were born in
-    this epoch.
+    owners, before: as the network was before it, see `owners` and `follow`; structure: as it is now. cuts: a
+    node's name before it -> the indices kept. Further channels of a node, and those of a new node, were born
+    in this epoch.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
     >>> then, before = surgery.trace(net), {m: name for name, m in net.named_modules()}
@@ -249,9 +252,10 @@ def carry(
 
 
 def flops(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
-    """FLOPs of each layer (its name) in a training step, for one image (C, H, W) = `shape`.
+    """Count the FLOPs of each layer (its name) in a training step.
 
-    They are three times those of its forward pass by PyTorch's counter: of layers that surgery refuses, too.
+    They are for one image (C, H, W) = `shape`, three times those of its forward pass by PyTorch's counter: of
+    layers that surgery refuses, too.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
     >>> flops(net, (1, 8, 8))["features.4"]  # 6 x 72 weights x 16 pixels

@@ -18,27 +18,13 @@ from effilib import models
 from effilib.convolution import evaluating
 from effilib.errors import BadInput
 
-__all__ = ["copies", "keeping", "undoing"]
+__all__ = ["keeping", "undoing"]
 
 TOLERANCE = 1e-3  # of the largest output
 
 
-def copies(model: nn.Module, ema: nn.Module | None) -> list[nn.Module]:
-    """Return the model and, if there is one, its running average, which may be wrapped.
-
-    >>> net = nn.Linear(1, 1)
-    >>> [type(m).__name__ for m in copies(net, torch.optim.swa_utils.AveragedModel(net))]
-    ['Linear', 'Linear']
-    """
-    if ema is None:
-        return [model]
-    return [model, ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema]
-
-
 @contextlib.contextmanager
-def undoing(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema: nn.Module | None = None
-) -> Iterator[None]:
+def undoing(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
     """Undo the changes made inside if they end in an error.
 
     Modules, their attributes, weights and buffers, and the optimizer's groups and state come back.
@@ -53,13 +39,10 @@ def undoing(
     2
     """
     inner = ("_modules", "_parameters", "_buffers")
-    both = copies(model, ema)
-    attributes = [
-        (m, {**vars(m), **{k: dict(vars(m)[k]) for k in inner}}) for one in both for m in one.modules()
-    ]
-    tensors = [t for one in both for t in (*one.parameters(), *one.buffers())]
+    attributes = [(m, {**vars(m), **{k: dict(vars(m)[k]) for k in inner}}) for m in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors]
-    groups = [list(g["params"]) for g in optimizer.param_groups] if optimizer else []
+    groups = [(g, {**g, "params": list(g["params"])}) for g in optimizer.param_groups] if optimizer else []
     state = {p: dict(s) for p, s in optimizer.state.items()} if optimizer else {}
     try:
         yield
@@ -72,8 +55,10 @@ def undoing(
                 if not t.is_meta and not torch.equal(t, value):
                     t.copy_(value)
         if optimizer:
-            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-                group["params"] = parameters
+            for group, was in groups:
+                group.clear()
+                group.update(was)
+            optimizer.param_groups[:] = [group for group, _ in groups]
             optimizer.state.clear()
             optimizer.state.update(state)
         raise
@@ -85,14 +70,14 @@ def keeping(
     model: nn.Module,
     x: torch.Tensor | None,
     optimizer: torch.optim.Optimizer | None = None,
-    ema: nn.Module | None = None,
+    modes: tuple[str, ...] = ("eval", "training"),
 ) -> Iterator[None]:
     """Undo and refuse the changes made inside if they change what the network computes.
 
-    what: the change, in words. x: (N, C, H, W), images to compute, in eval mode and in training mode with
-    dropout off; None: nothing is compared. Outputs may move by a thousandth of the largest, or three times as
-    far as by other draws and noise of a millionth on the images, where BatchNorms of few values magnify
-    rounding, or a network draws at random. Raises `BadInput` after an undone change.
+    what: the change, in words. x: (N, C, H, W), images to compute, in these modes, dropout off in both; None:
+    nothing is compared. Outputs may move by a thousandth of the largest, or three times as far as by other
+    draws and noise of a millionth (or of its numbers' rounding) on the images, where BatchNorms of few values
+    magnify rounding, or a network draws at random. Raises `BadInput` after an undone change.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
     >>> with keeping("a second sigmoid", net, torch.rand(4, 2)):
@@ -102,15 +87,16 @@ def keeping(
     >>> len(net)
     2
     """
-    modes = {} if x is None else {"eval": False, "training": True}
-    before = {mode: _computed(model, x, on) for mode, on in modes.items()}
-    near = {mode: _apart(_computed(model, x, on, nudge=1e-6), before[mode]) for mode, on in modes.items()}
+    modes = () if x is None else modes
+    noise = max([1e-6, *(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())])
+    before = {mode: _computed(model, x, mode) for mode in modes}
+    near = {mode: _apart(_computed(model, x, mode, noise), before[mode]) for mode in modes}
     name = type(model).__name__
-    with undoing(model, optimizer, ema):
+    with undoing(model, optimizer):
         yield
-        for mode, on in modes.items():
+        for mode in modes:
             try:
-                off = _apart(_computed(model, x, on), before[mode])
+                off = _apart(_computed(model, x, mode), before[mode])
             except Exception as error:  # whatever a user's network raises
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise BadInput(f"{what}: {name} would fail in {mode} mode ({reason}); undone") from error
@@ -122,12 +108,12 @@ def keeping(
 
 
 @torch.no_grad()
-def _computed(model, x, training, nudge=0.0):
+def _computed(model, x, mode, nudge=0.0):
     """The network's outputs in a row, however they are packed; nothing is learned. nudge: noise on x, with
     another seed for what the network draws.
     """
     with (
-        models.untouched(model) if training else evaluating(model),
+        models.untouched(model) if mode == "training" else evaluating(model),
         models.seeded(int(nudge > 0), x.device),
         _fp32(),
     ):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -293,6 +294,68 @@ def test_a_path_whose_constant_has_nowhere_to_go_keeps_one_multiple():
             block.conv2.weight.zero_()
         model.layer1[0].bn2.bias.fill_(0.3)
     assert prune_(model, multiple=16) == ["residual path layer1.1 removed", "layer1.0.conv1 64 -> 16"]
+
+
+class Bottleneck(nn.Module):
+    """A residual path of three convolutions, with BatchNorms before them or none."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3 * norms))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(4, 4, k, padding=k // 2, bias=i < 2) for i, k in enumerate((1, 3, 1))
+        )
+
+    def forward(self, x):
+        h = x
+        for i, conv in enumerate(self.convs):
+            h = conv(F.relu(self.norms[i](h) if self.norms else h))
+        return x + h
+
+
+@pytest.mark.parametrize(("dead", "done"), [(0, "1.convs.0 4 -> 1"), (1, "residual path 1 removed")])
+@pytest.mark.parametrize("norms", [True, False])
+def test_a_path_goes_only_where_what_its_last_layer_reads_is_dead(norms, dead, done):
+    with models.seeded(0):
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), Bottleneck(norms), *head)
+        for norm in model[1].norms:
+            nn.init.normal_(norm.bias)
+        for conv in model[1].convs[dead : dead + 2]:
+            nn.init.zeros_(conv.weight)
+    before = outputs(model, X)
+    assert prune_(model, x=X) == [done]
+    assert_close(outputs(model, X), before, atol=1e-5, rtol=0)
+
+
+class Counting(nn.Module):
+    """A network that computes with its number of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head((F.relu(self.conv(x)) / self.conv.out_channels**0.5).mean((2, 3)))
+
+
+def test_a_cut_that_changes_the_function_is_refused_and_undone():
+    model = Counting()
+    with torch.no_grad():
+        model.conv.weight[5:] = model.head.weight[:, 5:] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(BadInput, match="cutting dead channels would change what Counting computes"):
+        prune_(model, optimizer, x=X)
+    assert model.conv.out_channels == len(model.conv.weight) == 8
+
+    class Kill(Method):
+        def on_epoch_end(self, run):
+            with torch.no_grad():
+                run.model.conv.weight[5:] = run.model.head.weight[:, 5:] = 0
+
+    with pytest.raises(BadInput, match="cutting dead channels would change what Counting computes"):
+        train(model, DATA, RECIPE, [Kill(), PruneTrain(multiple=1, ratio=0)])
+    assert len(model.conv.weight) == 8
 
 
 # In training

@@ -9,6 +9,7 @@ from torch import nn
 from effilib import cost, models, surgery
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.ranked_cut import RankedCut, block_prices, distance, masks
+from effilib.methods.speed_run import FastBiases
 from effilib.tasks import task
 from effilib.training import Method, Recipe, train
 from tests.common import equal, resumed_and_whole
@@ -115,6 +116,26 @@ def test_it_cuts_when_looks_agree_or_at_the_latest(agree, share):
     assert last == pytest.approx(share, abs=0.07) or (agree < 1 and last <= 0.35)
 
 
+def test_noise_alone_never_looks_stable():
+    class Noise(Method):
+        """In place of the gradients that a ranking reads."""
+
+        def on_after_backward(self, run):
+            for m in run.model.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    torch.randn(m.weight.shape, generator=run.generator(self), out=m.weight.grad)
+            ranked = run.state[run.methods[1]]
+            ranked["prices"] = dict.fromkeys(ranked["scores"], 1.0)
+
+    method = RankedCut(multiple=1, price="FLOPs", agree=0.1, first=0.1, every=0.05, latest=0.6)
+    model = models.build("vgg", 4, (1, 8, 8), widths=((32,), (32,)))
+    recipe = Recipe(epochs=20, batch_size=16, lr=1e-6, precision="fp32")
+    history = train(model, DATA, recipe, [Noise(), method])
+    (cut,) = [e for e in history.events if e.get("pruned")]
+    assert cut["step"] / history.steps > 0.55
+    assert float(cut["text"].split()[6]) > 0.3  # half of the channels would differ
+
+
 def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     (a, resumed), (b, whole) = resumed_and_whole(network, DATA, RECIPE, [CUT], tmp_path / "run.pt")
     assert models.describe(a) == models.describe(b) != models.describe(network())
@@ -128,6 +149,8 @@ def test_what_cannot_be_cut_is_said():
     bare = models.build("convnet", 4, (1, 8, 8), widths=(8, 8), bn=False)
     with pytest.raises(NoEffect, match="no channels with a BatchNorm"):
         train(bare, DATA, RECIPE, [CUT])
+    with pytest.raises(NoEffect, match="its scale trained"):
+        train(network(), DATA, RECIPE, [FastBiases(), CUT])
     with pytest.raises(NoEffect, match="not one block is within 1%"):
         train(network(), DATA, RECIPE, [RankedCut(multiple=4, price="FLOPs", share=0.01)])
     for wrong in (dict(share=1.0), dict(first=0.5), dict(multiple=0), dict(price="watts"), dict(each=0)):
