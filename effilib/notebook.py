@@ -260,7 +260,7 @@ class Book:
             history = pd.concat([c.history() for c in compared], ignore_index=True)
             paths.write(self.folder / "history.csv", history.to_csv(index=False, float_format="%.6g"))
         paths.write(self.folder / "figure.png", figures.png(figure))
-        record = {k: _plain(v) for k, v in record.items()}
+        record = paths.finite(record)
         paths.write(self.folder / "record.json", record)
         return record
 
@@ -301,17 +301,6 @@ def _picture(comparisons, verdict):
             cost = verdict.cost if verdict else "seconds"
             return figures.curves(c, verdict.arm if other else None, cost=cost)
     raise BadInput("a record without a comparison needs a figure: book.record(figure=..., caption=...)")
-
-
-def _plain(value):
-    """A value as JSON knows it: what is not a number is null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):  # of numpy and torch
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What a reader sees
