@@ -159,6 +159,33 @@ def test_a_methods_notebook_shows_its_source_and_its_curves(file):
         assert "figures.curves(" in sources
 
 
+NUMBER = r"(\d+(?:\.\d+)?)"
+
+
+def aims(file):
+    """The numbers of `aim=...` in the code, also where they have a name first."""
+    found = []
+    for cell in code(file):
+        named = [n.value for n in nodes(cell.source, ast.keyword) if n.arg == "aim"]
+        for node in nodes(cell.source, ast.Assign):
+            named += [node.value] * (ast.unparse(node.targets[0]) in ("aim", "aims"))
+        found += [n.value for value in named for n in ast.walk(value) if isinstance(n, ast.Constant)]
+    return {float(v) for v in found if isinstance(v, int | float)}
+
+
+@each
+def test_what_would_refute_it_is_what_is_computed(file):
+    """The number after "Refuted if the interval's upper end is below", or the bold one before "below it"."""
+    text = "\n".join(c.source for c in nbformat.read(file, 4).cells if c.cell_type == "markdown")
+    refuting = set()
+    for said in re.finditer(rf"upper\s+end\s+is\s+below\s+({NUMBER}|it\b|the aim\b)", text):
+        bold = re.findall(rf"\*\*[^*]*?{NUMBER}\s*(?:x|times)\b", text[: said.start()])
+        refuting.add(float(said[2] or bold[-1]))
+    assert refuting <= aims(file)
+    assert bool(refuting) == bool(aims(file))
+    assert aims(file) <= {float(n) for n in re.findall(NUMBER, text)}
+
+
 DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workbook", "matplotlib", "pandas")
 TRAINS = sorted(p for f in ("chapters", "methods") for p in (paths.root() / "effilib" / f).glob("[!_]*.py"))
 
