@@ -29,7 +29,6 @@ __all__ = [
     "Measuring",
     "Stopwatch",
     "cores",
-    "cpu_flags",
     "date",
     "duration",
     "elapsed",
@@ -37,7 +36,6 @@ __all__ = [
     "machine",
     "now",
     "pause",
-    "steady_memory",
     "synchronize",
     "unshared",
 ]
@@ -97,7 +95,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds of a training run, as segments of a kind: a step, or other work such as a reconfiguration.
+    """Time a training run in segments of a kind: a step, or other work.
 
     `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time
     out of it. On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation
@@ -331,10 +329,11 @@ def interleaved(
     device: str | torch.device = "cpu",
     seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Time short functions against each other: round by round, each once, so that drift hits all alike.
+    """Time short functions against each other, round by round, each once.
 
-    functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in
-    seconds. `seconds` ends the rounds early (after at least 3) once that much time was spent.
+    So drift hits all alike. functions: dict name -> callable without arguments. Returns dict name -> list of
+    `repeats` times in seconds. `seconds` ends the rounds early (after at least 3) once that much time was
+    spent.
 
     >>> two = {"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}
     >>> times = interleaved(two, repeats=5)
@@ -358,7 +357,7 @@ def interleaved(
 
 @contextlib.contextmanager
 def elapsed() -> Iterator[Callable[[], float]]:
-    """`with elapsed() as t: ...; t()` gives the seconds since the beginning.
+    """Count the seconds since the beginning: `with elapsed() as t: ...; t()`.
 
     >>> with elapsed() as seconds:
     ...     total = torch.ones(9).sum()
@@ -375,9 +374,6 @@ def steady_memory() -> bool:
     Training allocates and frees the same large tensors over and over; without this each step pays page faults
     for them. It is engineering for every arm alike, not a method's credit. Elsewhere than on glibc it does
     nothing. Returns whether it was set.
-
-    >>> steady_memory() in (True, False)  # whether the system's allocator can be told
-    True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -388,7 +384,7 @@ def steady_memory() -> bool:
 
 
 def cores() -> int:
-    """Return how many cores this process may use: its affinity and its container's quota count.
+    """Return how many cores this process may use, by affinity and container's quota.
 
     >>> 1 <= cores() <= os.cpu_count()
     True
@@ -401,11 +397,7 @@ if torch.get_num_threads() > cores():  # OpenMP knows no quota: threads above it
 
 
 def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags (Linux; elsewhere empty).
-
-    >>> type(cpu_flags())  # such as "avx512_bf16"
-    <class 'frozenset'>
-    """
+    """The processor's feature flags, such as "avx512_bf16" (Linux; elsewhere empty)."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith(("flags", "Features")):
@@ -422,7 +414,7 @@ def _cpu_name():
 
 
 def machine(device: str | torch.device = "cpu") -> dict:
-    """Fingerprint of what the numbers were measured on: a dict of plain values, `summary` for people.
+    """Return a fingerprint of the machine as plain values; `summary` is for people.
 
     >>> sorted(machine())
     ['bf16', 'cores', 'cpu', 'device', 'load', 'python', 'summary', 'system', 'threads', 'torch']

@@ -271,7 +271,7 @@ class Book:
 
 
 def _recipes(task):
-    """A task's lengths and its recipe in words; what is tuned for each length stands with the length."""
+    """A task's lengths and its recipe in words; settings tuned by length stand beside each length."""
     at = [task.at(length) for length in task.lengths]
     recipes = [t.recipe for t in at]
     names = [f.name for f in fields(Recipe) if f.name != "epochs"]
@@ -417,9 +417,9 @@ def _column(name, values):
     counts, sizes = all(isinstance(v, int) for v in found), [abs(v) for v in found if v]
     shown = all(0.005 <= size < 1000 for size in sizes)  # by two decimals
     if POINTS.search(name) and not counts:
-        form = "{:+.2f}".format
+        form = "{:+z.2f}".format
     elif (PERCENT.search(name) or RATIO.search(name)) and shown and not counts:
-        form = "{:.2f}".format
+        form = "{:z.2f}".format  # z: no sign before a rounded zero
     elif mixed or all(map(_short, found)):
         form = _text
     else:
@@ -434,7 +434,7 @@ def _rounded(values):
 
     def form(v):
         lost = abs(v) >= 1e9 or abs(v) < 10**-decimals or decimals > 6
-        return _exponent(f"{v:.3g}") if lost else f"{v:,.{decimals}f}"
+        return _exponent(f"{v:.3g}") if lost else f"{v:z,.{decimals}f}"
 
     return form
 
