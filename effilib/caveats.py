@@ -21,7 +21,7 @@ def caveats(
     ...     print(sentence)
     A training of 8 steps is too short: 43 % of BatchNorm's running statistics are still those of the ...
     One of 60 held-out images is 1.7 points: smaller differences cannot be seen.
-    The largest class has 95 % of the images. Who always names it is right as often.
+    The largest class has 95 % of the images. Always naming it is right as often.
     """
     found = []
     if steps < FEW_STEPS:
@@ -35,5 +35,5 @@ def caveats(
         found.append(f"One of {held_out} held-out images is {point}: smaller differences cannot be seen.")
     if majority > LOPSIDED * 100 / classes:
         share = f"{majority:.0f} % of the images"
-        found.append(f"The largest class has {share}. Who always names it is right as often.")
+        found.append(f"The largest class has {share}. Always naming it is right as often.")
     return found

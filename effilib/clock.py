@@ -5,8 +5,8 @@ training. `interleaved` times short functions against each other. `machine` says
 measured, `Measuring` whether another measurement runs there at the same time.
 
 The machines are shared: a step can stall for half a minute. A stall is wall time in which neither this
-process nor one that it started used the processor; only that is taken off, whatever the work was. Raw seconds
-are kept beside.
+process nor one that it started used the processor; only that is taken off, whatever the work was. Of threads
+that work side by side the busiest counts, else a second one would hide a stall. Raw seconds are kept beside.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,6 @@ __all__ = [
     "Measuring",
     "Stopwatch",
     "cores",
-    "cpu_flags",
     "date",
     "duration",
     "elapsed",
@@ -36,27 +36,28 @@ __all__ = [
     "machine",
     "now",
     "pause",
-    "steady_memory",
     "synchronize",
     "unshared",
 ]
 
 STALL = 0.02  # seconds without CPU time in one segment, below which nothing is taken off
+NOTES = Path("/tmp/effilib-measuring")  # one place for all users, whatever their TMPDIR
 EXCESS = 5  # on CUDA: times the longest of the same step with other seeds, above which a step stalled
 
 
 def now() -> float:
-    """Seconds on a monotonic clock, for elapsed times of people (progress lines, time-outs).
+    """Return seconds on a monotonic clock, for progress lines and time-outs.
 
     >>> begin = now()
-    >>> 0 <= now() - begin < 60
+    >>> pause(0.01)
+    >>> now() - begin >= 0.01
     True
     """
     return time.monotonic()
 
 
 def date() -> str:
-    """The current UTC time, ISO 8601, to the second.
+    """Return the current UTC time, ISO 8601, to the second.
 
     >>> date().startswith("20"), date()[-6:]
     (True, '+00:00')
@@ -65,7 +66,7 @@ def date() -> str:
 
 
 def pause(seconds: float) -> None:
-    """Do nothing for so long: what a slower link would take.
+    """Do nothing for so many seconds, such as a slower link would take.
 
     >>> with elapsed() as seconds:
     ...     pause(0.01)
@@ -76,7 +77,7 @@ def pause(seconds: float) -> None:
 
 
 def duration(seconds: float) -> datetime.timedelta:
-    """Seconds as `datetime.timedelta`, which `torch.distributed` wants.
+    """Return seconds as `datetime.timedelta`, which `torch.distributed` wants.
 
     >>> duration(90)
     datetime.timedelta(seconds=90)
@@ -94,7 +95,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds of a training run, as segments of a kind: a step, or other work such as a reconfiguration.
+    """Time a training run in segments of a kind: a step, or other work.
 
     `start()` opens a segment, `lap(kind)` closes it under a kind and opens the next, `paused()` leaves time
     out of it. On CUDA a segment's border is an event on the stream, read at `end_epoch`: no synchronisation
@@ -123,7 +124,7 @@ class Stopwatch:
 
     def _read(self):
         if not self.cuda:
-            return time.perf_counter(), time.process_time()
+            return time.perf_counter(), time.process_time(), _threads()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -156,7 +157,7 @@ class Stopwatch:
         if self.cuda:
             return pieces
         wall = sum(end[0] - begin[0] for begin, end in pieces)
-        idle = wall - sum(end[1] - begin[1] for begin, end in pieces)
+        idle = wall - sum(_busy(begin, end) for begin, end in pieces)
         if idle > STALL:  # a compiler that this process waits for is work
             before, self.children = self.children, _children()
             idle -= max(0.0, self.children - before)
@@ -205,6 +206,32 @@ class Stopwatch:
         self.start()
 
 
+def _threads():
+    """Thread -> its seconds on the processor so far; empty where the system does not tell (not Linux)."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/task"):
+            thread = int(name)
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                found[thread] = time.clock_gettime(
+                    ~thread << 3 | 6
+                )  # a thread's clock: pthread_getcpuclockid(3)
+    return found
+
+
+def _busy(begin, end):
+    """Seconds at work between two readings: of threads side by side those of the busiest.
+
+    Threads of Python wait for each other, so that their times add up, also with those of threads that ended
+    in between; a pool's work at the same time as the one that called it.
+    """
+    spent = {thread: seconds - begin[2].get(thread, 0.0) for thread, seconds in end[2].items()}
+    python = {thread.native_id for thread in threading.enumerate()}
+    ended = end[1] - begin[1] - sum(spent.values())
+    in_turns = sum(seconds for thread, seconds in spent.items() if thread in python) + max(0.0, ended)
+    return max(in_turns, *spent.values(), 0.0)
+
+
 def _children():
     """Seconds on the processor of all that this process started, ended or not."""
     ended = os.times()
@@ -247,15 +274,18 @@ class Measuring:
     """
 
     def __init__(self, folder=None):
-        self.folder = Path(folder or Path(tempfile.gettempdir()) / "effilib-measuring").absolute()
+        self.folder = Path(folder or NOTES).absolute()
         self.file = self.name = None
 
     def __enter__(self):
         with contextlib.suppress(OSError, ImportError):  # no locks here: nothing is known of others
             import fcntl
 
-            self.folder.mkdir(mode=0o777, parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, who has done it
+                self.folder.chmod(0o1777)
             handle, name = tempfile.mkstemp(dir=self.folder)
+            os.fchmod(handle, 0o644)  # who may read it may ask for its lock
             self.file = open(handle, "wb")
             self.name = Path(name)
             fcntl.flock(self.file, fcntl.LOCK_EX)
@@ -281,11 +311,13 @@ class Measuring:
             try:
                 with note.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                note.unlink()  # its process is gone
             except BlockingIOError:
                 found += 1
-            except OSError:  # gone meanwhile, or another user's
+            except OSError:  # gone meanwhile, or not to be read
                 found += note.exists()
+            else:
+                with contextlib.suppress(OSError):  # its process is gone; another user's note stays
+                    note.unlink()
         return found
 
 
@@ -297,10 +329,11 @@ def interleaved(
     device: str | torch.device = "cpu",
     seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Time short functions against each other: round by round, each once, so that drift hits all alike.
+    """Time short functions against each other, round by round, each once.
 
-    functions: dict name -> callable without arguments. Returns dict name -> list of `repeats` times in
-    seconds. `seconds` ends the rounds early (after at least 3) once that much time was spent.
+    So drift hits all alike. functions: dict name -> callable without arguments. Returns dict name -> list of
+    `repeats` times in seconds. `seconds` ends the rounds early (after at least 3) once that much time was
+    spent.
 
     >>> two = {"small": lambda: torch.ones(9).sum(), "large": lambda: torch.ones(99).sum()}
     >>> times = interleaved(two, repeats=5)
@@ -324,7 +357,7 @@ def interleaved(
 
 @contextlib.contextmanager
 def elapsed() -> Iterator[Callable[[], float]]:
-    """`with elapsed() as t: ...; t()` gives the seconds since the beginning.
+    """Count the seconds since the beginning: `with elapsed() as t: ...; t()`.
 
     >>> with elapsed() as seconds:
     ...     total = torch.ones(9).sum()
@@ -341,9 +374,6 @@ def steady_memory() -> bool:
     Training allocates and frees the same large tensors over and over; without this each step pays page faults
     for them. It is engineering for every arm alike, not a method's credit. Elsewhere than on glibc it does
     nothing. Returns whether it was set.
-
-    >>> steady_memory() in (True, False)  # whether the system's allocator can be told
-    True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -354,7 +384,7 @@ def steady_memory() -> bool:
 
 
 def cores() -> int:
-    """Return how many cores this process may use: its affinity and its container's quota count.
+    """Return how many cores this process may use, by affinity and container's quota.
 
     >>> 1 <= cores() <= os.cpu_count()
     True
@@ -367,11 +397,7 @@ if torch.get_num_threads() > cores():  # OpenMP knows no quota: threads above it
 
 
 def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags (Linux; elsewhere empty).
-
-    >>> type(cpu_flags())  # such as "avx512_bf16"
-    <class 'frozenset'>
-    """
+    """The processor's feature flags, such as "avx512_bf16" (Linux; elsewhere empty)."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith(("flags", "Features")):
@@ -388,7 +414,7 @@ def _cpu_name():
 
 
 def machine(device: str | torch.device = "cpu") -> dict:
-    """Fingerprint of what the numbers were measured on: a dict of plain values, `summary` for people.
+    """Return a fingerprint of the machine as plain values; `summary` is for people.
 
     >>> sorted(machine())
     ['bf16', 'cores', 'cpu', 'device', 'load', 'python', 'summary', 'system', 'threads', 'torch']

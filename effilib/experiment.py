@@ -1,10 +1,10 @@
 """Train arms fairly: at several lengths, with paired seeds, interleaved, cached, resumable.
 
-The unit is a cell: all arms at one length with one seed, in one process, fresh models, in the order A B B A
-(more arms: rotated, reversed every second cell). Every length of a block has a seed of its own, so that cells
-are independent of each other. A cell is cached as a whole, so that a cached baseline never meets a fresh
-method; an interrupted comparison goes on with the cell that it was at. What follows from the runs is in
-`results`.
+The unit is a cell: all arms at one length with one seed, in one process, fresh models. The cells of a length
+run in the order A B B A (more arms: rotated, reversed every second cell). Every length of a block has a seed
+of its own, so that cells are independent of each other. A cell is cached as a whole, so that a cached
+baseline never meets a fresh method; an interrupted comparison goes on with the cell that it was at. What
+follows from the runs is in `results`.
 """
 
 import gc
@@ -22,18 +22,7 @@ from effilib.progress import Progress
 from effilib.tasks import Task
 from effilib.training import History, check_methods, resolve_layout, resolve_precision, train
 
-__all__ = [
-    "Arm",
-    "Contender",
-    "cells",
-    "check_arms",
-    "find_lengths",
-    "key",
-    "measure",
-    "order",
-    "pilot",
-    "shared_machine",
-]
+__all__ = ["Arm", "Contender", "cells", "check_arms", "find_lengths", "key", "measure", "order", "pilot"]
 
 PILOT_SEED = 2000  # never measured, as those of tuning (1000, 1001, ...)
 SEEDS = 100  # seeds a length; cell j of length i has the seed 100 i + j
@@ -108,16 +97,12 @@ class Contender:
 
 
 def shared_machine() -> bool:
-    """Return whether other notebooks run here at the same time (`effilib run --jobs`).
-
-    >>> shared_machine()
-    False
-    """
+    """Return whether other notebooks run here at the same time (`effilib run --jobs`)."""
     return bool(os.environ.get("EFFILIB_SHARED"))
 
 
 def order(arms: Sequence, index: int) -> list:
-    """Return the arms in the order of cell number `index`: A B, B A, B A, A B for two.
+    """Return the arms in the order of a length's cell number `index`.
 
     >>> ["".join(order("AB", index)) for index in range(4)]
     ['AB', 'BA', 'BA', 'AB']
@@ -128,7 +113,7 @@ def order(arms: Sequence, index: int) -> list:
 
 
 def key(task: Task, dataset: Dataset, arms: Sequence[Arm]) -> str:
-    """Return under what cells are cached: all that a result depends on, but length and seed.
+    """Return the cache key of cells: all that a result depends on, but length and seed.
 
     >>> t, arms = task("smoke", "synthetic"), [Arm(name="baseline", role="baseline")]
     >>> key(t, t.load(), arms) == key(t.but(seeds=9), t.load(), arms) != key(t.but(lr=0.2), t.load(), arms)
@@ -202,7 +187,7 @@ def _measure(task, arms, wanted, title) -> list[dict]:
             with clock.Measuring() as measuring:
                 for n in missing:
                     i, lengths, seed = wanted[n]
-                    turn = order(list(arms), n)
+                    turn = order(list(arms), n // len(task.lengths) + i)
                     found[n] = _run_cell(
                         task, dataset, turn, task.lengths[i], lengths, seed, progress, measuring
                     )
@@ -249,7 +234,7 @@ def _without_stalls(cells, arms):
 
 
 def _burn_in(task, dataset, arms):
-    """Train a few throw-away steps: what a process does only once is paid before anything is timed."""
+    """Train a few throw-away steps, so that first-time costs of a process fall outside of the clock."""
     batch = task.recipe.batch_size
     few = replace(
         dataset, train=dataset.train[: 8 * batch], validation=dataset.validation[:8], test=dataset.test[:8]
@@ -295,9 +280,13 @@ def find_lengths(task: Task, arms: Sequence[Arm]) -> dict[str, tuple[float, ...]
     once = {a.name: min(task.lengths) for a in trial}
     shortest = task.lengths.index(min(task.lengths))
     runs = _measure(task, trial, [(shortest, once, PILOT_SEED)], "pilot for the lengths")[0]["arms"]
+    base = runs[arms[0].name]
     for arm in unknown:
-        ratio = runs[arm.name].seconds / runs[arms[0].name].seconds
-        if not runs[arm.name].diverged and not 1 / SAME < ratio < SAME:
+        mine = runs[arm.name]
+        if base.diverged or mine.diverged or not (base.seconds and mine.seconds):
+            continue  # it broke off, so that its time says nothing
+        ratio = mine.seconds / base.seconds
+        if not 1 / SAME < ratio < SAME:
             lengths[arm.name] = tuple(_two_digits(length / ratio) for length in task.lengths)
     return lengths
 

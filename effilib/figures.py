@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from effilib.errors import BadInput
 from effilib.statistics import (
     DEPENDS,
     DIVERGED,
@@ -197,17 +198,17 @@ def curves(
     judged = arm or next((a.name for a in comparison.arms if a.role == "method"), names[-1])
     shown = [names[0], judged] if arm else names
     figure, axes = new(height=5.0)
-    found = {name: _points(comparison, name, cost) for name in shown}
-    spent = [c for points, _ in found.values() for p in points for c in p.costs]
+    found = {name: comparison.curve(name, cost) for name in shown}
+    spent = [c for points in found.values() for p in points for c in p.costs]
     scale, label = _unit(comparison, cost, max(spent, default=1.0))
     palette, handles, labels = colours(names), [], []
-    for name, (points, diverged) in found.items():
+    for name, points in found.items():
         look = dict(color=palette[name], marker=MARKERS[names.index(name) % len(MARKERS)])
         _curve(axes, points, scale, look)
         handles.append(Line2D([], [], lw=2.4, ms=8, **look))
-        runs = len(comparison.histories(name))
+        diverged, runs = comparison.diverged(name), len(comparison.histories(name))
         labels.append(literal(name) + (f" ({diverged} of {runs} runs diverged)" if diverged else ""))
-    base, gap = found[names[0]][0], judged != names[0] and len(comparison.lengths) > 1
+    base, gap = found[names[0]], judged != names[0] and len(comparison.lengths) > 1
     if gap:
         verdict, ratio = comparison.verdict(judged, cost), comparison.ratio(judged, cost)
         axes.set_title("\n".join(textwrap.wrap(literal(_words(verdict)), 68)), fontsize=12)
@@ -219,7 +220,7 @@ def curves(
             spent += aimed.tolist()
     _log_axis(axes.xaxis, [c / scale for c in spent])
     if gap and ratio:
-        patch = _gap(axes, monotone(base), monotone(found[judged][0]), ratio, scale, palette[judged])
+        patch = _gap(axes, monotone(base), monotone(found[judged]), ratio, scale, palette[judged])
         handles += patch
         labels += ["accuracies that both reach"] * len(patch)
     low, high = axes.get_ylim()
@@ -230,22 +231,6 @@ def curves(
     axes.set_ylabel("accuracy at the end of a training (%)")
     _legend(figure, handles, labels)
     return figure
-
-
-def _points(comparison, arm, cost):
-    """(an arm's curve without the runs that diverged, how many those are)."""
-    try:
-        curve = comparison.curve(arm, cost)
-    except (ValueError, IndexError):  # a run without a cost, or without an end
-        curve = []
-    points = []
-    for length, at in zip(comparison.lengths, curve, strict=False):
-        runs = zip(at.costs, at.accuracies, comparison.histories(arm, length), strict=True)
-        ended = [(c, a) for c, a, h in runs if not h.diverged and math.isfinite(a)]
-        if ended:
-            costs, accuracies = zip(*ended, strict=True)
-            points.append(type(at)(costs=costs, accuracies=accuracies))
-    return points, comparison.diverged(arm)
 
 
 def _unit(comparison, cost, largest):
@@ -279,7 +264,7 @@ def _words(v):
     if v.kind == DIVERGED:
         return head
     if v.verdict.startswith(SATURATED):
-        points = f", {v.points:+.2f} points" if v.points is not None and math.isfinite(v.points) else ""
+        points = "" if v.points is None else f", {v.points:+.2f} points"
         says = [f"{head}; {v.verdict.removeprefix(SATURATED + ', ')}{points}"]
     elif head in v.verdict or v.verdict.startswith(DEPENDS):
         says = [v.verdict]
@@ -571,6 +556,8 @@ def shares(
     >>> shares({"resnet": {"forward": 3.0, "backward": 6.0}}).axes[0].get_xlabel()
     'ms per training step'
     """
+    if not parts:
+        raise BadInput("shares needs a row of parts to draw, got none")
     figure, axes = new(height=1.6 + 0.6 * len(parts))
     names = list(dict.fromkeys(p for row in parts.values() for p in row))
     longest, drawn = max(sum(row.values()) for row in parts.values()), {}
@@ -609,6 +596,8 @@ def histogram(
     >>> histogram({"gradients": [0.0, 1.0, 1.0]}, xlabel="size").axes[0].get_xlabel()
     'size'
     """
+    if empty := [name for name, v in values.items() if len(v) == 0] or not values:
+        raise BadInput(f"histogram needs values to draw, got none{f' for {empty[0]}' if values else ''}")
     figure, axes = new(height=4.2)
     low = min(float(np.min(v)) for v in values.values())
     high = max(float(np.max(v)) for v in values.values())

@@ -260,7 +260,7 @@ class Book:
             history = pd.concat([c.history() for c in compared], ignore_index=True)
             paths.write(self.folder / "history.csv", history.to_csv(index=False, float_format="%.6g"))
         paths.write(self.folder / "figure.png", figures.png(figure))
-        record = {k: _plain(v) for k, v in record.items()}
+        record = paths.finite(record)
         paths.write(self.folder / "record.json", record)
         return record
 
@@ -271,7 +271,7 @@ class Book:
 
 
 def _recipes(task):
-    """A task's lengths and its recipe in words; what is tuned for each length stands with the length."""
+    """A task's lengths and its recipe in words; settings tuned by length stand beside each length."""
     at = [task.at(length) for length in task.lengths]
     recipes = [t.recipe for t in at]
     names = [f.name for f in fields(Recipe) if f.name != "epochs"]
@@ -301,17 +301,6 @@ def _picture(comparisons, verdict):
             cost = verdict.cost if verdict else "seconds"
             return figures.curves(c, verdict.arm if other else None, cost=cost)
     raise BadInput("a record without a comparison needs a figure: book.record(figure=..., caption=...)")
-
-
-def _plain(value):
-    """A value as JSON knows it: what is not a number is null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):  # of numpy and torch
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What a reader sees
@@ -428,9 +417,9 @@ def _column(name, values):
     counts, sizes = all(isinstance(v, int) for v in found), [abs(v) for v in found if v]
     shown = all(0.005 <= size < 1000 for size in sizes)  # by two decimals
     if POINTS.search(name) and not counts:
-        form = "{:+.2f}".format
+        form = "{:+z.2f}".format
     elif (PERCENT.search(name) or RATIO.search(name)) and shown and not counts:
-        form = "{:.2f}".format
+        form = "{:z.2f}".format  # z: no sign before a rounded zero
     elif mixed or all(map(_short, found)):
         form = _text
     else:
@@ -445,7 +434,7 @@ def _rounded(values):
 
     def form(v):
         lost = abs(v) >= 1e9 or abs(v) < 10**-decimals or decimals > 6
-        return _exponent(f"{v:.3g}") if lost else f"{v:,.{decimals}f}"
+        return _exponent(f"{v:.3g}") if lost else f"{v:z,.{decimals}f}"
 
     return form
 

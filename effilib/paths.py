@@ -7,13 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from effilib.errors import BadInput, CannotWrite
 
 __all__ = [
-    "cache", "data", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root", "write",
-    "writing",
+    "cache", "data", "finite", "kernels", "make", "notebooks", "read_json", "recorded", "results", "root",
+    "write", "writing",
 ]  # fmt: skip
 
 
@@ -151,19 +151,25 @@ def write(path: Path | str, content: object) -> Path:
     {'ratio': None}
     """
     if not isinstance(content, str | bytes):
-        content = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        content = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with writing(path) as file:
         file.write(data)
     return Path(path)
 
 
-def _finite(content):
-    """The same with None for NaN and infinity."""
+def finite(content: Any) -> Any:
+    """Return values as JSON knows them: lists, and None for NaN and infinity.
+
+    >>> finite({"range": (80.0, float("nan")), "kept": torch.ones(2)})
+    {'range': [80.0, None], 'kept': [1.0, 1.0]}
+    """
     if isinstance(content, dict):
-        return {k: _finite(v) for k, v in content.items()}
+        return {str(k): finite(v) for k, v in content.items()}
+    if hasattr(content, "tolist"):  # of numpy and torch
+        return finite(content.tolist())
     if isinstance(content, list | tuple):
-        return [_finite(v) for v in content]
+        return [finite(v) for v in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

@@ -6,16 +6,20 @@ Numbers stay numbers in its frames; a notebook's formatter makes them text.
 import math
 import statistics as stats
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 
 from effilib import user_files
 from effilib.caveats import caveats
-from effilib.errors import choose
-from effilib.experiment import Arm, check_arms, find_lengths, measure, shared_machine
+from effilib.errors import BadInput, choose
+from effilib.experiment import Arm, check_arms, find_lengths, measure
 from effilib.statistics import (
+    DIVERGED,
     FLAT,
+    LEAST,
+    MISSED,
+    NOT_DECIDED,
     SHARED,
     SMOKE,
     STALLED,
@@ -127,13 +131,23 @@ class Comparison:
         """Return the arm's curve, a `Length` each: what its trainings cost and how accurate they ended.
 
         cost: "seconds", "flops" or "images" (different ones where lengths are numbers of images, else those
-        seen).
+        seen). Runs that diverged have no end and are left out, and so is a length without any other. Raises
+        `BadInput` where a run cost nothing, such as one whose FLOPs were not counted.
         """
+        return list(self._ends(arm, cost).values())
+
+    def _ends(self, arm, cost):
+        """Length -> `Length` of the arm's runs that did not diverge."""
         choose("cost", cost, (*COSTS, "raw_seconds"))
-        return [
-            Length(costs=tuple(self._cost(h, cost) for h in runs), accuracies=tuple(h.accuracy for h in runs))
-            for runs in (self.histories(arm, length) for length in self.lengths)
-        ]
+        found = {}
+        for length in self.lengths:
+            runs = [h for h in self.histories(arm, length) if not h.diverged]
+            costs, ends = tuple(self._cost(h, cost) for h in runs), tuple(h.accuracy for h in runs)
+            if not all(c > 0 for c in costs):
+                raise BadInput(f"{arm} took {min(costs):g} {cost} at length {length:g}: no cost to judge by")
+            if runs:
+                found[length] = Length(costs=costs, accuracies=ends)
+        return found
 
     def _cost(self, history, cost):
         """What a training cost; images are different ones where lengths are numbers of images."""
@@ -154,15 +168,18 @@ class Comparison:
         cost = cost or self.cost
         aim = self.aim.get(arm) if isinstance(self.aim, dict) else self.aim if self._is_method(arm) else None
         who = next((name for name in (arm, self.baseline) if self.diverged(name)), "")
-        verdict = judge(
-            self.curve(self.baseline, cost), self.curve(arm, cost), name=arm, against=self.baseline,
-            aim=aim, cost=cost, machine=self.machine["summary"], diverged=bool(who),
-            withhold=self._withhold(arm, cost),
+        withhold, machine = self._withhold(arm, cost), self.machine["summary"]
+        same = dict(aim=aim, cost=cost)
+        if not who:
+            curves = self.curve(self.baseline, cost), self.curve(arm, cost)
+            return judge(*curves, name=arm, against=self.baseline, machine=machine, withhold=withhold, **same)
+        missed = who == arm and self.task.seeds >= LEAST and not withhold
+        return Verdict(
+            arm=arm, against=self.baseline, verdict=withhold or DIVERGED, kind=DIVERGED,
+            ratio=None, low=None, high=None, range=None, n=self.task.seeds, lengths=len(self.lengths),
+            aim_verdict="" if aim is None else MISSED if missed else NOT_DECIDED,
+            text=f"{who}: {self.diverged(who)} of {len(self.histories(who))} runs diverged", **same,
         )  # fmt: skip
-        if who:
-            runs = len(self.histories(who))
-            verdict = replace(verdict, text=f"{who}: {self.diverged(who)} of {runs} runs diverged")
-        return verdict
 
     def _is_method(self, arm):
         return next(a for a in self.arms if a.name == arm).role == "method"
@@ -177,7 +194,7 @@ class Comparison:
             return f"too few held-out images: one of {self.held_out} is {100 / self.held_out:.1f} points"
         if cost != "seconds":
             return ""
-        if shared_machine() or any(c["shared"] for c in self.cells):
+        if any(c["shared"] for c in self.cells):
             return SHARED
         for name in (self.baseline, arm):
             if self.stalled(name) > STALLED:
@@ -231,16 +248,19 @@ class Comparison:
         parts = [f"{arm} against {v.against}: {v.verdict.partition(bound)[0]}, {v.text}"]
         if v.aim is not None:
             parts.append(f"aim {v.aim:g}x {v.aim_verdict}")
-        if v.points is not None and math.isfinite(v.points):
-            spread = f" [{v.points_low:+.2f}, {v.points_high:+.2f}]" if math.isfinite(v.points_low) else ""
+        if v.points is not None:
+            spread = "" if v.points_low is None else f" [{v.points_low:+.2f}, {v.points_high:+.2f}]"
             parts.append(f"{v.points:+.2f}{spread} points at equal {EQUAL_COST[self.cost]}")
         if flops and math.isfinite(flops.value):
-            bound = f"{flops.kind} " if flops.kind.startswith("at ") else ""
+            bound = f"{flops.kind} " if _is_bound(flops) else ""
             parts.append(f"{bound}{flops.value:.2f}x if FLOPs were time")
         return "; ".join([*parts, *v.notes]) + "."
 
     def table(self) -> pd.DataFrame:
-        """Return one row an arm: everything that is judged, as numbers."""
+        """Return one row an arm: everything that is judged, as numbers.
+
+        A bound is no speed-up: it stands in the column "low" or "high" alone.
+        """
         rows = []
         for arm in self.arms:
             runs, base = self.histories(arm.name), arm.name == self.baseline
@@ -249,19 +269,21 @@ class Comparison:
             flops = None if base or self.cost != "seconds" else self.ratio(arm.name, "flops")
             row = {
                 "role": arm.role,
-                "n": f"{self.task.seeds}x{len(self.lengths)}",
-                "speed-up": 1.0 if base else _number(v.ratio),
+                "seeds": self.task.seeds,
+                "lengths": len(self.lengths),
+                "speed-up": 1.0 if base else math.nan if _is_bound(v) else _number(v.ratio),
                 "low": math.nan if base else _number(v.low),
                 "high": math.nan if base else _number(v.high),
                 f"points at equal {EQUAL_COST[self.cost]}": 0.0 if base else _number(v.points),
-                "x by FLOPs": 1.0 if base else flops.value if flops else math.nan,
+                "x by FLOPs": 1.0 if base else math.nan if not flops or _is_bound(flops) else flops.value,
                 "ms a step": 1e3 * stats.median(h.step_seconds for h in runs),
                 "accuracy % (longest)": stats.fmean(h.accuracy for h in longest),
                 "balanced %": stats.fmean(h.balanced_accuracy for h in longest),
                 "s (longest)": stats.fmean(h.seconds for h in longest),
                 "memory MB": max(sum(v for k, v in h.memory.items() if k != "peak") for h in runs) / 2**20,
                 "verdict": "" if base else v.verdict,
-                "aim": "" if base or v.aim is None else f"{v.aim:g}x {v.aim_verdict}",
+                "aim x": math.nan if base else _number(v.aim),
+                "aim": "" if base else v.aim_verdict,
             }
             rows.append({"arm": arm.name, **row})
         return pd.DataFrame(rows).set_index("arm")
@@ -299,7 +321,7 @@ class Comparison:
         """Return the points of all curves, with the standard errors of their accuracies."""
         rows = []
         for arm in self.arms:
-            for length, found in zip(self.lengths, self.curve(arm.name, cost), strict=True):
+            for length, found in self._ends(arm.name, cost).items():
                 n, a = len(found.costs), found.accuracies
                 rows.append(
                     {
@@ -402,3 +424,8 @@ class Comparison:
 
 def _number(value):
     return math.nan if value is None else value
+
+
+def _is_bound(ratio):
+    """Whether a `Ratio` or `Verdict` is "at most" or "at least"."""
+    return ratio.kind.startswith("at ")

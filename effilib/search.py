@@ -5,13 +5,14 @@ the same seeds; then the best one takes in the next best, as long as they go tog
 finds is measured afterwards, with other seeds: it was chosen for its luck, too.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import statistics as stats
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from effilib import models
 from effilib.errors import BadInput, NoEffect
@@ -20,6 +21,9 @@ from effilib.progress import say_seconds
 from effilib.statistics import FLAT
 from effilib.tasks import Task
 from effilib.training import History
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Found",
@@ -192,6 +196,8 @@ class Found:
 
     def table(self) -> pd.DataFrame:
         """Return the trials, one row each."""
+        import pandas as pd  # no training depends on a table
+
         columns = ["stage", "arm", "against", "length", "seeds", "x", "points", "seconds", "verdict"]
         return pd.DataFrame(self.rows, columns=columns).set_index("arm")
 

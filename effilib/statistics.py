@@ -7,10 +7,13 @@ accuracies that both cover, is the logarithm of the speed-up. Verdicts are compu
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a third of a second to import
+
+from effilib import paths
+from effilib.errors import BadInput
 
 __all__ = [
     "Curve",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 LEAST = 3  # cells a length, below which there is no verdict
+MOST = 100  # cells a length that anybody would train
 EQUAL = 1.05  # an interval within 1/1.05 ... 1.05 is no difference worth the name
 FLAT = 1.0  # points: a curve that rises by less is saturated, an overlap that is smaller is thin
 WITHHELD = 0.03  # raw and counted ratios that differ by more, or ...
@@ -39,7 +43,7 @@ UNEVEN = 1.5  # times the median step of the same arm and length, above which a 
 
 FASTER, SLOWER, NO_DIFFERENCE, UNDECIDED = "faster", "slower", "no difference", "undecided"
 DEPENDS, OUT_OF_REACH, DIVERGED = "depends on the budget", "out of reach", "diverged"
-SATURATED = "saturated"
+SATURATED, ONE_LENGTH = "saturated", "one length: no curve"
 SMOKE, SHARED = "smoke: not a measurement", "shared machine: no verdict"
 MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
 
@@ -47,7 +51,7 @@ MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
 def binomial_error(accuracy: float, images: int) -> float:
     """Return the standard error of an accuracy (%) on so many images, in points.
 
-    It is not 0 where all are right: as if half an image were not.
+    It never reaches 0: where all images are right (or wrong), half an image counts as the exception.
 
     >>> binomial_error(80.0, 100), round(binomial_error(100.0, 100), 2)
     (4.0, 0.71)
@@ -69,11 +73,11 @@ class Length:
 
     def __post_init__(self):
         if len(self.costs) != len(self.accuracies) or not self.costs:
-            raise ValueError(
-                f"a length needs as many costs as accuracies, got {self.costs}, {self.accuracies}"
-            )
+            raise BadInput(f"a length needs as many costs as accuracies, got {self.costs}, {self.accuracies}")
         if not all(c > 0 and math.isfinite(c) for c in self.costs):
-            raise ValueError(f"costs must be finite and above 0, got {self.costs}")
+            raise BadInput(f"costs must be finite and above 0, got {self.costs}")
+        if not all(map(math.isfinite, self.accuracies)):
+            raise BadInput(f"accuracies must be finite, got {self.accuracies}")
 
     def point(self) -> tuple[float, float]:
         """Return (mean logarithm of the cost, mean accuracy), rounded for people."""
@@ -89,11 +93,14 @@ class Ratio:
     """A speed-up at equal accuracy, with its 95 % interval; nan where there is none.
 
     kind: "gap"; "crossing", where the gap excludes 1 on different sides at both ends of the range, `crossing`
-    being the accuracy between; "at most" or "at least", where the curves have no accuracy in common;
-    "saturated", where the baseline's curve is flat. range: the accuracies that both curves cover. thin: less
-    than a point of them, or than two standard errors. spread: standard error of the logarithm.
+    being the accuracy between and `first` the gap's sign below it; "at most" or "at least", where the curves
+    have no accuracy in common: value is then a bound, and so is high or low, which are nan where noise could
+    have parted the curves; "saturated", where the baseline's curve is flat; "one length: no curve". range:
+    the accuracies that both curves cover. thin: less than a point of them, or than two standard errors.
+    spread: standard error of the logarithm. p: two-sided, of a ratio of 1, at both ends where they cross; of
+    a bound, that its curves meet, or that what "at least" says is no more than 1.
 
-    >>> Ratio(value=0.41, kind="at most").low
+    >>> Ratio(value=0.41, high=0.41, kind="at most").low
     nan
     """
 
@@ -104,8 +111,10 @@ class Ratio:
     kind: str = "gap"
     thin: bool = False
     crossing: float = math.nan
+    first: int = 0
     spread: float = math.nan
     degrees: int = 0
+    p: float = math.nan
 
 
 def _point(length, without):
@@ -114,6 +123,11 @@ def _point(length, without):
         math.fsum(math.log(length.costs[i]) for i in keep) / len(keep),
         math.fsum(length.accuracies[i] for i in keep) / len(keep),
     )
+
+
+def _means(curve, without=None):
+    """(log cost, accuracy) of every length, the cheapest first, as they are."""
+    return sorted(_point(c, without[1] if without and without[0] == i else None) for i, c in enumerate(curve))
 
 
 def monotone(curve: Curve, without: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -126,9 +140,8 @@ def monotone(curve: Curve, without: tuple[int, int] | None = None) -> tuple[np.n
     >>> monotone([one(1.0, 70.0), one(math.e, 75.0), one(math.e**3, 74.0)])[1].tolist()
     [70.0, 74.5]
     """
-    points = [_point(c, without[1] if without and without[0] == i else None) for i, c in enumerate(curve)]
     blocks = []  # (log cost, accuracy, weight)
-    for x, a in sorted(points):
+    for x, a in _means(curve, without):
         blocks.append((x, a, 1))
         while len(blocks) > 1 and blocks[-2][1] >= blocks[-1][1]:
             (x1, a1, w1), (x2, a2, w2) = blocks.pop(-2), blocks.pop()
@@ -152,36 +165,40 @@ def _mean(knots, values):
     return float(np.trapezoid(values, knots) / width) if width else float(values[0])
 
 
-def _heights(base, arm):
-    """Mean vertical gap, points of accuracy at equal cost; nan where no cost is common."""
-    low, high = max(base[0][0], arm[0][0]), min(base[0][-1], arm[0][-1])
+def _heights(baseline, arm, without=None):
+    """Mean vertical gap, points of accuracy at equal cost; nan where no cost is common.
+
+    Between the means as they are: pooling would shrink a curve that falls, and here none has to rise.
+    """
+    base, mine = (np.array(_means(c, without)).T for c in (baseline, arm))
+    low, high = max(base[0][0], mine[0][0]), min(base[0][-1], mine[0][-1])
     if high < low:
         return math.nan
-    knots = np.unique([low, high, *(x for x in (*base[0], *arm[0]) if low < x < high)])
-    return _mean(knots, np.interp(knots, *arm) - np.interp(knots, *base))
+    knots = np.unique([low, high, *(x for x in (*base[0], *mine[0]) if low < x < high)])
+    return _mean(knots, np.interp(knots, *mine) - np.interp(knots, *base))
 
 
 def _jackknife(baseline, arm, statistic):
     """(standard errors, degrees of freedom) of a statistic, deleting one cell of one length at a time.
 
-    statistic: (base knots, arm knots) -> array, or None where it does not exist; then the errors are nan.
+    statistic: (baseline, arm, (length, cell) to leave out) -> array; the errors are nan where it is for one.
     """
-    variance, degrees = 0.0, 0
+    if len(baseline) != len(arm):
+        raise BadInput(f"the baseline has {len(baseline)} lengths and the arm {len(arm)}: they are pairs")
+    variance, degrees = np.zeros(1), 0
     for i, (b, a) in enumerate(zip(baseline, arm, strict=True)):
         n = len(b.costs)
         if n != len(a.costs):
-            raise ValueError(
+            raise BadInput(
                 f"length {i} has {n} cells of the baseline and {len(a.costs)} of the arm: they are pairs"
             )
         if n < 2:
             continue
-        left = [statistic(monotone(baseline, (i, j)), monotone(arm, (i, j))) for j in range(n)]
-        if any(v is None for v in left):
-            return math.nan, 0
-        left = np.array(left)
+        left = np.array([np.atleast_1d(statistic(baseline, arm, (i, j))) for j in range(n)])
         variance = variance + (n - 1) / n * ((left - left.mean(0)) ** 2).sum(0)
         degrees += n - 1
-    return (np.sqrt(variance), degrees) if degrees else (math.nan, 0)
+    known = degrees > 0 and bool(np.isfinite(variance).all())
+    return (np.sqrt(variance), degrees) if known else (np.full(1, math.nan), 0)
 
 
 def _half_width(degrees, level=0.95):
@@ -193,7 +210,8 @@ def equal_accuracy(baseline: Curve, arm: Curve) -> Ratio:
 
     Curves: per length the paired cells. The estimate is the horizontal gap of the monotone curves, averaged
     over the accuracies that both cover. The interval is a delete-one-cell jackknife, stratified by length,
-    with Student's t at sum(n_length - 1) degrees. Where no accuracy is common the ratio is a bound.
+    with Student's t at sum(n_length - 1) degrees. Where no accuracy is common the ratio is a bound, widened
+    by the error of its times. Raises `BadInput` where cells are not pairs.
 
     >>> def curve(times):
     ...     return [Length(costs=(t, t), accuracies=(a, a + 0.1)) for t, a in zip(times, (70.0, 75.0))]
@@ -202,27 +220,24 @@ def equal_accuracy(baseline: Curve, arm: Curve) -> Ratio:
     (2.0, 'gap', [70.05, 75.05])
     """
     base, mine = monotone(baseline), monotone(arm)
+    if len(baseline) < 2:
+        return Ratio(value=math.nan, kind=ONE_LENGTH)
     if base[1][-1] - base[1][0] < FLAT:
         return Ratio(value=math.nan, kind=SATURATED, range=(float(base[1][0]), float(base[1][-1])))
     found = _gaps(base, mine)
     if found is None:
-        below = mine[1][-1] <= base[1][0]
-        shortest, best = (base[0][0], mine[0][-1]) if below else (base[0][-1], mine[0][0])
-        return Ratio(value=math.exp(shortest - best), kind="at most" if below else "at least")
+        return _bound(baseline, arm)
     knots, gaps = found
 
-    def statistic(b, a):
-        g = _gaps(b, a)
-        return None if g is None else np.array([_mean(*g), g[1][0], g[1][-1]])
+    def statistic(b, a, without=None):  # the mean gap, and the gap at both ends
+        g = _gaps(monotone(b, without), monotone(a, without))
+        return np.full(3, math.nan) if g is None else np.array([_mean(*g), g[1][0], g[1][-1]])
 
-    errors, degrees = _jackknife(baseline, arm, statistic)
-    if not degrees:
-        errors = np.full(3, math.nan)
-    half = _half_width(degrees) * errors
-    centre = np.array([_mean(knots, gaps), gaps[0], gaps[-1]])
-    low, high = centre - half, centre + half
+    centre = statistic(baseline, arm)
+    low, high, p, errors, degrees = _inference(baseline, arm, statistic)
+    crosses = bool((low[1] > 0 and high[2] < 0) or (high[1] < 0 and low[2] > 0))
     crossing = math.nan
-    if (low[1] > 0 and high[2] < 0) or (high[1] < 0 and low[2] > 0):
+    if crosses:
         i = int(np.argmax(np.sign(gaps[1:]) != np.sign(gaps[0])))
         crossing = float(knots[i] + gaps[i] / (gaps[i] - gaps[i + 1]) * (knots[i + 1] - knots[i]))
     within = float(knots[0]), float(knots[-1])
@@ -231,11 +246,53 @@ def equal_accuracy(baseline: Curve, arm: Curve) -> Ratio:
         low=math.exp(low[0]),
         high=math.exp(high[0]),
         range=within,
-        kind="gap" if math.isnan(crossing) else "crossing",
+        kind="crossing" if crosses else "gap",
         thin=within[1] - within[0] < max(FLAT, 2 * _error_of_means(baseline, arm)),
         crossing=crossing,
+        first=int(np.sign(gaps[0])),
         spread=float(errors[0]),
         degrees=degrees,
+        p=float(p[1:].max() if crosses else p[0]),
+    )
+
+
+def _inference(baseline, arm, statistic):
+    """(low, high, p of 0, errors, degrees) of a statistic, one of each for each of its numbers."""
+    centre = statistic(baseline, arm)
+    errors, degrees = _jackknife(baseline, arm, statistic)
+    errors = np.broadcast_to(errors, centre.shape)
+    half = _half_width(degrees) * errors
+    p = np.array(
+        [2 * stdtr(degrees, -abs(c) / e) if e > 0 else math.nan for c, e in zip(centre, errors, strict=True)]
+    )
+    return centre - half, centre + half, p, errors, degrees
+
+
+def _bound(baseline, arm):
+    """The bound that two curves without a common accuracy give, widened by the error of its times.
+
+    Its ends are the baseline's shortest training and the arm's best, or the baseline's best and the arm's
+    shortest. high or low say so only where the accuracies there differ by more than noise.
+    """
+    below = monotone(arm)[1][-1] < monotone(baseline)[1][0]
+    i, j, sign = (0, -1, 1) if below else (-1, 0, -1)
+
+    def ends(b, a, without=None):  # log of the bound, and by how many points the curves are apart
+        (x, y), (x_arm, y_arm) = monotone(b, without), monotone(a, without)
+        return np.array([x[i] - x_arm[j], sign * (y[i] - y_arm[j])])
+
+    value = ends(baseline, arm)[0]
+    low, high, p, errors, degrees = _inference(baseline, arm, ends)
+    settled = low[1] > 0
+    end = math.exp((high if below else low)[0] if settled else value)
+    return Ratio(
+        value=end,
+        low=end if settled and not below else math.nan,
+        high=end if settled and below else math.nan,
+        kind="at most" if below else "at least",
+        spread=float(errors[0]),
+        degrees=degrees,
+        p=float(p[1] if below else p.max() if value > 0 else math.nan),
     )
 
 
@@ -255,16 +312,9 @@ def equal_cost(baseline: Curve, arm: Curve) -> tuple[float, float, float]:
     >>> [round(v, 2) for v in equal_cost(flat, above)]
     [1.0, 1.0, 1.0]
     """
-    points = _heights(monotone(baseline), monotone(arm))
-    if math.isnan(points):
-        return math.nan, math.nan, math.nan
-
-    def statistic(b, a):
-        h = _heights(b, a)
-        return None if math.isnan(h) else np.array([h])
-
-    error, degrees = _jackknife(baseline, arm, statistic)
-    half = _half_width(degrees) * float(np.ravel(error)[0])
+    points = _heights(baseline, arm)
+    error, degrees = _jackknife(baseline, arm, _heights)
+    half = _half_width(degrees) * float(error[0])
     return points, points - half, points + half
 
 
@@ -318,20 +368,13 @@ class Verdict:
     aim: float | None = None
     aim_verdict: str = ""
     cost: str = "seconds"
-    p: float | None = None  # two-sided, of a ratio of 1
-    survives: bool | None = None  # Holm's correction over a scoreboard, where it was asked for
+    p: float | None = None  # of `Ratio`
     text: str = ""
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     def record(self) -> dict:
         """Return it as a plain dict for `record.json`; what is not a number is null."""
-
-        def plain(v):
-            if isinstance(v, tuple):
-                return [plain(x) for x in v]
-            return (float(v) if math.isfinite(v) else None) if isinstance(v, float) else v
-
-        return {k: plain(v) for k, v in asdict(self).items()}
+        return paths.finite(asdict(self))
 
 
 def say_ratio(ratio: Ratio, n: int, lengths: int, machine: str = "") -> str:
@@ -339,13 +382,16 @@ def say_ratio(ratio: Ratio, n: int, lengths: int, machine: str = "") -> str:
 
     >>> say_ratio(Ratio(value=1.38, low=1.31, high=1.45, range=(78.2, 86.1), degrees=12), 5, 3, "2-core CPU")
     '1.38x [1.31, 1.45] at 78-86 %, n=5x3, 2-core CPU'
-    >>> say_ratio(Ratio(value=0.41, kind="at most"), 5, 3)
+    >>> say_ratio(Ratio(value=0.41, high=0.41, kind="at most"), 5, 3)
     'at most 0.41x, n=5x3'
     """
-    if ratio.kind == SATURATED:
+    if ratio.kind == ONE_LENGTH:
+        head = ONE_LENGTH
+    elif ratio.kind == SATURATED:
         head = f"the baseline is saturated at {ratio.range[1]:.1f} %"
     elif ratio.kind in ("at most", "at least"):
-        head = f"{ratio.kind} {ratio.value:.2f}x"
+        uncertain = math.isnan(ratio.low) and math.isnan(ratio.high)
+        head = f"{ratio.kind} {ratio.value:.2f}x" + " (uncertain)" * uncertain
     else:
         digits = 0 if ratio.range[1] - ratio.range[0] >= 2 else 1
         within = f" at {ratio.range[0]:.{digits}f}-{ratio.range[1]:.{digits}f} %"
@@ -358,7 +404,7 @@ def say_ratio(ratio: Ratio, n: int, lengths: int, machine: str = "") -> str:
 
 
 def seeds_to_decide(ratio: Ratio, n: int) -> int:
-    """Return how many cells a length would probably decide an undecided ratio.
+    """Return how many cells a length would probably decide an undecided ratio; 101: more than 100.
 
     The interval has to leave 1 on one side, or to fit between 1/1.05 and 1.05, whichever takes fewer cells.
 
@@ -368,10 +414,10 @@ def seeds_to_decide(ratio: Ratio, n: int) -> int:
     lengths = ratio.degrees // max(1, n - 1)
     away = abs(math.log(ratio.value))
     wanted = max(away, math.log(EQUAL) - away)  # half widths that would decide
-    for more in range(n + 1, 1000):
+    for more in range(n + 1, MOST + 1):
         if _half_width(lengths * (more - 1)) * ratio.spread * math.sqrt(n / more) < wanted:
             return more
-    return 1000
+    return MOST + 1
 
 
 def judge(
@@ -383,14 +429,15 @@ def judge(
     aim: float | None = None,
     cost: str = "seconds",
     machine: str = "",
-    diverged: bool = False,
     withhold: str = "",
 ) -> Verdict:
     """Return the verdict on two curves.
 
-    aim: the speed-up that the notebook fixed before it ran; it is met where the interval's lower end reaches
-    it, and missed where the upper end does not. withhold: a reason to give no verdict, which then stands in
-    its place.
+    The first that holds: undecided with fewer than 3 cells a length; one length; saturated; a bound; depends
+    on the budget; no difference (the interval lies between 1/1.05 and 1.05, even if it excludes 1); faster or
+    slower; undecided. aim: the speed-up that the notebook fixed before it ran; it is met where the interval's
+    lower end reaches it, and missed where the upper end does not. withhold: a reason to give no verdict,
+    which then stands in its place.
 
     >>> def curve(factor):
     ...     ends = ((10, 70), (20, 75))
@@ -400,101 +447,79 @@ def judge(
     ('faster', 'met', '1.50x [1.50, 1.50] at 70-75 %, n=3x2, 2-core CPU')
     """
     n, lengths = min(len(c.costs) for c in [*baseline, *arm]), len(arm)
-    base = dict(arm=name, against=against, n=n, lengths=lengths, aim=aim, cost=cost)
-    if diverged:
-        text = f"diverged, n={n}x{lengths}"
-        aimed = MISSED if aim is not None and not withhold and n >= LEAST else _aimed(aim)
-        return Verdict(
-            verdict=withhold or DIVERGED, ratio=None, low=None, high=None, kind=DIVERGED, range=None,
-            text=text, aim_verdict=aimed, **base,
-        )  # fmt: skip
     ratio = equal_accuracy(baseline, arm)
     points, low, high = equal_cost(baseline, arm)
-    notes = []
+    notes, few = [], n < LEAST
+    verdict = UNDECIDED if few else _verdict(ratio, low, high)
     if ratio.thin:
-        notes.append(f"thin overlap: both curves cover only {ratio.range[0]:.1f} to {ratio.range[1]:.1f} %")
-    verdict = _verdict(ratio, n)
+        thin = "" if few or ratio.degrees else ", too thin for an interval"
+        covered = f"{ratio.range[0]:.1f} to {ratio.range[1]:.1f} %"
+        notes.append(f"thin overlap: both curves cover only {covered}{thin}")
     if verdict == UNDECIDED:
-        if n < LEAST:
-            notes.append(f"a verdict needs {LEAST} cells a length")
-        elif ratio.degrees and ratio.kind == "gap":
-            notes.append(f"about {seeds_to_decide(ratio, n)} cells a length would decide")
-    if ratio.kind == "crossing":
-        first = FASTER if _gaps(monotone(baseline), monotone(arm))[1][0] > 0 else SLOWER
-        second = SLOWER if first == FASTER else FASTER
-        verdict = f"{DEPENDS}: {first} below {ratio.crossing:.0f} %, {second} above"
-    if ratio.kind == "at most" and n >= LEAST:
-        verdict = f"{OUT_OF_REACH}: at most {ratio.value:.2f}x"
-    if ratio.kind == SATURATED and n >= LEAST:
-        verdict = f"{SATURATED}, at equal cost " + (
-            "more accurate" if low > 0 else "less accurate" if high < 0 else UNDECIDED
-        )
-    aimed = _aimed(aim)
-    if aim is not None and n >= LEAST and not withhold:
-        aimed = _judge_aim(ratio, aim)
-    gap = ratio.kind in ("gap", "crossing")
+        notes += [f"a verdict needs {LEAST} cells a length"] if few else _what_would_decide(ratio, n)
+    aimed = "" if aim is None else NOT_DECIDED
+    if aim is not None and not few and not withhold:
+        aimed = MET if ratio.low >= aim else MISSED if ratio.high < aim else NOT_DECIDED
+    numbers = dict(ratio=ratio.value, low=ratio.low, high=ratio.high, p=math.nan if few else ratio.p)
+    numbers |= dict(points=points, points_low=low, points_high=high)
     return Verdict(
+        arm=name,
+        against=against,
         verdict=withhold or verdict,
-        ratio=ratio.value,
-        low=ratio.low if gap else None,
-        high=ratio.high if gap else None,
+        **{k: None if math.isnan(v) else v for k, v in numbers.items()},
         kind=ratio.kind,
-        range=ratio.range if gap else None,
-        points=points,
-        points_low=low,
-        points_high=high,
+        range=ratio.range if ratio.kind in ("gap", "crossing") else None,
+        n=n,
+        lengths=lengths,
+        aim=aim,
         aim_verdict=aimed,
-        p=_p(ratio),
+        cost=cost,
         text=say_ratio(ratio, n, lengths, machine),
         notes=tuple(notes),
-        **base,
     )
 
 
-def _aimed(aim):
-    return NOT_DECIDED if aim is not None else ""
-
-
-def _verdict(ratio, n):
-    if n < LEAST:
-        return UNDECIDED
-    if ratio.kind == "at least":
-        return f"{FASTER}: at least {ratio.value:.2f}x" if ratio.value > 1 else UNDECIDED
-    if ratio.kind != "gap" or not ratio.degrees:
-        return UNDECIDED
+def _verdict(ratio, points_low, points_high):
+    """The verdict of enough cells, in the order that `judge` names."""
+    if ratio.kind == ONE_LENGTH:
+        return ONE_LENGTH
+    if ratio.kind == SATURATED:
+        above, below = points_low > 0, points_high < 0
+        return f"{SATURATED}, at equal cost " + (
+            "more accurate" if above else "less accurate" if below else UNDECIDED
+        )
+    if ratio.kind == "at most" and ratio.high > 0:
+        return f"{OUT_OF_REACH}: at most {ratio.value:.2f}x"
+    if ratio.kind == "at least" and ratio.low > 1:
+        return f"{FASTER}: at least {ratio.value:.2f}x"
+    if ratio.kind == "crossing":
+        first, second = (FASTER, SLOWER) if ratio.first > 0 else (SLOWER, FASTER)
+        return f"{DEPENDS}: {first} below {ratio.crossing:.0f} %, {second} above"
     if ratio.low > 1 / EQUAL and ratio.high < EQUAL:
         return NO_DIFFERENCE
     return FASTER if ratio.low > 1 else SLOWER if ratio.high < 1 else UNDECIDED
 
 
-def _judge_aim(ratio, aim):
-    low, high = ratio.low, ratio.high
-    if ratio.kind == "at most":
-        low, high = math.nan, ratio.value
-    elif ratio.kind == "at least":
-        low, high = ratio.value, math.nan
-    return MET if low >= aim else MISSED if high < aim else NOT_DECIDED
+def _what_would_decide(ratio, n):
+    """Notes on what an undecided ratio lacks."""
+    if ratio.kind != "gap":
+        apart = math.isfinite(ratio.low)  # "at least" something below 1
+        return [] if apart else ["the curves nearly meet: longer or shorter trainings would decide"]
+    if not ratio.degrees:
+        return [] if ratio.thin else ["no interval: without one of the cells the curves do not meet"]
+    cells = seeds_to_decide(ratio, n)
+    return [f"{f'about {cells}' if cells <= MOST else f'more than {MOST}'} cells a length would decide"]
 
 
-def _p(ratio):
-    if not ratio.degrees or not ratio.spread > 0:
-        return None
-    return float(2 * stdtr(ratio.degrees, -abs(math.log(ratio.value)) / ratio.spread))
+def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Return which of several tests survive Holm's correction, by their p.
 
-
-def holm(verdicts: list[Verdict], level: float = 0.05) -> list[Verdict]:
-    """Return a scoreboard's verdicts, each marked whether it survives Holm's correction.
-
-    >>> curves = [[Length(costs=(t, t + 1), accuracies=(a, a)) for t, a in ((9, 70), (19, 75))] for _ in "ab"]
-    >>> [v.survives for v in holm([replace(judge(*curves), p=p) for p in (0.01, 0.03, None)])]
-    [True, True, None]
+    >>> holm([0.01, 0.03, 0.2])
+    [True, False, False]
     """
     from statsmodels.stats.multitest import multipletests  # takes a second
 
-    tested = [i for i, v in enumerate(verdicts) if v.p is not None]
-    rejected = multipletests([verdicts[i].p for i in tested], level, "holm")[0] if tested else ()
-    survives = dict(zip(tested, map(bool, rejected), strict=True))
-    return [replace(v, survives=survives.get(i)) for i, v in enumerate(verdicts)]
+    return [bool(rejected) for rejected in multipletests(ps, level, "holm")[0]] if len(ps) else []
 
 
 def replication(ratio: float, low: float, high: float) -> tuple[float, float]:

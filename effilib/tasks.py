@@ -65,6 +65,8 @@ class Task:
         choose("axis of lengths", self.axis, AXES)
         if not isinstance(self.lengths, tuple | list) or not self.lengths:
             raise BadInput(f"lengths must be shares above 0, got {self.lengths}")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise BadInput(f"lengths must differ from each other, got {self.lengths}")
         data.check_size(self.size)
         for length in self.lengths:
             within("a length", length, "above 0")
@@ -86,7 +88,7 @@ class Task:
         return dataset
 
     def beware(self, dataset: data.Dataset) -> list[str]:
-        """Return in what the data set is too small, or too uneven, for the task, in sentences.
+        """Return sentences on a data set too small, or too uneven, for the task.
 
         >>> t = task("quick", "synthetic")
         >>> t.beware(t.load())
@@ -237,7 +239,7 @@ def task(
     device: str = "auto",
     **changes,
 ) -> Task:
-    """The task of a preset, data set and network; "" stands for the default.
+    """Return the task of a preset, data set and network; "" stands for the default.
 
     changes: settings of `Task` or `Recipe`. Raises `BadInput` for an unknown preset, data set, network or
     setting.
@@ -264,10 +266,10 @@ def task(
 
 
 def pick_device(device: str = "auto") -> str:
-    """The device to run on: for "auto" that is "cuda" if there is one, else "cpu"; each of several processes
-    has a GPU of its own.
+    """Return the device to run on.
 
-    Raises `BadInput` where it is not there.
+    "auto" is "cuda" where there is one, else "cpu"; each of several processes has a GPU of its own. Raises
+    `BadInput` where the device is not there.
 
     >>> pick_device("cpu")
     'cpu'
@@ -283,7 +285,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def recorded_tuning() -> Path:
-    """Folder of the sweeps behind `TUNED`.
+    """Return the folder of the sweeps behind `TUNED`.
 
     >>> recorded_tuning().parts[-3:]
     ('results', 'recorded', 'tuning')

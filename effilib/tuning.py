@@ -8,6 +8,7 @@ goes on where it was interrupted; its seeds are never measured, and it reads the
 import csv
 import itertools
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +19,7 @@ import torch
 
 from effilib import data, paths
 from effilib.clock import cores, now
+from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.progress import say_seconds
 from effilib.tasks import Task, recorded_tuning
@@ -173,7 +175,9 @@ def tune_baseline(
     longest = task.but(lengths=(max(task.lengths),))
     grid = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(lrs, decays)]
     rows = sweep(longest, BASELINE, grid, seeds=seeds, workers=workers, report=report)
-    top = best(rows)[-1]["setting"]
+    if not (found := best(rows)):
+        raise BadInput("every setting of the sweep diverged: give smaller learning rates")
+    top = found[-1]["setting"]
     i, j = lrs.index(top["lr"]), decays.index(top["weight_decay"])
     near = [
         {"lr": lr, "weight_decay": wd}
@@ -191,6 +195,8 @@ def tune_baseline(
 def best(rows: list[dict]) -> list[dict]:
     """Return the setting with the highest mean accuracy at each number of epochs, shortest first.
 
+    A setting with a run that diverged is left out, and so is a number of epochs at which all did.
+
     >>> found = (0.1, 95.0), (0.1, 97.0), (0.2, 96.5)
     >>> rows = [dict(epochs=3, setting={"lr": lr}, accuracy=a) for lr, a in found]
     >>> best(rows)
@@ -198,10 +204,12 @@ def best(rows: list[dict]) -> list[dict]:
     """
     groups = {}
     for r in rows:
-        groups.setdefault((r["epochs"], _name(r["setting"])), []).append(r["accuracy"])
+        end = math.nan if r.get("diverged") else r["accuracy"]
+        groups.setdefault((r["epochs"], _name(r["setting"])), []).append(end)
     means = [
         dict(epochs=e, setting=json.loads(s), accuracy=sum(a) / len(a), low=min(a), n=len(a))
         for (e, s), a in groups.items()
+        if all(map(math.isfinite, a))
     ]
     lengths = sorted({m["epochs"] for m in means})
     return [max((m for m in means if m["epochs"] == e), key=lambda m: m["accuracy"]) for e in lengths]

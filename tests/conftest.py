@@ -2,8 +2,6 @@
 pages.
 """
 
-import tempfile
-
 import pytest
 
 from tests.browser import CHROMIUM, Browser
@@ -19,8 +17,10 @@ def results(tmp_path, monkeypatch):
 @pytest.fixture
 def alone(results, tmp_path, monkeypatch):
     """Results of the test's own; what else is measured on this machine is not seen."""
+    from effilib import clock  # brings torch, which most tests do not need
+
     monkeypatch.delenv("EFFILIB_SHARED", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(clock, "NOTES", tmp_path / "measuring")
 
 
 @pytest.fixture

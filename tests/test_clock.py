@@ -3,10 +3,12 @@
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ class Replayed(Stopwatch):
             self.cumulative.append(self.end_epoch())
 
     def _read(self):
-        return self.now, self.busy
+        return self.now, self.busy, {}
 
 
 def test_a_lap_lasts_as_long_as_what_happened_in_it():
@@ -163,9 +165,9 @@ MEASURE = """
 """
 
 
-def measuring():
-    """A process that measures 100 steps of 10 ms, every 25th of them 210 ms: 1.8 s at work."""
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE)]
+def measuring(code=MEASURE):
+    """A process that measures, by default 100 steps of 10 ms, every 25th of them 210 ms: 1.8 s at work."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
     root = Path(effilib.__file__).parents[1]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -187,6 +189,48 @@ def test_a_stopped_process_loses_the_stop_and_nothing_of_its_work():
     raw, seconds = measured(process)
     assert raw - seconds >= 1.3
     assert seconds >= 1.75  # heavy work in every 25th step stays on the clock
+
+
+TWO_THREADS = """
+    import time, torch
+    from effilib.clock import Stopwatch
+    torch.set_num_threads(2)
+    a = torch.randn(500, 500)
+    a @ a
+    watch = Stopwatch()
+    watch.start()
+    print("ready", flush=True)
+    end = time.thread_time() + 0.6
+    while time.thread_time() < end: a @ a
+    watch.lap()
+    watch.end_epoch()
+    print(watch.raw, watch.seconds)
+"""
+
+
+def test_a_second_thread_hides_no_stop():
+    process = measuring(TWO_THREADS)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGCONT)
+    raw, seconds = measured(process)
+    assert raw >= 1.9
+    assert 0.55 <= seconds < 0.9  # the threads' times add up to twice as much
+
+
+def test_work_of_a_thread_that_is_waited_for_is_work():
+    watch = running()
+    with futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(work, 0.15).result()
+        work(0.15)
+        watch.lap("pool")
+        pool.submit(work, 0.15).result()
+    work(0.15)
+    watch.lap("ended")
+    watch.end_epoch()
+    assert watch.kinds["pool"][1] >= 0.28
+    assert watch.kinds["ended"][1] >= 0.28
 
 
 def test_a_method_that_works_hard_in_every_25th_step_loses_nothing():
@@ -259,6 +303,16 @@ def test_measurements_on_one_machine_see_each_other(tmp_path):
         second.wait()
         assert first.others() == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_measurements_of_other_users_see_each_other(tmp_path):
+    old = os.umask(0o077)
+    try:
+        with Measuring(tmp_path / "notes") as first:
+            assert stat.S_IMODE((tmp_path / "notes").stat().st_mode) == 0o1777
+            assert stat.S_IMODE(first.name.stat().st_mode) == 0o644
+    finally:
+        os.umask(old)
 
 
 @pytest.mark.gpu

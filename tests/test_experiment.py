@@ -42,6 +42,7 @@ class Made:
 
     name: str
     seconds: float = 10.0  # of a whole run at length 1
+    diverged: bool = False
 
     def __call__(self, task, seed):
         RUNS.append((self.name, seed))
@@ -56,8 +57,9 @@ class Made:
             accuracy=90.0,
         )
         return History(
-            rows=[row], steps=20, seconds=self.seconds * length, raw_seconds=self.seconds * length, flops=1e9
-        )
+            rows=[row], steps=20, seconds=self.seconds * length, raw_seconds=self.seconds * length, flops=1e9,
+            diverged=self.diverged,
+        )  # fmt: skip
 
 
 def arms(*fits, roles=("baseline", "method", "control")):
@@ -106,7 +108,7 @@ def test_every_length_of_a_block_has_a_seed_of_its_own():
     assert found[:3] == [(0, 0), (1, 100), (2, 200)]
     assert len({seed for _, seed in found}) == len(found) == 9
     assert (
-        max(seed for _, seed in cells(TASK.but(seeds=100, lengths=(1.0,) * 9))) < 1000
+        max(seed for _, seed in cells(TASK.but(seeds=100, lengths=tuple(range(1, 10))))) < 1000
     )  # tuning's begin there
 
 
@@ -114,7 +116,16 @@ def test_the_arms_of_every_cell_run_in_that_order():
     names = ["base", "fast", "small"]
     measure(TASK, arms(*map(Made, names)))
     seeds = [0, 100, 1, 101]
-    assert [(name, s) for i, s in enumerate(seeds) for name in order(names, i)] == RUNS
+    at = [0, 1, 1, 2]  # block + length
+    assert [(name, s) for i, s in zip(at, seeds, strict=True) for name in order(names, i)] == RUNS
+
+
+@pytest.mark.parametrize("names", ["AB", "ABC"])
+def test_at_every_length_each_arm_is_first_equally_often(names):
+    measure(TASK.but(lengths=(0.5, 0.71, 1.0), seeds=12), arms(*map(Made, names)))
+    for i in range(3):
+        first = [name for k, (name, s) in enumerate(RUNS) if s // 100 == i and k % len(names) == 0]
+        assert Counter(first) == dict.fromkeys(names, 12 // len(names))
 
 
 # Lengths
@@ -135,6 +146,12 @@ def test_a_pilot_gives_a_method_the_lengths_that_take_the_baselines_time():
         "fast": 10.2,
     }
     assert cell["lengths"] == {"base": 1.0, "slow": 0.25, "fast": 1.7}
+
+
+def test_a_run_that_diverged_in_the_pilot_sets_no_lengths():
+    for base, fast in ((True, False), (False, True)):
+        both = arms(Made("base", 1.0, base), Made("fast", 10.0, fast))
+        assert find_lengths(TASK, both)["fast"] == TASK.lengths
 
 
 def test_there_is_no_pilot_where_lengths_are_given_or_times_mean_nothing():
@@ -447,6 +464,7 @@ def test_on_cuda_a_stall_of_one_seed_is_taken_off():
 
 SCRIPT = """
 import os, signal, sys
+from pathlib import Path
 from dataclasses import dataclass
 sys.path.insert(0, {here!r})
 import test_experiment as t
@@ -463,6 +481,7 @@ class Notes(Method):
         if run.seed == 1 and run.step == 1 and os.environ.get("KILL"):
             os.kill(os.getpid(), signal.SIGKILL)
 
+t.clock.NOTES = Path({notes!r})
 both = [Arm(name="a", role="baseline"), Arm(name="b", methods=(Notes(),))]
 found = compare(t.TASK, both)
 print(len(found.cells), sum("cached" in c for c in found.cells))
@@ -474,9 +493,10 @@ def test_a_killed_comparison_keeps_its_finished_cells(tmp_path):
     same key.
     """
     log, script = tmp_path / "log", tmp_path / "script.py"
-    script.write_text(SCRIPT.format(here=os.path.dirname(__file__), log=str(log)))
+    notes = str(tmp_path / "notes")
+    script.write_text(SCRIPT.format(here=os.path.dirname(__file__), log=str(log), notes=notes))
     base = os.path.dirname(os.path.dirname(experiment.__file__))
-    environment = {**os.environ, "PYTHONPATH": base, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": base}
 
     def start(**more):
         return subprocess.run(

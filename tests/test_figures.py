@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from effilib import figures, paths, statistics
+from effilib.errors import BadInput
 from effilib.experiment import SEEDS, Arm
 from effilib.results import Comparison
 from effilib.tasks import task
@@ -465,3 +466,10 @@ assert "matplotlib.pyplot" not in sys.modules
 assert dict(mpl.rcParams.copy()) == before
 """
     subprocess.run([sys.executable, "-c", code], cwd=paths.root(), check=True)
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(BadInput, match="histogram needs values to draw, got none for a"):
+        figures.histogram({"a": []})
+    with pytest.raises(BadInput, match="shares needs a row of parts to draw"):
+        figures.shares({})

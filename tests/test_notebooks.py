@@ -1,6 +1,7 @@
 """What every notebook must keep to, and that plain papermill and Jupyter run them from any folder."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -159,13 +160,62 @@ def test_a_methods_notebook_shows_its_source_and_its_curves(file):
         assert "figures.curves(" in sources
 
 
+NUMBER = r"(\d+(?:\.\d+)?)"
+
+
+def aims(file):
+    """The numbers of `aim=...` in the code, also where they have a name first."""
+    found = []
+    for cell in code(file):
+        named = [n.value for n in nodes(cell.source, ast.keyword) if n.arg == "aim"]
+        for node in nodes(cell.source, ast.Assign):
+            named += [node.value] * (ast.unparse(node.targets[0]) in ("aim", "aims"))
+        found += [n.value for value in named for n in ast.walk(value) if isinstance(n, ast.Constant)]
+    return {float(v) for v in found if isinstance(v, int | float)}
+
+
+@each
+def test_what_would_refute_it_is_what_is_computed(file):
+    """The number after "Refuted if the interval's upper end is below", or the bold one before "below it"."""
+    text = "\n".join(c.source for c in nbformat.read(file, 4).cells if c.cell_type == "markdown")
+    refuting = set()
+    for said in re.finditer(rf"upper\s+end\s+is\s+below\s+({NUMBER}|it\b|the aim\b)", text):
+        bold = re.findall(rf"\*\*[^*]*?{NUMBER}\s*(?:x|times)\b", text[: said.start()])
+        refuting.add(float(said[2] or bold[-1]))
+    assert refuting <= aims(file)
+    assert bool(refuting) == bool(aims(file))
+    assert aims(file) <= {float(n) for n in re.findall(NUMBER, text)}
+
+
 DRAWS = ("effilib.figures", "effilib.notebook", "effilib.timing", "effilib.workbook", "matplotlib", "pandas")
 TRAINS = sorted(p for f in ("chapters", "methods") for p in (paths.root() / "effilib" / f).glob("[!_]*.py"))
 
 
+@functools.cache
+def imported_at_once(file):
+    """Modules that are imported when the file is, by their whole names."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return imported(
+        ast.unparse(ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], []))
+    )
+
+
+def behind(file, seen):
+    """Fill `seen` with module -> one that imports it, of all that effilib imports with a file."""
+    for name in imported_at_once(file):
+        if name not in seen:
+            seen[name] = file.stem
+            path = paths.root() / name.replace(".", "/")
+            found = (path.with_suffix(".py"), path.parent.with_suffix(".py"), path / "__init__.py")
+            for other in (p for p in found if p.is_file() and name.startswith("effilib.")):
+                behind(other, seen)
+    return seen
+
+
 @pytest.mark.parametrize("file", TRAINS, ids=lambda f: f"{f.parent.name}.{f.stem}")
 def test_what_trains_imports_nothing_that_draws_or_tabulates(file):
-    assert not [n for n in imported(file.read_text(encoding="utf-8")) if n.startswith(DRAWS)]
+    found = behind(file, {})
+    assert not {name: by for name, by in found.items() if name.startswith(DRAWS)}
 
 
 @each

@@ -735,3 +735,14 @@ def test_whatever_a_notebook_or_a_record_holds_is_readable(browser, rendered, fo
             c for c in complaints(page, file) if not c.startswith("leads nowhere")
         ] == []  # to what was not run here
         assert page["formulas"] or file.stem == "index"
+
+
+def test_records_of_several_commits_are_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path)
+    for name, commit in (("03_2_x", "abc1234"), ("03_3_y", "abc1234"), ("04_1_z", "def5678")):
+        put(tmp_path / "study-cifar10", name, record(name, verdict(), commit=commit))
+    said = soup(report.recorded_index()).header.get_text()
+    assert "The rows were measured with different code, commits abc1234, def5678." in said
+    again = record("04_1_z", verdict(), commit="abc1234")
+    paths.write(tmp_path / "study-cifar10" / "04_1_z" / "record.json", again)
+    assert "different code" not in soup(report.recorded_index()).header.get_text()

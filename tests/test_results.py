@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import pytest
 
-from effilib import clock, paths
+from effilib import clock, figures, paths
 from effilib.errors import BadInput
 from effilib.experiment import Arm
 from effilib.results import COLUMNS, Comparison, compare
@@ -98,6 +98,10 @@ def test_any_cost_gives_a_ratio():
     few = made(BASE, FAST, task=replace(TASK, axis="images"))
     assert few.curve("base", "images")[0].costs == (500.0,) * 3  # different images, not those seen
     assert made(BASE, replace(FAST, flops=0.0)).ratio("fast", "flops") is None
+    free = made(BASE, replace(FAST, flops=0.0))
+    for asked in (lambda: free.verdict("fast", "flops"), lambda: figures.curves(free, cost="flops")):
+        with pytest.raises(BadInput, match=r"fast took 0 flops at length 0.5: no cost to judge by"):
+            asked()
     with pytest.raises(BadInput, match="unknown cost 'time'"):
         found.curve("base", "time")
 
@@ -115,16 +119,22 @@ def test_a_diverged_run_gives_no_ratio():
     v = found.verdict("fast")
     assert (v.verdict, v.ratio, v.text) == ("diverged", None, "fast: 3 of 9 runs diverged")
     assert "Diverged: fast (3)." in found.notes()
-    assert made(replace(BASE, diverges=(1,)), FAST).verdict("fast").text == "base: 3 of 9 runs diverged"
+    aimed = made(BASE, replace(FAST, diverges=(1,)), aim=1.2).verdict("fast")
+    assert (aimed.aim, aimed.aim_verdict) == (1.2, "missed")
+    base = made(replace(BASE, diverges=(1,)), FAST, aim=1.2).verdict("fast")
+    assert base.text == "base: 3 of 9 runs diverged"
+    assert base.aim_verdict == "not decided"  # the method did nothing wrong
     assert found.table().loc["fast", "verdict"] == "diverged"
     assert found.history().query("arm == 'fast' and step == 30").accuracy.isna().sum() == 3
 
 
-def test_a_verdict_is_withheld_where_it_would_not_be_one():
+def test_a_verdict_is_withheld_where_it_would_not_be_one(monkeypatch):
     smoke = replace(TASK, preset="smoke")
     assert made(BASE, FAST, task=smoke).verdict("fast").verdict == SMOKE
     assert made(BASE, FAST, illustration=True).verdict("fast").verdict == "illustration: no verdict"
     assert made(BASE, FAST, shared=True).verdict("fast").verdict == SHARED
+    monkeypatch.setenv("EFFILIB_SHARED", "1")  # now: the cells were measured alone
+    assert made(BASE, FAST).verdict("fast").verdict == "faster"
     few = made(replace(BASE, held_out=60), replace(FAST, held_out=60)).verdict("fast")
     assert few.verdict == "too few held-out images: one of 60 is 1.7 points"
 
@@ -185,8 +195,18 @@ def test_the_table_holds_numbers():
     assert fast["ms a step"] == pytest.approx(1e3 * 0.71 * 30 / 30)
     assert fast["balanced %"] == pytest.approx(fast["accuracy % (longest)"] - 2)
     assert fast["memory MB"] == pytest.approx(2)  # what is counted, not the allocator's peak
-    assert (fast["verdict"], fast["aim"], fast["n"]) == ("faster", "1.2x met", "3x3")
-    assert table.dtypes["speed-up"].kind == "f"
+    assert (fast["verdict"], fast["aim"], fast["aim x"]) == ("faster", "met", 1.2)
+    assert (fast["seeds"], fast["lengths"]) == (3, 3)
+    assert all(table.dtypes[name].kind in "fi" for name in ("speed-up", "seeds", "lengths", "aim x"))
+
+
+def test_a_bound_is_no_value_of_the_table():
+    table = made(BASE, replace(FAST, shift=-30.0, flops=1e11)).table()
+    fast = table.loc["fast"]
+    assert fast["verdict"] == "out of reach: at most 0.50x"
+    assert math.isnan(fast["speed-up"])
+    assert math.isnan(fast["x by FLOPs"])
+    assert fast["high"] == pytest.approx(0.5)
 
 
 def test_measures_are_means_by_arm_and_by_length():

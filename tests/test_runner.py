@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import tempfile
 import time
 from dataclasses import replace
 
@@ -149,7 +148,7 @@ def test_the_next_notebook_starts_while_a_report_is_rendered(notebooks, run, tmp
 
 
 def test_it_says_where_something_else_is_measured(notebooks, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(clock, "NOTES", tmp_path / "notes")
     write_notebook(notebooks / "04_1_x.ipynb")
     with clock.Measuring():
         assert run() == 0
@@ -494,6 +493,14 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
         paths.write(kept, good | {"parameters": {"dataset": "/a/photos"}})
         with pytest.raises(BadInput, match=reason):
             runner.keep(**which)
+    study = results / "study-mnist5k" / "03_2_mixed_precision"
+    study.mkdir(parents=True)
+    for commit, reason in ((None, "outside of a checkout"), ("abc1234+", "with changed files")):
+        paths.write(study / "run.json", {"status": "complete"})
+        paths.write(study / "record.json", good | {"commit": commit})
+        with pytest.raises(BadInput, match=f"was measured {reason}"):
+            runner.keep(**which | {"preset": "study", "parameters": [("dataset", "mnist5k")]})
+    assert not (tmp_path / "recorded" / "study-mnist5k").exists()
     paths.write(place / "run.json", {"status": "failed"})
     with pytest.raises(BadInput, match="no complete result"):
         runner.keep(**which)

@@ -186,6 +186,13 @@ def test_holms_correction_is_over_what_was_measured_by_this_protocol(results):
     assert (old["verdict"], old["text"], old["p"]) == ("older protocol", "1.70x [1.50, 1.90]", None)
 
 
+def test_no_difference_and_undecided_are_tests_that_never_survive():
+    words = "faster: at least 2.00x", "no difference", "undecided", "depends on the budget: ...", "smoke: ..."
+    rows = [dict(verdict=word, p=0.001) for word in words]
+    series.mark_survivors(rows)
+    assert [row["survives"] for row in rows] == [True, False, False, True, None]
+
+
 def test_all_runs_stand_in_one_table_with_their_environment(results, tmp_path):
     machine = {"summary": "2-core CPU", "device": "AMD EPYC", "threads": 2, "torch": "2.14.1"}
     history = "comparison,arm,role,seed,length,step,seconds,accuracy,flops,images\n"

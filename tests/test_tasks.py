@@ -201,6 +201,7 @@ def test_changes_return_a_new_task():
         (dict(lr=float("nan")), "lr is nan, it must be above 0"),
         (dict(lengths=()), "lengths must be shares above 0"),
         (dict(lengths=(0.5, 0)), "a length is 0, it must be above 0"),
+        (dict(lengths=(0.5, 0.5)), "lengths must differ from each other"),
         (dict(seeds=0), "seeds is 0, it must be a whole number above 0"),
         (dict(images=0), "images is 0, it must be a whole number above 0"),
         (dict(images=0.5), "images is 0.5, it must be a whole number above 0"),

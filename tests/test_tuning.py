@@ -1,5 +1,6 @@
 """Sweeps: real processes, a CSV that goes on where it was interrupted, and what follows from it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,6 +109,13 @@ def test_what_is_best_is_what_a_task_takes_at_its_lengths():
     t = task("quick", "mnist5k", epochs=4).but(tuned=tuning.tuned(rows), given=())
     assert [t.at(length).recipe.lr for length in (0.5, 0.6, 1.0)] == [0.4, 0.4, 0.1]
     assert t.but(lr=0.3).at(1.0).recipe.lr == 0.3
+
+
+def test_a_setting_that_diverges_is_never_the_best():
+    ends = ((0.8, math.nan, 0), (0.4, 95, 0), (0.4, 97, 1), (0.1, 94, 0))
+    rows = [dict(epochs=2.0, setting={"lr": lr}, accuracy=a, diverged=d) for lr, a, d in ends]
+    assert tuning.tuned(rows) == {2.0: {"lr": 0.1}}
+    assert tuning.best(rows[:3]) == []
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_written(folder):

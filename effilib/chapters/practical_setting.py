@@ -19,7 +19,6 @@ import torch
 from effilib import paths, tuning
 from effilib.experiment import Arm
 from effilib.methods.patients import HEALTHY, KEEP, PATIENTS, Patient, candidates, step_times
-from effilib.regret import chosen, halves, runs
 from effilib.tasks import Task, task
 from effilib.training import History, train
 
@@ -124,6 +123,8 @@ def truths(task: Task, names: Sequence[str] | None = None, **options) -> list[di
 
 def choose_and_judge(task: Task, **options) -> list[str]:
     """Run the truths by which patients are chosen, then those by which they judge; return the chosen."""
+    from effilib.regret import chosen, halves, runs  # tables: no training depends on them
+
     choosing, judging = halves(SEEDS.get(task.preset, FEW))
     rows = truths(task, seeds=choosing, **options)
     found = chosen(runs(rows), {p.name: p.cure for p in patients(task)}, choosing)

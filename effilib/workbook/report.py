@@ -291,6 +291,11 @@ def recorded_index(folder: str | Path | None = None, links: dict[str, str] | Non
     rows.sort(key=lambda row: _chapter_order(row["notebook"]))
     series.mark_survivors(rows)
     notes = [series.OLDER_NOTE.replace("*", "")] if any(row["older"] for row in rows) else []
+    found = sorted({row["commit"] for row in rows if row["status"] == "complete" and not row["older"]})
+    if len(found) > 1:
+        notes.append(
+            f"The rows were measured with different code, commits {', '.join(c or '?' for c in found)}."
+        )
     return _scoreboard(Path(folder or paths.recorded()), rows, places, links=links or {}, notes=notes)
 
 

@@ -461,6 +461,10 @@ def _check_kept(job):
         raise BadInput(f"{job.results} is not a measurement ({why})")
     if series.older(record):
         raise BadInput(f"{job.results} was measured under an older protocol: run it again")
+    commit = record.get("commit") or ""
+    if job.preset in ("study", "full") and (not commit or commit.endswith("+")):
+        how = "with changed files" if commit else "outside of a checkout"
+        raise BadInput(f"{job.results} was measured {how}: commit, run it again, and it can be repeated")
     then, now = (r.get("parameters", {}).get("dataset") for r in (there, record))
     if then and now and then != now and os.path.isabs(now):
         raise BadInput(f"{job.recorded} is recorded from another data set of this name, {then}")

@@ -40,7 +40,8 @@ __all__ = [
 SCHEMA = 2  # of `notebook.Book.record`: speed-up at equal accuracy, from curves
 OLDER = "older protocol"  # a record of schema 1: time to one target accuracy
 OLDER_NOTE = f"*{OLDER}*: time to one target accuracy, which is another measure; to be repeated."
-JUDGED = ("faster", "slower", "no difference", "undecided", "depends on the budget")  # by one test each
+CLAIMS = ("faster", "slower", "depends on the budget", "out of reach")  # verdicts that claim a difference
+JUDGED = (*CLAIMS, "no difference", "undecided")  # verdicts that come with a test
 ENVIRONMENT = ("notebook", "preset", "dataset", "network", "machine", "threads", "torch", "commit", "date")
 
 ATTACKS = {  # training time = steps x images per step x operations per image x seconds per operation
@@ -174,11 +175,14 @@ def say(record: dict) -> str:
 
 
 def mark_survivors(rows: list[dict]) -> None:
-    """Give each row its "survives": whether its test survives Holm's correction over all of them.
+    """Give each row its "survives": whether its verdict survives Holm's correction.
 
-    None where there is no test: without p, of an older protocol, or where the verdict is withheld.
+    The correction is over all rows with a test. None where there is no test: without p, of an older protocol,
+    or where the verdict is withheld. "No difference" and "undecided" count among the tests, but never
+    survive: p is of a difference, which they don't claim.
 
-    >>> rows = [dict(verdict="faster", p=p) for p in (0.01, 0.2, 0.03)] + [dict(verdict=OLDER, p=0.01)]
+    >>> words = ("faster", 0.01), ("slower", 0.2), ("no difference", 0.001), (OLDER, 0.01)
+    >>> rows = [dict(verdict=verdict, p=p) for verdict, p in words]
     >>> mark_survivors(rows)
     >>> [row["survives"] for row in rows]
     [True, False, False, None]
@@ -187,12 +191,10 @@ def mark_survivors(rows: list[dict]) -> None:
     for row in rows:
         row["survives"] = None
     if tests:
-        from effilib.statistics import Verdict, holm  # brings scipy, which not all who read a title need
+        from effilib.statistics import holm  # brings scipy, which not all who read a title need
 
-        any_ = dict(arm="", against="", verdict="", ratio=None, low=None, high=None, kind="", range=None)
-        found = holm([Verdict(**any_, n=0, lengths=0, p=row["p"]) for row in tests])
-        for row, judged in zip(tests, found, strict=True):
-            row["survives"] = judged.survives
+        for row, survives in zip(tests, holm([row["p"] for row in tests]), strict=True):
+            row["survives"] = survives and str(row["verdict"]).startswith(CLAIMS)
 
 
 def headlines() -> list[dict]:

@@ -525,7 +525,7 @@ def cautions(history: History) -> list[str]:
     >>> for sentence in cautions(History(steps=100, **uneven)):
     ...     print(sentence)
     One of 50 held-out images is 2.0 points: smaller differences cannot be seen.
-    The largest class has 82 % of the images. Who always names it is right as often.
+    The largest class has 82 % of the images. Always naming it is right as often.
     Accuracy by class is 55.00 % in the mean.
     That is no better than always naming the largest class (82 %).
     """
