@@ -4,13 +4,14 @@ The method itself is `effilib.methods.prune_then_grow`, its decisions are `effil
 """
 
 import copy
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, surgery
+from effilib import cost, models, surgery
 from effilib.convolution import evaluating
 from effilib.errors import BadInput, choose
 from effilib.methods import net2net
@@ -19,13 +20,15 @@ from effilib.methods.prune_train import group_norms, group_weight, places, weigh
 from effilib.surgery import stages
 from effilib.training import Run, at_least_fp32, autocast
 
-__all__ = ["going", "grow_", "price", "step_flops", "strengths", "validate"]
+__all__ = ["RENEWED", "going", "grow_", "price", "step_flops", "strengths", "validate"]
+
+RENEWED = 4  # batches for BatchNorm's statistics before a look
 
 
 def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> float:
-    """Return the penalty's coefficient under which an idle group is gone after so many steps.
+    """Return the penalty that removes an idle group in some steps.
 
-    norm: of the group. This is `shrink_steps` solved for lambda.
+    Returns its coefficient. norm: of the group. This is `shrink_steps` solved for lambda.
 
     >>> from effilib.methods.prune_train import shrink_steps
     >>> round(shrink_steps(norm=1.0, lam=price(steps=100, norm=1.0, lr=0.1), lr=0.1), 3)
@@ -37,9 +40,9 @@ def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_de
 
 @torch.no_grad()
 def strengths(node: surgery.Node, rule: str = "union", weigh: str = "equal") -> torch.Tensor:
-    """Return (width,): the norm of each channel's strongest group, in the penalty's units.
+    """Return the norm of each channel's strongest group.
 
-    rule, weigh: as in `PruneTrain`.
+    (width,), in the penalty's units. rule, weigh: as in `PruneTrain`.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
     >>> with torch.no_grad():
@@ -52,9 +55,9 @@ def strengths(node: surgery.Node, rule: str = "union", weigh: str = "equal") -> 
 
 
 def going(now: torch.Tensor, before: torch.Tensor, epochs: float) -> torch.Tensor:
-    """Return (width,) bool: the channels that will be gone after so many epochs.
+    """Return which channels will be gone after so many epochs.
 
-    now, before: strengths at the end of this epoch and of the last one, whose pace they keep.
+    (width,) bool. now, before: strengths at the end of this epoch and of the last one, whose pace they keep.
 
     >>> going(now=torch.tensor([0.1, 0.9]), before=torch.tensor([0.5, 1.0]), epochs=1).tolist()
     [True, False]
@@ -77,13 +80,13 @@ def grow_(
     y: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Widen or deepen a stage in place; return what was done, in words.
+    """Widen or deepen a stage in place; return what was done.
 
-    stage: its number in the layout of `effilib.surgery.stages`. "widen": every node inside of its residual
-    paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times its channels, rounded
-    up to a multiple. "deepen": one more block or layer at its end. breaker: see `widening.widen_`; "pair" is
-    exact. x, y: a batch at the size that the network trains on, see `net2net.grow_`. Raises `BadInput` where
-    it cannot be, with the network as it was.
+    stage: its number in the layout of `effilib.surgery.stages`. "widen": every node
+    inside of its residual paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times
+    its channels, rounded up to a multiple. "deepen": one more block or layer at its end. breaker: see
+    `widening.widen_`; "pair" is exact. x, y: a batch at the size that the network trains on, see
+    `net2net.grow_`. Raises `BadInput` where it cannot be, with the network as it was.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
     >>> layout, x = stages.find(net, (1, 8, 8)), torch.rand(2, 1, 8, 8)
@@ -113,24 +116,36 @@ def step_flops(model: nn.Module, size: tuple[int, ...], batch_size: int) -> int:
 
 
 @torch.no_grad()
-def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float]:
-    """Return (mean cross entropy, accuracy in %) on the first images of the split that decides.
+def validate(run: Run, images: int, size: tuple[int, int], generator: torch.Generator) -> tuple[float, float]:
+    """Return loss and accuracy on images that decide.
 
-    size: (H, W) to which they are resized, as those of the training are.
+    Mean cross entropy, and %, of the split's first images. Of a copy, with BatchNorm's statistics estimated
+    anew on `RENEWED` training batches that the generator draws. size: (H, W) to which images are resized, as
+    those of the training are.
 
-    >>> from effilib.training import Run
+    >>> class Look(Method):
+    ...     def on_epoch_end(self, run):
+    ...         print(validate(run, 20, (6, 6), run.generator(self))[1] <= 100)
     >>> data = load("synthetic")
-    >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
-    >>> loss, accuracy = validate(run, 20, (6, 6))
-    >>> 0 <= accuracy <= 100
+    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
+    >>> steps = train(net, data, Recipe(epochs=1), [Look()]).steps
     True
     """
-    model, part, loss, correct = run.model, run.decide[:images], 0.0, 0
+    model, batches, part = copy.deepcopy(run.model), copy.copy(run.batches), run.decide[:images]
+    batches.generator = generator  # the order of the training is not touched
+
+    def fitting(x):
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        return x.contiguous(memory_format=run.layout)
+
+    with autocast(run.precision, run.device):
+        models.reestimate_(model, (fitting(x) for x, _ in itertools.islice(batches, RENEWED)))
+    run.ranks.statistics_(model)
+    loss, correct = 0.0, 0
     with evaluating(model), autocast(run.precision, run.device):
         for x, y in run.dataset.batches(part):
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="bilinear", antialias=True)
-            logits = at_least_fp32(model(x.contiguous(memory_format=run.layout)))
+            logits = at_least_fp32(model(fitting(x)))
             loss += F.cross_entropy(logits, y, reduction="sum").double()
             correct += (logits.argmax(1) == y).sum()
     return float(loss) / len(part), 100 * float(correct) / len(part)
