@@ -22,7 +22,7 @@ from effilib import models, surgery
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
 from effilib.methods.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide
-from effilib.methods.growth import RENEWED, going, grow_, price, step_flops, strengths, validate
+from effilib.methods.growth import going, grow_, price, step_flops, strengths, validate
 from effilib.methods.prune_train import (
     PruneTrain,
     anything_dead,
@@ -275,11 +275,10 @@ class PruneThenGrow(Policy, Method):
         return total
 
     def _look_share(self, run):
-        """What looking at held-out images adds to a step, relative to it: a forward pass, a third of a step,
-        of them and of what BatchNorm's statistics are estimated on, once an epoch.
+        """What looking at held-out images adds to a step, relative to it: their forward pass, a third of a
+        step, once an epoch.
         """
-        looked = min(self.images, len(run.decide)) + RENEWED * run.batches.batch_size
-        return looked / (3 * run.batches.batch_size * len(run.batches))
+        return min(self.images, len(run.decide)) / (3 * run.batches.batch_size * len(run.batches))
 
     def _fit_budget(self, run):
         """Shorten the run where the remaining steps would exceed the budget."""
@@ -295,8 +294,7 @@ class PruneThenGrow(Policy, Method):
         """Note the epoch: losses, and of every stage its widths, and what died of it."""
         state, before = run.state[self], run.kind
         run.kind = "validate"
-        found = validate(run, self.images, state["size"], run.generator(self))
-        loss, accuracy = run.ranks.agree(found)
+        loss, accuracy = run.ranks.agree(validate(run, self.images, state["size"]))
         run.kind = before
         state["looked"] += self._look_share(run) * len(run.batches) * self._step_cost(run, state["size"])
         structure = surgery.trace(run.model)
