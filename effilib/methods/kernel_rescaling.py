@@ -41,9 +41,9 @@ INFO = Info(
 
 
 def shrunk(dataset: Dataset, size: tuple[int, int], splits: tuple[str, ...] = ("train",)) -> Dataset:
-    """Return the data set with the images of some splits resized to (h, w).
+    """Return the data set with the images of some splits resized.
 
-    Its crops shrink with the images.
+    To (h, w). Its crops shrink with the images.
 
     >>> shrunk(load("synthetic"), (4, 4)).shape
     (1, 4, 4)
@@ -76,7 +76,7 @@ def _cut_from(batches: Batches, table: torch.Tensor, size: tuple[int, int]) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRescaling(Method):
-    """Train through a schedule of image and kernel sizes that ends at full size.
+    """Train through image and kernel sizes that end at full size.
 
     Raises `NoEffect` if nothing was ever smaller. The images of a phase are cut from a table of resized ones,
     made once. Evaluations for the record always see images of full size, and the model as it stands: what it
@@ -99,7 +99,6 @@ class KernelRescaling(Method):
     smallest: int = SMALLEST  # see `rescaled_kernels.kernels`
     multiple: int = 1  # images' sides are rounded to multiples of it
     recalibrate: int = 8  # batches for BatchNorm's statistics after a switch, on the clock; 0: they adapt
-    rewarm: float = 0.0  # share of the steps over which the learning rate rises anew from 0 after a switch
     crops: bool = True  # False: small images are not cropped at random, those of full size are
     decay: float = 1.0  # factor on weight decay for the smallest images; it grows to 1 with their side
     cut: float = 1.0  # side of the cut-outs that the last phase trains on, as a share; 1: whole images
@@ -122,10 +121,8 @@ class KernelRescaling(Method):
         within("kernel rescaling: decay", self.decay, "above 0")
         if not 0.5 <= self.cut <= 1:
             raise BadInput(f"kernel rescaling: cut is {self.cut}, it must be from 0.5 to 1")
-        if self.multiple < 1 or self.recalibrate < 0 or not 0 <= self.rewarm < 1:
-            raise BadInput(
-                "kernel rescaling: multiple is at least 1, recalibrate at least 0, rewarm lies in [0, 1)"
-            )
+        if self.multiple < 1 or self.recalibrate < 0:
+            raise BadInput("kernel rescaling: multiple is at least 1, recalibrate at least 0")
 
     def phases(self, shape: tuple[int, ...], steps: int) -> list[tuple]:
         """Return [(first step, (h, w), factor on the kernels), ...] for a run of so many steps.
@@ -157,7 +154,7 @@ class KernelRescaling(Method):
         self, run: Run
     ) -> None:  # nothing changes yet: a run that is resumed gets its state only after this
         size = tuple(run.dataset.shape[1:])
-        run.state[self] = {"phase": -1, "size": size, "full": {}, "since": 0, "lr": 1.0, "decay": 1.0}
+        run.state[self] = {"phase": -1, "size": size, "full": {}, "decay": 1.0}
 
     def on_epoch_start(self, run: Run) -> None:
         if run.state[self]["phase"] < 0:
@@ -168,15 +165,7 @@ class KernelRescaling(Method):
             self.feed(run)
 
     def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        state = run.state[self]
-        if self.rewarm and state["phase"] > 0:
-            factor = min(
-                1.0,
-                (run.schedule.position - state["since"] + run.schedule.pace)
-                / (self.rewarm * run.schedule.planned),
-            )
-            run.schedule.scale, state["lr"] = run.schedule.scale * factor / state["lr"], factor
-        return resize(x, state["size"]).contiguous(memory_format=run.layout), y
+        return resize(x, run.state[self]["size"]).contiguous(memory_format=run.layout), y
 
     def on_step_end(self, run: Run) -> None:
         self.follow(run, run.schedule.position + run.schedule.pace)
@@ -262,7 +251,7 @@ class KernelRescaling(Method):
             return
         _, size, factor = phases[phase]
         begun, done, norms = state["phase"] >= 0, {}, []
-        state.update(phase=phase, size=size, since=position)
+        state.update(phase=phase, size=size)
         run.step_kind = self.label(run)
         sides = [min(size) for _, size, _ in phases]
         far = (sides[phase] - min(sides)) / max(1, sides[-1] - min(sides))

@@ -593,12 +593,9 @@ def test_new_statistics_are_used_after_a_switch_and_cost_other_methods_no_draw()
     assert not torch.equal(results[0], results[2])
 
 
-def test_the_learning_rate_goes_on_or_rises_anew():
+def test_the_learning_rate_goes_on():
     plain = [s["lr"] for s in seen(KernelRescaling(schedule=SCHEDULE))[0]]
     assert plain == pytest.approx([RECIPE.lr_at(i, 20) for i in range(20)])
-    rising = [s["lr"] for s in seen(KernelRescaling(schedule=SCHEDULE, rewarm=0.15))[0]]
-    factor = [a / b for a, b in zip(rising, plain, strict=True)]
-    assert factor == pytest.approx([1.0] * 8 + [1 / 3, 2 / 3, 1, 1, 1, 1] + [1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
 def test_small_images_are_the_large_ones_resized():
@@ -745,7 +742,7 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(make, at, tmp_path):
                 raise KeyboardInterrupt
             return x, y
 
-    method = KernelRescaling(schedule=SCHEDULE, rewarm=0.2, decay=0.3, crops=False)
+    method = KernelRescaling(schedule=SCHEDULE, decay=0.3, crops=False)
     whole = make()
     history = train(whole, DATA, RECIPE, [method, Stop(done=[1])])
     stop, resumed = Stop(), make()
@@ -812,7 +809,7 @@ def test_schedules_that_cannot_be_are_refused():
     ):
         with pytest.raises(BadInput, match="kernel rescaling: the s"):
             KernelRescaling(schedule=schedule)
-    for settings in (dict(multiple=0), dict(recalibrate=-1), dict(rewarm=1.0)):
+    for settings in (dict(multiple=0), dict(recalibrate=-1)):
         with pytest.raises(BadInput, match="multiple is at least 1"):
             KernelRescaling(**settings)
     with pytest.raises(BadInput, match="of 2 steps a phase of the schedule gets none"):
