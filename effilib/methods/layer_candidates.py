@@ -88,7 +88,7 @@ def parts(candidate: str, site: Site) -> list[tuple]:
 
 
 def fits(candidate: str, site: Site) -> bool:
-    """Return whether a candidate can stand at a site and does fewer products there.
+    """Return whether a candidate can stand at a site and saves products.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), H=8, W=8)
     >>> fits("group/4", site), fits("group/3", site)  # 3 does not divide 16
@@ -101,7 +101,9 @@ def fits(candidate: str, site: Site) -> bool:
 
 
 def why_left(conv: nn.Module) -> str:
-    """Return why no candidate can do what a layer does, "" where one can.
+    """Return why no candidate can replace a layer.
+
+    "" where one can.
 
     >>> why_left(nn.Conv2d(4, 8, 3, dilation=2))
     'it is dilated'
@@ -121,7 +123,9 @@ def why_left(conv: nn.Module) -> str:
 
 
 def site_of(conv: nn.Conv2d, **images) -> Site:
-    """Return the site of a convolution; images: N, H, W and dtype of what it reads.
+    """Return the site of a convolution.
+
+    images: N, H, W and dtype of what it reads.
 
     >>> site_of(nn.Conv2d(4, 8, 3, padding="same")).padding
     (1, 1)
@@ -132,7 +136,9 @@ def site_of(conv: nn.Conv2d, **images) -> Site:
 
 
 def passes(candidate: str, site: Site) -> float:
-    """Return the share of the channels that pass a candidate's narrowest part, 0..1.
+    """Return the share of channels through a candidate's narrowest part.
+
+    From 0 to 1.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> passes("lowrank/4", site), passes("dwsep", site)
@@ -168,11 +174,11 @@ def replacement(
     norm: bool = True,
     conv: nn.Conv2d | None = None,
 ) -> Replacement:
-    """Return a candidate for a site, a module of the same input and output shapes.
+    """Return a candidate for a site, as a module.
 
-    Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm:
-    BatchNorm between the parts of a candidate that has ReLUs there. conv: a trained convolution; then the
-    parts are its best linear factorisation, with neither.
+    Its input and output have the same shapes. Weights are He-normal (fan in; gain 1 where no ReLU follows
+    within), drawn from `generator`. norm: BatchNorm between the parts of a candidate that has ReLUs there.
+    conv: a trained convolution; then the parts are its best linear factorisation, with neither.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> replacement("bneck/2", site)(torch.zeros(1, 16, 8, 8)).shape
@@ -223,10 +229,11 @@ def _matrix(W, candidate):
 
 
 def factors(W: torch.Tensor, candidate: str) -> list[torch.Tensor]:
-    """Return weights of a candidate's parts whose product comes nearest to the filters W.
+    """Return a candidate's weights whose product comes nearest to the filters.
 
-    W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated singular value decompositions of
-    a matrix; a bottleneck takes the leading directions of either side (HOSVD, near the best).
+    Of its parts, nearest to W. W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated
+    singular value decompositions of a matrix; a bottleneck takes the leading directions of either side
+    (HOSVD, near the best).
 
     >>> [w.shape for w in factors(torch.rand(8, 4, 3, 3), "lowrank/2")]
     [torch.Size([4, 4, 3, 3]), torch.Size([8, 4, 1, 1])]

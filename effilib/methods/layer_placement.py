@@ -76,10 +76,10 @@ class Cluster:
 
 
 def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
-    """Return the bytes through the server's link in a step, 4 [2 W P(1..k) + 2 W b A_k].
+    """Return the bytes through the server's link in a step.
 
-    The first k of N layers are on the workers. Weights down and gradients up, activations up and their
-    gradients down; k = N is the plain parameter server, where nothing is cut.
+    4 [2 W P(1..k) + 2 W b A_k]. The first k of N layers are on the workers. Weights down and gradients up,
+    activations up and their gradients down; k = N is the plain parameter server, where nothing is cut.
 
     >>> conv, fc = (Layer(name="", parameters=p, outputs=a) for p, a in ((10, 100), (1000, 10)))
     >>> layers = [conv, fc]
@@ -92,9 +92,10 @@ def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
 
 
 def step_seconds(layers: Sequence[Layer], k: int, cluster: Cluster) -> float:
-    """Return T(k), the seconds of a step that is cut behind layer k.
+    """Return the seconds of a step cut behind layer k.
 
-    The workers' part, the link and the server's part, one after the other; with overlap the longest of them.
+    T(k). The workers' part, the link and the server's part, one after the other; with overlap the longest of
+    them.
 
     >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
     >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
@@ -130,10 +131,10 @@ def server_bytes(layers: Sequence[Layer], k: int, cluster: Cluster) -> int:
 
 
 def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
-    """Return (k, seconds) of the cut with the shortest step that fits the server's memory.
+    """Return (k, seconds) of the cut with the shortest step.
 
-    Of equals the one with the least on the server. The first layer always stays with the workers, for the
-    images are there.
+    Of those that fit the server's memory. Of equals the one with the least on the server. The first layer
+    always stays with the workers, for the images are there.
 
     >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
     >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
@@ -153,9 +154,9 @@ def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
 
 
 def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
-    """Return the seconds of a step without a server: gradients are summed in a ring of the workers.
+    """Return the seconds of a step without a server.
 
-    Each worker's own link carries 2 (W - 1) / W P numbers.
+    Gradients are summed in a ring of the workers. Each worker's own link carries 2 (W - 1) / W P numbers.
 
     >>> layers = [Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
     >>> ring_seconds(layers, Cluster(workers=2, batch=1, bandwidth=4000))
@@ -169,9 +170,9 @@ def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
 def pipeline(
     layers: Sequence[Layer], stages: int, batch: int, bandwidth: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Cut the chain in `stages` pieces so that the slowest piece or link takes the least time.
+    """Cut the chain so that its slowest piece or link is fastest.
 
-    Returns (seconds, cuts); one machine a piece.
+    In `stages` pieces. Returns (seconds, cuts); one machine a piece.
 
     B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m
     stages (PipeDream's straight pipeline); seconds are those of a batch of `batch` images. cuts: how many
@@ -202,9 +203,9 @@ def pipeline(
 
 
 def bubble(stages: int, microbatches: int) -> float:
-    """Return the share of the time that a pipeline's machine waits: (S - 1) / (M + S - 1).
+    """Return the share of time that a pipeline's machine waits.
 
-    The pipeline is filled and drained at every step.
+    (S - 1) / (M + S - 1). The pipeline is filled and drained at every step.
 
     >>> bubble(stages=4, microbatches=12)
     0.2
@@ -213,7 +214,9 @@ def bubble(stages: int, microbatches: int) -> float:
 
 
 def estimate(layers: Sequence[Layer], rate: float) -> list[Layer]:
-    """Return the layers with seconds from FLOPs, for a device that does `rate` FLOP/s.
+    """Return the layers with seconds from FLOPs.
+
+    For a device that does `rate` FLOP/s.
 
     >>> estimate([Layer(name="conv", parameters=10, outputs=5, flops=2e9)], rate=1e9)[0].seconds
     2.0
