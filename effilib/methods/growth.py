@@ -116,8 +116,8 @@ def step_flops(model: nn.Module, size: tuple[int, ...], batch_size: int) -> int:
 def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float]:
     """Return loss and accuracy on images that decide.
 
-    Mean cross entropy, and %, of the split's first images. size: (H, W) to which they are resized, as those of
-    the training are.
+    Mean cross entropy, and %, of the split's first images. size: (H, W) to which they are resized, as those
+    of the training are.
 
     >>> from effilib.training import Run
     >>> data = load("synthetic")
