@@ -18,10 +18,10 @@ KEEP = "keep"
 
 
 def runs(rows: Iterable[dict]) -> pd.DataFrame:
-    """Return a sweep's rows as a frame: patient, candidate, length, seed, accuracy (%).
+    """Return a sweep's rows as a frame.
 
-    The arms are called "patient: candidate". length: share of the candidate's longest training. A run that
-    diverged counts as 0 %.
+    Columns: patient, candidate, length, seed, accuracy (%). The arms are called "patient: candidate". length:
+    share of the candidate's longest training. A run that diverged counts as 0 %.
 
     >>> rows = [dict(arm="a: keep", epochs=e, seed=0.0, accuracy=60 + e) for e in (1.0, 2.0)]
     >>> runs(rows)["length"].tolist()
@@ -36,9 +36,10 @@ def runs(rows: Iterable[dict]) -> pd.DataFrame:
 
 
 def halves(seeds: Iterable) -> tuple[list, list]:
-    """Return the seeds by which patients are chosen, and those by which diagnoses are judged.
+    """Return the seeds that choose patients and those that judge.
 
-    Every second one, so that a sweep that goes on keeps both; of an odd number the judging half is larger.
+    Patients are chosen by the first, diagnoses judged by the others. Every second one, so that a sweep that
+    goes on keeps both; of an odd number the judging half is larger.
 
     >>> halves([0, 1, 2, 3, 4])
     ([1, 3], [0, 2, 4])
@@ -48,9 +49,9 @@ def halves(seeds: Iterable) -> tuple[list, list]:
 
 
 def exchange(runs: pd.DataFrame) -> pd.Series:
-    """Return what an e-fold of time is worth to each patient as it is, in points.
+    """Return what an e-fold of time is worth to each patient.
 
-    From the lengths at which it was kept; NaN where there is one only.
+    In points, to the patient as it is. From the lengths at which it was kept; NaN where there is one only.
 
     >>> rows = [("a", "keep", 0.5, 0, 60.0), ("a", "keep", 1.0, 0, 67.0)]
     >>> frame = pd.DataFrame(rows, columns=["patient", "candidate", "length", "seed", "accuracy"])
@@ -66,11 +67,11 @@ def exchange(runs: pd.DataFrame) -> pd.Series:
 
 
 def regrets(runs: pd.DataFrame, seeds: Sequence | None = None) -> pd.DataFrame:
-    """Return every candidate's regret, a row for each (patient, candidate), the best first.
+    """Return every candidate's regret, the best first.
 
-    Columns: accuracy (mean, %), se (standard error of a mean; the spread is pooled over all candidates), n,
-    points (of regret), time % (what these are worth by `exchange`, NaN if that is not known), right (within
-    one standard error of the best). seeds: those that count (None: all).
+    A row for each (patient, candidate). Columns: accuracy (mean, %), se (standard error of a mean; the spread
+    is pooled over all candidates), n, points (of regret), time % (what these are worth by `exchange`, NaN if
+    that is not known), right (within one standard error of the best). seeds: those that count (None: all).
 
     >>> rows = [("a", c, 1.0, s, 60 + d + s) for c, d in (("keep", 0), ("widen stage 1", 4)) for s in (0, 1)]
     >>> frame = pd.DataFrame(rows, columns=["patient", "candidate", "length", "seed", "accuracy"])
@@ -99,9 +100,10 @@ def regrets(runs: pd.DataFrame, seeds: Sequence | None = None) -> pd.DataFrame:
 
 
 def chosen(runs: pd.DataFrame, cures: dict[str, str], seeds: Sequence) -> list[str]:
-    """Return the patients whose planted defect is one: for which its cure is right by these seeds.
+    """Return the patients whose planted defect matters, by these seeds.
 
-    cures: patient -> candidate, "keep" for a healthy one.
+    Its cure is right, and to keep the network is not, but for a healthy one. cures: patient -> candidate,
+    "keep" for a healthy one.
 
     >>> rows = [(p, c, 1.0, 0, a) for p, c, a in (("a", "keep", 60), ("a", "x", 65), ("b", "keep", 61))]
     >>> frame = pd.DataFrame(rows, columns=["patient", "candidate", "length", "seed", "accuracy"])
@@ -109,7 +111,8 @@ def chosen(runs: pd.DataFrame, cures: dict[str, str], seeds: Sequence) -> list[s
     ['b']
     """
     right = regrets(runs, seeds)["right"]
-    return [p for p, cure in cures.items() if bool(right.get((p, cure), False))]
+    matters = {p for p, c in cures.items() if c == KEEP or not right.get((p, KEEP))}
+    return [p for p, c in cures.items() if p in matters and right.get((p, c))]
 
 
 def scores(trials: pd.DataFrame, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:

@@ -64,6 +64,10 @@ def test_patients_are_chosen_on_one_half_of_the_seeds_and_judged_on_the_other():
     cures = {"thin": "widen stage 1", "well": "keep"}
     assert chosen(TRUTH, cures, choosing) == ["thin", "well"]
     assert chosen(TRUTH, {"thin": "keep", "well": "widen stage 1"}, choosing) == []
+    near = TRUTH["accuracy"].where(TRUTH["candidate"] != "keep", TRUTH["accuracy"] + 5)
+    assert chosen(TRUTH.assign(accuracy=near), cures, [0, 1]) == [
+        "well"
+    ]  # "thin" is as well off if it is kept
     only = TRUTH.assign(accuracy=TRUTH["accuracy"].where(TRUTH["seed"] == 0, 0.0))
     assert regrets(only, [0])["accuracy"].min() > 0
 

@@ -7,6 +7,7 @@ from effilib.methods.rescaled_kernels import kernels
 from effilib.tasks import Task
 
 FULL, IMAGES, WEAK = "full size", "images only", "images, weaker regularisation"
+PARTS = "images, weaker regularisation, cut-outs at the end"
 BOTH, BARE = "images and kernels", "images and kernels, no factor"
 SIZES = {  # of the judged run: the task's own, tuned network
     "quick": dict(images=1200, epochs=1.6),
@@ -30,10 +31,11 @@ SETTINGS = {
     "study": dict(schedule=((0.5, 0.5), (0.35, 0.75), (0.15, 1.0))),
 }
 WEAKER = dict(crops=False, decay=0.3)  # EfficientNetV2's half: all regularisation at full size only
+CUT = dict(cut=0.875)  # FixRes: the last phase trains on cut-outs, tested are whole images
 OPTIONS = {  # of the grid: each option alone
     "no crops": dict(crops=False),
     "less weight decay": dict(decay=0.3),
-    "cut-outs of 7/8 at the end": dict(cut=0.875),  # FixRes: tested on whole images
+    "cut-outs of 7/8 at the end": CUT,
 }
 SCHEDULES = (  # of the grid: (share of the steps, factor on the images' sides)
     ((0.5, 0.5), (0.5, 1.0)),
@@ -62,14 +64,14 @@ CONTENDERS = (
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return full size, images that begin small, and the same with weaker regularisation on small ones."""
-    dataset, own = task.load(), SETTINGS.get(task.preset, {})
-    images, weak = (method(task, dataset, kernels=False, **own, **how) for how in ({}, WEAKER))
-    return [
-        Arm(name=FULL, role="baseline"),
-        Arm(name=IMAGES, methods=(images,)),
-        Arm(name=WEAK, methods=(weak,)),
-    ]
+    """Return full size, images that begin small, and the same with weaker regularisation on small ones.
+
+    In study and full also this with cut-outs in the last phase.
+    """
+    dataset, own, found = task.load(), SETTINGS.get(task.preset, {}), [Arm(name=FULL, role="baseline")]
+    for name, how in {IMAGES: {}, WEAK: WEAKER, PARTS: WEAKER | CUT}.items():
+        found.append(Arm(name=name, methods=(method(task, dataset, kernels=False, **own, **how),)))
+    return found if task.preset in ("study", "full") else found[:3]
 
 
 def grid(task: Task) -> list[Arm]:

@@ -3,14 +3,13 @@
 `python -m effilib.chapters.practical_setting study cifar10` runs what is missing of the truths about the
 patients in `results/recorded/tuning`: first the table of step times, on a quiet machine, then every candidate
 for the same time. Accuracies may share the machine; times come from the table. One half of the seeds chooses
-the patients whose defect is one, the other half, by which diagnoses are judged, is run for these alone.
+the patients whose defect matters, the other half judges diagnoses.
 """
 
 import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +25,7 @@ SIZES = {"quick": dict(epochs=1.6)}  # both arms are the baseline: the same nois
 OTHER = 50  # seeds away: none that another cell has, with up to so many cells a length
 
 # Patients are trained for the time that the healthy one takes for `epochs`. That is little, so that batches
-# are small. study: 65 candidates x 2 seeds, then about 45 x 3, of about 33 s on one thread: 80 minutes on two
-# cores.
+# are small. study: 65 candidates x 5 seeds of about 33 s on one thread: 90 minutes on two cores.
 WARD = {
     "smoke": dict(images=128, epochs=1.0, batch_size=32),
     "quick": dict(images=1000, epochs=1.5, batch_size=32, lr=0.1),
@@ -111,25 +109,14 @@ def truth_arms(task: Task, table: dict[str, float]) -> list[Arm]:
     return found
 
 
-def truths(task: Task, names: Sequence[str] | None = None, **options) -> list[dict]:
-    """Run what is missing of the truths about some patients (None: all); return the sweep's rows.
+def truths(task: Task, **options) -> list[dict]:
+    """Run what is missing of the truths about the patients; return the sweep's rows.
 
     options: of `tuning.sweep`.
     """
     arms = truth_arms(task, times(task, keep=True, seconds=300))
-    arms = [a for a in arms if names is None or a.name.rpartition(": ")[0] in names]
+    options = {"seeds": SEEDS.get(task.preset, FEW), **options}
     return tuning.sweep(ward(task), arms, [{}], name="patients", **options)
-
-
-def choose_and_judge(task: Task, **options) -> list[str]:
-    """Run the truths by which patients are chosen, then those by which they judge; return the chosen."""
-    from effilib.regret import chosen, halves, runs  # tables: no training depends on them
-
-    choosing, judging = halves(SEEDS.get(task.preset, FEW))
-    rows = truths(task, seeds=choosing, **options)
-    found = chosen(runs(rows), {p.name: p.cure for p in patients(task)}, choosing)
-    truths(task, found, seeds=judging, **options)
-    return found
 
 
 def recorded(task: Task) -> list[dict]:
@@ -149,4 +136,6 @@ def _name(settings):
 
 
 if __name__ == "__main__":
-    print("chosen:", ", ".join(choose_and_judge(task(*sys.argv[1:3]))))
+    asked = task(*sys.argv[1:3])
+    truth, cures = runs(truths(asked)), {p.name: p.cure for p in patients(asked)}
+    print("chosen:", ", ".join(chosen(truth, cures, halves(truth["seed"])[0])))

@@ -2,6 +2,7 @@
 checkpoint; and whether growing, or a cut, beats a known shape on small images.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -44,13 +45,14 @@ DIAGNOSES = {
 }
 SHORT = {"smoke": Forks(steps=2, images=50), "quick": Forks(steps=12, images=200)}
 SEARCH = {"smoke": 0.5, "quick": 1.0, "study": 2.0, "full": 4.0}  # epochs of the patient before its diagnosis
-TRIALS = {"smoke": 1, "quick": 1, "study": 5, "full": 5}  # searches of each patient, with seeds of their own
+TRIALS = {"smoke": 1, "quick": 1, "study": 30, "full": 30}  # at least so many searches, each with its seed
 FIRST = 4000  # their first seed: no truth's
 
 # The contest. A length is that of the last training, so that all arms end about as accurate, and what differs
 # is the time until then. study: an epoch of 10,000 images takes some 5 s, all arms together some 16 last
 # trainings.
 HALVING, IMPROVED = "successive halving", "diagnose and grow"
+HALVED = "successive halving on small images"
 KEPT, CHANCE = "training on", "a candidate by chance"
 TRIED, UNIFORM, ORACLE = "all candidates tried", "uniform growth", "right candidate from scratch"
 CONTEST = {
@@ -97,14 +99,20 @@ FACTOR = 2  # what is wide inside of its blocks has so many times the known shap
 
 
 def start(task: Task) -> dict:
-    """Return the settings of the network that grows: one block a stage of our ResNet; others as they are."""
+    """Return the settings of the network that grows.
+
+    One block a stage of our ResNet; others are as they are.
+    """
     if task.network != "resnet":
         return {}
     return {"blocks": tuple((max(2, w),) for w in task.widths.get("widths", (16, 32, 64)))}
 
 
 def resizer(task: Task) -> KernelRescaling:
-    """Return chapter 6.3's schedule of image sizes: from half the side to full, as that chapter runs it."""
+    """Return chapter 6.3's schedule of image sizes.
+
+    From half the side to full, as that chapter runs it.
+    """
     how = kernel_rescaling.SETTINGS.get(task.preset, {})
     return kernel_rescaling.method(task, task.load(), kernels=False, **how)
 
@@ -124,9 +132,9 @@ CONTENDERS = (
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return the known shape on small images, and what could beat it; quick leaves out the last control.
+    """Return the known shape on small images, and its rivals.
 
-    Another network than our ResNet is not made wider or smaller.
+    Quick leaves out the last control. Another network than our ResNet is not made wider or smaller.
     """
     resize = resizer(task)
     letter = procedure(task, **LETTER.get(task.preset, {}))
@@ -163,16 +171,19 @@ def contest(task: Task) -> Task:
 
 
 def contested(task: Task, patients: list[Patient]) -> list[Patient]:
-    """Return the patients of a preset's contest: sick ones, those of the first choice before others."""
+    """Return the sick patients of a preset's contest.
+
+    Those of the first choice come before others.
+    """
     sick = sorted((p for p in patients if p.cure != KEEP), key=lambda p: p.name not in FIRST_CHOICE)
     return sick[: CONTESTED[task.preset]]
 
 
 def contest_arms(task: Task, patient: Patient, table: dict[str, float], right: str = "") -> list[Arm]:
-    """Return the procedure and its rivals on a patient; smoke and quick leave out three.
+    """Return the procedure and its rivals on a patient.
 
-    table: of step times. right: the candidate that is (default: the one against the planted defect). The
-    lengths are the same for all: see `CONTEST`.
+    Smoke and quick have the first four. table: of step times. right: the candidate that is (default: the one
+    against the planted defect). The lengths are the same for all: see `CONTEST`.
     """
     times = setting.prices(patient, table)
     how = dict(network=patient.settings, times=times, given=SEARCH[task.preset], newborn=NEWBORN)
@@ -184,6 +195,7 @@ def contest_arms(task: Task, patient: Patient, table: dict[str, float], right: s
         KEPT: Improvement(**how, plan=(KEEP,)),
         CHANCE: Diagnosed(**how, diagnosis=RandomChoice(), side=1.0, pays=False),
         TRIED: AllTried(**how),
+        HALVED: Halving(**how, side=0.5),
         UNIFORM: Improvement(**how, plan=wider),
         ORACLE: Oracle(**how, plan=(right or patient.cure,)),
     }
@@ -197,10 +209,18 @@ def contest_arms(task: Task, patient: Patient, table: dict[str, float], right: s
 
 
 def diagnoses(task: Task) -> dict[str, Callable]:
-    """Return the diagnoses that a preset compares: all, in smoke and quick two, made short, and chance."""
+    """Return the diagnoses that a preset compares.
+
+    All; smoke and quick have two, made short, and chance.
+    """
     if task.preset in SHORT:
         return {n: DIAGNOSES[n] for n in ("priced penalty", "random")} | {"forks": SHORT[task.preset]}
     return DIAGNOSES
+
+
+def searches(task: Task, patients: int) -> range:
+    """Return the seeds of each patient's searches: together there are enough."""
+    return range(FIRST, FIRST + math.ceil(TRIALS[task.preset] / max(1, patients)))
 
 
 def trials(task: Task, patients: list[Patient], table: dict[str, float]) -> list[dict]:
@@ -211,7 +231,7 @@ def trials(task: Task, patients: list[Patient], table: dict[str, float]) -> list
     """
     mine, rows = setting.ward(task).but(epochs=SEARCH[task.preset]), []
     dataset, mean = mine.load(), diagnoses(task)
-    for seed in range(FIRST, FIRST + TRIALS[task.preset]):
+    for seed in searches(task, len(patients)):
         for patient in patients:
             times = setting.prices(patient, table)
             key = provenance.digest(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from effilib import experiment
+from effilib.chapters import kernel_rescaling
 from effilib.experiment import Arm, Contender
 from effilib.methods.prune_train import PruneTrain, Smaller
 from effilib.methods.ranked_cut import RankedCut
@@ -10,7 +11,7 @@ from effilib.tasks import Task
 from effilib.training import History
 
 DENSE, PRUNED, RANKED = "dense", "PruneTrain", "one cut by ranking"
-SMALLER = "the ranked network from scratch"
+SMALLER, HALVED = "the ranked network from scratch", "one cut by ranking, half the side until then"
 SIZES = {
     "quick": dict(images=416, epochs=2, batch_size=16, lr=0.1, validation=125),  # 52 steps of a wide network
     "study": dict(epochs=2.5),
@@ -81,13 +82,24 @@ def smaller(pilot: History) -> Arm:
 
 
 def arms(task: Task, pilot: History) -> list[Arm]:
-    """Return dense, PruneTrain, the one cut, and the network that it finds."""
-    return [
+    """Return dense, PruneTrain, the one cut, and the network that it finds.
+
+    In study and full also the one cut at the moment when images, small until then, become large: a wide
+    network costs little on small images.
+    """
+    cut = ranked(task.preset)
+    found = [
         Arm(name=DENSE, role="baseline"),
         Arm(name=PRUNED, methods=(method(task.preset),)),
-        Arm(name=RANKED, methods=(ranked(task.preset),)),
+        Arm(name=RANKED, methods=(cut,)),
         smaller(pilot),
     ]
+    if task.preset in ("study", "full"):
+        at = cut.latest
+        half = ((at, 0.5), (1 - at, 1.0))
+        resize = kernel_rescaling.method(task, task.load(), kernels=False, schedule=half)
+        found.append(Arm(name=HALVED, methods=(resize, replace(cut, first=at))))
+    return found
 
 
 def grid(task: Task) -> list[Arm]:

@@ -11,7 +11,7 @@ from effilib.methods.tree_cnn import TreeCNN
 from effilib.tasks import Task
 
 FLAT, FEWER, SCRATCH = "flat, all layers", "flat, fewer epochs", "flat, from scratch"
-TREE, TRUNK = "Tree-CNN", "tree over a frozen trunk"
+TREE, TRUNK = "Tree-CNN", "tree over copies of a frozen trunk"
 SIZES = {  # epochs: of every training of every stage
     "quick": dict(images=600, epochs=2, batch_size=32, lr=0.1, validation=125),
     "study": dict(epochs=3),
@@ -42,6 +42,11 @@ def depths(task: Task, dataset: Dataset) -> list[int]:
     return sorted({d for d in (1, round(n / 4), round(n / 2), round(3 * n / 4)) if 0 < d < n})
 
 
+def trained(task: Task, dataset: Dataset) -> int:
+    """Return how many layers, from the end, the tree over a trunk trains: about a quarter."""
+    return depths(task, dataset)[:2][-1]
+
+
 def _given(task):
     """The recipe of the first stage, whatever the length of the later ones."""
     return task.at(1.0).recipe
@@ -65,8 +70,7 @@ def arms(task: Task, dataset: Dataset) -> list[Arm]:
     All begin from the weights of the first stage. Controls: the flat network for fewer epochs, and (not in
     quick) its last layers alone, as many as the tree over a trunk trains.
     """
-    several, c = depths(task, dataset), cap(dataset.classes)
-    depth = several[min(1, len(several) - 1)]
+    c, depth = cap(dataset.classes), trained(task, dataset)
     fewer = tuple(SHORT * length for length in task.lengths)
     found = [
         _flat(task, FLAT, "baseline"),

@@ -67,10 +67,11 @@ def stages(dataset: Dataset) -> list[tuple[int, ...]]:
 
 
 def makers(task: Task, dataset: Dataset, seed: int = 0) -> tuple[Callable[[int], nn.Module], ...]:
-    """Return (flat, root, branch): functions from a number of outputs to a network.
+    """Return makers of the flat network, a root and a branch.
 
-    Each has the initial weights of `seed`. Beside a residual network of ours the root has a block less in
-    every stage that has several, and a branch is one convolution a stage.
+    Functions from a number of outputs to a network. Each has the initial weights of `seed`. Beside a residual
+    network of ours the root has a block less in every stage that has several, and a branch is one convolution
+    a stage.
 
     >>> t = task("smoke", "synthetic")
     >>> [make(3).head.out_features for make in makers(t, t.load())]
@@ -200,7 +201,7 @@ class Growing:
 def of_all(history: History, dataset: Dataset, seen: list[int]) -> History:
     """Return the history with accuracies of all images, where it has those of some classes.
 
-    seen: these classes. Images of the others are told wrong.
+    seen: these classes. Images of the others count as misclassified.
     """
 
     def share(*splits):
@@ -235,10 +236,10 @@ def _forward_cost(model, dataset, task):
 
 @torch.no_grad()
 def _accounts(tree, dataset, precision="fp32"):
-    """How a tree's accuracy on the validation images comes about, child by child.
+    """Split a tree's accuracy on the validation images by child.
 
-    {"right": share that the root sends right, "children": [{"share", "root", "branch"}]}: the share of the
-    images that come, of these that the root sends right, and of these that are told right. The accuracy is
+    {"right": share that the root sends right, "children": [{"share", "root", "branch"}]}: the share of all
+    images, of these that the root sends right, and of these that are classified correctly. The accuracy is
     the sum of share x root x branch.
     """
     tree.eval()

@@ -10,7 +10,6 @@ words comes out, the same one every time.
 """
 
 import math
-import random
 import statistics as stats
 from dataclasses import dataclass
 from itertools import takewhile
@@ -29,7 +28,7 @@ KINDS = ("wait", "shrink", *GROWTH, "stop")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage at the end of an epoch.
+    """Describe a stage at the end of an epoch.
 
     >>> Stage(name="stage 1", widths=(16, 32), live=(16, 20), lost=0.1)
     Stage(name='stage 1', depth=1, widths=(16, 32), live=(16, 20), lost=0.1, ..., widen=inf, deepen=inf)
@@ -50,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch's end.
+    """Describe the end of an epoch.
 
     >>> stages = (Stage(name="stage 1"),)
     >>> end = Epoch(epoch=3, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=stages)
@@ -69,7 +68,7 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What to do, and why.
+    """Say what to do, and why.
 
     >>> print(Action(kind="widen", stage="stage 1", reason="it lost nothing"))
     widen stage 1: it lost nothing
@@ -89,7 +88,7 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """All that a decision may rest on.
+    """Hold all that a decision may rest on.
 
     >>> end = Epoch(epoch=0, train_loss=0.9, train_accuracy=70.0, loss=1.0, accuracy=66.0, stages=())
     >>> trace = Trace(epochs=(end,), actions=((0, Action(kind="deepen", stage="stage 1")),))
@@ -108,7 +107,6 @@ class Trace:
     pressed: float = 0.0  # epochs for which it has acted
     images: int = 1000  # behind an accuracy
     over: bool = False  # the search's share of the run has passed
-    seed: int = 0  # of the control that grows at random
 
     @property
     def now(self) -> Epoch:
@@ -128,12 +126,13 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How to decide. `mode` says when a decision is due, the rest is the same for all.
+    """Set when and how to decide.
 
-    "thesis": as soon as an epoch's validation loss is no new best. "windowed": if the mean validation loss of
-    `patience` epochs is not by `tau` below that of as many before, and the training loss falls by less than
-    `progress` an epoch. "periodic": every `period` epochs. A stage that lost at most `low` of its channels
-    needs them, from `high` on it still shrinks, between them it is left alone.
+    `mode` says when a decision is due, the rest is the same for all. "thesis": as soon as an epoch's
+    validation loss is no new best. "windowed": if the mean validation loss of `patience` epochs is not by
+    `tau` below that of as many before, and the training loss falls by less than `progress` an epoch.
+    "periodic": every `period` epochs. A stage that lost at most `low` of its channels needs them, from `high`
+    on it still shrinks, between them it is left alone.
 
     >>> Policy(mode="thesis").patience
     2
@@ -157,14 +156,12 @@ class Policy:
     sigmas: float = 1.0  # standard errors of the accuracy that it must bring at least
     growths: int = 4  # at most so many
     order: tuple[str, ...] = GROWTH  # which comes first
-    where: str = "pruned"  # by the rule; "random": any stage and direction, a control
     # Whether "nothing was pruned" counts only under a penalty that had the time to; False for growth without
     # one.
     pressure: bool = True
 
     def __post_init__(self):
         choose("mode", self.mode, MODES)
-        choose("way to choose a stage", self.where, ("pruned", "random"))
         object.__setattr__(self, "order", tuple(self.order))
         if sorted(self.order) != sorted(GROWTH):
             raise BadInput(f"the order of growths is {self.order}, expected 'widen' and 'deepen', one first")
@@ -175,9 +172,9 @@ class Policy:
 
 
 def flat(losses: list[float], patience: int, tau: float) -> bool:
-    """Return whether no recent loss is by a share below the best before.
+    """Return whether no recent loss is clearly below the best before.
 
-    patience: losses that are recent. tau: the share. False if nothing is before.
+    patience: losses that are recent. tau: the share of the best that is clear. False if nothing is before.
 
     >>> flat([1.0, 0.9, 0.91, 0.92], patience=2, tau=0.0), flat([1.0, 0.9, 0.8], patience=2, tau=0.0)
     (True, False)
@@ -186,9 +183,10 @@ def flat(losses: list[float], patience: int, tau: float) -> bool:
 
 
 def level(losses: list[float], patience: int, tau: float) -> bool:
-    """Return whether the mean of recent losses is not by a share below that of as many before.
+    """Return whether the mean of recent losses has stopped falling.
 
-    patience: losses that are recent; noise averages out. tau: the share.
+    It is not by a share below the mean of as many before. patience: losses that are recent; noise averages
+    out. tau: the share.
 
     >>> level([1.0, 0.8, 0.8, 1.0], patience=2, tau=0.0), level([1.0, 0.9, 0.8, 0.7], patience=2, tau=0.0)
     (True, False)
@@ -200,7 +198,9 @@ def level(losses: list[float], patience: int, tau: float) -> bool:
 
 
 def since(trace: Trace) -> list[Epoch]:
-    """Return the epochs that can be compared: since the last action, on images of one size.
+    """Return the epochs that can be compared.
+
+    Those since the last action, on images of one size.
 
     >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
     >>> ends = tuple(Epoch(epoch=i, accuracy=66, **how) for i in range(4))
@@ -252,7 +252,9 @@ def due(trace: Trace, policy: Policy) -> str:
 
 
 def rates(trace: Trace, epochs: int) -> dict[str, float]:
-    """Return the share of its channels that each stage lost in the last epochs, by name.
+    """Return the share of channels that each stage lost lately.
+
+    In the last epochs, by the stage's name.
 
     >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=(Stage(name="stage 1", lost=0.5),))
     >>> halved = Epoch(epoch=0, accuracy=66, **how)
@@ -268,7 +270,9 @@ def rates(trace: Trace, epochs: int) -> dict[str, float]:
 
 
 def over_fits(trace: Trace, policy: Policy) -> str:
-    """Return in words why capacity is not what lacks, "" if it may be.
+    """Return why capacity is not what lacks, in words.
+
+    "" if it may be.
 
     >>> end = Epoch(epoch=0, train_loss=0.1, train_accuracy=98, loss=1, accuracy=80, stages=())
     >>> over_fits(Trace(epochs=(end,)), Policy(gap=10))
@@ -303,9 +307,9 @@ def gained(trace: Trace, policy: Policy) -> float | None:
 
 
 def refuted(trace: Trace, policy: Policy) -> list[tuple[tuple[str, str], str]]:
-    """Return [((stage, growth), why)] of the last growth if it was in vain, else [].
+    """Return the last growth, and why, if it was in vain.
 
-    In vain: it brought nothing, or its newborns were pruned again.
+    As [((stage, growth), why)], else []. In vain: it brought nothing, or its newborns were pruned again.
 
     >>> how = dict(train_loss=1, train_accuracy=70, loss=1, stages=())
     >>> ends = tuple(Epoch(epoch=i, accuracy=60, **how) for i in range(4))
@@ -381,19 +385,17 @@ def _grow(trace, policy, why):
     judged = refuted(trace, policy)
     freeze = tuple(f for f, _ in judged)
     frozen = trace.frozen | set(freeze)
-    blind = policy.where == "random"
-    needy = [s for s in stages if blind or max(lost[s.name], s.pending) <= policy.low]
+    needy = [s for s in stages if max(lost[s.name], s.pending) <= policy.low]
     if not needy:
         busy = max(stages, key=lambda s: max(lost[s.name], s.pending))
         shrinks = max(lost[busy.name], busy.pending) >= policy.high
         return Action(
             kind="shrink" if shrinks else "wait", reason=f"{why}, but {pruned[busy.name]}", freeze=freeze
         )
-    able = {}  # stage -> the growths that it can still have
+    options = []  # of each stage the first growth that it can still have
     for s in needy:
         left = [g for g in policy.order if (s.name, g) not in frozen and math.isfinite(getattr(s, g))]
-        able[s] = left if blind else left[:1]
-    options = [(s, g) for s, left in able.items() for g in left]
+        options += [(s, g) for g in left[:1]]
     if not options:
         return Action(
             kind="stop",
@@ -403,9 +405,6 @@ def _grow(trace, policy, why):
     options = [(s, g) for s, g in options if trace.spent + trace.projected + getattr(s, g) <= trace.budget]
     if not options:
         return Action(kind="stop", reason=f"{why}, and no growth fits the budget", freeze=freeze)
-    if blind:
-        stage, growth = random.Random(f"{trace.seed}/{trace.now.epoch}").choice(options)
-        return Action(kind=growth, stage=stage.name, reason=f"{why}; drawn at random", freeze=freeze)
     stage, growth = max(options, key=lambda option: _worth(trace, *option, {f[0] for f in freeze}))
     first, reason = policy.order[0], f"{why}; {pruned[stage.name]}"
     if growth != first:

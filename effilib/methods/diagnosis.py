@@ -9,7 +9,7 @@ decides, with BatchNorm's statistics estimated anew, never at one evaluation of 
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.methods.growth import step_flops
 from effilib.methods.net2net import grow_
-from effilib.methods.patients import KEEP, candidates, treat_, treated
+from effilib.methods.patients import KEEP, candidates, parsed, treat_, treated
 from effilib.methods.pressure import Pressure, norms, survival
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.training import History, Method, Recipe, evaluate, stream, train
@@ -37,7 +37,7 @@ FEW = 8  # held-out images that a training here reports on, for nobody
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A patient after its search: all that a diagnosis may look at.
+    """Hold a patient after its search: all that a diagnosis may see.
 
     model: the searched network; it is copied, never changed. recipe: of the search. times: candidate ->
     milliseconds of a step, "keep" among them. seed: of the order of images and of new weights.
@@ -56,8 +56,7 @@ class Case:
     times: dict[str, float]
     seed: int = 0
     multiple: int = 16
-    # its trainings, each with the seconds that went by: more than its clock counts
-    spent: list[tuple[History, float]] = field(default_factory=list, init=False, compare=False)
+    spent: list[History] = field(default_factory=list, init=False, compare=False)  # what it cost so far
 
     def __post_init__(self):
         missing = {KEEP} - set(self.times)
@@ -89,13 +88,24 @@ class Case:
         treat_(model, candidate, self.batch[0], multiple=self.multiple, generator=generator)
         return model
 
-    def train(self, model: nn.Module, epochs: float, methods: tuple[Method, ...] = (), **changes) -> History:
-        """Train a network in place, every one on the same batches; changes: of the recipe."""
+    @property
+    def warm_up(self) -> float:
+        """Seconds that are not counted: the first training's warm-up. Later ones are."""
+        return self.spent[0].warm_up if self.spent else 0.0
+
+    def train(
+        self,
+        model: nn.Module,
+        epochs: float,
+        methods: Iterable[Method] = (),
+        order: str = "diagnosis",
+        **changes,
+    ) -> History:
+        """Train a network in place, on the batches of all with this `order`; changes: of the recipe."""
         recipe = replace(self.recipe, **{"epochs": epochs, "warmup": 0.0, **changes})
-        with elapsed() as seconds:
-            history = train(model, few(self.dataset), recipe, methods, self.seed, evaluations=1)
-        self.spent.append((history, seconds()))
-        return history
+        seed = stream(self.seed, order).initial_seed()
+        self.spent.append(train(model, few(self.dataset), recipe, methods, seed, evaluations=1))
+        return self.spent[-1]
 
     def loss(self, model: nn.Module, images: int = 1000) -> float:
         """Mean cross entropy on images of the split that decides, with BatchNorm estimated anew."""
@@ -110,7 +120,9 @@ class Case:
 
 
 def few(dataset: Dataset) -> Dataset:
-    """Return the data set with a few held-out images: for trainings that report on them for nobody.
+    """Return the data set with a few held-out images.
+
+    For trainings on whose accuracy nobody looks.
 
     >>> len(few(load("synthetic")).test)
     8
@@ -121,9 +133,9 @@ def few(dataset: Dataset) -> Dataset:
 def search(
     model: nn.Module, dataset: Dataset, recipe: Recipe, times: dict[str, float], seed: int = 0, **settings
 ) -> tuple[Case, History]:
-    """Train a network for the recipe's epochs at a held learning rate; return the case and the history.
+    """Train a network at a held learning rate; return case and history.
 
-    settings: of `Case`.
+    For the recipe's epochs. settings: of `Case`.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
@@ -133,11 +145,13 @@ def search(
     """
     recipe = replace(recipe, schedule="constant")
     case = Case(model=model, dataset=dataset, recipe=recipe, times=times, seed=seed, **settings)
-    return case, case.train(model, recipe.epochs, warmup=recipe.warmup)
+    return case, case.train(model, recipe.epochs, order="search", warmup=recipe.warmup)
 
 
 def examine(case: Case, diagnosis: Callable[[Case], dict[str, float]]) -> tuple[dict[str, float], float]:
-    """Return a diagnosis' scores, candidate -> score, and the seconds that it took.
+    """Return a diagnosis' scores and the seconds that it took.
+
+    Scores: candidate -> score. All of them count, but for the warm-up of the case's first training.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
@@ -146,17 +160,13 @@ def examine(case: Case, diagnosis: Callable[[Case], dict[str, float]]) -> tuple[
     >>> sorted(scores), seconds < 1
     (['keep', 'widen stage 1'], True)
     """
+    before = case.warm_up
     with elapsed() as seconds:
         scores = diagnosis(case)
+        took = seconds() - (case.warm_up - before)
     if set(scores) != set(case.times) or not all(math.isfinite(s) for s in scores.values()):
         raise BadInput(f"{type(diagnosis).__name__} has to score all candidates by numbers, got {scores}")
-    return scores, seconds()
-
-
-def _stage(candidate):
-    """("widen", 0) of "widen stage 1"."""
-    action, _, number = candidate.partition(" stage ")
-    return action, int(number or 1) - 1
+    return scores, took
 
 
 def ranked(
@@ -175,17 +185,17 @@ def ranked(
     """
     found = {KEEP: keep}
     for name in set(case.times) - {KEEP}:
-        action, i = _stage(name)
+        action, i = parsed(name, len(case.model.stages))
         found[name] = {"widen": widen[i], "deepen": deepen[i], "narrow": 2 * keep - inside[i]}[action]
     return {name: found[name] for name in case.times}
 
 
 @dataclass(frozen=True)
 class PruningRate:
-    """(a) The thesis' rule as II.9 had it: count what died, or is about to, in two epochs under a penalty.
+    """Count what died, or is about to, in epochs under a penalty.
 
-    A stage that lost at most `low` needs its channels; of several the one that is cheapest to widen in FLOPs
-    comes first, and nothing is deepened before it was widened in vain.
+    (a) The thesis' rule as II.9 had it. A stage that lost at most `low` needs its channels; of several the
+    one that is cheapest to widen in FLOPs comes first, and nothing is deepened before it was widened in vain.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
@@ -216,10 +226,10 @@ class PruningRate:
 
 @dataclass(frozen=True)
 class PricedPenalty:
-    """(b) The thesis' idea made sharp: a penalty in milliseconds, read as continuous shrinkage of norms.
+    """Read a penalty in milliseconds as continuous shrinkage of norms.
 
-    Where more is left than on average the network is worth its time: of channels, it should be wider; of
-    blocks, deeper.
+    (b) The thesis' idea made sharp. Where more is left than on average the network is worth its time: of
+    channels, it should be wider; of blocks, deeper.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
@@ -242,9 +252,10 @@ class PricedPenalty:
 
 @dataclass(frozen=True)
 class Buds:
-    """(c) Grow a little in every stage at once, under the same penalty, and see which newborns survive.
+    """Grow a little in every stage, and see which newborns survive.
 
-    A bud is one multiple of channels inside of each block, and a block whose last scale is 0.
+    (c) In all at once, under the same penalty as (b). A bud is one multiple of channels inside of each block,
+    and a block whose last scale is 0.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
@@ -315,9 +326,10 @@ def _left(now, before, prices):
 
 @dataclass(frozen=True)
 class Forks:
-    """(e) Try every candidate for the time of `steps` steps of the patient, all on the same batches.
+    """Try every candidate for the time of a few steps.
 
-    The learning rate falls to 0, as it will at the end of the real training, so that noise is low.
+    (e) `steps` steps of the patient, all on the same batches. The learning rate falls to 0, as it will at the
+    end of the real training, so that noise is low.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
@@ -344,7 +356,9 @@ class Forks:
 
 @dataclass(frozen=True)
 class CheapestFlop:
-    """(f) Always the growth that adds the fewest FLOPs; what is no growth comes last.
+    """Choose the growth that adds the fewest FLOPs.
+
+    (f) What is no growth comes last.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
@@ -367,7 +381,9 @@ class CheapestFlop:
 
 @dataclass(frozen=True)
 class RandomChoice:
-    """(g) By chance: what any diagnosis has to beat.
+    """Choose by chance.
+
+    (g) What any diagnosis has to beat.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))

@@ -37,10 +37,11 @@ def leading_values(M: torch.Tensor, k: int, k1: int = 3, k2: int = 3, stride: in
 
 @dataclass(frozen=True)
 class GradMax:
-    """(d) The gradient that new weights would have, squared, per millisecond (Evci et al. 2022).
+    """Score by the squared gradient of new weights per millisecond.
 
-    A step of gradient descent lowers the loss by the squared norm of the gradient. A growth is worth its time
-    if what it adds, per millisecond that it adds, is more than what the network has per millisecond.
+    (d) Evci et al. 2022, arXiv:2201.05125. A step of gradient descent lowers the loss by the squared norm of
+    the gradient. A growth is worth its time if what it adds, per millisecond that it adds, is more than what
+    the network has per millisecond.
 
     >>> from effilib.methods.diagnosis import Case
     >>> data = load("synthetic")

@@ -23,9 +23,9 @@ __all__ = ["going", "grow_", "price", "step_flops", "strengths", "validate"]
 
 
 def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> float:
-    """Return the penalty's coefficient under which an idle group is gone after so many steps.
+    """Return the penalty that removes an idle group in some steps.
 
-    norm: of the group. This is `shrink_steps` solved for lambda.
+    Returns its coefficient. norm: of the group. This is `shrink_steps` solved for lambda.
 
     >>> from effilib.methods.prune_train import shrink_steps
     >>> round(shrink_steps(norm=1.0, lam=price(steps=100, norm=1.0, lr=0.1), lr=0.1), 3)
@@ -37,9 +37,9 @@ def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_de
 
 @torch.no_grad()
 def strengths(node: surgery.Node, rule: str = "union", weigh: str = "equal") -> torch.Tensor:
-    """Return (width,): the norm of each channel's strongest group, in the penalty's units.
+    """Return the norm of each channel's strongest group.
 
-    rule, weigh: as in `PruneTrain`.
+    (width,), in the penalty's units. rule, weigh: as in `PruneTrain`.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(2, 4))
     >>> with torch.no_grad():
@@ -52,9 +52,9 @@ def strengths(node: surgery.Node, rule: str = "union", weigh: str = "equal") -> 
 
 
 def going(now: torch.Tensor, before: torch.Tensor, epochs: float) -> torch.Tensor:
-    """Return (width,) bool: the channels that will be gone after so many epochs.
+    """Return which channels will be gone after so many epochs.
 
-    now, before: strengths at the end of this epoch and of the last one, whose pace they keep.
+    (width,) bool. now, before: strengths at the end of this epoch and of the last one, whose pace they keep.
 
     >>> going(now=torch.tensor([0.1, 0.9]), before=torch.tensor([0.5, 1.0]), epochs=1).tolist()
     [True, False]
@@ -77,13 +77,13 @@ def grow_(
     y: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Widen or deepen a stage in place; return what was done, in words.
+    """Widen or deepen a stage in place; return what was done.
 
-    stage: its number in the layout of `effilib.surgery.stages`. "widen": every node inside of its residual
-    paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times its channels, rounded
-    up to a multiple. "deepen": one more block or layer at its end. breaker: see `widening.widen_`; "pair" is
-    exact. x, y: a batch at the size that the network trains on, see `net2net.grow_`. Raises `BadInput` where
-    it cannot be, with the network as it was.
+    stage: its number in the layout of `effilib.surgery.stages`. "widen": every node
+    inside of its residual paths (of a plain stage every node, with `trunk` the trunk too) gets `factor` times
+    its channels, rounded up to a multiple. "deepen": one more block or layer at its end. breaker: see
+    `widening.widen_`; "pair" is exact. x, y: a batch at the size that the network trains on, see
+    `net2net.grow_`. Raises `BadInput` where it cannot be, with the network as it was.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(16, 16), blocks=(1, 1))
     >>> layout, x = stages.find(net, (1, 8, 8)), torch.rand(2, 1, 8, 8)
@@ -114,9 +114,10 @@ def step_flops(model: nn.Module, size: tuple[int, ...], batch_size: int) -> int:
 
 @torch.no_grad()
 def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float]:
-    """Return (mean cross entropy, accuracy in %) on the first images of the split that decides.
+    """Return loss and accuracy on images that decide.
 
-    size: (H, W) to which they are resized, as those of the training are.
+    Mean cross entropy, and %, of the split's first images. size: (H, W) to which they are resized, as those
+    of the training are.
 
     >>> from effilib.training import Run
     >>> data = load("synthetic")

@@ -1,11 +1,12 @@
 """Improve a given network in little time: diagnose and grow, and what that has to beat (chapter II.9).
 
 All begin with the same checkpoint: the network, trained for some epochs at a held learning rate. That is
-given and on nobody's clock. On the clock is all that follows: searches, diagnoses, and the trainings of
-candidates that lose. A plan is what is done to the network in one restructure: one of `patients.candidates`,
-or several, so that a stage that is narrowed pays for one that grows. The last training begins at the learning
-rate that was held, which falls to 0, and takes the same time whatever the plan is: a table of step times says
-for how many epochs. With T for it the whole takes
+given and on nobody's clock. On the clock is all that follows: searches, diagnoses, the trainings of
+candidates that lose, and what setting up all of these takes, but for one warm-up. A plan is what is done to
+the network in one restructure: one of `patients.candidates`, or several, so that a stage that is narrowed
+pays for one that grows. The last training begins at the learning rate that was held, which falls to 0, and
+takes the same time whatever the plan is: a table of step times says for how many epochs. With T for it the
+whole takes
 
     T_search + T            `Diagnosed`
     n T                     `AllTried`, n candidates
@@ -27,10 +28,10 @@ from effilib.clock import Stopwatch, elapsed
 from effilib.errors import BadInput
 from effilib.methods.diagnosis import Case, Forks, examine, few
 from effilib.methods.kernel_rescaling import shrunk
-from effilib.methods.net2net import Net2Net
+from effilib.methods.net2net import Net2Net, fresh
 from effilib.methods.patients import KEEP, treat_, treated
 from effilib.tasks import Task
-from effilib.training import History, stream, train
+from effilib.training import History, Method, Run, stream, train
 
 __all__ = ["AllTried", "Diagnosed", "Halving", "Improvement", "Oracle", "Treatment", "planned", "step_time"]
 
@@ -38,10 +39,10 @@ Plan = tuple[str, ...]
 
 
 def planned(scores: dict[str, float], pays: bool = True) -> Plan:
-    """Return the plan that a diagnosis' scores ask for: its first choice, in one restructure with another.
+    """Return the plan that a diagnosis' scores ask for.
 
-    pays: a growth is joined by the narrowing of another stage, or the other way round, if both are above
-    "keep".
+    Its first choice, in one restructure with another. pays: a growth is joined by the narrowing of another
+    stage, or the other way round, if both are above "keep".
 
     >>> scores = {"keep": 0.0, "widen stage 3": 0.2, "deepen stage 3": 0.1, "narrow stage 1": 0.1}
     >>> planned(scores), planned(scores, pays=False)
@@ -62,7 +63,9 @@ def planned(scores: dict[str, float], pays: bool = True) -> Plan:
 
 
 def step_time(times: dict[str, float], plan: Plan) -> float:
-    """Return the milliseconds of a step after a plan: what several treatments add, or save, is added up.
+    """Return the milliseconds of a step after a plan.
+
+    What several treatments add, or save, is added up.
 
     >>> times = {"keep": 10.0, "widen stage 3": 12.0, "narrow stage 1": 7.0}
     >>> step_time(times, ("narrow stage 1", "widen stage 3"))
@@ -75,7 +78,9 @@ def step_time(times: dict[str, float], plan: Plan) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Treatment(Net2Net):
-    """Carry out a plan before the first step, see `patients.treat_`; `newborn` and the rest are Net2Net's.
+    """Carry out a plan before the first step.
+
+    See `patients.treat_`; `newborn` and the rest are Net2Net's.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
@@ -104,15 +109,51 @@ class Treatment(Net2Net):
         return list(self.plan)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Continued(Method):
+    """Go on where the training before stopped.
+
+    With its momentum, and its learning rate of what is new. One for all trainings of a network; the first of
+    them has the `Treatment`.
+
+    >>> data = load("synthetic")
+    >>> net = build("resnet", data.classes, data.shape, widths=(16,), blocks=(1,))
+    >>> method = Continued(shapes={n: p.shape for n, p in net.named_parameters()}, newborn=2.0)
+    >>> for methods in ([Treatment(plan=("widen stage 1",), newborn=2.0), method], [method]):
+    ...     steps = train(net, data, Recipe(epochs=1), methods).steps
+    >>> sorted(method.momentum) == sorted(name for name, _ in net.named_parameters())
+    True
+    """
+
+    shapes: dict  # parameter -> its shape before the treatment
+    newborn: float = 1.0
+    momentum: dict = field(default_factory=dict)  # parameter -> its momentum, as the last training left it
+
+    def on_fit_start(self, run: Run) -> None:
+        for name, p in run.model.named_parameters() if self.momentum else ():
+            run.optimizer.state[p]["momentum_buffer"] = self.momentum[name]
+
+    def on_after_backward(self, run: Run) -> None:
+        if self.momentum and self.newborn != 1:
+            named = run.model.named_parameters()
+            new = [view for n, p in named for view in fresh(p.grad, self.shapes.get(n))]
+            if new:
+                torch._foreach_mul_(new, self.newborn)
+
+    def on_fit_end(self, run: Run) -> None:
+        named = run.model.named_parameters()
+        self.momentum.update({n: run.optimizer.state[p]["momentum_buffer"] for n, p in named})
+
+
 _checkpoints = {}  # key -> a given network: the last one only, which all arms of a cell share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Improvement:
-    """Carry out a plan on a given network, and train it on: (task, seed) -> `History`.
+    """Carry out a plan on a given network, and train it.
 
-    The task's epochs are those of the last training of the network as it is. Its subclasses find a plan.
-    Raises `BadInput` where a step time is not known.
+    For `Arm.fit`: (task, seed) -> `History`. The task's epochs are those of the last training of the network
+    as it is. Its subclasses find a plan. Raises `BadInput` where a step time is not known.
 
     >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
     >>> wider = Improvement(network=network, times=times, plan=("widen stage 2",))
@@ -140,10 +181,11 @@ class Improvement:
         """Return the given network with all that belongs to it; the recipe is of the last training."""
         dataset, recipe = task.load(), replace(task.recipe, schedule="constant")
         begin = replace(recipe, epochs=self.given)
+        order = stream(seed, "checkpoint").initial_seed()
         key = repr((replace(task, recipe=begin), seed, self.network))
         if key not in _checkpoints:
             model = task.build(dataset, seed, **self.network)
-            train(model, few(dataset), begin, (), seed, evaluations=1)
+            train(model, few(dataset), begin, (), order, evaluations=1)
             _checkpoints.clear()
             _checkpoints[key] = model
         model = copy.deepcopy(_checkpoints[key])
@@ -165,22 +207,23 @@ class Improvement:
         plan: Plan,
         share: float = 1.0,
         *,
-        schedule: str = "linear",
-        part: int = 0,
+        part: int | None = None,
         treat: bool = True,
-        last: bool = True,
+        methods: tuple[Method, ...] = (),
     ) -> History:
         """Treat a network, in place, and train it for a share of the last training's time.
 
-        part: of a training in several; each has its own order of images. treat: False where it was done.
-        last: False where nobody looks at the accuracy.
+        part: of a training in several, at the held rate, at whose end nobody looks at the accuracy; None: the
+        last. Each has its own order of images. treat: False where it was done. methods: others.
         """
         epochs = share * case.recipe.epochs * case.times[KEEP] / step_time(case.times, plan)
-        recipe = replace(case.recipe, epochs=epochs, warmup=0.0, schedule=schedule)
         treatment = Treatment(plan=plan, newborn=self.newborn, multiple=self.multiple)
-        methods = [treatment] if treat and set(plan) != {KEEP} else []
-        dataset, seed = case.dataset, stream(case.seed, f"improvement, part {part}").initial_seed()
-        return train(model, dataset if last else few(dataset), recipe, methods, seed, evaluations=1)
+        methods = (*([treatment] if treat and set(plan) != {KEEP} else []), *methods)
+        if part is not None:
+            return case.train(model, epochs, methods, order=f"part {part}")
+        recipe = replace(case.recipe, epochs=epochs, warmup=0.0, schedule="linear")
+        seed = stream(case.seed, "last part").initial_seed()
+        return train(model, case.dataset, recipe, methods, seed, evaluations=1)
 
     def said(self, history: History, plan: Plan, text: str = "", **seen) -> History:
         """Return a history, of what was done to find a plan, whose only event says which and why."""
@@ -193,11 +236,25 @@ def _spent(kind, seconds, raw):
     return History(seconds=seconds, raw_seconds=raw, kinds={kind: {"count": 1, "seconds": seconds}})
 
 
+def _found(case, seconds):
+    """What the case's trainings cost, and all else that went by in so many seconds, as "search"."""
+    trained = sum(case.spent, History())
+    rest = seconds - trained.raw_seconds - case.warm_up
+    return trained + _spent("search", rest, rest)
+
+
+def _small(case, side):
+    """The case with images of a share of their side, those that decide too."""
+    size = tuple(max(1, round(side * n)) for n in case.dataset.shape[1:])
+    return replace(case, dataset=shrunk(case.dataset, size, ("train", "decide")))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diagnosed(Improvement):
-    """The procedure: search, let a diagnosis rank the candidates, prune and grow at once, anneal.
+    """Search, let a diagnosis rank candidates, prune and grow at once, anneal.
 
-    Search and diagnosis see small images; the last training goes on from the weights of the search.
+    The procedure. Search and diagnosis see small images; the last training goes on from the weights of the
+    search.
 
     >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
     >>> fit = Diagnosed(network=network, times=times, diagnosis=Forks(steps=2))
@@ -213,17 +270,14 @@ class Diagnosed(Improvement):
 
     def improve(self, case: Case) -> tuple[nn.Module, History]:
         """Return the improved network and its history."""
-        scores, looked = {}, case
+        scores = {}
         with elapsed() as seconds:
-            if self.side < 1 and (self.search or not self.plan):
-                size = tuple(max(1, round(self.side * n)) for n in case.dataset.shape[1:])
-                looked = replace(case, dataset=shrunk(case.dataset, size, ("train", "decide")))
+            looked = _small(case, self.side) if self.side < 1 and (self.search or not self.plan) else case
             if self.search:
-                looked.train(case.model, self.search * case.recipe.epochs)
+                looked.train(case.model, self.search * case.recipe.epochs, order="search")
             if not self.plan:
                 scores, _ = examine(looked, self.diagnosis)
-            rest = seconds() - sum(went_by for _, went_by in looked.spent)  # trainings have their own clocks
-        found = sum((h for h, _ in looked.spent), _spent("search", rest, rest))
+            found = _found(looked, seconds())
         plan = self.plan or planned(scores, self.pays)
         text = f" by {type(self.diagnosis).__name__}"
         return case.model, self.said(found, plan, text, scores=scores) + self.train(case, case.model, plan)
@@ -231,9 +285,10 @@ class Diagnosed(Improvement):
 
 @dataclass(frozen=True, kw_only=True)
 class AllTried(Improvement):
-    """Train every candidate to its end, and keep the one that is best on images that only decide.
+    """Train every candidate to its end, and keep the best.
 
-    Its event holds the final accuracy of each: what is right is known afterwards.
+    The best on images that only decide. Its event holds the final accuracy of each: what is right is known
+    afterwards.
 
     >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
     >>> history = AllTried(network=network, times=times)(task("smoke", "synthetic"), seed=0)
@@ -247,29 +302,30 @@ class AllTried(Improvement):
         """Return the improved network and its history."""
         nets = {name: copy.deepcopy(case.model) for name in self.plan or case.times}
         runs = {name: self.train(case, net, (name,)) for name, net in nets.items()}
-        best, looked, scores = self.ranked(case, nets)
+        best, scores = self.ranked(case, nets)
         losers = sum((h for name, h in runs.items() if name != best[0]), History())
         accuracies = {name: h.accuracy for name, h in runs.items()}
-        begin = self.said(losers + looked, (best[0],), scores=scores, accuracies=accuracies)
+        begin = self.said(losers + case.spent[-1], (best[0],), scores=scores, accuracies=accuracies)
         return nets[best[0]], begin + runs[best[0]]
 
-    def ranked(self, case: Case, nets: dict[str, nn.Module]) -> tuple[list[str], History, dict[str, float]]:
-        """Return the candidates, best first, what it took to find out, and their accuracies in %."""
+    def ranked(self, case: Case, nets: dict[str, nn.Module]) -> tuple[list[str], dict[str, float]]:
+        """Return the candidates, best first, and their scores as by `Forks`; the case counts what it took."""
         watch = Stopwatch(case.dataset.device)
         watch.start()
-        scores = {n: case.judged(copy.deepcopy(net), self.images)[1] for n, net in nets.items()}
+        scores = {n: -case.loss(copy.deepcopy(net), self.images) for n, net in nets.items()}
         watch.lap("validate")
         watch.end_epoch()
-        looked = _spent("validate", watch.seconds, watch.raw)
-        return sorted(nets, key=scores.__getitem__, reverse=True), looked, scores
+        case.spent.append(_spent("validate", watch.seconds, watch.raw))
+        return sorted(nets, key=scores.__getitem__, reverse=True), scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halving(AllTried):
-    """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): the worse half goes in every round.
+    """Train all candidates, and drop the worse half in every round.
 
-    All candidates are trained at the held learning rate; from round to round those that are left have been
-    trained for twice the time. The last one goes on to its full length while the rate falls.
+    Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943). All candidates are trained at the held
+    learning rate; from round to round those that are left have been trained for twice the time, and go on
+    with their momentum. The last one goes on to its full length while the rate falls.
 
     >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
     >>> fit = Halving(network=network, times=times, annealed=0.5)
@@ -278,31 +334,36 @@ class Halving(AllTried):
     """
 
     annealed: float = 0.5  # share of its time that is left for the last one
+    side: float = 1.0  # of the images of all rounds, as a share; the last one sees whole ones
 
     def improve(self, case: Case) -> tuple[nn.Module, History]:
         """Return the improved network and its history."""
         rounds = math.ceil(math.log2(len(case.times)))
-        left = {name: copy.deepcopy(case.model) for name in self.plan or case.times}
-        found, seen, done = History(), [], 0.0
-        for i in range(rounds):
-            share = (1 - self.annealed) * 2.0 ** (i + 1 - rounds) - done
-            how = dict(schedule="constant", part=i, treat=i == 0, last=False)
-            found = sum((self.train(case, net, (n,), share, **how) for n, net in left.items()), found)
-            if len(left) > 1:
-                names, looked, scores = self.ranked(case, left)
-                left = {n: left[n] for n in names[: math.ceil(len(names) / 2)]}
-                found, seen = found + looked, [*seen, scores]
-            done += share
+        left, seen, done = {name: copy.deepcopy(case.model) for name in self.plan or case.times}, [], 0.0
+        shapes = {n: p.shape for n, p in case.model.named_parameters()}
+        going = {name: Continued(shapes=shapes, newborn=self.newborn) for name in left}
+        with elapsed() as seconds:
+            looked = _small(case, self.side) if self.side < 1 else case
+            for i in range(rounds):
+                share = (1 - self.annealed) * 2.0 ** (i + 1 - rounds) - done
+                for n, net in left.items():
+                    self.train(looked, net, (n,), share, part=i, treat=i == 0, methods=(going[n],))
+                if len(left) > 1:
+                    names, scores = self.ranked(looked, left)
+                    left, seen = {n: left[n] for n in names[: math.ceil(len(names) / 2)]}, [*seen, scores]
+                done += share
+            found = _found(looked, seconds())
         [(name, net)] = left.items()
-        last = self.train(case, net, (name,), 1 - done, part=rounds, treat=rounds == 0)
+        last = self.train(case, net, (name,), 1 - done, treat=rounds == 0, methods=(going[name],))
         return net, self.said(found, (name,), rounds=seen) + last
 
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Improvement):
-    """Train what a plan makes of the network from new weights, its whole training on the clock.
+    """Train the network that a plan makes from new weights.
 
-    Which plan is right is taken as known. It has the epochs of the checkpoint too, in the plan's step times.
+    Its whole training is on the clock. Which plan is right is taken as known. It has the epochs of the
+    checkpoint too, in the plan's step times.
 
     >>> network, times = {"widths": (16, 16), "blocks": (1, 1)}, {"keep": 1.0, "widen stage 2": 2.0}
     >>> fit = Oracle(network=network, times=times, plan=("widen stage 2",), given=2.0)

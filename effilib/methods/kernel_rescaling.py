@@ -42,9 +42,9 @@ INFO = Info(
 
 
 def shrunk(dataset: Dataset, size: tuple[int, int], splits: tuple[str, ...] = ("train",)) -> Dataset:
-    """Return the data set with the images of some splits resized to (h, w).
+    """Return the data set with the images of some splits resized.
 
-    Its crops shrink with the images.
+    To (h, w). Its crops shrink with the images.
 
     >>> shrunk(load("synthetic"), (4, 4)).shape
     (1, 4, 4)
@@ -77,7 +77,7 @@ def _cut_from(batches: Batches, table: torch.Tensor, size: tuple[int, int]) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRescaling(Method):
-    """Train through a schedule of image and kernel sizes that ends at full size.
+    """Train through image and kernel sizes that end at full size.
 
     Raises `NoEffect` if nothing was ever smaller. The images of a phase are cut from a table of resized ones,
     made once. Evaluations for the record always see images of full size, and the model as it stands: what it

@@ -121,7 +121,9 @@ def why_left(conv: nn.Module) -> str:
 
 
 def site_of(conv: nn.Conv2d, **images) -> Site:
-    """Return the site of a convolution; images: N, H, W and dtype of what it reads.
+    """Return the site of a convolution.
+
+    images: N, H, W and dtype of what it reads.
 
     >>> site_of(nn.Conv2d(4, 8, 3, padding="same")).padding
     (1, 1)
@@ -170,9 +172,9 @@ def replacement(
 ) -> Replacement:
     """Return a candidate's module, of the site's input and output shapes.
 
-    Weights are He-normal (fan in; gain 1 where no ReLU follows within), drawn from `generator`. norm:
-    BatchNorm between the parts of a candidate that has ReLUs there. conv: a trained convolution; then the
-    parts are its best linear factorisation, with neither.
+    Its input and output have the same shapes. Weights are He-normal (fan in; gain 1 where no ReLU follows
+    within), drawn from `generator`. norm: BatchNorm between the parts of a candidate that has ReLUs there.
+    conv: a trained convolution; then the parts are its best linear factorisation, with neither.
 
     >>> site = Site(C=16, O=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1))
     >>> replacement("bneck/2", site)(torch.zeros(1, 16, 8, 8)).shape
@@ -223,10 +225,11 @@ def _matrix(W, candidate):
 
 
 def factors(W: torch.Tensor, candidate: str) -> list[torch.Tensor]:
-    """Return weights of a candidate's parts that come nearest to W.
+    """Return a candidate's weights whose product comes nearest to the filters.
 
-    W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated singular value decompositions of
-    a matrix; a bottleneck takes the leading directions of either side (HOSVD, near the best).
+    Of its parts, nearest to W. W: (O, C, kh, kw). Linear parts, without BatchNorm and ReLU. Truncated
+    singular value decompositions of a matrix; a bottleneck takes the leading directions of either side
+    (HOSVD, near the best).
 
     >>> [w.shape for w in factors(torch.rand(8, 4, 3, 3), "lowrank/2")]
     [torch.Size([4, 4, 3, 3]), torch.Size([8, 4, 1, 1])]

@@ -126,9 +126,10 @@ def train_step(
     setting: Setting,
     parameters: Iterable[nn.Parameter] = (),
 ) -> Callable[[], None]:
-    """Return forward, loss, backward and update of a network as a function; nothing moves.
+    """Return a training step of a network as a function.
 
-    parameters: those that are updated if they take part (none: the network's).
+    Forward, loss, backward and update; nothing moves. parameters: those that are updated if they take part
+    (none: the network's).
 
     >>> net = nn.Linear(2, 2)
     >>> train_step(net, torch.ones(1, 2), torch.tensor([0]), Setting())()

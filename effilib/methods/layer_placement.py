@@ -79,7 +79,7 @@ class Cluster:
 def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
     """Return the bytes through the server's link in a step.
 
-    4 [2 W P(1..k) + 2 W b A_k]: the first k of N layers are on the workers. Weights down and gradients up,
+    4 [2 W P(1..k) + 2 W b A_k]. The first k of N layers are on the workers. Weights down and gradients up,
     activations up and their gradients down; k = N is the plain parameter server, where nothing is cut.
 
     >>> conv, fc = (Layer(name="", parameters=p, outputs=a) for p, a in ((10, 100), (1000, 10)))
@@ -93,9 +93,10 @@ def traffic(layers: Sequence[Layer], k: int, workers: int, batch: int) -> int:
 
 
 def step_seconds(layers: Sequence[Layer], k: int, cluster: Cluster) -> float:
-    """Return T(k), the seconds of a step cut behind layer k.
+    """Return the seconds of a step cut behind layer k.
 
-    The workers' part, the link and the server's part, one after the other; with overlap the longest of them.
+    T(k). The workers' part, the link and the server's part, one after the other; with overlap the longest of
+    them.
 
     >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
     >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
@@ -133,8 +134,8 @@ def server_bytes(layers: Sequence[Layer], k: int, cluster: Cluster) -> int:
 def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
     """Return (k, seconds) of the cut with the shortest step.
 
-    It fits the server's memory; of equals the one with the least on the server. The first layer always stays
-    with the workers, for the images are there.
+    Of those that fit the server's memory. Of equals the one with the least on the server. The first layer
+    always stays with the workers, for the images are there.
 
     >>> conv = Layer(name="conv", parameters=10, outputs=100, seconds=2.0)
     >>> layers = [conv, Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
@@ -154,9 +155,9 @@ def best_cut(layers: Sequence[Layer], cluster: Cluster) -> tuple[int, float]:
 
 
 def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
-    """Return the seconds of a step without a server: gradients are summed in a ring of the workers.
+    """Return the seconds of a step without a server.
 
-    Each worker's own link carries 2 (W - 1) / W P numbers.
+    Gradients are summed in a ring of the workers. Each worker's own link carries 2 (W - 1) / W P numbers.
 
     >>> layers = [Layer(name="fc", parameters=1000, outputs=10, seconds=0.5)]
     >>> ring_seconds(layers, Cluster(workers=2, batch=1, bandwidth=4000))
@@ -170,9 +171,9 @@ def ring_seconds(layers: Sequence[Layer], cluster: Cluster) -> float:
 def pipeline(
     layers: Sequence[Layer], stages: int, batch: int, bandwidth: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Cut the chain in pieces whose slowest takes the least time.
+    """Cut the chain so that its slowest piece or link is fastest.
 
-    Links between pieces count as pieces. Returns (seconds, cuts); one machine a piece.
+    In `stages` pieces. Returns (seconds, cuts); one machine a piece.
 
     B[j][m] = min_{i<j} max(B[i][m-1], 2 * 4 b A_i / bandwidth, t_{i+1} + ... + t_j), over j layers and m
     stages (PipeDream's straight pipeline); seconds are those of a batch of `batch` images. cuts: how many
@@ -203,9 +204,9 @@ def pipeline(
 
 
 def bubble(stages: int, microbatches: int) -> float:
-    """Return the share of the time that a pipeline's machine waits: (S - 1) / (M + S - 1).
+    """Return the share of time that a pipeline's machine waits.
 
-    The pipeline is filled and drained at every step.
+    (S - 1) / (M + S - 1). The pipeline is filled and drained at every step.
 
     >>> bubble(stages=4, microbatches=12)
     0.2
@@ -214,9 +215,9 @@ def bubble(stages: int, microbatches: int) -> float:
 
 
 def estimate(layers: Sequence[Layer], rate: float) -> list[Layer]:
-    """Return layers with seconds estimated from FLOPs.
+    """Return the layers with seconds from FLOPs.
 
-    rate: the device's FLOP/s.
+    For a device that does `rate` FLOP/s.
 
     >>> estimate([Layer(name="conv", parameters=10, outputs=5, flops=2e9)], rate=1e9)[0].seconds
     2.0

@@ -42,9 +42,9 @@ def potentials(
     y: torch.Tensor,
     context: Callable = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """Return the named layers' Fisher potentials on one batch.
+    """Return the Fisher potential of named layers on one batch.
 
-    Layers that the pass does not reach have 0.
+    By name. Layers that the pass does not reach have 0.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> found = potentials(net, ["features.4"], torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
@@ -79,11 +79,11 @@ def survey(
     block: int = 16,
     seed: int = 0,
 ) -> dict:
-    """Measure each candidate's and cut's time and damage.
+    """Measure what candidates and cuts take and damage, and the step.
 
-    The whole step is measured too; the model is left as it was. x, y: one batch of training images, in the
-    layout of training. block: nodes lose so many channels at a time, at most half of them (0: none). Damage
-    is the loss of potential as a share of the network's, and at least that of a cut to what `passes`.
+    The model is left as it was. x, y: one batch of training images, in the layout of
+    training. block: nodes lose so many channels at a time, at most half of them (0: none). Damage is the loss
+    of potential as a share of the network's, and at least that of a cut to what `passes`.
 
     Returns plain values: "layers" (name -> candidate -> "seconds", "damage", "flops"), "corners" (name ->
     seconds as `between` takes them), "potential" (name -> its share), "nodes" (name -> "widths", from all on,
@@ -188,11 +188,12 @@ def foresee(found: dict, plan: dict) -> tuple[float, float]:
 
 
 def pick(found: dict, budget: float) -> dict:
-    """Choose a plan from a survey: little damage within `budget` of the step's time, as foreseen.
+    """Choose a plan from a survey, within a budget.
 
-    Move by move, the least damage a saved second first; then what became superfluous is undone, the most
-    damaging first. A move is another candidate for a layer, or a block of channels less at a node. Where the
-    budget cannot be reached, the plan has the fastest of all, and its note says so.
+    Little damage within `budget` of the step's time, as foreseen. Move by move, the least damage a saved
+    second first; then what became superfluous is undone, the most damaging first. A move is another candidate
+    for a layer, or a block of channels less at a node. Where the budget cannot be reached, the plan has the
+    fastest of all, and its note says so.
 
     >>> layer = {"conv": {"seconds": 4.0, "damage": 0.0}, "dwsep": {"seconds": 1.0, "damage": 0.1}}
     >>> found = {"layers": {"a": layer}, "nodes": {}, "corners": {}, "potential": {"a": 0.5}, "step": 10.0}

@@ -38,9 +38,10 @@ def _calls(model, x, context):
 def sites(
     model: nn.Module, x: torch.Tensor, context: Callable = contextlib.nullcontext
 ) -> tuple[dict[str, Site], dict[str, str]]:
-    """Return all plain convolutions, and which are never replaced.
+    """Return all plain convolutions as they meet images x.
 
-    (dict name -> `Site`, dict name -> why not). Those that are left alone can still lose channels.
+    Two dicts: name -> `Site`, and name -> why it is never replaced. What is left alone can still lose
+    channels.
 
     >>> found, left = sites(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8))
     >>> list(found), left
@@ -94,10 +95,10 @@ def cuttable(model: nn.Module, found: dict[str, Site]) -> list[surgery.Node]:
 def replace_(model: nn.Module, plan: dict, seed: int = 0, *, trained: bool = False) -> list[str]:
     """Cut and replace what a plan names, in place.
 
-    plan: "layers" (name -> candidate), "widths" (channel node -> channels, the first ones), "norm" (BatchNorm
-    within new layers; default: if the network has one). Returns the names. Where channels are cut, outgoing
-    weights grow so that the next layer's outputs keep their spread. trained: take the best linear
-    factorisation of the weights that are there instead; nothing can be cut then.
+    New layers are drawn from `seed`. plan: "layers" (name -> candidate), "widths" (channel node -> channels,
+    the first ones), "norm" (BatchNorm within new layers; default: if the network has one). Returns the names.
+    Where channels are cut, outgoing weights grow so that the next layer's outputs keep their spread. trained:
+    take the best linear factorisation of the weights that are there instead; nothing can be cut then.
 
     Raises `NoEffect` for an empty plan and `BadInput` for one of another network, or of a layer that no
     candidate can stand for (dilated, grouped, another padding); the network then stays as it was.

@@ -1,9 +1,9 @@
 """Patients: given networks with a planted defect, and what could be done about it (chapter II.9).
 
-The thesis asks how to improve a given network. Who is to answer that has to be tried on networks for which
-the answer is known. So here are some: the residual trunk is the same in all of them, and what is planted lies
-inside of its paths, in the channels between a block's two convolutions, or in the number of blocks. What is
-right for each is found out by brute force: every candidate is trained for the same time, several times over.
+The thesis asks how to improve a given network. A diagnosis is tested on networks with known answers: the
+residual trunk is the same in all of them, and the defect lies inside of its paths, in the channels between a
+block's two convolutions, or in the number of blocks. Brute force finds what is right for each: every
+candidate is trained for the same time, several times over.
 
 A treatment exists twice: `treated` on a network's settings, a pure function, and `treat_` on a network in
 training, by surgery. Both come to the same shape.
@@ -35,7 +35,7 @@ FACTOR = 2  # what "widen" and "narrow" multiply and divide a stage's inner widt
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """A network and its planted defect.
+    """Describe a network and its planted defect.
 
     blocks: per stage, its blocks' inner widths, see `ResNet`. cure: the candidate that acts against the
     defect.
@@ -59,7 +59,7 @@ class Patient:
 # channels inside of stage 3 and 32 inside of stage 1 lost two to three points against these at equal time, 64
 # inside of stage 2 less than one.
 HEALTHY = Patient(name="healthy", blocks=((16,), (32,), (32, 32)), cure=KEEP)
-# More than are needed: those whose defect is none, in the time that there is, are left out (`regret.chosen`).
+# More than are needed: `regret.chosen` leaves out those whose defect does not matter in the time there is.
 PATIENTS = (
     HEALTHY,
     Patient(name="stage 1 narrow", blocks=((8,), (32,), (32, 32)), cure="widen stage 1"),
@@ -91,7 +91,7 @@ def treated(settings: dict, candidate: str, multiple: int = 16) -> dict:
     blocks = [[w] * b if isinstance(b, int) else list(b) for w, b in zip(widths, blocks, strict=True)]
     if candidate == KEEP:
         return {**settings, "blocks": blocks}
-    action, stage = _parts(candidate, len(blocks))
+    action, stage = parsed(candidate, len(blocks))
     inner = blocks[stage]
     if action == "widen":
         blocks[stage] = [multiple * -(-FACTOR * n // multiple) for n in inner]
@@ -104,18 +104,18 @@ def treated(settings: dict, candidate: str, multiple: int = 16) -> dict:
     return {**settings, "blocks": blocks}
 
 
-def _parts(candidate, stages):
-    """("widen", 0) of "widen stage 1"."""
+def parsed(candidate, stages):
+    """("widen", 0) of "widen stage 1"; stages: how many there are."""
     known = [KEEP, *(f"{a} stage {i + 1}" for a in ACTIONS for i in range(stages))]
     action, _, number = choose("candidate", candidate, known).partition(" stage ")
     return action, int(number) - 1
 
 
 def candidates(settings: dict, multiple: int = 16) -> dict[str, dict]:
-    """Return what can be done to a network: candidate -> the settings that it would have.
+    """Return what can be done to a network.
 
-    To keep it, to widen or deepen any of its stages, to narrow the first, whose maps are the largest; what
-    would change nothing is left out.
+    Candidate -> the settings that it would have. To keep it, to widen or deepen any of its stages, to narrow
+    the first, whose maps are the largest; what would change nothing is left out.
 
     >>> list(candidates({"widths": [16, 32], "blocks": [1, 1]}))
     ['keep', 'widen stage 1', 'widen stage 2', 'deepen stage 1', 'deepen stage 2']
@@ -156,7 +156,7 @@ def treat_(
     goal = treated(model.settings(), candidate, multiple)["blocks"]
     if candidate == KEEP:
         return
-    action, stage = _parts(candidate, len(goal))
+    action, stage = parsed(candidate, len(goal))
     inner = [f"stages.{stage}.{j}.conv1" for j in range(len(model.stages[stage]))]
     if action == "deepen":
         grow_(model, optimizer, x, None, deeper=(f"stages.{stage}.{len(inner) - 1}",), generator=generator)
@@ -177,9 +177,9 @@ def treat_(
 def step_times(
     task: Task, dataset: Dataset, networks: Sequence[dict], *, repeats: int = 15, seconds: float | None = None
 ) -> list[float]:
-    """Time a training step of ResNets of several shapes, in turn; return the medians in milliseconds.
+    """Time a training step of several ResNets; return medians in milliseconds.
 
-    networks: their settings. The learning rate is 0, so that nothing is learned.
+    In turn. networks: their settings. The learning rate is 0, so that nothing is learned.
 
     >>> t = task("smoke", "synthetic")
     >>> len(step_times(t, t.load(), [{"widths": (8, 8), "blocks": (1, n)} for n in (1, 2)], repeats=3))

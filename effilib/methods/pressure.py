@@ -29,10 +29,11 @@ __all__ = ["Pressure", "norms", "parts", "strength", "survival"]
 
 
 def parts(model: torch.nn.Module) -> list[tuple[int, Group, Group]]:
-    """Return what can go of a ResNet: (stage's number, channels of a block, the block) for each block.
+    """Return what can go of a ResNet, for each block.
 
-    Both are groups as in `prune_train`: the weights by which the channels between its two convolutions are
-    read, and the scale of its last BatchNorm, as one group. Raises `BadInput` for another network.
+    As (stage's number, channels of the block, the block). The last two are groups as in `prune_train`: the
+    weights by which the channels between its two convolutions are read, and the scale of its last BatchNorm,
+    as one group. Raises `BadInput` for another network.
 
     >>> net = build("resnet", 4, (1, 8, 8), widths=(8, 16), blocks=(1, 1))
     >>> [(stage, W.shape, gamma.shape) for stage, (W, *_), (gamma, *_) in parts(net)][1]
@@ -63,7 +64,9 @@ def norms(model: torch.nn.Module) -> list[tuple[int, torch.Tensor, torch.Tensor]
 
 
 def survival(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Return the share of each norm that is left, at most 1: the continuous pruning rate is 1 less it.
+    """Return the share of each norm that is left, at most 1.
+
+    The continuous pruning rate is 1 less it.
 
     >>> survival(torch.tensor([0.5, 3.0, 0.0]), torch.tensor([1.0, 2.0, 0.0])).tolist()
     [0.5, 1.0, 0.0]
@@ -78,10 +81,11 @@ def strength(
     goes: float,
     keep_scale: bool = False,
 ) -> float:
-    """Return the kappa of a proximal step after which a share of what is priced has gone.
+    """Return the kappa after which a share of what's priced has gone.
 
-    now, before: norms per layer, (n,), as they are and as they began. prices: of a norm, per layer; the step
-    takes kappa times it off, see `shrink_`. Found by bisection; 0 where as much has gone already.
+    Of one proximal step. now, before: norms per layer, (n,), as they are and as they began. prices: of a
+    norm, per layer; the step takes kappa times it off, see `shrink_`. Found by bisection; 0 where as much has
+    gone already.
 
     >>> two = [torch.ones(4), torch.ones(4)]
     >>> round(strength(two, two, prices=[3.0, 1.0], goes=0.5), 3)  # (3 * 0.6 + 1 * 0.2) / 4
@@ -109,7 +113,9 @@ def strength(
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure(Method):
-    """Shrink channels and blocks of a ResNet by their price. Nothing is cut: `norms` tells what has gone.
+    """Shrink channels and blocks of a ResNet by their price.
+
+    Nothing is cut: `norms` tells what has gone.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(8, 16), blocks=(1, 1))

@@ -3,7 +3,7 @@
 Four lines of the thesis (2019): train the baseline from the first epoch on; prune it while it trains; train
 until one more epoch improves nothing; look at how much was pruned in the last epochs to decide whether the
 network should become wider or deeper. What is new in it is the use of the recent pruning rate as a diagnosis:
-a penalty that removes all that is not needed tells where nothing was to spare.
+a penalty that removes all that is not needed tells where no capacity was spare.
 
 Pruning is PruneTrain's (chapter 6.1), growth Net2Net's (6.2), both exact here; the decision is
 `effilib.methods.decision.decide`, what is done to the network `effilib.methods.growth`. A run has two phases:
@@ -73,10 +73,11 @@ def decisions(history: History) -> tuple[tuple[int, str, str], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneThenGrow(Policy, Method):
-    """Prune while training, then grow. Raises `BadInput` for a network that cannot be pruned or cannot grow.
+    """Prune while training, then grow.
 
-    When and where it grows: see `Policy`, whose settings are this method's. A method that resizes images
-    comes before this one, says so by `phases(shape, steps)` as `KernelRescaling` does, and leaves kernels.
+    Raises `BadInput` for a network that cannot be pruned or cannot grow. When and where it grows: see
+    `Policy`, whose settings are this method's. A method that resizes images comes before this one, says so by
+    `phases(shape, steps)` as `KernelRescaling` does, and leaves kernels.
 
     >>> data = load("synthetic")
     >>> net = build("resnet", data.classes, data.shape, widths=(16, 16), blocks=(1, 1))
@@ -92,7 +93,6 @@ class PruneThenGrow(Policy, Method):
     # learning rate; 0: lambda comes from PruneTrain's ratio.
     idle: float = 0.15
     factor: float = 1.5  # of the channels, by widening
-    trunk: bool = False  # widen the trunk of residual paths too
     breaker: str = "pair"  # of symmetry, see `widening.widen_`
     grace: int = 1  # epochs in which newborn channels are neither penalised nor cut
     search: float = 0.6  # share of the schedule that SEARCH takes at most
@@ -254,9 +254,7 @@ class PruneThenGrow(Policy, Method):
         return kept[_key(size)]
 
     def _scaled_cost(self, run, size):
-        """FLOPs of a step on images of a size: counted at the current one, for counting takes time, and
-        scaled by the number of pixels.
-        """
+        """FLOPs of a step on images of a size, scaled from the current one by pixels: counting takes time."""
         now = run.state[self]["size"]
         return self._step_cost(run, now) * math.prod(size) / math.prod(now)
 
@@ -386,13 +384,12 @@ class PruneThenGrow(Policy, Method):
             pressed=state["pressed"] / len(run.batches),
             images=min(self.images, len(run.decide)),
             over=run.schedule.position >= self.search * run.schedule.planned,
-            seed=run.seed,
         )
 
     def _prices(self, run, stage, growths):
         """What some growths of a stage (its number) would add to the FLOPs of the remaining steps, by growth.
 
-        Infinite where it cannot be, and behind the first that can be: only a choice at random looks further.
+        Infinite where it cannot be, and behind the first that can be.
         """
         found, full = dict.fromkeys(GROWTH, math.inf), math.prod(run.dataset.shape[1:])
         for growth in (g for g in self.order if g in growths):
@@ -401,8 +398,7 @@ class PruneThenGrow(Policy, Method):
             if more is not None:
                 pixel = more * run.batches.batch_size / full
                 found[growth] = self._rest(run, lambda size, pixel=pixel: pixel * math.prod(size))
-                if self.where != "random":
-                    break
+                break
         return found
 
     @staticmethod
@@ -425,7 +421,7 @@ class PruneThenGrow(Policy, Method):
 
     def _enlarge(self, model, layout, stage, growth, **kwargs):
         """`grow_` with this method's settings."""
-        return grow_(model, layout, stage, growth, factor=self.factor, trunk=self.trunk, **kwargs)
+        return grow_(model, layout, stage, growth, factor=self.factor, **kwargs)
 
     def _decided(self, run):
         """The decision, or what the plan says."""

@@ -3,8 +3,8 @@
 The root decides between children; a child with one class is a leaf, one with several is a branch with a small
 network of its own. Where new classes go is read from the root (`tree_growth`). Then only what changed is
 trained again: the root, on all classes so far, and the branches whose classes changed, on theirs. Over a
-*shared trunk* (ours) root and branches have their first layers in common, as the first stage left them, and
-only the last ones are trained.
+*frozen trunk* (ours) the first layers of root and branches are copies of what the first stage left, and only
+the last ones are trained.
 
 The authors' code reads the likelihood of CIFAR-10 from training *and test* images; here it is read from
 training images of the new classes, which the root has never seen. Old images are kept and trained on: this
@@ -44,7 +44,7 @@ Make = Callable[[int], nn.Module]  # number of outputs -> network
 
 
 class Tree(nn.Module):
-    """A root that decides between children, and small networks behind it.
+    """Decide between children by a root, with small networks behind it.
 
     root: images -> (N, K) logits of the children. groups: per child its classes. branches: per child its
     network, None for a leaf; its logits are in the order of its group. Depth 2, as in the paper.
@@ -132,9 +132,9 @@ def head(make: Make) -> list[str]:
 
 
 def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
-    """Return a new network with the weights of `old` in all layers but the last.
+    """Return a new network with the weights of an old one.
 
-    Raises `NotApplicable` if the two do not agree in these layers.
+    In all layers but the last. Raises `NotApplicable` if the two do not agree in these layers.
 
     >>> def make(outputs):
     ...     return nn.Sequential(nn.Linear(2, 4), nn.Linear(4, outputs))
@@ -159,9 +159,9 @@ def transferred(make: Make, outputs: int, old: nn.Module) -> nn.Module:
 
 
 def effort(trained: list[tuple[float, int]], full: list[tuple[float, int]]) -> float:
-    """Return the training effort relative to another training: sums of weights x samples.
+    """Return the training effort relative to another training.
 
-    trained, full: (weights, samples) of each network that is trained.
+    Both are sums of weights x samples. trained, full: (weights, samples) of each network that is trained.
 
     >>> effort(trained=[(1000, 50), (200, 10)], full=[(1000, 104)])
     0.5
@@ -170,9 +170,9 @@ def effort(trained: list[tuple[float, int]], full: list[tuple[float, int]]) -> f
 
 
 def relabel(dataset: Dataset, labels: dict[int, int]) -> Dataset:
-    """Return the images of some classes with new labels, in all four splits.
+    """Return the images of some classes with new labels.
 
-    labels: class -> new label 0, 1, ...
+    In all four splits. labels: class -> new label 0, 1, ...
 
     >>> part = relabel(load("synthetic"), {2: 0, 3: 1})
     >>> part.names, part.train.y.unique().tolist()
@@ -195,7 +195,9 @@ def relabel(dataset: Dataset, labels: dict[int, int]) -> Dataset:
 
 
 def fitting(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Return the recipe, its batch no larger than the data: a branch can have few images.
+    """Return the recipe, its batch no larger than the data.
+
+    A branch can have few images.
 
     >>> fitting(Recipe(batch_size=1000), load("synthetic")).batch_size
     360
@@ -205,9 +207,10 @@ def fitting(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 @torch.no_grad()
 def hits(tree: Tree, dataset: Dataset, split: str, precision: str = "fp32") -> list[list[int]]:
-    """Return [correct, all] by class of the tree on a split, as `training.class_hits` does.
+    """Return [correct, all] by class of the tree on a split.
 
-    Images of classes that have not come yet are told wrong. The tree is left in eval mode.
+    As `training.class_hits` does. Images of classes that have not come yet count as misclassified. The tree
+    is left in eval mode.
 
     >>> data = load("synthetic")
     >>> tree = Tree(build("convnet", 3, data.shape, widths=(4,)), [[0], [1], [2]], [None] * 3)
@@ -225,11 +228,11 @@ def hits(tree: Tree, dataset: Dataset, split: str, precision: str = "fp32") -> l
 
 @dataclass(frozen=True, kw_only=True)
 class TreeCNN:
-    """How a tree grows. Not a `Method`: a stage is several trainings.
+    """Grow a tree as classes arrive.
 
-    `start` is the first stage, `learn_` a later one; `class_arrival.Growing` calls them. Accuracies are those
-    of the whole tree on all images, also of classes that have not come yet; a row's loss is that of the part
-    that was trained.
+    Not a `Method`: a stage is several trainings. `start` is the first stage, `learn_` a later one;
+    `class_arrival.Growing` calls them. Accuracies are those of the whole tree on all images, also of classes
+    that have not come yet; a row's loss is that of the part that was trained.
 
     >>> data, recipe, method = load("synthetic"), Recipe(epochs=1), TreeCNN(cap=2)
     >>> def make(outputs):
@@ -244,7 +247,7 @@ class TreeCNN:
     alpha: float = 0.1  # see `grow`
     beta: float = 0.1
     images: int = 50  # of each new class, for the likelihood
-    depth: int = 0  # layers trained in later stages, from the end; the others are a shared trunk. 0: all
+    depth: int = 0  # layers trained in later stages, from the end; the others are a frozen trunk. 0: all
 
     def likelihood(
         self, tree: Tree, dataset: Dataset, new: list[int], precision: str = "fp32"
@@ -276,7 +279,7 @@ class TreeCNN:
         """Train a first stage, its classes grouped as told: one group a child."""
         groups = [list(g) for g in groups]
         if self.depth and max(map(len, groups)) > 1:
-            raise BadInput("tree: over a shared trunk the first stage has leaves only, for the root makes it")
+            raise BadInput("tree: over a frozen trunk the first stage has leaves only, for the root makes it")
         branches = [make_branch(len(g)) if len(g) > 1 else None for g in groups]
         tree = Tree(make_root(len(groups)), groups, branches)
         how = {"root": "fresh", **{k: "leaf" if len(g) == 1 else "fresh" for k, g in enumerate(groups)}}

@@ -21,6 +21,11 @@ def test_the_judged_arms_save_alike_and_differ_in_regularisation():
     assert cell[IMAGES].rows[-1]["loss"] != cell[WEAK].rows[-1]["loss"]
 
 
+def test_a_study_judges_cut_outs_too():
+    *_, arm = chapter.arms(TASK.but(preset="study"))
+    assert (arm.name, arm.methods[0].cut, arm.methods[0].crops) == (chapter.PARTS, 0.875, False)
+
+
 def test_with_5x5_kernels_where_pixels_are_many_the_kernels_share_is_shown_apart():
     t = chapter.with_large_kernels(TASK).but(lengths=(1.0,))
     assert kernels(t.build(DATA)) == {"stem": 5, "stages.0.0.conv1": 5, "stages.0.0.conv2": 5}

@@ -7,7 +7,7 @@ from effilib import tuning
 from effilib.chapters import practical_setting as chapter
 from effilib.experiment import check_arms
 from effilib.methods.patients import PATIENTS, candidates
-from effilib.regret import chosen, halves, runs
+from effilib.regret import runs
 from effilib.tasks import task
 
 
@@ -66,18 +66,13 @@ def test_the_table_is_measured_once_and_the_truths_run_what_is_missing(folder, m
     assert set(runs(rows)["patient"]) == {PATIENTS[3].name}
 
 
-def test_only_chosen_patients_are_judged(folder, monkeypatch):
+def test_every_candidate_of_every_patient_has_all_seeds(folder, monkeypatch):
     monkeypatch.setitem(chapter.WARD, "smoke", dict(images=64, epochs=0.25, batch_size=32))
-    few = PATIENTS[0], PATIENTS[3]
-    monkeypatch.setattr(chapter, "patients", lambda task: few)
+    monkeypatch.setattr(chapter, "patients", lambda task: PATIENTS[3:4])
     t = task("smoke", "synthetic")
-    found = chapter.choose_and_judge(t, workers=1, report=lambda line: None)
-    choosing, judging = halves(chapter.FEW)
-    judged = [r for r in chapter.recorded(t) if r["seed"] in judging]
-    assert {r["arm"].partition(":")[0] for r in judged} == set(found)
-    first = [r for r in chapter.recorded(t) if r["seed"] in choosing]
-    assert {r["arm"].partition(":")[0] for r in first} == {p.name for p in few}
-    assert found == chosen(runs(first), {p.name: p.cure for p in few}, choosing)
+    found = runs(chapter.truths(t, workers=1, report=lambda line: None))
+    assert (found.groupby(["candidate", "length"])["seed"].apply(set) == set(chapter.FEW)).all()
+    assert len(chapter.SEEDS["study"]) == 5
 
 
 def test_truths_of_another_table_are_not_taken(folder, monkeypatch):

@@ -35,6 +35,17 @@ def test_the_control_is_the_network_that_the_pilot_ended_with():
     assert sum(w for w, _ in final.values()) < sum(n.width for n in surgery.nodes(TASK.build(TASK.load())))
 
 
+def test_a_study_cuts_too_when_small_images_become_large(monkeypatch):
+    monkeypatch.setitem(chapter.CUT, "study", chapter.CUT["smoke"])
+    study = TASK.but(preset="study", epochs=1.0, batch_size=16)
+    *_, arm = chapter.arms(study, chapter.pilot(TASK))
+    assert arm.name == chapter.HALVED
+    events = arm.run(study, study.load(), 0).events
+    [switch] = [e["step"] for e in events if e["method"] == "KernelRescaling" and e["step"]]
+    [cut] = [e["step"] for e in events if "masks" in e["text"]]
+    assert abs(cut - switch) <= 1
+
+
 def test_a_users_network_is_cut_to_the_same_widths(monkeypatch):
     monkeypatch.setattr("effilib.models.describe", lambda model: {})  # as of a network that is not ours
     pilot = Arm(name="p", methods=(chapter.method("smoke", 0.5),)).run(TASK, TASK.load(), 0)

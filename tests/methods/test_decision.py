@@ -228,13 +228,6 @@ def test_growth_without_pruning_needs_no_pressure():
     assert decide(trace(QUIET, lam=0.0, idle=math.inf), blind).kind == "widen"
 
 
-def test_random_growth_draws_from_all_and_repeats_itself():
-    policy, stages = Policy(where="random"), [stage("a", 0.5), stage("b"), stage("c", deepen=1000.0)]
-    drawn = {(a.kind, a.stage) for a in (decide(trace(stages, seed=s), policy) for s in range(60))}
-    assert drawn == {("widen", "a"), ("widen", "b"), ("widen", "c"), ("deepen", "a"), ("deepen", "b")}
-    assert decide(trace(stages, seed=7), policy) == decide(trace(stages, seed=7), policy)
-
-
 def test_settings_that_cannot_be_are_bad_input():
     with pytest.raises(BadInput, match="unknown mode 'window'"):
         Policy(mode="window")
@@ -277,7 +270,7 @@ def traces(draw):
 
 
 policies = st.builds(
-    Policy, mode=st.sampled_from(MODES), where=st.sampled_from(("pruned", "random")), pressure=st.booleans(),
+    Policy, mode=st.sampled_from(MODES), pressure=st.booleans(),
     cooldown=st.integers(1, 3), order=st.permutations(GROWTH),
 )  # fmt: skip
 
@@ -294,11 +287,10 @@ def test_an_action_is_always_affordable_allowed_and_the_same_again(found, policy
         assert len(found.growths) < policy.growths
         assert found.now.epoch - found.last >= policy.cooldown or not found.actions
         assert found.lam > 0 or not policy.pressure
-        if policy.where == "pruned":
-            assert (
-                max(rates(found, max(policy.window, 2))[action.stage], chosen.pending) <= policy.low
-                or not policy.pressure
-            )
+        assert (
+            max(rates(found, max(policy.window, 2))[action.stage], chosen.pending) <= policy.low
+            or not policy.pressure
+        )
 
 
 @settings(max_examples=300, deadline=None)
@@ -316,7 +308,6 @@ def test_on_stages_that_go_on_as_they_are_it_never_goes_to_and_fro(seen, policy,
     ends.
     """
     stages = [replace(s, name="abc"[i]) for i, s in enumerate(seen)]
-    policy = replace(policy, where="pruned")
     actions, frozen, last = (), frozenset(), None
     for epoch in range(len(losses)):
         found = trace(stages, losses[: epoch + 1], actions=actions, frozen=frozen)

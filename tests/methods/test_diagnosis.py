@@ -23,7 +23,7 @@ from effilib.methods.diagnosis import (
 )
 from effilib.methods.gradient_diagnosis import GradMax, _gradients, leading_values
 from effilib.methods.patients import KEEP, candidates, treated
-from effilib.training import Recipe, evaluate, train
+from effilib.training import Recipe, evaluate, stream, train
 from tests.common import equal, shake
 
 SHAPE = (1, 8, 8)
@@ -74,7 +74,7 @@ def test_the_search_is_a_training_at_a_held_rate():
     found, history = search(
         model, DATA, replace(RECIPE, schedule="linear"), {"keep": 1.0}, seed=3, multiple=4
     )
-    train(again, DATA, RECIPE, seed=3)
+    train(again, DATA, RECIPE, seed=stream(3, "search").initial_seed())
     assert equal(found.model, again)
     assert history.steps == 2 * (len(DATA.train) // 20)
     assert found.recipe.lr_at(29, 30) == RECIPE.lr
@@ -147,7 +147,8 @@ def test_forks_are_separate_trainings_bit_for_bit():
         )
         per_epoch = len(DATA.train) // RECIPE.batch_size
         recipe = replace(RECIPE, epochs=steps / per_epoch, warmup=0.0, schedule="linear")
-        assert train(alone, DATA, recipe, seed=mine.seed).steps == steps
+        order = stream(mine.seed, "diagnosis").initial_seed()
+        assert train(alone, DATA, recipe, seed=order).steps == steps
         models.reestimate_(alone, [x for (x, _), _ in zip(mine.batches(), range(4), strict=False)])
         assert equal(alone, forked)
         assert loss == evaluate(alone, DATA, "decide")[0]

@@ -1,6 +1,7 @@
 """The procedure and its rivals: one checkpoint, nothing left off the clock, runs that can be had again."""
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from effilib.errors import BadInput
-from effilib.methods.diagnosis import Case, RandomChoice
+from effilib.methods.diagnosis import Case, RandomChoice, examine
 from effilib.methods.improvement import (
     AllTried,
+    Continued,
     Diagnosed,
     Halving,
     Improvement,
@@ -21,7 +23,7 @@ from effilib.methods.improvement import (
 )
 from effilib.methods.patients import KEEP, treat_, treated
 from effilib.tasks import task
-from effilib.training import train
+from effilib.training import Method, stream, train
 from tests.common import equal, work
 
 TASK = task("smoke", "synthetic").but(batch_size=20, epochs=2.0, precision="fp32", images=120)
@@ -101,7 +103,7 @@ def test_all_begin_with_the_same_checkpoint_whose_training_is_not_on_the_clock()
     assert len({id(case.model) for case in cases}) == len(cases)  # nobody trains the others' network
     expected = TASK.build(cases[0].dataset, 1, **NETWORK)
     held = replace(TASK.recipe, epochs=HOW["given"], schedule="constant")
-    train(expected, cases[0].dataset, held, seed=1)
+    train(expected, cases[0].dataset, held, seed=stream(1, "checkpoint").initial_seed())
     assert equal(cases[0].model, expected)
     history = fits[0](TASK, 1)
     assert history.steps == STEPS
@@ -141,16 +143,79 @@ def test_diagnosis_and_search_are_on_the_clock():
     assert sizes == [(4, 4)]
 
 
-def test_trainings_of_a_diagnosis_are_counted_by_their_own_clocks():
+def test_setting_up_a_training_counts_but_for_the_first_warm_up():
+    trained = []
+
     class Trains(Says):
         def __call__(self, case):
-            case.train(case.treated(), 1.0)
+            trained.extend(case.train(case.treated(), 0.5) for _ in range(2))
             return super().__call__(case)
 
     history = Diagnosed(**HOW, diagnosis=Trains(WIDER.scores))(TASK, 0)
     assert history.steps == STEPS + STEPS // 2
     assert history.kinds["step"]["count"] >= history.steps
     assert len(history.rows) == 1  # not of the few images that a diagnosis reports on
+    assert history.kinds["search"]["seconds"] > trained[1].warm_up > 0
+    case = Improvement(**HOW, plan=(KEEP,)).case(TASK, 0)
+    _, seconds = examine(case, Trains(WIDER.scores))
+    counted = sum(h.raw_seconds for h in trained[2:])
+    assert seconds > counted + trained[3].warm_up
+    assert case.warm_up == trained[2].warm_up
+
+
+def test_checkpoint_search_diagnosis_and_last_part_have_other_orders_and_forks_the_same():
+    case, seen = Improvement(**HOW, plan=(KEEP,)).case(TASK, 0), []
+
+    class Look(Method):
+        def on_fit_start(self, run):
+            seen.append([])
+
+        def on_batch(self, run, x, y):
+            seen[-1].append(x.clone())
+            return x, y
+
+    nets = [copy.deepcopy(case.model) for _ in range(5)]
+    train(nets[0], case.dataset, case.recipe, [Look()], stream(0, "checkpoint").initial_seed())
+    for net, order in zip(nets[1:4], ("search", "diagnosis", "diagnosis"), strict=True):
+        case.train(net, 0.5, [Look()], order=order)
+    Improvement(**HOW, plan=(KEEP,)).train(case, nets[4], (KEEP,), methods=(Look(),))
+    assert all(map(torch.equal, seen[2], seen.pop(3)))
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(seen, 2))
+
+
+def test_rounds_go_on_with_momentum_and_the_rate_of_what_is_new():
+    dataset, kept, seen = TASK.load(), [], []
+    recipe = replace(TASK.recipe, epochs=1 / (len(dataset.train) // 20), warmup=0.0, schedule="constant")
+
+    class Look(Method):
+        def on_fit_start(self, run):
+            named = run.model.named_parameters()
+            momenta = {n: run.optimizer.state.get(p, {}).get("momentum_buffer") for n, p in named}
+            seen.append({n: m if m is None else m.clone() for n, m in momenta.items()})
+
+    for newborn in (1.0, 3.0):
+        net = TASK.build(dataset, 0, **NETWORK)
+        going = Continued(shapes={n: p.shape for n, p in net.named_parameters()}, newborn=newborn)
+        treat = Treatment(plan=("widen stage 2",), multiple=4)
+        train(net, dataset, recipe, [treat, going], seed=3)
+        left = {n: m.clone() for n, m in going.momentum.items()}
+        train(net, dataset, recipe, [going, Look()], seed=4)
+        assert all(torch.equal(seen[-1][n], left[n]) for n in left)
+        kept.append(net.stages[1][0].conv2.weight)
+    plain, fast = kept
+    assert torch.equal(plain[:, :4], fast[:, :4])  # the old channels
+    assert not torch.equal(plain[:, 4:], fast[:, 4:])
+
+
+def test_halving_can_look_at_small_images_in_its_rounds(monkeypatch):
+    sizes, original = [], Case.train
+    monkeypatch.setattr(
+        Case, "train", lambda case, *a, **k: sizes.append(case.dataset.shape[1:]) or original(case, *a, **k)
+    )
+    whole, small = (Halving(**HOW, side=side)(TASK, 0) for side in (1.0, 0.5))
+    assert set(sizes[: len(sizes) // 2]) == {(8, 8)}
+    assert set(sizes[len(sizes) // 2 :]) == {(4, 4)}
+    assert small.flops < whole.flops
 
 
 def test_losers_cost_time():
@@ -175,7 +240,7 @@ def test_the_best_on_deciding_images_is_kept(cls, right, monkeypatch):
     goal = treated({**NETWORK, "blocks": [[8], [4]]}, right, 4)["blocks"]
 
     def judged(case, model, *_):
-        return 0.0, 90.0 if model.settings()["blocks"] == goal else 10.0
+        return (0.5, 50.0) if model.settings()["blocks"] == goal else (0.9, 90.0)  # by the loss, as forks
 
     monkeypatch.setattr(Case, "judged", judged)
     net, history = cls(**HOW).improve(cls(**HOW).case(TASK, 0))
