@@ -136,6 +136,8 @@ def _name(settings):
 
 
 if __name__ == "__main__":
+    from effilib.regret import chosen, halves, runs  # tables: no training depends on them
+
     asked = task(*sys.argv[1:3])
     truth, cures = runs(truths(asked)), {p.name: p.cure for p in patients(asked)}
     print("chosen:", ", ".join(chosen(truth, cures, halves(truth["seed"])[0])))
