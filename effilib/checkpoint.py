@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from effilib import models, paths, provenance, surgery
+from effilib import convolution, models, paths, provenance, surgery
 from effilib.data import LARGEST, Batches, Dataset
 from effilib.distributed import Ranks
 from effilib.errors import BadInput
@@ -29,14 +29,17 @@ __all__ = [
     "shape_",
 ]  # fmt: skip
 
+ALIKE = 1e-2  # of the largest logit: other processors and TF32 round otherwise
+
 
 def save_model(
     path: Path | str, model: nn.Module, network: str, dataset: Dataset, *, layout: str = "contiguous"
 ) -> None:
     """Save a network with all that is needed to build it anew, and to use it.
 
-    network: its name, or the import path of a user's own. dataset: on what it was trained, whose classes and
-    images it knows from now on. layout: the memory format of its training.
+    And with its answer to two fixed pictures, by which `load_model` knows it again. network: its name, or the
+    import path of a user's own. dataset: on what it was trained, whose classes and images it knows from now
+    on. layout: the memory format of its training.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -56,7 +59,17 @@ def save_model(
         "std": list(dataset.std),
         "layout": layout,
     }
-    _write(path, {"architecture": architecture, "images": images, "model": model.state_dict()})
+    saved = {"architecture": architecture, "images": images, "model": model.state_dict()}
+    _write(path, saved | {"answer": _answer(model, dataset.shape)})
+
+
+@torch.no_grad()
+def _answer(model, shape):
+    """Logits (2, classes) of two pictures of waves, in eval mode: layers without weights show only here."""
+    like = next(model.parameters())
+    waves = torch.arange(2 * torch.Size(shape).numel(), dtype=torch.float64).pow(1.5).sin()
+    with convolution.evaluating(model), models.seeded(0, like.device):
+        return model(waves.view(2, *shape).to(like)).double().cpu()
 
 
 def load_images(path: Path | str) -> dict:
@@ -95,7 +108,8 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
 
     network: the import path of a user's own, which must be the one in the file. A file from elsewhere may
     name any function, so that only names of effilib's own networks are taken from it. Raises `BadInput` if
-    the file cannot be read, names another network, or does not fit what is built.
+    the file cannot be read, names another network, or does not fit what is built: also where weights fit, but
+    a method had put other layers in, such as a pooling, and the answers differ.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -129,6 +143,14 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
         raise BadInput(
             f"{path}: the weights do not fit network {name}: {str(error).splitlines()[-1].strip()}"
         ) from error
+    if isinstance(saved.get("answer"), torch.Tensor):  # older files have none
+        was, now = (t.nan_to_num() for t in (saved["answer"], _answer(model, tuple(shape))))
+        if was.shape != now.shape or (was - now).abs().max() > ALIKE * was.abs().max():
+            raise BadInput(
+                f"{path}: network {name} with these weights answers otherwise than the one that was saved: a"
+                " method had put layers without weights into it, such as another pooling; build it in Python,"
+                ' put them in again, and load the file\'s "model"'
+            )
     return model
 
 
