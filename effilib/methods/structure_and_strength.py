@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from effilib import cost
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.inspection import cut_patches, followers
 from effilib.methods import Info
+from effilib.surgery import forget_
 from effilib.training import Method, Run
 
 __all__ = [
@@ -37,11 +38,9 @@ INFO = Info(
     chapter="5.2",
     paper="Keshari et al. 2018, arXiv:1803.11405",
     claim="With filters whose structure comes from a dictionary of patches, training only their strength "
-    "needs fewer "
-    "images and far fewer trainable parameters.",
-    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs "
-    "seconds before "
-    "the first step.",
+    "needs fewer images and far fewer trainable parameters.",
+    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs seconds "
+    "before the first step.",
 )
 STRUCTURES, SCOPES = ("random", "dictionary", "kmeans"), ("filter", "kernel", "input", "auto")
 DEAD = 1e-6  # norm below which an atom is none
@@ -76,14 +75,9 @@ def dictionary(
     first = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
     first = (first / first.norm(dim=1, keepdim=True)).numpy()
     learner = MiniBatchDictionaryLearning(
-        n_components=atoms,
-        alpha=alpha,
-        max_iter=passes,
-        batch_size=256,
-        fit_algorithm="cd",
-        dict_init=first,
-        random_state=_seed(generator),
-    )
+        n_components=atoms, alpha=alpha, max_iter=passes, batch_size=256, fit_algorithm="cd",
+        dict_init=first, random_state=_seed(generator),
+    )  # fmt: skip
     return _fit(learner, patches).components_
 
 
@@ -98,13 +92,9 @@ def kmeans(patches: torch.Tensor, atoms: int, generator: torch.Generator) -> np.
     from sklearn.cluster import MiniBatchKMeans
 
     learner = MiniBatchKMeans(
-        n_clusters=atoms,
-        init="k-means++",
-        n_init=1,
-        max_iter=10,
-        batch_size=1024,
+        n_clusters=atoms, init="k-means++", n_init=1, max_iter=10, batch_size=1024,
         random_state=_seed(generator),
-    )
+    )  # fmt: skip
     return _fit(learner, patches).cluster_centers_
 
 
@@ -113,10 +103,7 @@ def _seed(generator):
 
 
 def _fit(learner, patches):
-    """Fit with as many threads as PyTorch uses.
-
-    That a mini-batch has not converged is the rule, and no warning.
-    """
+    """Fit with PyTorch's threads; that a mini-batch has not converged is the rule, and no warning."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
@@ -162,10 +149,12 @@ def he_gain(w: torch.Tensor, patches: torch.Tensor) -> float:
 
 
 def plain_convolutions(model):
-    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none."""
-    convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    """The `nn.Conv2d` layers by name, but those that the user froze. Raises `NoEffect` without any."""
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    convs = {name: m for name, m in found.items() if m.weight.requires_grad}
     if not convs:
-        raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d layer")
+        which = "that is not frozen" if found else "layer"
+        raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d {which}")
     return convs
 
 
@@ -177,8 +166,8 @@ def learn_structure_(
 
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned
     when its input arrives, so all layers before it have theirs. They get He's norm, and per layer one factor
-    that keeps the variance as He's would (`he_gain`). Biases and everything else stay. Returns {layer: number
-    of patches}.
+    that keeps the variance as He's would (`he_gain`). Biases, frozen filters and all else stay. Returns
+    {layer: number of patches}.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> learn_structure_(net, torch.rand(8, 1, 8, 8), "kmeans", torch.Generator(), patches=100)
@@ -202,9 +191,7 @@ def learn_structure_(
     try:
         model.eval()
         for m in model.modules():
-            m.training = isinstance(
-                m, _NormBase
-            )  # statistics of these images; what is running means nothing yet
+            m.training = isinstance(m, _NormBase)  # statistics of these images: running ones mean nothing yet
         hooks += [conv.register_forward_pre_hook(learn(name)) for name, conv in convs.items()]
         model(images)
     finally:
@@ -268,18 +255,17 @@ def place(conv, norm, scope, name="", norm_name=""):
     if scope == "filter":
         raise BadInput(
             f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; "
-            "choose scope 'kernel' or 'input', or 'auto', which takes the normalisation's own weight as "
-            "the strength"
+            "choose scope 'kernel' or 'input', or 'auto', which takes the normalisation's own weight as the "
+            "strength"
         )
-    # with one input channel a kernel is the whole filter
-    if scope == "auto" or conv.in_channels == conv.groups:
-        if norm.weight is not None:
+    single = conv.in_channels == conv.groups  # a kernel is the whole filter
+    if scope == "auto" or single:
+        if norm.weight is not None and norm.weight.requires_grad:
             return "norm"
-        if conv.in_channels == conv.groups:
+        if single:
             raise BadInput(
                 f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it "
-                "has no "
-                "weight"
+                "has no weight to be trained"
             )
         return "input"
     return scope
@@ -288,10 +274,10 @@ def place(conv, norm, scope, name="", norm_name=""):
 def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -> dict[str, str]:
     """Freeze the filters of all `nn.Conv2d` and give them a strength; the function stays.
 
-    Returns {layer: its scope}. images: a few (N, C, H, W), to see which layers a normalisation follows.
-    scope: "filter", "kernel" (per filter and input channel), "input" (per input channel), or "auto": per
-    filter, which in front of a normalisation is that one's weight. Raises `NoEffect` without convolutions,
-    `BadInput` where a strength would have no gradient.
+    Those that are frozen already are left alone. Returns {layer: its scope}. images: a few (N, C, H, W), to
+    see which layers a normalisation follows. scope: "filter", "kernel" (per filter and input channel),
+    "input" (per input channel), or "auto": per filter, which in front of a normalisation is that one's
+    weight. Raises `NoEffect` without convolutions, `BadInput` where a strength would have no gradient.
 
     >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
     {'features.0': 'norm', 'features.4': 'norm'}
@@ -352,9 +338,15 @@ class StructureAndStrength(Method):
     # of the strength's learning rate; it has no weight decay, which would pull the filters to 0
     lr_factor: float = 1.0
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("structure of filters", self.structure, STRUCTURES)
         choose("what is trained", self.train, ("all", "strength"))
+        choose("scope of strength", self.scope, SCOPES)
+        within("structure and strength: images", self.images, "a whole number above 0")
+        within("structure and strength: patches", self.patches, "a whole number above 0")
+        within("structure and strength: lr_factor", self.lr_factor, "above 0")
+
+    def on_fit_start(self, run: Run) -> None:
         if self.structure == "random" and self.train == "all":
             raise NoEffect(
                 "structure and strength: random filters with all weights trained are ordinary training"
@@ -371,18 +363,19 @@ class StructureAndStrength(Method):
     def freeze(
         self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor
     ) -> None:
-        """Freeze the filters; the optimizer gets what is left to train, strengths in a group of their own."""
+        """Freeze the filters; strengths get a group of their own beside each of the optimizer's."""
+        convs = plain_convolutions(model)
+        weights = {name: conv.weight for name, conv in convs.items()}
+        held = [set(group["params"]) for group in optimizer.param_groups]
+        groups = [[name for name, w in weights.items() if w in params] for params in held]
         scopes = strengthen_(model, images, self.scope)
-        strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
-        others = [p for p in model.parameters() if all(p is not t for t in strengths)]
-        optimizer.state.clear()
-        trainable, first = cost.parameters(model), optimizer.param_groups[0]
-        optimizer.param_groups[:] = [{**first, "params": others}]
-        if strengths:
-            optimizer.param_groups.append(
-                {**first, "params": strengths, "weight_decay": 0.0, "lr_factor": self.lr_factor}
-            )
-        run.state[self] = {"scopes": scopes}
+        forget_(optimizer, weights.values())
+        for group, names in zip(list(optimizer.param_groups), groups, strict=True):
+            if strengths := [convs[n].t for n in names if scopes[n] != "norm"]:
+                own = dict(weight_decay=0.0, lr_factor=self.lr_factor * group.get("lr_factor", 1.0))
+                optimizer.add_param_group({**group, **own, "params": strengths})
+        trainable = cost.parameters(model)
+        run.state[self] = {"scopes": scopes, "groups": groups}
         run.log(
             self,
             f"strength per {', '.join(sorted(set(scopes.values())))}; {trainable} parameters are trained",
@@ -391,11 +384,14 @@ class StructureAndStrength(Method):
 
     def on_fit_end(self, run: Run) -> None:
         if self.train == "strength":
-            run.restructure(self.thaw)
+            run.restructure(lambda model, optimizer: self.thaw(run, model, optimizer))
 
-    @staticmethod
-    def thaw(model, optimizer):
-        """Make the convolutions plain again, and give the optimizer all parameters."""
+    def thaw(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the convolutions plain again, and put their weights back into their groups."""
+        forget_(
+            optimizer, [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
+        )
         merge_(model)
-        optimizer.state.clear()
-        optimizer.param_groups[:] = [{**optimizer.param_groups[0], "params": list(model.parameters())}]
+        for group, names in zip(optimizer.param_groups, run.state[self]["groups"], strict=False):
+            group["params"] += [model.get_submodule(name).weight for name in names]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
