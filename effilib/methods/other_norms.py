@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import NoEffect, choose
+from effilib.errors import NoEffect, choose, within
 from effilib.surgery import adopt_, forget_
 from effilib.training import Method, Run
 
@@ -87,9 +87,11 @@ class OtherNorm(Method):
     kind: str = "none"
     groups: int = 8
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("normalisation", self.kind, ("none", "group"))
+        within("normalisation: groups", self.groups, "a whole number above 0")
 
+    def on_fit_start(self, run: Run) -> None:
         def make(norm):
             c = norm.num_features
             if self.kind == "none":

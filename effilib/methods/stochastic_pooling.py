@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import History, Method, Run, evaluate
@@ -39,11 +39,9 @@ INFO = Info(
     chapter="5.1",
     paper="Zeiler & Fergus 2013, arXiv:1301.3557; S3Pool: Zhai et al. 2017, arXiv:1611.05138",
     claim="Drawing the pooled activation at random, in proportion to its size, closes the gap between "
-    "training and "
-    "test error where images are few, without a hyper-parameter.",
+    "training and test error where images are few, without a hyper-parameter.",
     cost_model="Same products; a pooling layer costs 1.1-1.5 times max pooling's time. It pays only if fewer "
-    "images or "
-    "fewer steps suffice.",
+    "images or fewer steps suffice.",
 )
 
 CHUNK = 2**17  # windows at a time: what is computed in between stays in the processor's cache
@@ -90,12 +88,6 @@ class Geometry:
         """What the kernel wants: per side its size, number of windows, kernel, stride, padding, dilation."""
         parts = (self.size, self.out, self.kernel, self.stride, self.padding, self.dilation)
         return (ctypes.c_int64 * 12)(*(n for side in zip(*parts, strict=True) for n in side))
-
-    @property
-    def tiles(self):
-        """Whether every pixel lies in exactly one window."""
-        covered = tuple(o * s for o, s in zip(self.out, self.stride, strict=True))
-        return self.kernel == self.stride and self.dilation == (1, 1) and covered == self.padded == self.size
 
     @property
     def padded(self):
@@ -241,25 +233,12 @@ class Draw(torch.autograd.Function):
             _call(kernel, (ds, places, dx), geometry, len(ds), ds.shape[-1])
             return dx, None, None, None
         for i in chunks(ds.shape):
-            if geometry.tiles:
-                _scatter(dx[i], ds[i], places[i], geometry, tiles=True)
-            else:
-                whole = ds.new_zeros(len(ds[i]), *geometry.padded, ds.shape[-1], dtype=_precise(ds.dtype))
-                _scatter(whole, ds[i].to(whole.dtype), places[i], geometry)
-                dx[i] = whole[:, top : top + height, left : left + width]
+            whole = ds.new_zeros(len(ds[i]), *geometry.padded, ds.shape[-1], dtype=_precise(ds.dtype))
+            d, r = ds[i].to(whole.dtype), places[i].to(whole.dtype)
+            for k, window in enumerate(geometry.windows(whole)):
+                window.addcmul_(d, torch.eq(r, k, out=torch.empty_like(r)))
+            dx[i] = whole[:, top : top + height, left : left + width]
         return dx, None, None, None
-
-
-def _scatter(dx, ds, places, geometry, tiles=False):
-    """Add ds to dx at the drawn places; write it where windows do not overlap."""
-    windows = geometry.windows(dx)
-    r = places.to(ds.dtype if len(windows) <= 256 else torch.float32)  # what bf16 can count to
-    for k, window in enumerate(windows):
-        drawn = torch.eq(r, k, out=torch.empty_like(r))
-        if tiles:
-            torch.mul(ds, drawn, out=window)
-        else:
-            window.addcmul_(ds, drawn)
 
 
 def chunks(shape):
@@ -418,17 +397,15 @@ def replace_pools_(model: nn.Module, make: Callable[[nn.MaxPool2d, str], nn.Modu
             if isinstance(pool, nn.MaxPool2d):
                 if pool.return_indices:
                     raise BadInput(
-                        f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to "
-                        "give"
+                        f"pooling {name} returns indices for unpooling, of which a drawn one has none"
                     )
-                made.setdefault(pool, None)
-                made[pool] = made[pool] or make(pool, name).train(pool.training)
+                if pool not in made:
+                    made[pool] = make(pool, name).train(pool.training)
                 setattr(parent, child, made[pool])
     if not made:
         raise NoEffect(
             f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d "
-            "can't be "
-            "replaced)"
+            "can't be replaced)"
         )
     return len(made)
 
@@ -449,8 +426,11 @@ class StochasticPooling(Method):
     kind: str = "stochastic"  # or "s3"; or "average", the control
     grid: int = 2  # of S3Pool, in strides: 2 keeps half of each grid of twice the stride, 1 distorts least
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("kind of pooling", self.kind, KINDS)
+        within("S3Pool: grid", self.grid, "a whole number above 0")
+
+    def on_fit_start(self, run: Run) -> None:
         generator = run.generator(self, share=True)
 
         def make(pool, name):
@@ -464,8 +444,7 @@ class StochasticPooling(Method):
                 raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
 
-        run.state[self] = {"layers": replace_pools_(run.model, make)}
-        run.log(self, f"{run.state[self]['layers']} pooling layers are now {self.kind}")
+        run.log(self, f"{replace_pools_(run.model, make)} pooling layers are now {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +459,9 @@ class TrainingAccuracy(Method):
     """
 
     images: int = 1000  # at most: the first ones
+
+    def __post_init__(self):
+        within("training accuracy: images", self.images, "a whole number above 0")
 
     def on_fit_end(self, run: Run) -> None:
         with run.clock.paused():
