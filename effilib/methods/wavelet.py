@@ -16,14 +16,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
 
 __all__ = [
-    "WaveletPool2d", "analysis", "butterfly", "flip_bands", "haar", "inverse_haar", "matrices", "synthesis",
-    "wavelet_pool",
+    "analysis", "butterfly", "flip_bands", "haar", "inverse_haar", "matrices", "synthesis", "wavelet_pool",
 ]  # fmt: skip
 
 INFO = Info(
@@ -195,21 +193,3 @@ def wavelet_pool(x: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
     True
     """
     return analysis(x, wavelet).chunk(4, 1)[0]
-
-
-class WaveletPool2d(nn.Module):
-    """Apply `wavelet_pool`, in place of a 2 x 2 pooling.
-
-    >>> WaveletPool2d("db2")(torch.rand(1, 3, 8, 8)).shape
-    torch.Size([1, 3, 4, 4])
-    """
-
-    def __init__(self, wavelet: str = "haar"):
-        super().__init__()
-        self.wavelet = choose("wavelet", wavelet, FILTERS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return wavelet_pool(x, self.wavelet)
-
-    def extra_repr(self) -> str:
-        return f"wavelet={self.wavelet}"
