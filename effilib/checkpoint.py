@@ -35,11 +35,11 @@ ALIKE = 1e-2  # of the largest logit: other processors and TF32 round otherwise
 def save_model(
     path: Path | str, model: nn.Module, network: str, dataset: Dataset, *, layout: str = "contiguous"
 ) -> None:
-    """Save a network with all that is needed to build it anew, and to use it.
+    """Save a network with all that is needed to use it.
 
-    And with its answer to two fixed pictures, by which `load_model` knows it again. network: its name, or the
-    import path of a user's own. dataset: on what it was trained, whose classes and images it knows from now
-    on. layout: the memory format of its training.
+    Also with its answer to two fixed pictures, by which `load_model` knows it again. network: its name, or
+    the import path of a user's own. dataset: on what it was trained, whose classes and images it knows from
+    now on. layout: the memory format of its training.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -73,9 +73,10 @@ def _answer(model, shape):
 
 
 def load_images(path: Path | str) -> dict:
-    """Return what a saved network knows of its images: names, mean, std, layout and shape.
+    """Return what a saved network knows of its images.
 
-    names: of the classes. shape: (C, H, W). Raises `BadInput` for a file that does not say it.
+    A dict: names, mean, std, layout and shape. names: of the classes. shape: (C, H, W). Raises `BadInput` for
+    a file that does not say it.
 
     >>> data = load("synthetic")
     >>> save_model("net.pt", build("convnet", data.classes, data.shape), "convnet", data)
@@ -162,7 +163,9 @@ def identity(
     seed: int,
     ranks: Ranks,
 ) -> dict:
-    """Return what makes a run this one, as plain data; `model` is as before the first step.
+    """Return what makes a run this one, as plain data.
+
+    model: as before the first step.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -193,9 +196,10 @@ def save(
     flops: object,
     losses: list[torch.Tensor],
 ) -> None:
-    """Write the state of `run`, whose identity is `mine`, at the end of an epoch to `path` (None: nowhere).
+    """Write the state of a run at the end of an epoch.
 
-    Raises `BadInput`, and writes nothing, if a method keeps in `run.state` what could not be read again.
+    path: None is nowhere. mine: the run's identity. Raises `BadInput`, and writes nothing, if a method keeps
+    in `run.state` what could not be read again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -281,10 +285,10 @@ def _own(run):
 
 
 def read(path: Path | str | None, mine: dict, ranks: Ranks, device: torch.device | str) -> dict | None:
-    """Return the content of a checkpoint, read by rank 0 for all; None where there is none.
+    """Return the content of a checkpoint; None where there is none.
 
-    Its tensors are on `device`. Raises `BadInput` if it cannot be read, or is another run's: another network,
-    data set, recipe, methods, seed or code.
+    Rank 0 reads it for all. Its tensors are on `device`. Raises `BadInput` if it cannot be read, or is
+    another run's: another network, data set, recipe, methods, seed or code.
 
     >>> from effilib.distributed import ALONE
     >>> print(read("nowhere.pt", {}, ALONE, "cpu"))
@@ -314,7 +318,7 @@ def read(path: Path | str | None, mine: dict, ranks: Ranks, device: torch.device
 
 
 def shape_(model: nn.Module, saved: dict | None) -> nn.Module:
-    """Give a network the widths, depths and kernel sizes that were saved, in place.
+    """Give a network the saved widths, depths and kernel sizes, in place.
 
     >>> saved = {"settings": {"widths": [[2], [8]], "bn": True}}
     >>> shape_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), saved).settings()["widths"]
@@ -346,11 +350,11 @@ def _hold_alike_(new, old):
 
 
 def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Bring a user's fresh network to the shape of `tensors`, its state after surgery.
+    """Bring a user's fresh network to the shape of `tensors`.
 
-    In place; what else differs stays. Blocks that were put behind a Sequential's last one come back, residual
-    paths that were removed go, and channel nodes get their widths. Values mean nothing: the state is loaded
-    next. Layers that were inserted are beyond it.
+    These are its state after surgery. In place; what else differs stays. Blocks that were put behind a
+    Sequential's last one come back, residual paths that were removed go, and channel nodes get their widths.
+    Values mean nothing: the state is loaded next. Layers that were inserted are beyond it.
 
     >>> narrow, net = (build("vgg", 10, (3, 8, 8), widths=((w,), (8,))) for w in (4, 6))
     >>> operate_again_(net, narrow.state_dict())

@@ -21,7 +21,7 @@ SIZES = convnet.SIZES  # what structure saves is labelled images
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
     "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=1),
-    "study": SIZES["study"] | dict(lengths=(0.125, 1.0), seeds=3),
+    "study": SIZES["study"] | dict(lengths=(0.05, 1.0)),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.

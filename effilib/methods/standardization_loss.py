@@ -54,9 +54,10 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """Return D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation.
+    """Return the divergence D of these moments, the paper's equation.
 
-    mean, var: (C,), biased variances. eps: in the logarithm.
+    D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1). mean, var: (C,), biased variances. eps: in the
+    logarithm.
 
     >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # a mean is off by 1
     0.5
@@ -65,9 +66,9 @@ def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> to
 
 
 def naive_divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the same of activations x: (N, C, ...), by autograd: the slow oracle.
+    """Return the same of activations by autograd: the slow oracle.
 
-    In 32 bits or more.
+    x: (N, C, ...). In 32 bits or more.
 
     >>> naive_divergence(torch.tensor([[1.0], [-1.0]]), eps=0.0).item()  # mean 0, variance 1
     0.0
@@ -141,7 +142,7 @@ def divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None =
 
 
 class Standardized(Bias):
-    """Add a bias (C,) and, in training, note the divergence of the sum.
+    """Add a bias (C,); in training, note the sum's divergence.
 
     It stands where a BatchNorm stood. The notes wait in `terms` (a layer that is used twice has two) until
     `collect_` takes them; none are made while it is not `on`. gain: whether the sum is multiplied by a
@@ -192,7 +193,7 @@ class Watch:
 
 
 def collect_(sources: Iterable) -> torch.Tensor | None:
-    """Return the sum of the divergences noted since the last call, and forget them.
+    """Return the sum of the divergences noted so far, and forget them.
 
     sources: `Standardized` layers and `Watch`es. None if there is nothing.
 
@@ -366,10 +367,10 @@ class StandardizationLoss(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Unstandardized:
-    """Train on images in [0, 1] that are not standardised, as in the paper's table.
+    """Train on images in [0, 1], as in the paper's table.
 
-    A network without normalisation starts badly there, which is the point. For `Arm.fit`: (task, seed) ->
-    `History`.
+    They are not standardised. A network without normalisation starts badly there, which is the point. For
+    `Arm.fit`: (task, seed) -> `History`.
 
     >>> fit = Unstandardized(methods=(StandardizationLoss(lam=1.0),))
     >>> fit(task("smoke", "synthetic").at(0.5), seed=0).steps

@@ -107,11 +107,11 @@ class Geometry:
 
 
 def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw an element of each window with the probabilities p_r = a_r / sum a.
+    """Draw an element of each window, in proportion to its size.
 
-    a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a
-    float; r = K for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan
-    or infinite.
+    With the probabilities p_r = a_r / sum a. a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns
+    (s, r): the element, and its number as a float; r = K for a window of zeros, of which no place may be
+    named (s = 0). What is not finite makes s nan or infinite.
 
     >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 > 1 / 4
     >>> element.item(), number.item()
@@ -129,9 +129,9 @@ def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def expected(a: list[torch.Tensor]) -> torch.Tensor:
-    """Return the mean of the draws, sum_r p_r a_r: what eval mode computes.
+    """Return the mean of the draws, which eval mode computes.
 
-    a: K tensors >= 0; 0 for windows of zeros.
+    It is sum_r p_r a_r. a: K tensors >= 0; 0 for windows of zeros.
 
     >>> expected([torch.tensor(1.0), torch.tensor(3.0)]).item()  # 1/4 x 1 + 3/4 x 3
     2.5
@@ -195,9 +195,10 @@ def _call(kernel, tensors, geometry, b, c):
 
 
 class Draw(torch.autograd.Function):
-    """`draw` on (B, H, W, C); the gradient goes to the drawn place only.
+    """Apply `draw` to (B, H, W, C).
 
-    The probabilities count as constants. By one pass in C++, or in chunks.
+    The gradient goes to the drawn place only. The probabilities count as constants. By one pass in C++, or in
+    chunks.
 
     >>> geometry = Geometry((2, 2), (2, 2), (2, 2), (0, 0), (1, 1), ceil=False)
     >>> x = torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1)
@@ -308,13 +309,13 @@ def pick(n, grid, keep, generator=None):
 
 
 class S3Pool2d(nn.MaxPool2d):
-    """Max pooling at stride 1, then random rows and columns (S3Pool, Zhai et al. 2017).
+    """Take maxima at stride 1, then random rows and columns.
 
-    Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are
-    kept, drawn without replacement and sorted, the same for all images and channels. Eval: the mean of each
-    stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a
-    multiple of the stride; None is the stride itself, the weakest distortion. generator: on the CPU. Raises
-    `BadInput` for a grid that is no multiple of the stride, and for dilation.
+    S3Pool, Zhai et al. 2017. Train: the map of maxima is cut into grids of `grid` rows (and columns); from
+    each, grid / stride are kept, drawn without replacement and sorted, the same for all images and channels.
+    Eval: the mean of each stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes.
+    grid: pixels, a multiple of the stride; None is the stride itself, the weakest distortion. generator: on
+    the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
 
     >>> S3Pool2d(2, grid=4)(torch.rand(1, 3, 8, 8)).shape
     torch.Size([1, 3, 4, 4])
@@ -367,7 +368,9 @@ class S3Pool2d(nn.MaxPool2d):
 
 
 class AveragePool2d(nn.MaxPool2d):
-    """Average pooling with the geometry of `nn.MaxPool2d`; padding counts as 0. The control.
+    """Average windows with the geometry of `nn.MaxPool2d`: the control.
+
+    Padding counts as 0.
 
     >>> AveragePool2d(2)(torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])).item()
     1.0
@@ -412,9 +415,9 @@ def replace_pools_(model: nn.Module, make: Callable[[nn.MaxPool2d, str], nn.Modu
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticPooling(Method):
-    """Train with every `nn.MaxPool2d` replaced; in eval mode the layers weigh by probability.
+    """Train with every `nn.MaxPool2d` replaced by a random pooling.
 
-    Raises `NoEffect` for a model without such a layer.
+    In eval mode the layers weigh by probability. Raises `NoEffect` for a model without such a layer.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -449,7 +452,9 @@ class StochasticPooling(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAccuracy(Method):
-    """Note the accuracy on the training images in eval mode at the end, off the clock.
+    """Note the accuracy on training images at the end.
+
+    In eval mode, off the clock.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

@@ -50,9 +50,9 @@ DEAD = 1e-6  # norm below which an atom is none
 
 
 def whiten(patches: torch.Tensor) -> torch.Tensor:
-    """Give each patch mean 0 and about unit contrast, (x - mean) / (std + 0.1).
+    """Give each patch mean 0 and about unit contrast.
 
-    Else the first atom is the mean grey.
+    It is (x - mean) / (std + 0.1). Else the first atom is the mean grey.
 
     >>> [round(v, 2) for v in whiten(torch.tensor([[1.0, 3.0]]))[0].tolist()]
     [-0.91, 0.91]
@@ -63,9 +63,9 @@ def whiten(patches: torch.Tensor) -> torch.Tensor:
 def dictionary(
     patches: torch.Tensor, atoms: int, generator: torch.Generator, alpha: float = 1.0, passes: int = 2
 ) -> np.ndarray:
-    """Return the dictionary D (atoms, d) of patches X (M, d), by mini-batches (Mairal et al. 2009).
+    """Return the dictionary D (atoms, d) of patches X (M, d).
 
-    It minimises 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1.
+    By mini-batches (Mairal et al. 2009). It minimises 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1.
 
     >>> dictionary(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
     (4, 9)
@@ -114,9 +114,10 @@ def _fit(learner, patches):
 def learn_filters(
     patches: torch.Tensor, filters: int, structure: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return `filters` rows of norm sqrt(2), as He's have in the mean, learned from patches (M, d).
+    """Return filters (filters, d) learned from patches (M, d).
 
-    What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
+    Their norm is sqrt(2), as He's have in the mean. What a dictionary cannot give, because there are too few
+    patches or an atom died, is a random direction.
 
     >>> w = learn_filters(torch.rand(50, 9), 4, "kmeans", torch.Generator())
     >>> [round(v, 3) for v in w.norm(dim=1).tolist()]
@@ -135,7 +136,7 @@ def learn_filters(
 
 
 def he_gain(w: torch.Tensor, patches: torch.Tensor) -> float:
-    """Return the factor that gives filters the mean square response of He's random ones.
+    """Return the factor that gives filters He's mean square response.
 
     w: (O, d). patches: (M, d). Random filters answer with 2 mean(x^2). Learned ones point where the patches
     lie and answer several times as strongly: layer upon layer activations would grow, and training diverge,
@@ -162,7 +163,7 @@ def plain_convolutions(model):
 def learn_structure_(
     model: nn.Module, images: torch.Tensor, structure: str, generator: torch.Generator, patches: int = 10_000
 ) -> dict[str, int]:
-    """Set the filters of all convolutions to what is learned from their own input.
+    """Set all convolutions' filters to what is learned from their input.
 
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned
     when its input arrives, so all layers before it have theirs. They get He's norm, and per layer one factor
@@ -208,11 +209,11 @@ def learn_structure_(
 
 
 class StrengthConv2d(nn.Conv2d):
-    """A convolution with frozen filters W (the buffer `weight`) and a trainable strength t, 1 at first.
+    """Convolve with frozen filters W and a trainable strength t.
 
-    scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc
-    W) * x + b, t: (O, C / groups). "norm": no t, the weight of the normalisation behind it is the strength.
-    Made by `strengthen_`, undone by `merge_`.
+    W is the buffer `weight`; t is 1 at first. scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W *
+    (t_c x) + b, t: (C,). "kernel": y = (t_oc W) * x + b, t: (O, C / groups). "norm": no t, the weight of the
+    normalisation behind it is the strength. Made by `strengthen_`, undone by `merge_`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     >>> scopes = strengthen_(net, torch.zeros(1, 1, 8, 8))
@@ -272,12 +273,13 @@ def place(conv, norm, scope, name="", norm_name=""):
 
 
 def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -> dict[str, str]:
-    """Freeze the filters of all `nn.Conv2d` and give them a strength; the function stays.
+    """Freeze the filters of all `nn.Conv2d` and give them a strength.
 
-    Those that are frozen already are left alone. Returns {layer: its scope}. images: a few (N, C, H, W), to
-    see which layers a normalisation follows. scope: "filter", "kernel" (per filter and input channel),
-    "input" (per input channel), or "auto": per filter, which in front of a normalisation is that one's
-    weight. Raises `NoEffect` without convolutions, `BadInput` where a strength would have no gradient.
+    The function stays. Those that are frozen already are left alone. Returns {layer: its scope}. images: a
+    few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per filter and
+    input channel), "input" (per input channel), or "auto": per filter, which in front of a normalisation is
+    that one's weight. Raises `NoEffect` without convolutions, `BadInput` where a strength would have no
+    gradient.
 
     >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
     {'features.0': 'norm', 'features.4': 'norm'}
@@ -297,9 +299,9 @@ def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -
 
 
 def merge_(model: nn.Module) -> int:
-    """Make the strengthened convolutions plain ones that compute the same. Returns how many.
+    """Make the strengthened convolutions plain ones that compute the same.
 
-    Raises `NoEffect` if there is none.
+    Returns how many. Raises `NoEffect` if there is none.
 
     >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 8, 8)
     >>> before, scopes = net(x), strengthen_(net, x)
@@ -319,9 +321,9 @@ def merge_(model: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StructureAndStrength(Method):
-    """Learn the filters' structure from training images, then train everything, or only the strength.
+    """Learn the filters' structure, then train everything or their strength.
 
-    Afterwards the model is plain again.
+    Without labels, from training images. Afterwards the model is plain again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

@@ -30,9 +30,9 @@ KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
 def space_to_depth(x: torch.Tensor) -> torch.Tensor:
-    """Make the four pixels of each 2 x 2 channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)).
+    """Make channels of the four pixels of each 2 x 2.
 
-    Ordered (row, column, C), channels last in memory.
+    (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Ordered (row, column, C), channels last in memory.
 
     >>> space_to_depth(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [1, 2, 3, 4]
@@ -43,7 +43,7 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
 
 
 def haar_matrix(channels: int) -> torch.Tensor:
-    """Return the orthogonal matrix (4C, 4C) from the channels of `space_to_depth` to those of `haar`.
+    """Return the matrix (4C, 4C) from `space_to_depth` to `haar`.
 
     >>> M = haar_matrix(1)
     >>> (M @ torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
@@ -69,7 +69,7 @@ def split(x, kind):
 
 
 def moments(dataset: Dataset, kind: str, images: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (mean, std) per channel of what a stem of this kind reads, (C',) each.
+    """Return mean and std, (C',) each, of what a stem reads.
 
     From the first training images, which are stratified.
 
@@ -89,7 +89,7 @@ def moments(dataset: Dataset, kind: str, images: int = 2000) -> tuple[torch.Tens
 
 
 class FrontEnd(nn.Module):
-    """Read bands of mean 0 and variance 1 by a convolution half as large.
+    """Read standardised bands by a convolution on half the side.
 
     It stands where the network's first convolution stood. x: (N, C, H, W). conv: reads what `split` makes of
     x. mean, std: of those channels on the training set. Haar and the standardisation are one small product
@@ -163,7 +163,7 @@ def sizes(model, shape):
 
 
 def keep_sizes_(model: nn.Module, shape: tuple[int, int, int], after: str | None = None) -> list[str]:
-    """Take out the network's first halving, so that later layers keep their sizes.
+    """Take out the network's first halving; later layers keep their sizes.
 
     Wherever the map that it reads is read with stride 2: a convolution (a shortcut's too) or an overlapping
     pooling gets stride 1, a 2 x 2 pooling goes. after: the name of a layer whose own stride does not count.
@@ -291,7 +291,7 @@ def wavelet_stem_(
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletStem(Method):
-    """Train with a front end of wavelet bands, or one of its controls.
+    """Train with a front end of wavelet bands, or a control.
 
     `wavelet_stem_` before the first step; it stays in the model. The transform follows augmentation, so crops
     and flips are the images' own. After `share` of the run the stem reads whole images by what it has learned

@@ -74,7 +74,7 @@ def whiten_stem_(
     patches: int = 100_000,
     shift: bool = True,
 ) -> tuple[str, str]:
-    """Set the first convolution's filters to whitening ones and freeze them, in place.
+    """Set the first convolution's filters to frozen, whitening ones, in place.
 
     images: (N, C, H, W) of the *training* set, normalised. shift: a BatchNorm right behind the layer only
     adds its bias, unless it is frozen; `unshift_` makes it a plain one again that computes the same. Returns
@@ -123,7 +123,7 @@ def unshift_(model: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Whitening(Method):
-    """Train behind a frozen first layer that whitens the patches of the images.
+    """Train behind a frozen first layer that whitens the images' patches.
 
     Afterwards the model is plain again.
 
