@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from effilib import models, paths, provenance, surgery
+from effilib import convolution, models, paths, provenance, surgery
 from effilib.data import LARGEST, Batches, Dataset
 from effilib.distributed import Ranks
 from effilib.errors import BadInput
@@ -29,14 +29,17 @@ __all__ = [
     "shape_",
 ]  # fmt: skip
 
+ALIKE = 1e-2  # of the largest logit: other processors and TF32 round otherwise
+
 
 def save_model(
     path: Path | str, model: nn.Module, network: str, dataset: Dataset, *, layout: str = "contiguous"
 ) -> None:
     """Save a network with all that building and using it needs.
 
-    network: its name, or the import path of a user's own. dataset: on what it was trained, whose classes and
-    images it knows from now on. layout: the memory format of its training.
+    Also with its answer to two fixed pictures, by which `load_model` knows it again. network: its name, or
+    the import path of a user's own. dataset: on what it was trained, whose classes and images it knows from
+    now on. layout: the memory format of its training.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -56,13 +59,24 @@ def save_model(
         "std": list(dataset.std),
         "layout": layout,
     }
-    _write(path, {"architecture": architecture, "images": images, "model": model.state_dict()})
+    saved = {"architecture": architecture, "images": images, "model": model.state_dict()}
+    _write(path, saved | {"answer": _answer(model, dataset.shape)})
+
+
+@torch.no_grad()
+def _answer(model, shape):
+    """Logits (2, classes) of two pictures of waves, in eval mode: layers without weights show only here."""
+    like = next(model.parameters())
+    waves = torch.arange(2 * torch.Size(shape).numel(), dtype=torch.float64).pow(1.5).sin()
+    with convolution.evaluating(model), models.seeded(0, like.device):
+        return model(waves.view(2, *shape).to(like)).double().cpu()
 
 
 def load_images(path: Path | str) -> dict:
-    """Return what a saved network knows of its images: names, mean, std, layout and shape.
+    """Return what a saved network knows of its images.
 
-    names: of the classes. shape: (C, H, W). Raises `BadInput` for a file that does not say it.
+    A dict: names, mean, std, layout and shape. names: of the classes. shape: (C, H, W). Raises `BadInput` for
+    a file that does not say it.
 
     >>> data = load("synthetic")
     >>> save_model("net.pt", build("convnet", data.classes, data.shape), "convnet", data)
@@ -95,7 +109,8 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
 
     network: the import path of a user's own, which must be the one in the file. A file from elsewhere may
     name any function, so that only names of effilib's own networks are taken from it. Raises `BadInput` if
-    the file cannot be read, names another network, or does not fit what is built.
+    the file cannot be read, names another network, or does not fit what is built: also where weights fit, but
+    a method had put other layers in, such as a pooling, and the answers differ.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -129,6 +144,14 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
         raise BadInput(
             f"{path}: the weights do not fit network {name}: {str(error).splitlines()[-1].strip()}"
         ) from error
+    if isinstance(saved.get("answer"), torch.Tensor):  # older files have none
+        was, now = (t.nan_to_num() for t in (saved["answer"], _answer(model, tuple(shape))))
+        if was.shape != now.shape or (was - now).abs().max() > ALIKE * was.abs().max():
+            raise BadInput(
+                f"{path}: network {name} with these weights answers otherwise than the one that was saved: a"
+                " method had put layers without weights into it, such as another pooling; build it in Python,"
+                ' put them in again, and load the file\'s "model"'
+            )
     return model
 
 
@@ -140,7 +163,9 @@ def identity(
     seed: int,
     ranks: Ranks,
 ) -> dict:
-    """Return what makes a run this one, as plain data; `model` is as before the first step.
+    """Return what makes a run this one, as plain data.
+
+    model: as before the first step.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -260,10 +285,10 @@ def _own(run):
 
 
 def read(path: Path | str | None, mine: dict, ranks: Ranks, device: torch.device | str) -> dict | None:
-    """Return the content of a checkpoint, read by rank 0 for all; None where there is none.
+    """Return the content of a checkpoint; None where there is none.
 
-    Its tensors are on `device`. Raises `BadInput` if it cannot be read, or is another run's: another network,
-    data set, recipe, methods, seed or code.
+    Rank 0 reads it for all. Its tensors are on `device`. Raises `BadInput` if it cannot be read, or is
+    another run's: another network, data set, recipe, methods, seed or code.
 
     >>> from effilib.distributed import ALONE
     >>> print(read("nowhere.pt", {}, ALONE, "cpu"))
@@ -325,11 +350,11 @@ def _hold_alike_(new, old):
 
 
 def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Bring a user's fresh network to the shape after surgery.
+    """Bring a user's fresh network to the shape of `tensors`.
 
-    In place; what else differs stays. Blocks that were put behind a Sequential's last one come back, residual
-    paths that were removed go, and channel nodes get their widths. Values mean nothing: the state is loaded
-    next. Layers that were inserted are beyond it.
+    These are its state after surgery. In place; what else differs stays. Blocks that were put behind a
+    Sequential's last one come back, residual paths that were removed go, and channel nodes get their widths.
+    Values mean nothing: the state is loaded next. Layers that were inserted are beyond it.
 
     >>> narrow, net = (build("vgg", 10, (3, 8, 8), widths=((w,), (8,))) for w in (4, 6))
     >>> operate_again_(net, narrow.state_dict())

@@ -820,8 +820,7 @@ def test_a_damaged_network_is_bad_input(damage, written, tmp_path):
 
 def test_every_cut_and_many_flipped_bits_are_noticed(tmp_path):
     path = tmp_path / "net.pt"
-    small = nn.Linear(4, 4)
-    checkpoint.save_model(path, small, "resnet", DATA)
+    checkpoint.save_model(path, nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "resnet", DATA)
     raw = path.read_bytes()
     intact = str(torch.load(path, weights_only=True))
     for i in range(0, len(raw), 37):

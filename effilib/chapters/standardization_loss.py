@@ -28,11 +28,10 @@ UPDATES = {  # batch size -> updates, about equal seconds: the learning rates we
     "study": {32: 1500, 2: 3500, 8: 2500, 128: 700},
     "full": {32: 15_000, 2: 50_000, 8: 30_000, 128: 8000},
 }
-# Highest learning rates, and lambda with them: from a sweep over four rates (lambda 0.01 and 0.1) at one seed
-# that is not measured, the lower rate where two lie within half a point. A batch size between two of them
-# takes what lies between their rates, on log scales. Above these rates the loss diverges where BatchNorm
-# still trains: 1 - 1 / sigma^2 has no bound where a channel dies. At 0.05 instead of 0.035 two of five runs
-# diverged.
+# Highest learning rates, and lambda with them: from trials of four rates (lambda 0.01 and 0.1) with one seed
+# that is not measured, the lower rate where two lie within half a point. They are not recorded, and were made
+# before the loss's gradient had a bound: a sweep for study is open. A batch size between two of them takes
+# what lies between their rates, on log scales.
 LR = {
     "quick": {
         NONE: {2: 0.005, 32: 0.05, 128: 0.05},

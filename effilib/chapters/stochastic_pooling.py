@@ -13,7 +13,7 @@ SIZES = {preset: {**changes, "augmentation": "none"} for preset, changes in conv
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
     "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1),
-    "study": SIZES["study"],
+    "study": SIZES["study"] | dict(lengths=(0.05, 1.0)),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.

@@ -21,7 +21,7 @@ SIZES = convnet.SIZES  # what structure saves is labelled images
 GRID = {
     "smoke": SIZES["smoke"] | dict(lengths=(1.0,)),
     "quick": SIZES["quick"] | dict(lengths=(0.125,), seeds=1, epochs=1),
-    "study": SIZES["study"] | dict(lengths=(0.125, 1.0), seeds=3),
+    "study": SIZES["study"] | dict(lengths=(0.05, 1.0)),
     "full": SIZES["full"],
 }
 # Time: the same few images, more and more updates; a length is a share of the epochs again.
@@ -34,7 +34,7 @@ TIME = {
 PATCHES = {"smoke": 500, "quick": 600, "study": 5000, "full": 20_000}  # a layer's filters are learned from
 TRAINED = {"all": "all weights", "strength": "strength only"}
 BASE, PAPER, START = "random, all weights", "dictionary, strength only", "kmeans, all weights"
-STRENGTH = "kmeans, strength only"
+STRENGTH, WHITENED = "kmeans, strength only", "whitened first layer"
 
 
 def _strength(task):
@@ -89,7 +89,10 @@ def control(task: Task) -> Arm:
 
 
 def grid(task: Task) -> list[Arm]:
-    """Return every structure with both trainings, and the control; the first is ordinary training."""
+    """Return every structure with both trainings, the whitened layer and the control.
+
+    The first is ordinary training.
+    """
     found = []
     for structure in STRUCTURES:
         for train, words in TRAINED.items():
@@ -102,16 +105,17 @@ def grid(task: Task) -> list[Arm]:
                     task, name, "baseline" if name == BASE else "method", () if name == BASE else (method,)
                 )
             )
+    found.append(convnet.arm(task, WHITENED, "method", (Whitening(),)))
     return [*found, *([control(task)] if control(task).name not in [a.name for a in found] else [])]
 
 
 def arms(task: Task) -> list[Arm]:
-    """Return ordinary training, learned filters as its start, and the controls with few parameters.
+    """Return ordinary training, two structures as its start, and the controls with few parameters.
 
     The paper's own, whose dictionary takes seconds, where there is time for it.
     """
     every = {a.name: a for a in grid(task)}
-    found = [every[BASE], every[START], replace(every[STRENGTH], role="control")]
+    found = [every[BASE], every[START], every[WHITENED], replace(every[STRENGTH], role="control")]
     if task.preset in ("study", "full"):
         found += [replace(every[PAPER], role="control"), control(task)]
     return found

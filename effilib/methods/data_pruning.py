@@ -40,7 +40,7 @@ def keep_images(
 
 @dataclass(frozen=True, kw_only=True)
 class DataPruning(Method):
-    """Leave out training images whose loss was small, and weigh up those like them that stay.
+    """Leave out images whose loss was small; weigh up the others like them.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import NoEffect, choose
+from effilib.errors import NoEffect, choose, within
 from effilib.surgery import adopt_, forget_
 from effilib.training import Method, Run
 
@@ -16,7 +16,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Bias(nn.Module):
-    """Add a bias per channel, (C,): what stands where a BatchNorm was, in the end.
+    """Add a bias per channel, (C,), where a BatchNorm stood.
 
     >>> Bias(torch.tensor([1.0, 2.0]))(torch.zeros(1, 2, 1, 1)).flatten().tolist()
     [1.0, 2.0]
@@ -74,9 +74,9 @@ def _like(norm, model):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNorm(Method):
-    """Train with a bias ("none") or a GroupNorm ("group") in every BatchNorm's place: the controls.
+    """Train with something else in every BatchNorm's place: the controls.
 
-    groups: at most so many, of equal size.
+    kind: a bias ("none") or a GroupNorm ("group"). groups: at most so many, of equal size.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -87,9 +87,11 @@ class OtherNorm(Method):
     kind: str = "none"
     groups: int = 8
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("normalisation", self.kind, ("none", "group"))
+        within("normalisation: groups", self.groups, "a whole number above 0")
 
+    def on_fit_start(self, run: Run) -> None:
         def make(norm):
             c = norm.num_features
             if self.kind == "none":

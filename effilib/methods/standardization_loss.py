@@ -14,7 +14,7 @@ one a and b per channel, which is what BatchNorm's kernel of eval mode computes:
 input's format, either memory format, CPU or CUDA."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from effilib import surgery
-from effilib.errors import BadInput, NoEffect
+from effilib.errors import BadInput, NoEffect, within
 from effilib.inspection import followers
 from effilib.methods import Info
 from effilib.methods.other_norms import NORMS, Bias, replace_norms_
@@ -55,9 +55,10 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """Return D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1), the paper's equation.
+    """Return the divergence D of these moments, the paper's equation.
 
-    mean, var: (C,), biased variances. eps: in the logarithm.
+    D = 1/2 sum_i (mu_i^2 + sigma_i^2 - log sigma_i^2 - 1). mean, var: (C,), biased variances. eps: in the
+    logarithm.
 
     >>> divergence_of(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).item()  # a mean is off by 1
     0.5
@@ -66,9 +67,9 @@ def divergence_of(mean: torch.Tensor, var: torch.Tensor, eps: float = 0.0) -> to
 
 
 def naive_divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the same of activations x: (N, C, ...), by autograd: the slow oracle.
+    """Return the same of activations by autograd: the slow oracle.
 
-    In 32 bits or more.
+    x: (N, C, ...). In 32 bits or more.
 
     >>> naive_divergence(torch.tensor([[1.0], [-1.0]]), eps=0.0).item()  # mean 0, variance 1
     0.0
@@ -80,15 +81,10 @@ def naive_divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | 
 
 @functools.lru_cache
 def _held(channels, device, narrow):
-    """Running statistics for BatchNorm's kernel: of 32 bits, they make it add up 16-bit inputs in 32.
-
-    They are never read.
-    """
-    return (
-        (torch.zeros(channels, device=device), torch.ones(channels, device=device))
-        if narrow
-        else (None, None)
-    )
+    """Running statistics that nobody reads: of 32 bits, they make BatchNorm's kernel add up in 32."""
+    if not narrow:
+        return None, None
+    return torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
 
 class Divergence(torch.autograd.Function):
@@ -122,9 +118,8 @@ class Divergence(torch.autograd.Function):
         x, mean, var, mu = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         a, b = (1 - 1 / (var + ctx.eps)) * (g / n), mu * (g / n)
-        dx = torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)[
-            0
-        ]  # a (x - mean(x)) + b
+        # a (x - mean(x)) + b
+        dx, *_ = torch.native_batch_norm(x, a, b, mean, torch.ones_like(var), False, 0.0, 0.0)
         return dx, mu * g if ctx.needs_input_grad[1] else None, None
 
 
@@ -148,11 +143,11 @@ def divergence(x: torch.Tensor, eps: float = EPS, *, bias: torch.Tensor | None =
 
 
 class Standardized(Bias):
-    """Add a bias (C,) and, in training, note the divergence of the sum.
+    """Add a bias (C,); in training, note the sum's divergence.
 
     It stands where a BatchNorm stood. The notes wait in `terms` (a layer that is used twice has two) until
-    `collect_` takes them; none are made while it is not `on`. measure: `divergence`, or the naive one. gain:
-    whether the sum is multiplied by a parameter, 0 at first, as at the end of a residual path.
+    `collect_` takes them; none are made while it is not `on`. gain: whether the sum is multiplied by a
+    parameter, 0 at first, as at the end of a residual path.
 
     >>> layer, x = Standardized(3), torch.randn(8, 3, 4, 4)
     >>> torch.equal(layer(x), x), len(layer.terms)
@@ -161,14 +156,14 @@ class Standardized(Bias):
     0.0
     """
 
-    def __init__(self, channels: int, eps: float = EPS, measure: Callable = divergence, gain: bool = False):
+    def __init__(self, channels: int, eps: float = EPS, gain: bool = False):
         super().__init__(nn.Parameter(torch.zeros(channels)))
-        self.eps, self.measure, self.terms, self.on = eps, measure, [], True
+        self.eps, self.terms, self.on = eps, [], True
         self.gain = nn.Parameter(torch.zeros(())) if gain else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.on and self.training and torch.is_grad_enabled():
-            self.terms.append(self.measure(x, self.eps, bias=self.bias))
+            self.terms.append(divergence(x, self.eps, bias=self.bias))
         y = super().forward(x)
         return y if self.gain is None else y * self.gain.to(y.dtype)
 
@@ -199,7 +194,7 @@ class Watch:
 
 
 def collect_(sources: Iterable) -> torch.Tensor | None:
-    """Return the sum of the divergences noted since the last call, and forget them.
+    """Return the sum of the divergences noted so far, and forget them.
 
     sources: `Standardized` layers and `Watch`es. None if there is nothing.
 
@@ -235,23 +230,19 @@ def standardize_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     eps: float = EPS,
-    measure: Callable = divergence,
     gains: Iterable[str] = (),
 ) -> dict[str, nn.Module]:
     """Replace every BatchNorm by a `Standardized`: a bias, no scale, no statistics.
 
-    gains: names of the BatchNorms whose successors get a gain. Returns dict name -> layer. Scale and running
-    statistics are dropped, so this is for networks before their training. Raises `NoEffect` without
-    BatchNorm.
+    gains: names of the BatchNorms whose successors get a gain. Returns dict name -> layer. For networks
+    before their training. Raises `NoEffect` without BatchNorm.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> list(standardize_(net)), type(net.features[1]).__name__
     (['features.1', 'features.5'], 'Standardized')
     """
     ends = {model.get_submodule(name) for name in gains}
-    return replace_norms_(
-        model, lambda norm: Standardized(norm.num_features, eps, measure, norm in ends), optimizer
-    )
+    return replace_norms_(model, lambda norm: Standardized(norm.num_features, eps, norm in ends), optimizer)
 
 
 def plain_(
@@ -286,8 +277,8 @@ def plain_(
 def pre_activations(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a network without BatchNorm that the loss watches.
 
-    Convolutions and linear layers, but not the last, the classifier:
-    dict name -> layer. Raises `NoEffect` if none is left.
+    Convolutions and linear layers, but not the last, the classifier: dict name -> layer. Raises `NoEffect` if
+    none is left.
 
     >>> list(pre_activations(build("convnet", 4, (1, 8, 8), widths=(4, 8), bn=False)))
     ['features.0', 'features.3']
@@ -295,8 +286,7 @@ def pre_activations(model: nn.Module) -> dict[str, nn.Module]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if len(layers) < 2:
         raise NoEffect(
-            f"standardization loss: {type(model).__name__} has no convolution or linear layer before its "
-            "last one"
+            f"standardization loss: {type(model).__name__} has no convolution or linear layer but its last"
         )
     return dict(list(layers.items())[:-1])
 
@@ -322,36 +312,29 @@ class StandardizationLoss(Method):
     every: int = 1  # steps from one penalty to the next, which counts as many times; published: 1
     gains: bool = True  # residual paths begin at 0
 
+    def __post_init__(self):
+        within("standardization loss: lambda", self.lam, "above 0")
+        within("standardization loss: eps", self.eps, "above 0")
+        within("standardization loss: every", self.every, "a whole number above 0")
+
     def on_fit_start(self, run: Run) -> None:
-        if not self.lam > 0 or not self.eps > 0 or self.every < 1:
-            raise BadInput(
-                f"standardization loss: lambda is {self.lam}, eps {self.eps}, every {self.every}; all must "
-                "be above 0"
-            )
         layers, ends = {}, {}
         if any(isinstance(m, NORMS) for m in run.model.modules()):
             x = run.dataset.normalize(run.dataset.train.x[:2])
             ends = path_ends(run.model, x) if self.gains else {}
-            run.restructure(
-                lambda model, optimizer: layers.update(
-                    standardize_(model, optimizer, eps=self.eps, gains=ends)
-                )
-            )
+            how = dict(eps=self.eps, gains=ends)
+            run.restructure(lambda model, optimizer: layers.update(standardize_(model, optimizer, **how)))
         run.state[self] = {"ends": ends}
         self.sources(run).extend({id(s): s for s in layers.values()}.values())
         if not layers:
             self.sources(run).extend(Watch(layer, self.eps) for layer in pre_activations(run.model).values())
         what = f"{len(layers)} BatchNorms are gone" if layers else "there was no BatchNorm"
         what += f"; {len(ends)} residual paths begin at 0" if ends else ""
-        run.log(
-            self, f"{len(self.sources(run))} layers are standardized; {what}", layers=len(self.sources(run))
-        )
+        n = len(self.sources(run))
+        run.log(self, f"{n} layers are standardized; {what}", layers=n)
 
     def sources(self, run: Run) -> list:
-        """Return where the divergences are noted.
-
-        They are kept on the model: modules and hooks do not belong into a checkpoint.
-        """
+        """Return where divergences are noted: on the model, for no checkpoint can hold them."""
         return run.model.__dict__.setdefault("_standardization", [])
 
     def on_batch(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -364,9 +347,7 @@ class StandardizationLoss(Method):
             return None
         total = collect_(self.sources(run))
         if total is None:
-            raise NoEffect(
-                "standardization loss: no layer that is watched took part in this step's forward pass"
-            )
+            raise NoEffect("standardization loss: this step's forward pass used no layer that is watched")
         run.state[self]["divergence"] = total.detach()
         return self.every * self.lam * total
 
@@ -374,23 +355,23 @@ class StandardizationLoss(Method):
         for s in run.model.__dict__.pop("_standardization"):
             if isinstance(s, Watch):
                 s.handle.remove()
+
+        def change(model, optimizer):
+            plain_(model, optimizer, run.state[self]["ends"])
+
         if any(isinstance(m, Standardized) for m in run.model.modules()):
-            run.restructure(lambda model, optimizer: self.plain(run, model, optimizer))
+            run.restructure(change)
         last = run.state[self].pop("divergence", None)
         if last is not None:
             run.log(self, f"the divergence ended at {last.item():.3g}", divergence=last.item())
 
-    def plain(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Leave a plain model behind."""
-        plain_(model, optimizer, run.state[self]["ends"])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Unstandardized:
-    """Train on images in [0, 1] that are not standardised, as in the paper's table.
+    """Train on images in [0, 1], as in the paper's table.
 
-    A network without normalisation starts badly there, which is the point. For `Arm.fit`: (task, seed) ->
-    `History`.
+    They are not standardised. A network without normalisation starts badly there, which is the point. For
+    `Arm.fit`: (task, seed) -> `History`.
 
     >>> fit = Unstandardized(methods=(StandardizationLoss(lam=1.0),))
     >>> fit(task("smoke", "synthetic").at(0.5), seed=0).steps

@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.kernels import compiler
 from effilib.methods import Info
 from effilib.training import History, Method, Run, evaluate
@@ -39,11 +39,9 @@ INFO = Info(
     chapter="5.1",
     paper="Zeiler & Fergus 2013, arXiv:1301.3557; S3Pool: Zhai et al. 2017, arXiv:1611.05138",
     claim="Drawing the pooled activation at random, in proportion to its size, closes the gap between "
-    "training and "
-    "test error where images are few, without a hyper-parameter.",
+    "training and test error where images are few, without a hyper-parameter.",
     cost_model="Same products; a pooling layer costs 1.1-1.5 times max pooling's time. It pays only if fewer "
-    "images or "
-    "fewer steps suffice.",
+    "images or fewer steps suffice.",
     applies="networks with max pooling, and few images",
 )
 
@@ -93,12 +91,6 @@ class Geometry:
         return (ctypes.c_int64 * 12)(*(n for side in zip(*parts, strict=True) for n in side))
 
     @property
-    def tiles(self):
-        """Whether every pixel lies in exactly one window."""
-        covered = tuple(o * s for o, s in zip(self.out, self.stride, strict=True))
-        return self.kernel == self.stride and self.dilation == (1, 1) and covered == self.padded == self.size
-
-    @property
     def padded(self):
         """(H, W) of the image with all zeros around it."""
         return tuple(n + p + b for n, p, b in zip(self.size, self.padding, self.behind, strict=True))
@@ -116,11 +108,11 @@ class Geometry:
 
 
 def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw an element of each window with the probabilities p_r = a_r / sum a.
+    """Draw an element of each window, in proportion to its size.
 
-    a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns (s, r): the element, and its number as a
-    float; r = K for a window of zeros, of which no place may be named (s = 0). What is not finite makes s nan
-    or infinite.
+    With the probabilities p_r = a_r / sum a. a: K tensors >= 0. u: uniform in (0, 1), of their shape. Returns
+    (s, r): the element, and its number as a float; r = K for a window of zeros, of which no place may be
+    named (s = 0). What is not finite makes s nan or infinite.
 
     >>> element, number = draw([torch.tensor(1.0), torch.tensor(3.0)], torch.tensor(0.5))  # 0.5 > 1 / 4
     >>> element.item(), number.item()
@@ -138,9 +130,9 @@ def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def expected(a: list[torch.Tensor]) -> torch.Tensor:
-    """Return the mean of the draws, sum_r p_r a_r: what eval mode computes.
+    """Return the mean of the draws, which eval mode computes.
 
-    a: K tensors >= 0; 0 for windows of zeros.
+    It is sum_r p_r a_r. a: K tensors >= 0; 0 for windows of zeros.
 
     >>> expected([torch.tensor(1.0), torch.tensor(3.0)]).item()  # 1/4 x 1 + 3/4 x 3
     2.5
@@ -204,9 +196,10 @@ def _call(kernel, tensors, geometry, b, c):
 
 
 class Draw(torch.autograd.Function):
-    """`draw` on (B, H, W, C); the gradient goes to the drawn place only.
+    """Apply `draw` to (B, H, W, C).
 
-    The probabilities count as constants. By one pass in C++, or in chunks.
+    The gradient goes to the drawn place only. The probabilities count as constants. By one pass in C++, or in
+    chunks.
 
     >>> geometry = Geometry((2, 2), (2, 2), (2, 2), (0, 0), (1, 1), ceil=False)
     >>> x = torch.tensor([0.0, 0.0, 5.0, 0.0]).view(1, 2, 2, 1)
@@ -242,25 +235,12 @@ class Draw(torch.autograd.Function):
             _call(kernel, (ds, places, dx), geometry, len(ds), ds.shape[-1])
             return dx, None, None, None
         for i in chunks(ds.shape):
-            if geometry.tiles:
-                _scatter(dx[i], ds[i], places[i], geometry, tiles=True)
-            else:
-                whole = ds.new_zeros(len(ds[i]), *geometry.padded, ds.shape[-1], dtype=_precise(ds.dtype))
-                _scatter(whole, ds[i].to(whole.dtype), places[i], geometry)
-                dx[i] = whole[:, top : top + height, left : left + width]
+            whole = ds.new_zeros(len(ds[i]), *geometry.padded, ds.shape[-1], dtype=_precise(ds.dtype))
+            d, r = ds[i].to(whole.dtype), places[i].to(whole.dtype)
+            for k, window in enumerate(geometry.windows(whole)):
+                window.addcmul_(d, torch.eq(r, k, out=torch.empty_like(r)))
+            dx[i] = whole[:, top : top + height, left : left + width]
         return dx, None, None, None
-
-
-def _scatter(dx, ds, places, geometry, tiles=False):
-    """Add ds to dx at the drawn places; write it where windows do not overlap."""
-    windows = geometry.windows(dx)
-    r = places.to(ds.dtype if len(windows) <= 256 else torch.float32)  # what bf16 can count to
-    for k, window in enumerate(windows):
-        drawn = torch.eq(r, k, out=torch.empty_like(r))
-        if tiles:
-            torch.mul(ds, drawn, out=window)
-        else:
-            window.addcmul_(ds, drawn)
 
 
 def chunks(shape):
@@ -330,13 +310,13 @@ def pick(n, grid, keep, generator=None):
 
 
 class S3Pool2d(nn.MaxPool2d):
-    """Max pooling at stride 1, then random rows and columns (S3Pool, Zhai et al. 2017).
+    """Take maxima at stride 1, then random rows and columns.
 
-    Train: the map of maxima is cut into grids of `grid` rows (and columns); from each, grid / stride are
-    kept, drawn without replacement and sorted, the same for all images and channels. Eval: the mean of each
-    stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes. grid: pixels, a
-    multiple of the stride; None is the stride itself, the weakest distortion. generator: on the CPU. Raises
-    `BadInput` for a grid that is no multiple of the stride, and for dilation.
+    S3Pool, Zhai et al. 2017. Train: the map of maxima is cut into grids of `grid` rows (and columns); from
+    each, grid / stride are kept, drawn without replacement and sorted, the same for all images and channels.
+    Eval: the mean of each stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes.
+    grid: pixels, a multiple of the stride; None is the stride itself, the weakest distortion. generator: on
+    the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
 
     >>> S3Pool2d(2, grid=4)(torch.rand(1, 3, 8, 8)).shape
     torch.Size([1, 3, 4, 4])
@@ -389,7 +369,9 @@ class S3Pool2d(nn.MaxPool2d):
 
 
 class AveragePool2d(nn.MaxPool2d):
-    """Average pooling with the geometry of `nn.MaxPool2d`; padding counts as 0. The control.
+    """Average windows with the geometry of `nn.MaxPool2d`: the control.
+
+    Padding counts as 0.
 
     >>> AveragePool2d(2)(torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])).item()
     1.0
@@ -419,26 +401,24 @@ def replace_pools_(model: nn.Module, make: Callable[[nn.MaxPool2d, str], nn.Modu
             if isinstance(pool, nn.MaxPool2d):
                 if pool.return_indices:
                     raise BadInput(
-                        f"pooling {name} returns indices for unpooling: a pooling that is drawn has none to "
-                        "give"
+                        f"pooling {name} returns indices for unpooling, of which a drawn one has none"
                     )
-                made.setdefault(pool, None)
-                made[pool] = made[pool] or make(pool, name).train(pool.training)
+                if pool not in made:
+                    made[pool] = make(pool, name).train(pool.training)
                 setattr(parent, child, made[pool])
     if not made:
         raise NoEffect(
             f"stochastic pooling: {type(model).__name__} has no nn.MaxPool2d layer (a call of F.max_pool2d "
-            "can't be "
-            "replaced)"
+            "can't be replaced)"
         )
     return len(made)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticPooling(Method):
-    """Train with every `nn.MaxPool2d` replaced; in eval mode the layers weigh by probability.
+    """Train with every `nn.MaxPool2d` replaced by a random pooling.
 
-    Raises `NoEffect` for a model without such a layer.
+    In eval mode the layers weigh by probability. Raises `NoEffect` for a model without such a layer.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -450,8 +430,11 @@ class StochasticPooling(Method):
     kind: str = "stochastic"  # or "s3"; or "average", the control
     grid: int = 2  # of S3Pool, in strides: 2 keeps half of each grid of twice the stride, 1 distorts least
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("kind of pooling", self.kind, KINDS)
+        within("S3Pool: grid", self.grid, "a whole number above 0")
+
+    def on_fit_start(self, run: Run) -> None:
         generator = run.generator(self, share=True)
 
         def make(pool, name):
@@ -465,13 +448,14 @@ class StochasticPooling(Method):
                 raise BadInput(f"average pooling has no dilation, pooling {name} has {pool.dilation}")
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
 
-        run.state[self] = {"layers": replace_pools_(run.model, make)}
-        run.log(self, f"{run.state[self]['layers']} pooling layers are now {self.kind}")
+        run.log(self, f"{replace_pools_(run.model, make)} pooling layers are now {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAccuracy(Method):
-    """Note the accuracy on the training images in eval mode at the end, off the clock.
+    """Note the accuracy on training images at the end.
+
+    In eval mode, off the clock.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -481,6 +465,9 @@ class TrainingAccuracy(Method):
     """
 
     images: int = 1000  # at most: the first ones
+
+    def __post_init__(self):
+        within("training accuracy: images", self.images, "a whole number above 0")
 
     def on_fit_end(self, run: Run) -> None:
         with run.clock.paused():

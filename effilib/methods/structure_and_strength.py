@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from effilib import cost
-from effilib.errors import BadInput, NoEffect, choose
+from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.inspection import cut_patches, followers
 from effilib.methods import Info
+from effilib.surgery import forget_
 from effilib.training import Method, Run
 
 __all__ = [
@@ -37,11 +38,9 @@ INFO = Info(
     chapter="5.2",
     paper="Keshari et al. 2018, arXiv:1803.11405",
     claim="With filters whose structure comes from a dictionary of patches, training only their strength "
-    "needs fewer "
-    "images and far fewer trainable parameters.",
-    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs "
-    "seconds before "
-    "the first step.",
+    "needs fewer images and far fewer trainable parameters.",
+    cost_model="Frozen filters save dW, a third of the convolutions' products; the dictionary costs seconds "
+    "before the first step.",
     applies="few labelled images",
 )
 STRUCTURES, SCOPES = ("random", "dictionary", "kmeans"), ("filter", "kernel", "input", "auto")
@@ -52,9 +51,9 @@ DEAD = 1e-6  # norm below which an atom is none
 
 
 def whiten(patches: torch.Tensor) -> torch.Tensor:
-    """Give each patch mean 0 and about unit contrast, (x - mean) / (std + 0.1).
+    """Give each patch mean 0 and about unit contrast.
 
-    Else the first atom is the mean grey.
+    It is (x - mean) / (std + 0.1). Else the first atom is the mean grey.
 
     >>> [round(v, 2) for v in whiten(torch.tensor([[1.0, 3.0]]))[0].tolist()]
     [-0.91, 0.91]
@@ -65,9 +64,9 @@ def whiten(patches: torch.Tensor) -> torch.Tensor:
 def dictionary(
     patches: torch.Tensor, atoms: int, generator: torch.Generator, alpha: float = 1.0, passes: int = 2
 ) -> np.ndarray:
-    """Return the dictionary D (atoms, d) of patches X (M, d), by mini-batches (Mairal et al. 2009).
+    """Return the dictionary D (atoms, d) of patches X (M, d).
 
-    It minimises 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1.
+    By mini-batches (Mairal et al. 2009). It minimises 1/2 |X - A D|^2 + alpha |A|_1 with |d_j| <= 1.
 
     >>> dictionary(whiten(torch.rand(50, 9)), 4, torch.Generator()).shape
     (4, 9)
@@ -77,14 +76,9 @@ def dictionary(
     first = patches[torch.randperm(len(patches), generator=generator)[:atoms]]
     first = (first / first.norm(dim=1, keepdim=True)).numpy()
     learner = MiniBatchDictionaryLearning(
-        n_components=atoms,
-        alpha=alpha,
-        max_iter=passes,
-        batch_size=256,
-        fit_algorithm="cd",
-        dict_init=first,
-        random_state=_seed(generator),
-    )
+        n_components=atoms, alpha=alpha, max_iter=passes, batch_size=256, fit_algorithm="cd",
+        dict_init=first, random_state=_seed(generator),
+    )  # fmt: skip
     return _fit(learner, patches).components_
 
 
@@ -99,13 +93,9 @@ def kmeans(patches: torch.Tensor, atoms: int, generator: torch.Generator) -> np.
     from sklearn.cluster import MiniBatchKMeans
 
     learner = MiniBatchKMeans(
-        n_clusters=atoms,
-        init="k-means++",
-        n_init=1,
-        max_iter=10,
-        batch_size=1024,
+        n_clusters=atoms, init="k-means++", n_init=1, max_iter=10, batch_size=1024,
         random_state=_seed(generator),
-    )
+    )  # fmt: skip
     return _fit(learner, patches).cluster_centers_
 
 
@@ -114,10 +104,7 @@ def _seed(generator):
 
 
 def _fit(learner, patches):
-    """Fit with as many threads as PyTorch uses.
-
-    That a mini-batch has not converged is the rule, and no warning.
-    """
+    """Fit with PyTorch's threads; that a mini-batch has not converged is the rule, and no warning."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
@@ -128,9 +115,10 @@ def _fit(learner, patches):
 def learn_filters(
     patches: torch.Tensor, filters: int, structure: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return `filters` rows of norm sqrt(2), as He's have in the mean, learned from patches (M, d).
+    """Return filters (filters, d) learned from patches (M, d).
 
-    What a dictionary cannot give, because there are too few patches or an atom died, is a random direction.
+    Their norm is sqrt(2), as He's have in the mean. What a dictionary cannot give, because there are too few
+    patches or an atom died, is a random direction.
 
     >>> w = learn_filters(torch.rand(50, 9), 4, "kmeans", torch.Generator())
     >>> [round(v, 3) for v in w.norm(dim=1).tolist()]
@@ -149,7 +137,7 @@ def learn_filters(
 
 
 def he_gain(w: torch.Tensor, patches: torch.Tensor) -> float:
-    """Return the factor that gives filters the mean square response of He's random ones.
+    """Return the factor that gives filters He's mean square response.
 
     w: (O, d). patches: (M, d). Random filters answer with 2 mean(x^2). Learned ones point where the patches
     lie and answer several times as strongly: layer upon layer activations would grow, and training diverge,
@@ -163,10 +151,12 @@ def he_gain(w: torch.Tensor, patches: torch.Tensor) -> float:
 
 
 def plain_convolutions(model):
-    """The `nn.Conv2d` layers by name. Raises `NoEffect` where there is none."""
-    convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    """The `nn.Conv2d` layers by name, but those that the user froze. Raises `NoEffect` without any."""
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    convs = {name: m for name, m in found.items() if m.weight.requires_grad}
     if not convs:
-        raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d layer")
+        which = "that is not frozen" if found else "layer"
+        raise NoEffect(f"structure and strength: {type(model).__name__} has no nn.Conv2d {which}")
     return convs
 
 
@@ -174,12 +164,12 @@ def plain_convolutions(model):
 def learn_structure_(
     model: nn.Module, images: torch.Tensor, structure: str, generator: torch.Generator, patches: int = 10_000
 ) -> dict[str, int]:
-    """Set the filters of all convolutions to what is learned from their own input.
+    """Set all convolutions' filters to what is learned from their input.
 
     images: (N, C, H, W), normalised, of the *training* set. One forward pass: a layer's filters are learned
     when its input arrives, so all layers before it have theirs. They get He's norm, and per layer one factor
-    that keeps the variance as He's would (`he_gain`). Biases and everything else stay. Returns {layer: number
-    of patches}.
+    that keeps the variance as He's would (`he_gain`). Biases, frozen filters and all else stay. Returns
+    {layer: number of patches}.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> learn_structure_(net, torch.rand(8, 1, 8, 8), "kmeans", torch.Generator(), patches=100)
@@ -203,9 +193,7 @@ def learn_structure_(
     try:
         model.eval()
         for m in model.modules():
-            m.training = isinstance(
-                m, _NormBase
-            )  # statistics of these images; what is running means nothing yet
+            m.training = isinstance(m, _NormBase)  # statistics of these images: running ones mean nothing yet
         hooks += [conv.register_forward_pre_hook(learn(name)) for name, conv in convs.items()]
         model(images)
     finally:
@@ -222,11 +210,11 @@ def learn_structure_(
 
 
 class StrengthConv2d(nn.Conv2d):
-    """A convolution with frozen filters W (the buffer `weight`) and a trainable strength t, 1 at first.
+    """Convolve with frozen filters W and a trainable strength t.
 
-    scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W * (t_c x) + b, t: (C,). "kernel": y = (t_oc
-    W) * x + b, t: (O, C / groups). "norm": no t, the weight of the normalisation behind it is the strength.
-    Made by `strengthen_`, undone by `merge_`.
+    W is the buffer `weight`; t is 1 at first. scope "filter": y = t_o (W * x) + b, t: (O,). "input": y = W *
+    (t_c x) + b, t: (C,). "kernel": y = (t_oc W) * x + b, t: (O, C / groups). "norm": no t, the weight of the
+    normalisation behind it is the strength. Made by `strengthen_`, undone by `merge_`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     >>> scopes = strengthen_(net, torch.zeros(1, 1, 8, 8))
@@ -269,30 +257,30 @@ def place(conv, norm, scope, name="", norm_name=""):
     if scope == "filter":
         raise BadInput(
             f"the strength per filter of {name} has no gradient: {norm_name} behind it divides it out again; "
-            "choose scope 'kernel' or 'input', or 'auto', which takes the normalisation's own weight as "
-            "the strength"
+            "choose scope 'kernel' or 'input', or 'auto', which takes the normalisation's own weight as the "
+            "strength"
         )
-    # with one input channel a kernel is the whole filter
-    if scope == "auto" or conv.in_channels == conv.groups:
-        if norm.weight is not None:
+    single = conv.in_channels == conv.groups  # a kernel is the whole filter
+    if scope == "auto" or single:
+        if norm.weight is not None and norm.weight.requires_grad:
             return "norm"
-        if conv.in_channels == conv.groups:
+        if single:
             raise BadInput(
                 f"no strength of {name} has a gradient: it has one input channel, and {norm_name} behind it "
-                "has no "
-                "weight"
+                "has no weight to be trained"
             )
         return "input"
     return scope
 
 
 def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -> dict[str, str]:
-    """Freeze the filters of all `nn.Conv2d` and give them a strength; the function stays.
+    """Freeze the filters of all `nn.Conv2d` and give them a strength.
 
-    Returns {layer: its scope}. images: a few (N, C, H, W), to see which layers a normalisation follows.
-    scope: "filter", "kernel" (per filter and input channel), "input" (per input channel), or "auto": per
-    filter, which in front of a normalisation is that one's weight. Raises `NoEffect` without convolutions,
-    `BadInput` where a strength would have no gradient.
+    The function stays. Those that are frozen already are left alone. Returns {layer: its scope}. images: a
+    few (N, C, H, W), to see which layers a normalisation follows. scope: "filter", "kernel" (per filter and
+    input channel), "input" (per input channel), or "auto": per filter, which in front of a normalisation is
+    that one's weight. Raises `NoEffect` without convolutions, `BadInput` where a strength would have no
+    gradient.
 
     >>> strengthen_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), torch.zeros(2, 1, 8, 8), scope="auto")
     {'features.0': 'norm', 'features.4': 'norm'}
@@ -312,9 +300,9 @@ def strengthen_(model: nn.Module, images: torch.Tensor, scope: str = "filter") -
 
 
 def merge_(model: nn.Module) -> int:
-    """Make the strengthened convolutions plain ones that compute the same. Returns how many.
+    """Make the strengthened convolutions plain ones that compute the same.
 
-    Raises `NoEffect` if there is none.
+    Returns how many. Raises `NoEffect` if there is none.
 
     >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 8, 8)
     >>> before, scopes = net(x), strengthen_(net, x)
@@ -334,9 +322,9 @@ def merge_(model: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StructureAndStrength(Method):
-    """Learn the filters' structure from training images, then train everything, or only the strength.
+    """Learn the filters' structure, then train everything or their strength.
 
-    Afterwards the model is plain again.
+    Without labels, from training images. Afterwards the model is plain again.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
@@ -353,9 +341,15 @@ class StructureAndStrength(Method):
     # of the strength's learning rate; it has no weight decay, which would pull the filters to 0
     lr_factor: float = 1.0
 
-    def on_fit_start(self, run: Run) -> None:
+    def __post_init__(self):
         choose("structure of filters", self.structure, STRUCTURES)
         choose("what is trained", self.train, ("all", "strength"))
+        choose("scope of strength", self.scope, SCOPES)
+        within("structure and strength: images", self.images, "a whole number above 0")
+        within("structure and strength: patches", self.patches, "a whole number above 0")
+        within("structure and strength: lr_factor", self.lr_factor, "above 0")
+
+    def on_fit_start(self, run: Run) -> None:
         if self.structure == "random" and self.train == "all":
             raise NoEffect(
                 "structure and strength: random filters with all weights trained are ordinary training"
@@ -372,18 +366,19 @@ class StructureAndStrength(Method):
     def freeze(
         self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor
     ) -> None:
-        """Freeze the filters; the optimizer gets what is left to train, strengths in a group of their own."""
+        """Freeze the filters; strengths get a group of their own beside each of the optimizer's."""
+        convs = plain_convolutions(model)
+        weights = {name: conv.weight for name, conv in convs.items()}
+        held = [set(group["params"]) for group in optimizer.param_groups]
+        groups = [[name for name, w in weights.items() if w in params] for params in held]
         scopes = strengthen_(model, images, self.scope)
-        strengths = [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
-        others = [p for p in model.parameters() if all(p is not t for t in strengths)]
-        optimizer.state.clear()
-        trainable, first = cost.parameters(model), optimizer.param_groups[0]
-        optimizer.param_groups[:] = [{**first, "params": others}]
-        if strengths:
-            optimizer.param_groups.append(
-                {**first, "params": strengths, "weight_decay": 0.0, "lr_factor": self.lr_factor}
-            )
-        run.state[self] = {"scopes": scopes}
+        forget_(optimizer, weights.values())
+        for group, names in zip(list(optimizer.param_groups), groups, strict=True):
+            if strengths := [convs[n].t for n in names if scopes[n] != "norm"]:
+                own = dict(weight_decay=0.0, lr_factor=self.lr_factor * group.get("lr_factor", 1.0))
+                optimizer.add_param_group({**group, **own, "params": strengths})
+        trainable = cost.parameters(model)
+        run.state[self] = {"scopes": scopes, "groups": groups}
         run.log(
             self,
             f"strength per {', '.join(sorted(set(scopes.values())))}; {trainable} parameters are trained",
@@ -392,11 +387,14 @@ class StructureAndStrength(Method):
 
     def on_fit_end(self, run: Run) -> None:
         if self.train == "strength":
-            run.restructure(self.thaw)
+            run.restructure(lambda model, optimizer: self.thaw(run, model, optimizer))
 
-    @staticmethod
-    def thaw(model, optimizer):
-        """Make the convolutions plain again, and give the optimizer all parameters."""
+    def thaw(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the convolutions plain again, and put their weights back into their groups."""
+        forget_(
+            optimizer, [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
+        )
         merge_(model)
-        optimizer.state.clear()
-        optimizer.param_groups[:] = [{**optimizer.param_groups[0], "params": list(model.parameters())}]
+        for group, names in zip(optimizer.param_groups, run.state[self]["groups"], strict=False):
+            group["params"] += [model.get_submodule(name).weight for name in names]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]

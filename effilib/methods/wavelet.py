@@ -16,14 +16,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from effilib.errors import BadInput, choose
 from effilib.methods import Info
 
 __all__ = [
-    "WaveletPool2d", "analysis", "butterfly", "flip_bands", "haar", "inverse_haar", "matrices", "synthesis",
-    "wavelet_pool",
+    "analysis", "butterfly", "flip_bands", "haar", "inverse_haar", "matrices", "synthesis", "wavelet_pool",
 ]  # fmt: skip
 
 INFO = Info(
@@ -75,9 +73,10 @@ def even(x: torch.Tensor) -> torch.Tensor:
 
 
 def butterfly(x: torch.Tensor) -> torch.Tensor:
-    """Return twice the Haar bands of x: (N, C, H, W) -> (N, 4C, H/2, W/2).
+    """Return twice the Haar bands of an image.
 
-    Exact for integers; H and W are even. First the C channels of A, then H, V, D.
+    (N, C, H, W) -> (N, 4C, H/2, W/2). Exact for integers; H and W are even. First the C channels of A, then
+    H, V, D.
 
     >>> butterfly(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [10, -4, -2, 0]
@@ -88,9 +87,9 @@ def butterfly(x: torch.Tensor) -> torch.Tensor:
 
 
 def haar(x: torch.Tensor) -> torch.Tensor:
-    """Return the Haar bands of x: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)).
+    """Return the Haar bands of an image.
 
-    Orthonormal: energy is kept.
+    (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Orthonormal: energy is kept.
 
     >>> haar(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).flatten().tolist()
     [5.0, -2.0, -1.0, 0.0]
@@ -99,7 +98,9 @@ def haar(x: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_haar(bands: torch.Tensor) -> torch.Tensor:
-    """Rebuild an image from its Haar bands: (N, 4C, h, w) -> (N, C, 2h, 2w).
+    """Rebuild an image from its Haar bands.
+
+    (N, 4C, h, w) -> (N, C, 2h, 2w).
 
     >>> inverse_haar(torch.tensor([5.0, -2.0, -1.0, 0.0]).view(1, 4, 1, 1)).flatten().tolist()
     [1.0, 2.0, 3.0, 4.0]
@@ -112,9 +113,9 @@ def inverse_haar(bands: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache
 def matrices(wavelet: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (T, S): the matrices of analysis and synthesis of n (even) values.
+    """Return the matrices (T, S) of analysis and synthesis.
 
-    float64, (n, n), periodic. Rows of T: n/2 low-pass ones, then high-pass ones.
+    Of n values, n even. float64, (n, n), periodic. Rows of T: n/2 low-pass ones, then high-pass ones.
     y[k] = sum_j h[j] x[2k + L/2 - j mod n] with the filter h of length L: PyWavelets' mode "periodization".
 
     >>> T, S = matrices("bior4.4", 8)
@@ -186,31 +187,14 @@ def flip_bands(bands: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
 
 
 def wavelet_pool(x: torch.Tensor, wavelet: str = "haar") -> torch.Tensor:
-    """Pool x: (N, C, H, W) -> (N, C, H/2, W/2) by wavelets (Williams & Li 2018).
+    """Pool 2 x 2 pixels by wavelets (Williams & Li 2018).
 
-    Two levels, the finest details dropped, the rest rebuilt. By perfect reconstruction that is the first
-    level's A, so the second level is not computed. For Haar it is twice average pooling.
+    (N, C, H, W) -> (N, C, H/2, W/2). Two levels, the finest details dropped, the rest rebuilt. By perfect
+    reconstruction that is the first level's A, so the second level is not computed. For Haar it is twice
+    average pooling.
 
     >>> x = torch.rand(1, 3, 8, 8)
     >>> torch.allclose(wavelet_pool(x), 2 * F.avg_pool2d(x, 2))
     True
     """
     return analysis(x, wavelet).chunk(4, 1)[0]
-
-
-class WaveletPool2d(nn.Module):
-    """Apply `wavelet_pool`, in place of a 2 x 2 pooling.
-
-    >>> WaveletPool2d("db2")(torch.rand(1, 3, 8, 8)).shape
-    torch.Size([1, 3, 4, 4])
-    """
-
-    def __init__(self, wavelet: str = "haar"):
-        super().__init__()
-        self.wavelet = choose("wavelet", wavelet, FILTERS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return wavelet_pool(x, self.wavelet)
-
-    def extra_repr(self) -> str:
-        return f"wavelet={self.wavelet}"

@@ -29,7 +29,9 @@ STAGES = ("encoder", "classifier", "joint")
 
 
 class Decoder(nn.Module):
-    """Bring a half-resolution image back to full size: (N, C, h, w) -> (N, C, 2h, 2w).
+    """Bring a half-resolution image back to full size.
+
+    (N, C, h, w) -> (N, C, 2h, 2w).
 
     >>> Decoder(3, 8)(torch.zeros(1, 3, 4, 4)).shape
     torch.Size([1, 3, 8, 8])
@@ -114,9 +116,9 @@ class WAE(nn.Module):
 
 @torch.no_grad()
 def energy_share(model: WAE, x: torch.Tensor) -> tuple[float, float]:
-    """Return (share of the high image in the energy of both, reconstruction in dB) on x: (N, C, H, W).
+    """Return the high image's share of the energy, and the reconstruction in dB.
 
-    dB: signal-to-noise ratio.
+    x: (N, C, H, W). dB: signal-to-noise ratio.
 
     >>> model = WAE(1, 4, nn.Flatten(), nn.Flatten(), features=(16, 16))
     >>> share, ratio = energy_share(model, torch.rand(2, 1, 8, 8))
@@ -203,10 +205,10 @@ class WaveletAutoEncoder(Method):
 
 
 def wae_of(task: Task, dataset: Dataset, seed: int = 0) -> WAE:
-    """Return a `WAE` whose trunks are the task's network, without its first halving.
+    """Return a `WAE` whose trunks are the task's network.
 
-    The high image's trunk has a quarter of the channels. For our networks only, whose widths are lists:
-    raises `BadInput` for another.
+    Without its first halving. The high image's trunk has a quarter of the channels. For our networks only,
+    whose widths are lists: raises `BadInput` for another.
 
     >>> t = task("smoke", "synthetic", widths={"widths": (8, 8), "blocks": (1, 1)})
     >>> wae_of(t, t.load()).high.settings()["widths"]
@@ -235,9 +237,9 @@ def wae_of(task: Task, dataset: Dataset, seed: int = 0) -> WAE:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoEncoder:
-    """Train a `WAE` on the task's network. For `Arm.fit`: (task, seed) -> `History`.
+    """Train a `WAE` on the task's network.
 
-    stages: see `WaveletAutoEncoder`.
+    For `Arm.fit`: (task, seed) -> `History`. stages: see `WaveletAutoEncoder`.
 
     >>> AutoEncoder()(task("smoke", "synthetic").at(0.5), seed=0).steps
     4

@@ -49,7 +49,9 @@ class Bands(Dataset):
 
 
 class BandBatches(Batches):
-    """Iterate over batches of bands, cut from the padded ones, mirrored with the signs of V and D.
+    """Iterate over batches of bands, cropped and mirrored.
+
+    Cut from the padded ones; where mirrored, V and D change their sign.
 
     >>> batches = precompute(load("synthetic")).shuffled(32, torch.Generator().manual_seed(0))
     >>> type(batches).__name__, next(iter(batches))[0].shape
@@ -133,7 +135,9 @@ def precompute(dataset: Dataset) -> Bands:
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """Train on bands that were computed once, on the clock. For `Arm.fit`: (task, seed) -> `History`.
+    """Train on bands that were computed once, on the clock.
+
+    For `Arm.fit`: (task, seed) -> `History`.
 
     >>> Precomputed()(task("smoke", "synthetic").at(0.5), seed=0).steps
     4

@@ -17,7 +17,7 @@ from effilib.convolution import probe
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect, choose, within
 from effilib.inspection import first_convolution
-from effilib.methods.wavelet import FILTERS, analysis, even, wavelet_pool
+from effilib.methods.wavelet import even, haar, wavelet_pool
 from effilib.surgery import adopt_, forget_
 from effilib.training import Method, Run
 
@@ -30,9 +30,9 @@ KINDS = ("bands", "low", "space-to-depth", "strided")
 
 
 def space_to_depth(x: torch.Tensor) -> torch.Tensor:
-    """Make the four pixels of each 2 x 2 channels: (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)).
+    """Make channels of the four pixels of each 2 x 2.
 
-    Ordered (row, column, C), channels last in memory.
+    (N, C, H, W) -> (N, 4C, ceil(H/2), ceil(W/2)). Ordered (row, column, C), channels last in memory.
 
     >>> space_to_depth(torch.tensor([[[[1, 2], [3, 4]]]])).flatten().tolist()
     [1, 2, 3, 4]
@@ -43,7 +43,7 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
 
 
 def haar_matrix(channels: int) -> torch.Tensor:
-    """Return the orthogonal matrix (4C, 4C) from the channels of `space_to_depth` to those of `haar`.
+    """Return the matrix (4C, 4C) from `space_to_depth` to `haar`.
 
     >>> M = haar_matrix(1)
     >>> (M @ torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
@@ -53,7 +53,7 @@ def haar_matrix(channels: int) -> torch.Tensor:
     return torch.kron(signs, torch.eye(channels))
 
 
-def split(x, kind, wavelet="haar"):
+def split(x, kind):
     """Return what the network reads instead of x: (N, C, H, W) -> (N, C or 4C, ceil(H/2), ceil(W/2)).
 
     "strided" reads x itself.
@@ -65,13 +65,11 @@ def split(x, kind, wavelet="haar"):
         return x
     if kind == "space-to-depth":
         return space_to_depth(x)
-    return wavelet_pool(x, wavelet) if kind == "low" else analysis(x, wavelet)
+    return wavelet_pool(x) if kind == "low" else haar(x)
 
 
-def moments(
-    dataset: Dataset, kind: str, wavelet: str = "haar", images: int = 2000
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (mean, std) per channel of what a stem of this kind reads, (C',) each.
+def moments(dataset: Dataset, kind: str, images: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std, (C',) each, of what a stem reads.
 
     From the first training images, which are stratified.
 
@@ -81,7 +79,7 @@ def moments(
     """
     count, total, squares = 0, 0, 0
     for x, _ in dataset.batches(dataset.train[:images]):
-        y = split(x, kind, wavelet).double()
+        y = split(x, kind).double()
         count += y[:, 0].numel()
         total = total + y.sum((0, 2, 3))
         squares = squares + y.square().sum((0, 2, 3))
@@ -91,26 +89,25 @@ def moments(
 
 
 class FrontEnd(nn.Module):
-    """Read bands of mean 0 and variance 1 by a convolution half as large.
+    """Read standardised bands by a convolution on half the side.
 
     It stands where the network's first convolution stood. x: (N, C, H, W). conv: reads what `split` makes of
     x. mean, std: of those channels on the training set. Haar and the standardisation are one small product
     behind space-to-depth: strided sums of 3 channels are not vectorised. whole: read the image itself at its
-    full resolution, by the filters of the low band, which for Haar is twice the mean of 2 x 2 pixels.
+    full resolution, by the filters of the low band, which is twice the mean of 2 x 2 pixels.
 
     >>> conv = nn.Conv2d(4, 8, 3, padding=1)
-    >>> front = FrontEnd(conv, "bands", "haar", mean=torch.zeros(4), std=torch.ones(4))
+    >>> front = FrontEnd(conv, "bands", mean=torch.zeros(4), std=torch.ones(4))
     >>> x = torch.rand(2, 1, 8, 8)
-    >>> front(x).shape, torch.allclose(front.bands(x), analysis(x), atol=1e-6)
+    >>> front(x).shape, torch.allclose(front.bands(x), split(x, "bands"), atol=1e-6)
     (torch.Size([2, 8, 4, 4]), True)
     """
 
-    def __init__(self, conv: nn.Conv2d, kind: str, wavelet: str, mean: torch.Tensor, std: torch.Tensor):
+    def __init__(self, conv: nn.Conv2d, kind: str, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
-        self.conv, self.kind, self.wavelet, self.whole = conv, kind, wavelet, False
-        self.direct = kind == "bands" and wavelet == "haar"
-        matrix = haar_matrix(len(mean) // 4).to(mean) if self.direct else torch.eye(len(mean)).to(mean)
-        self.register_buffer("matrix", matrix / std.view(-1, 1))
+        self.conv, self.kind, self.whole = conv, kind, False
+        matrix = haar_matrix(len(mean) // 4) if kind == "bands" else torch.eye(len(mean))
+        self.register_buffer("matrix", matrix.to(mean) / std.view(-1, 1))
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
 
@@ -128,11 +125,10 @@ class FrontEnd(nn.Module):
         """Return what the convolution reads."""
         if self.kind == "strided":
             return x
-        x = space_to_depth(x) if self.direct else split(x, self.kind, self.wavelet)
+        x = space_to_depth(x) if self.kind == "bands" else split(x, self.kind)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.permute(0, 2, 3, 1), self.matrix.to(x.dtype), self.shift.to(x.dtype)).permute(
-                0, 3, 1, 2
-            )
+            y = F.linear(x.permute(0, 2, 3, 1), self.matrix.to(x.dtype), self.shift.to(x.dtype))
+        return y.permute(0, 3, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.whole:
@@ -142,7 +138,7 @@ class FrontEnd(nn.Module):
         return F.conv2d(2 * scale * x + shift, conv.weight[:, :c], conv.bias, conv.stride, conv.padding)
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind}, wavelet={self.wavelet}, whole={self.whole}"
+        return f"kind={self.kind}, whole={self.whole}"
 
 
 def sizes(model, shape):
@@ -153,21 +149,21 @@ def sizes(model, shape):
     >>> sizes(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     [('features.0', (8, 8)), ('features.3', (8, 8)), ('features.4', (4, 4))]
     """
-    order, hooks = [], []
-    like = next(model.parameters())
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-            hooks.append(
-                m.register_forward_pre_hook(
-                    lambda m, inputs, name=name: order.append((name, tuple(inputs[0].shape[2:])))
-                )
-            )
+    order, like = [], next(model.parameters())
+
+    def note(name):
+        return lambda m, inputs: order.append((name, tuple(inputs[0].shape[2:])))
+
+    layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+    }
+    hooks = [m.register_forward_pre_hook(note(name)) for name, m in layers.items()]
     probe(model, torch.zeros(2, *shape, device=like.device, dtype=like.dtype), hooks)
     return order
 
 
 def keep_sizes_(model: nn.Module, shape: tuple[int, int, int], after: str | None = None) -> list[str]:
-    """Take out the network's first halving, so that later layers keep their sizes.
+    """Take out the network's first halving; later layers keep their sizes.
 
     Wherever the map that it reads is read with stride 2: a convolution (a shortcut's too) or an overlapping
     pooling gets stride 1, a 2 x 2 pooling goes. after: the name of a layer whose own stride does not count.
@@ -176,15 +172,12 @@ def keep_sizes_(model: nn.Module, shape: tuple[int, int, int], after: str | None
     >>> keep_sizes_(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8))
     ['features.3']
     """
-    halving = [
-        (n, s)
-        for n, s in sizes(model, shape)
-        if n != after and _pair(model.get_submodule(n).stride) == (2, 2)
-    ]
+    seen = [(n, s) for n, s in sizes(model, shape) if n != after]
+    halving = [(n, s) for n, s in seen if _pair(model.get_submodule(n).stride) == (2, 2)]
     if not halving:
         raise NoEffect(
-            f"wavelet: no layer of {type(model).__name__} has a stride of 2 to be taken out; push the "
-            "network down a scale instead"
+            f"wavelet: no layer of {type(model).__name__} has a stride of 2 to be taken out; keep=False "
+            "halves all maps instead"
         )
     changed = [n for n, size in halving if size == halving[0][1]]
     for name in changed:
@@ -238,7 +231,6 @@ def wavelet_stem_(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     kind: str = "bands",
-    wavelet: str = "haar",
     keep: bool = True,
     standardize: bool = True,
     generator: torch.Generator | None = None,
@@ -259,7 +251,6 @@ def wavelet_stem_(
     {'stem': 'features.0', 'kernel': 3, 'channels': 4, 'strides taken out': ['features.3']}
     """
     choose("kind of stem", kind, KINDS)
-    choose("wavelet", wavelet, FILTERS)
     name, old = first_convolution(model, dataset.shape)
     stride, k = old.stride[0], max(old.kernel_size)
     strided = stride % 2 == 0
@@ -270,7 +261,7 @@ def wavelet_stem_(
     with torch.no_grad():
         before = old(torch.zeros(1, c, *size, device=old.weight.device, dtype=old.weight.dtype)).shape[2]
     target = before if keep and strided else (before + 1) // 2  # rows that the stem gives
-    mean, std = moments(dataset, kind, wavelet)
+    mean, std = moments(dataset, kind)
     if not standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     if keep and strided:
@@ -279,14 +270,11 @@ def wavelet_stem_(
     padding = min(range(k), key=lambda p: abs((rows + 2 * p - k) // stride + 1 - target))
     conv = nn.Conv2d(len(mean), old.out_channels, k, stride, padding, bias=old.bias is not None)
     with torch.no_grad():
-        conv.weight.copy_(
-            torch.randn(conv.weight.shape, generator=generator) * math.sqrt(2 / conv.weight[0].numel())
-        )
+        he = math.sqrt(2 / conv.weight[0].numel())
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * he)
         if old.bias is not None:
             conv.bias.copy_(old.bias)
-    front = FrontEnd(conv.to(old.weight), kind, wavelet, mean.to(old.weight), std.to(old.weight)).train(
-        old.training
-    )
+    front = FrontEnd(conv.to(old.weight), kind, mean.to(old.weight), std.to(old.weight)).train(old.training)
     adopt_(optimizer, list(conv.parameters()), old.weight)
     forget_(optimizer, list(old.parameters()))
     parent, _, child = name.rpartition(".")
@@ -303,7 +291,7 @@ def wavelet_stem_(
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletStem(Method):
-    """Train with a front end of wavelet bands, or one of its controls.
+    """Train with a front end of wavelet bands, or a control.
 
     `wavelet_stem_` before the first step; it stays in the model. The transform follows augmentation, so crops
     and flips are the images' own. After `share` of the run the stem reads whole images by what it has learned
@@ -317,12 +305,12 @@ class WaveletStem(Method):
     """
 
     kind: str = "bands"
-    wavelet: str = "haar"
     keep: bool = True
     standardize: bool = True
     share: float = 1.0  # of the run, behind the stem; then at full resolution
 
     def __post_init__(self):
+        choose("kind of stem", self.kind, KINDS)
         within("wavelet: share", self.share, "above 0, to 1")
         if self.share < 1 and self.kind not in ("bands", "low"):
             raise BadInput(f"wavelet: a share is for kinds with a low band, bands and low, not {self.kind}")
@@ -334,17 +322,15 @@ class WaveletStem(Method):
                 f"wavelet: the first convolution has a stride of {first.stride[0]}, so that no later phase "
                 "can read whole images: leave share at 1"
             )
-        done, how = {}, dict(kind=self.kind, wavelet=self.wavelet, keep=self.keep)
-        how |= dict(standardize=self.standardize, generator=run.generator(self))
+        done, how = {}, dict(kind=self.kind, keep=self.keep, standardize=self.standardize)
+        how |= dict(generator=run.generator(self))
         run.restructure(
             lambda model, optimizer: done.update(wavelet_stem_(model, run.dataset, optimizer, **how))
         )
-        run.state[self] = {"stem": done["stem"], "taken": done["strides taken out"], "whole": False}
-        taken = ", ".join(done["strides taken out"]) or "none"
-        run.log(
-            self,
-            f"{done['stem']} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}",
-        )
+        stem, taken = done["stem"], done["strides taken out"]
+        run.state[self] = {"stem": stem, "taken": taken, "whole": False}
+        taken = ", ".join(taken) or "none"
+        run.log(self, f"{stem} reads {done['channels']} channels ({self.kind}); strides taken out: {taken}")
 
     def on_epoch_start(self, run: Run) -> None:
         if run.state[self]["whole"] and not run.model.get_submodule(run.state[self]["stem"]).whole:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effilib.errors import choose, within
+from effilib.errors import BadInput, choose, within
 from effilib.inspection import cut_patches, first_convolution, followers
 from effilib.training import Method, Run
 
@@ -29,14 +29,16 @@ def whitening_filters(
 ) -> torch.Tensor:
     """Return the leading whitening filters of patches and their negatives, (filters, d).
 
-    patches: (M, d), normalised pixels. eps: added to the variances, so that noise is not blown up. Beyond 2 d
-    filters there are no more: the rest are random mixtures of these, of the same variance.
+    patches: (M, d), normalised pixels. eps: above 0, added to the variances, so that noise is not blown up,
+    nor what does not vary at all (in RGB of grey images). Beyond 2 d filters there are no more: the rest are
+    random mixtures of these, of the same variance.
 
     >>> patches = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1.0])
     >>> w = whitening_filters(patches, 4)
     >>> (patches @ w.T).std(0).round(decimals=1)
     tensor([1., 1., 1., 1.])
     """
+    within("whitening: eps", eps, "above 0")
     x = patches.double() - patches.double().mean(0)
     variances, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
     w = (directions / (variances.clamp_min(0) + eps).sqrt()).T.flip(0)  # (d, d), the largest first
@@ -45,6 +47,14 @@ def whitening_filters(
     more = filters - len(pairs)
     mix = torch.randn(more, len(w), generator=generator, dtype=w.dtype) / math.sqrt(len(w))
     return torch.cat([pairs, mix @ w]).to(patches.dtype)
+
+
+def _stem(model, shape):
+    """The first convolution and its name. Raises `BadInput` where its user froze it."""
+    name, conv = first_convolution(model, shape)
+    if not conv.weight.requires_grad:
+        raise BadInput(f"whitening: the filters of {name} are frozen already, so that they have to stay")
+    return name, conv
 
 
 class _Shift(nn.BatchNorm2d):
@@ -64,11 +74,12 @@ def whiten_stem_(
     patches: int = 100_000,
     shift: bool = True,
 ) -> tuple[str, str]:
-    """Set the first convolution's filters to whitening ones and freeze them, in place.
+    """Set the first convolution's filters to frozen, whitening ones, in place.
 
     images: (N, C, H, W) of the *training* set, normalised. shift: a BatchNorm right behind the layer only
-    adds its bias; `unshift_` makes it a plain one again that computes the same. Returns the names of the
-    layer and of that BatchNorm, "" without one. Raises what `first_convolution` raises.
+    adds its bias, unless it is frozen; `unshift_` makes it a plain one again that computes the same. Returns
+    the names of the layer and of that BatchNorm, "" without one. Raises what `first_convolution` raises, and
+    `BadInput` where the filters are frozen already.
 
     >>> net = build("convnet", 4, (1, 8, 8), widths=(4, 8))
     >>> whiten_stem_(net, torch.rand(16, 1, 8, 8), torch.Generator())
@@ -76,7 +87,7 @@ def whiten_stem_(
     >>> net.features[0].weight.requires_grad
     False
     """
-    name, conv = first_convolution(model, tuple(images.shape[1:]))
+    name, conv = _stem(model, tuple(images.shape[1:]))
     found = cut_patches(images, conv, patches, generator).float().cpu()
     w = whitening_filters(found, conv.out_channels, eps, generator)
     conv.weight.copy_(w.view_as(conv.weight))
@@ -84,6 +95,8 @@ def whiten_stem_(
     behind = followers(model, images[:2]).get(name, "") if shift else ""
     norm = model.get_submodule(behind) if behind else None
     if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.running_var is None:
+        return name, ""
+    if not norm.weight.requires_grad:  # it would be overwritten
         return name, ""
     norm.__class__ = _Shift
     norm.weight.fill_(1).requires_grad_(False)
@@ -110,7 +123,7 @@ def unshift_(model: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Whitening(Method):
-    """Train behind a frozen first layer that whitens the patches of the images.
+    """Train behind a frozen first layer that whitens the images' patches.
 
     Afterwards the model is plain again.
 
@@ -129,7 +142,7 @@ class Whitening(Method):
 
     def __post_init__(self):
         choose("structure of the stem", self.structure, ("whitening", "random"))
-        within("whitening: eps", self.eps, "0 or above")
+        within("whitening: eps", self.eps, "above 0")
         within("whitening: learns", self.learns, "above 0, to 1")
         within("whitening: images", self.images, "a whole number above 0")
         within("whitening: patches", self.patches, "a whole number above 0")
@@ -137,7 +150,7 @@ class Whitening(Method):
     def on_fit_start(self, run: Run) -> None:
         run.kind = "structure"
         if self.structure == "random":
-            name, conv = first_convolution(run.model, run.dataset.shape)
+            name, conv = _stem(run.model, run.dataset.shape)
             conv.weight.requires_grad_(False)
             norm = ""
         else:
@@ -148,10 +161,11 @@ class Whitening(Method):
         run.kind = "step"
         size = "x".join(map(str, (conv.in_channels, *conv.kernel_size)))
         behind = f"; {norm} only adds its bias" if norm else ""
-        bias = f"{norm or name}.bias"
-        run.state[self] = {"stem": name, "bias": bias if norm or conv.bias is not None else ""}
-        if self.learns < 1 and run.state[self]["bias"]:
-            run.group([run.model.get_parameter(bias)], ends=self.learns)
+        bias = (run.model.get_submodule(norm) if norm else conv).bias
+        learns = self.learns < 1 and bias is not None and bias.requires_grad
+        run.state[self] = {"stem": name, "bias": f"{norm or name}.bias" if learns else ""}
+        if learns:
+            run.group([bias], ends=self.learns)
         what = "whitens" if self.structure == "whitening" else "is frozen as initialised: it reads"
         run.log(self, f"{name} {what} patches of {size} pixels by {conv.out_channels} filters{behind}")
 
@@ -165,7 +179,7 @@ class Whitening(Method):
     def _freeze(self, run, position):
         """Freeze the bias when its time is over: nothing up to the next layer needs a gradient then."""
         bias, over = run.state[self]["bias"], position >= self.learns * run.schedule.planned
-        if bias and over and self.learns < 1 and run.model.get_parameter(bias).requires_grad:
+        if bias and over and run.model.get_parameter(bias).requires_grad:
             run.restructure(lambda model, optimizer: self._thaw(run, False))
 
     def _thaw(self, run, learns):

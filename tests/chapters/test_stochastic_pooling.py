@@ -31,6 +31,11 @@ def test_lengths_are_images_at_equal_updates_and_no_batch_is_cut_short(preset):
     assert len({round(r.recipe.epochs * r.images) for r in runs}) == 1
 
 
+def test_study_has_the_papers_range_of_images():
+    t = task("study", "synthetic", "convnet").sized(chapter.SIZES)
+    assert [round(length * t.images) for length in t.lengths] == [512, 1024, 2048, 5120, 10_240]
+
+
 def test_an_arm_notes_its_accuracy_on_the_training_images():
     t = TASK.sized(chapter.SIZES)
     history = chapter.arms(t)[1].run(t, t.load(), 0, 0.5)

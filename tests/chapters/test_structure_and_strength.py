@@ -11,14 +11,14 @@ def test_the_grid_has_every_structure_with_both_trainings_and_the_control():
     grid, arms = chapter.grid(TASK), chapter.arms(TASK)
     check_arms(TASK, grid)
     check_arms(TASK, arms)
-    assert len(grid) == 3 * 2 + 1
-    assert [a.name for a in arms] == [chapter.BASE, chapter.START, chapter.STRENGTH]
+    assert len(grid) == 3 * 2 + 2
+    assert [a.name for a in arms] == [chapter.BASE, chapter.START, chapter.WHITENED, chapter.STRENGTH]
     assert [a.name for a in grid if a.network["bn"]] == ["BatchNorm only"]
 
 
 def test_frozen_filters_save_work_and_the_structure_is_on_the_clock():
     t = TASK.sized(chapter.SIZES)
-    base, _, strength = (arm.run(t, t.load(), 0, 0.5) for arm in chapter.arms(t))
+    base, _, _, strength = (arm.run(t, t.load(), 0, 0.5) for arm in chapter.arms(t))
     assert base.images == strength.images == 32
     assert base.steps == strength.steps
     assert base.flops > 1.2 * strength.flops
@@ -41,4 +41,4 @@ def test_a_network_with_batchnorm_of_its_own_gets_the_scope_that_works():
     resnet = task("smoke", "synthetic", "resnet", precision="fp32")
     assert chapter.scope(resnet) == "auto"
     assert chapter.control(resnet).name == "random, strength only"
-    assert len(chapter.grid(resnet)) == 3 * 2
+    assert len(chapter.grid(resnet)) == 3 * 2 + 1

@@ -380,6 +380,8 @@ def test_nothing_to_watch_and_bad_settings_are_errors():
         train(network(), DATA, RECIPE, [StandardizationLoss(lam=0.0)])
     with pytest.raises(BadInput, match="unknown normalisation"):
         train(network(), DATA, RECIPE, [OtherNorm(kind="layer")])
+    with pytest.raises(BadInput, match="groups is 0, it must be a whole number above 0"):
+        OtherNorm(kind="group", groups=0)
     with pytest.raises(NoEffect):
         train(network(bn=False), DATA, RECIPE, [OtherNorm(kind="group")])
 

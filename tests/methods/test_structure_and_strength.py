@@ -27,6 +27,7 @@ from effilib.methods.structure_and_strength import (
     strengthen_,
     whiten,
 )
+from effilib.own_loop import attach
 from effilib.training import Method, Recipe, train
 from tests.common import equal, g, resumed_and_whole
 
@@ -569,6 +570,43 @@ def test_weight_decay_spares_the_strength_and_its_rate_has_a_factor():
     assert (others["weight_decay"], strengths["weight_decay"]) == (RECIPE.weight_decay, 0)
     assert strengths["lr"] == pytest.approx(3 * others["lr"])
     assert strengths["n"] == 2
+
+
+def test_the_groups_of_a_users_optimizer_stay():
+    model = network()
+    groups = [{"params": list(m.parameters())} for m in (model.features, model.head)]
+    groups[0] |= dict(lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    loader = [(images(n=8), DATA.train.y[:8])]
+
+    def held():
+        return [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+
+    run = attach(model, optimizer, [StructureAndStrength(structure="random")], steps=1, loader=loader)
+    assert held() == [(0.1, 0.5, 2), (0.01, 0, 2), (0.1, 0, 2)]  # two biases, the head, two strengths
+    for x, y in run.read():
+        F.cross_entropy(run.model(x), y).backward()
+        run.update()
+    assert held() == [(0.1, 0.5, 4), (0.01, 0, 2)]
+
+
+@pytest.mark.parametrize("how", [dict(train="all"), dict(scope="filter")])
+def test_filters_that_the_user_froze_are_left_alone(how):
+    model = network()
+    model.features[0].weight.requires_grad_(False)
+    before = model.features[0].weight.clone()
+    history = train(model, DATA, RECIPE, [StructureAndStrength(structure="kmeans", **FEW, **how)])
+    assert torch.equal(model.features[0].weight, before)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["features.0.weight"]
+    assert history.events[0]["text"] == "kmeans of 300 patches for 1 layers"
+    with pytest.raises(NoEffect, match=r"VGG has no nn\.Conv2d that is not frozen"):
+        strengthen_(network().requires_grad_(False), images())
+
+
+@pytest.mark.parametrize("how", [dict(images=0), dict(patches=0), dict(lr_factor=0), dict(scope="all")])
+def test_settings_are_checked(how):
+    with pytest.raises(BadInput, match=next(iter(how))):
+        StructureAndStrength(**how)
 
 
 def test_frozen_filters_take_fewer_flops_and_parameters():

@@ -27,7 +27,7 @@ def network(name="resnet", seed=0):
 def test_answers_are_uncorrelated_and_of_unit_variance():
     mix = torch.randn(6, 6, generator=g(1), dtype=torch.float64)
     patches = torch.randn(5000, 6, generator=g(0), dtype=torch.float64) @ mix
-    w = whitening_filters(patches, 12, eps=0)
+    w = whitening_filters(patches, 12, eps=1e-12)
     answers = (patches - patches.mean(0)) @ w[::2].T
     assert torch.allclose(answers.T @ answers / len(answers), torch.eye(6, dtype=torch.float64), atol=1e-8)
     assert torch.equal(w[1::2], -w[::2])
@@ -117,5 +117,21 @@ def test_a_network_without_convolutions():
 
 
 def test_settings_are_checked():
-    with pytest.raises(BadInput, match="eps"):
-        Whitening(eps=-1)
+    with pytest.raises(BadInput, match="eps is 0, it must be above 0"):
+        Whitening(eps=0)
+    grey = torch.randn(100, 1, generator=g(0)).expand(-1, 3)
+    with pytest.raises(BadInput, match="eps is 0"):
+        whitening_filters(grey, 6, eps=0)
+    assert whitening_filters(grey, 6).norm(dim=1).max() < 50
+
+
+@pytest.mark.parametrize("structure", ["whitening", "random"])
+def test_filters_that_the_user_froze_are_refused_and_a_frozen_norm_stays(structure):
+    net, method = network(), Whitening(patches=2000, structure=structure)
+    net.stem.weight.requires_grad_(False)
+    with pytest.raises(BadInput, match="the filters of stem are frozen already"):
+        train(net, DATA, RECIPE, [method])
+    assert torch.equal(net.stem.weight, network().stem.weight)
+    net.requires_grad_(True).bn.requires_grad_(False)
+    train(net, DATA, RECIPE, [method])
+    assert [n for n, p in net.named_parameters() if not p.requires_grad] == ["bn.weight", "bn.bias"]
