@@ -554,7 +554,7 @@ class Run:
         """Let the optimizer step on the gradients, and reset them; the methods' work before and after it."""
         if scaler:
             scaler.unscale_(self.optimizer)
-        self.before_step()
+        self.before_step(scaler)
         if scaler:
             scaler.step(self.optimizer)
             scaler.update()
@@ -563,9 +563,13 @@ class Run:
         self.optimizer.zero_grad()
         self.after_step()
 
-    def before_step(self) -> None:
-        """Let the methods work on the gradients, which are unscaled; set the learning rate."""
-        if self._hooks["on_after_backward"]:
+    def before_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the methods work on the gradients, which are unscaled; set the learning rate.
+
+        scaler: skips the step if a gradient overflowed; the methods do not see such gradients.
+        """
+        scaled = scaler and scaler.is_enabled()
+        if self._hooks["on_after_backward"] and not (scaled and self._overflowed()):
             for hook in self._hooks["on_after_backward"]:
                 hook(self)
             self.align_gradients()
@@ -584,6 +588,11 @@ class Run:
     def advance(self) -> None:
         """Go on to the next step."""
         self._kind = self.step_kind
+    def _overflowed(self):
+        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        finite = [grad.isfinite().all() for grad in held if grad is not None]
+        return not torch.stack(finite).all()  # waits for the device once
+
         self.step += 1
         self.schedule.position += self.schedule.pace
 
