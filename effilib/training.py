@@ -391,18 +391,20 @@ class Run:
         """Change the structure in mid-training: the one way to do it.
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with
-        exactly the model's parameters, and no state of others. Compiled graphs, the exchange of gradients and
+        exactly the model's parameters, but for those that it did not hold before (fine-tuning), and no state
+        of others. Compiled graphs, the exchange of gradients and
         the count of FLOPs follow here. Timed as "reconfigure", never capped. Call it between steps: at an
         epoch's start or end, or a step's end; with several processes in all of them alike: at an epoch's end
         they are equal to the last bit, so that what is read from the model is too. Raises `ValueError` if the
         optimizer and the model differ afterwards."""
-        before, self.kind = self._kind, "reconfigure"
+        before, self.kind, left_out = self._kind, "reconfigure", self._left_out()
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
         self._model = change(self.model, self.optimizer) or self.model
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if (
             len(held) != len(set(held))
-            or set(held) != set(self.model.parameters())
+            or not set(held) <= set(self.model.parameters())
+            or not self._left_out() <= left_out
             or not set(self.optimizer.state) <= set(held)
         ):
             raise ValueError(
@@ -418,6 +420,11 @@ class Run:
         settings: of the group: `lr_factor` on the learning rate, `ends`, the share of the run after which its
         own schedule has ended, or any of the optimizer's.
         """
+    def _left_out(self):
+        """Names of the parameters that the optimizer does not hold: it is a user's own that fine-tunes."""
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {name for name, p in self.model.named_parameters() if p not in held}
+
         moved = set(parameters)
         for g in list(self.optimizer.param_groups):
             if mine := [p for p in g["params"] if p in moved]:
