@@ -114,7 +114,7 @@ class Attached(Run):
         p = next(model.parameters())
         plain = isinstance(loader, Batches) and accumulate == 1
         batches = copy.copy(loader) if plain else _Loader(loader, accumulate, p.device, lambda: self.calling)
-        dataset = loader.dataset if plain else _Fed(batches, model, decide)
+        dataset = loader.dataset if plain else _Fed(batches, model)
         self.follows = recipe is not None  # else the loop's own scheduler sets the learning rate
         precision = "fp64" if p.dtype == torch.float64 else precision
         how = dict(precision=precision, batch_size=batches.batch_size, epochs=steps / max(1, len(batches)))
@@ -123,8 +123,7 @@ class Attached(Run):
         super().__init__(model, dataset, recipe, methods, seed, optimizer=optimizer, layout=layout)
         if not self.follows:
             self.schedule.lr_at = self._no_schedule
-        if plain and decide is not None:
-            self.decide = Split(x=decide[0], y=decide[1])
+        self._decide = None if decide is None else Split(x=decide[0], y=decide[1])
         self.batches, self.steps, self.finished = batches, steps, False
         self.schedule.planned, self._own, scaler, lr_at = steps, None, self.scaler, self.schedule.lr_at
         self.clock.start()
@@ -149,10 +148,8 @@ class Attached(Run):
                 f"{self.calling} looks at images that are not trained on: give attach(decide=(x, y))"
             )
         return self._decide
-
-    @decide.setter
-    def decide(self, split):
-        self._decide = split
+        if self._decide is None and not isinstance(self.dataset, _Fed):
+            return super().decide
 
     @property
     def lr(self) -> float:
@@ -352,9 +349,8 @@ class _Fed:
 
     name, validation, mean, std = "the loop's data", None, None, None
 
-    def __init__(self, batches, model, decide):
+    def __init__(self, batches, model):
         self._batches, self._model = batches, model
-        self.decide = None if decide is None else Split(x=decide[0], y=decide[1])
         self.device, self.dtype = batches.device, next(model.parameters()).dtype
         self.train, self._kept = _Train(self), None
 

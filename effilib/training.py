@@ -23,7 +23,7 @@ from torch import nn
 from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
-from effilib.data import FLIPS, Dataset
+from effilib.data import FLIPS, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
 
@@ -291,7 +291,6 @@ class Run:
         self.methods, self.seed, self.ranks = methods, seed, ranks
         self.resumed = False  # from a checkpoint: the model has its later shape when methods are set up
         self.device = dataset.device
-        self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
         self.layout = layout or LAYOUTS[resolve_layout(recipe, self.device, model)]
         self.state = {}  # method -> its state; goes into checkpoints
@@ -328,6 +327,13 @@ class Run:
     @model.setter
     def model(self, model):
         raise BadInput("a hook cannot set run.model: return the new one from run.restructure(change)")
+
+    @property
+    def decide(self) -> Split:
+        """Images that a method may look at, which are not trained on."""
+        if "validation" not in self.dataset.held_out:
+            raise BadInput(f"{self.calling} looks at images that are not trained on; with whole=True all are")
+        return self.dataset.decide
 
     @property
     def lr(self) -> float:
@@ -414,17 +420,17 @@ class Run:
         self.settle()
         self.kind = before
 
+    def _left_out(self):
+        """Names of the parameters that the optimizer does not hold: it is a user's own that fine-tunes."""
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {name for name, p in self.model.named_parameters() if p not in held}
+
     def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
         """Move parameters into a group of the optimizer's own, where they are not yet in it.
 
         settings: of the group: `lr_factor` on the learning rate, `ends`, the share of the run after which its
         own schedule has ended, or any of the optimizer's.
         """
-    def _left_out(self):
-        """Names of the parameters that the optimizer does not hold: it is a user's own that fine-tunes."""
-        held = {p for group in self.optimizer.param_groups for p in group["params"]}
-        return {name for name, p in self.model.named_parameters() if p not in held}
-
         moved = set(parameters)
         for g in list(self.optimizer.param_groups):
             if mine := [p for p in g["params"] if p in moved]:
@@ -582,6 +588,11 @@ class Run:
             self.align_gradients()
         self.set_lr()
 
+    def _overflowed(self):
+        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        finite = [grad.isfinite().all() for grad in held if grad is not None]
+        return not torch.stack(finite).all()  # waits for the device once
+
     def set_lr(self) -> None:
         """Give the optimizer this step's learning rate."""
         for group in self.optimizer.param_groups:
@@ -595,11 +606,6 @@ class Run:
     def advance(self) -> None:
         """Go on to the next step."""
         self._kind = self.step_kind
-    def _overflowed(self):
-        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
-        finite = [grad.isfinite().all() for grad in held if grad is not None]
-        return not torch.stack(finite).all()  # waits for the device once
-
         self.step += 1
         self.schedule.position += self.schedule.pace
 
@@ -971,11 +977,16 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "f
 
 @torch.no_grad()
 def class_hits(
-    model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32", multi_crop: float = 0.0
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    precision: str = "fp32",
+    multi_crop: float = 0.0,
+    flip: bool = True,
 ) -> list[list[int]]:
     """Return [correct, all] by class of `model` in eval mode on a split.
 
-    multi_crop: see `Recipe`.
+    multi_crop: see `Recipe`. flip: whether its views are also mirrored, as training images were.
 
     >>> data = load("synthetic")
     >>> correct, images = class_hits(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "test")
@@ -985,7 +996,7 @@ def class_hits(
     counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
     with convolution.evaluating(model), autocast(precision, dataset.device):
         for x, y in dataset.batches(getattr(dataset, split)):
-            right = y[crop_logits(model, x, multi_crop, dataset.flip).argmax(1) == y]
+            right = y[crop_logits(model, x, multi_crop, flip).argmax(1) == y]
             counts += torch.stack(
                 [torch.bincount(labels, minlength=dataset.classes) for labels in (right, y)]
             )
@@ -1062,8 +1073,9 @@ def finish(run: Run, history: History) -> History:
     history.events, history.structure = run.events, models.describe(run.model)
 
     def hits(share):
+        how = (run.precision, share, run.dataset.flipped(run.recipe.augmentation))
         return [
-            run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, run.precision, share))
+            run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, *how))
             for s in run.dataset.held_out
         ]
 
