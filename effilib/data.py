@@ -169,6 +169,10 @@ class Dataset:
         train = Split(x=torch.cat([s.x for s in train]), y=torch.cat([s.y for s in train]))
         return replace(self, train=train, held_out=("test",))
 
+    def flipped(self, augmentation: str = "auto") -> bool:
+        """Whether an augmentation, as in `Recipe`, mirrors training images."""
+        return self.flip if augmentation == "auto" else augmentation == "crop+flip"
+
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise images to mean 0 and variance 1 per channel.
 
@@ -252,7 +256,7 @@ class Batches:
         )
         self.pad = pad if self.pad and pad is not None else self.pad
         self.pad = min(self.pad, min(dataset.shape[1:]) - 1)  # more cannot be reflected
-        self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        self.flip = dataset.flipped(augmentation)
         self.epoch, self.first = 0, self._first_flips(flips)
         if not 0 < batch_size <= len(dataset.train):
             raise NotApplicable(

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from effilib import convolution, distributed, models
 from effilib.data import Batches, Split
@@ -46,6 +46,10 @@ def attach(
     decide: images and labels that are not trained on, for methods that look at such. recipe: whose schedule
     sets the learning rate; without one the loop's own scheduler does. precision: of the loop's products, as
     in `Recipe`. seed: of the methods' draws.
+
+    A callback of a trainer class calls it where fitting begins; then it puts `read()` in the loader's place,
+    `add_terms` on the loss, and `before_step` and `after_step` around `optimizer.step()` (15 lines in
+    `tests/test_own_loop.py`). There is no `state_dict`: a loop that is resumed starts its methods anew.
 
     Raises `BadInput`, and leaves model and optimizer as they were, if a method does not apply or needs what
     is not there.
@@ -97,8 +101,8 @@ class Attached(Run):
     """What a loop of one's own calls, and what methods see of it; `attach` makes it.
 
     `model` is the network as it is now, `events` what methods did. With mixed precision: `update(scaler)`.
-    To clip gradients, or in a trainer that steps by itself, call `before_step` and `after_step` around
-    `optimizer.step()` instead of `update`.
+    To clip gradients, or in a trainer that steps by itself, call `before_step(scaler)` and `after_step`
+    around `optimizer.step()` instead of `update`.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -114,7 +118,7 @@ class Attached(Run):
         p = next(model.parameters())
         plain = isinstance(loader, Batches) and accumulate == 1
         batches = copy.copy(loader) if plain else _Loader(loader, accumulate, p.device, lambda: self.calling)
-        dataset = loader.dataset if plain else _Fed(batches, model, decide)
+        dataset = loader.dataset if plain else _Fed(batches, model)
         self.follows = recipe is not None  # else the loop's own scheduler sets the learning rate
         precision = "fp64" if p.dtype == torch.float64 else precision
         how = dict(precision=precision, batch_size=batches.batch_size, epochs=steps / max(1, len(batches)))
@@ -123,9 +127,9 @@ class Attached(Run):
         super().__init__(model, dataset, recipe, methods, seed, optimizer=optimizer, layout=layout)
         if not self.follows:
             self.schedule.lr_at = self._no_schedule
-        if plain and decide is not None:
-            self.decide = Split(x=decide[0], y=decide[1])
+        self._decide = None if decide is None else Split(x=decide[0], y=decide[1])
         self.batches, self.steps, self.finished = batches, steps, False
+        self._begun = None  # the step at which the epoch that is open began
         self.schedule.planned, self._own, scaler, lr_at = steps, None, self.scaler, self.schedule.lr_at
         self.clock.start()
         self.call("on_fit_start")
@@ -144,15 +148,13 @@ class Attached(Run):
     @property
     def decide(self) -> Split:
         """Images that a method may look at, which are not trained on."""
+        if self._decide is None and not isinstance(self.dataset, _Fed):
+            return super().decide
         if self._decide is None:
             raise BadInput(
                 f"{self.calling} looks at images that are not trained on: give attach(decide=(x, y))"
             )
         return self._decide
-
-    @decide.setter
-    def decide(self, split):
-        self._decide = split
 
     @property
     def lr(self) -> float:
@@ -165,24 +167,34 @@ class Attached(Run):
         """Move parameters into a group of the optimizer's own; `ends` needs a schedule."""
         if "ends" in settings and not self.follows:
             self._no_schedule()
+        if any("initial_lr" in g for g in self.optimizer.param_groups):
+            raise BadInput(
+                f"{self.calling} adds a group to the optimizer, which its scheduler does not know:"
+                " make the scheduler after attach"
+            )
         super().group(parameters, **settings)
 
     def read(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield an epoch's batches, on the model's device, as the methods want them; at the end, finish."""
+        """Yield an epoch's batches, on the model's device, as the methods want them."""
         if self.step >= self.steps:
             raise BadInput(f"all {self.steps} steps are done: attach with the steps of the whole training")
-        begun = self.step
+        if self._begun is not None and self.step > self._begun:  # the loop left it by `break`
+            self._end_epoch()
+        self._begun = self.step
         self.call("on_epoch_start")
         for x, y in self.batches:
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             yield self.change_batch(x.contiguous(memory_format=self.layout) if x.dim() == 4 else x, y)
-            if self.step >= self.steps:
-                break
-        if self.step == begun:
+            if self._begun is None:
+                return
+        if self.step == self._begun:
             raise BadInput("an epoch without a step: call update() behind the backward pass")
+        self._end_epoch()
+
+    def _end_epoch(self):
         self.call("on_epoch_end")
         self.clock.end_epoch()
-        self.epoch += 1
+        self.epoch, self._begun = self.epoch + 1, None
         if self.step >= self.steps:
             self.finish()
 
@@ -195,13 +207,15 @@ class Attached(Run):
             group["lr"] = self.schedule.scale * group.get("lr_factor", 1.0) * group["lr"]
 
     def after_step(self) -> None:
-        """Let the methods work on the weights, and go on to the next step."""
+        """Let the methods work on the weights, and go on to the next step; behind the last one, finish."""
         if self._own is not None:  # a scheduler goes on from what it had set
             for group, lr in zip(self.optimizer.param_groups, self._own, strict=True):
                 group["lr"] = lr
         super().after_step()
         self.clock.lap(self._kind)
         self.advance()
+        if self.step >= self.steps and not self.finished:  # here, as the loop may end by `break`
+            self._end_epoch()
 
     def prepare_evaluation(self) -> None:
         """Make the model what evaluation expects, as `train` does before it evaluates."""
@@ -210,7 +224,7 @@ class Attached(Run):
                 hook(self)
 
     def finish(self) -> None:
-        """Leave a plain model behind; at the last step `read` does that."""
+        """Leave a plain model behind; the last step does that by itself."""
         if not self.finished:
             self.finished = True
             self.call("on_fit_end")
@@ -220,7 +234,7 @@ def _recipe(optimizer, recipe):
     """The recipe, or what the optimizer says of one; momentum and weight decay are always the optimizer's."""
     group = optimizer.param_groups[0]
     own = dict(momentum=group.get("momentum", 0.0), weight_decay=group.get("weight_decay", 0.0))
-    lr = max(float(group["lr"]), float(group.get("initial_lr", 0)))
+    lr = max(float(group.get(name, 0)) for name in ("lr", "initial_lr", "max_lr"))  # a scheduler may warm up
     return replace(recipe, **own) if recipe else Recipe(lr=lr or 1.0, augmentation="none", **own)
 
 
@@ -258,8 +272,13 @@ class _Loader:
         return len(self.loader.dataset) if self._maps() else self.batch_size * len(self)
 
     def _maps(self):
+        """Whether an epoch is all items of a data set, each once: else nobody knows how many are chosen."""
         own = isinstance(self.loader, DataLoader)
-        return own and not isinstance(self.loader.dataset, IterableDataset) and self.loader.batch_size
+        if not own or isinstance(self.loader.dataset, IterableDataset) or not self.loader.batch_size:
+            return False
+        sampler, n = self.loader.sampler, len(self.loader.dataset)
+        known = type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == n
+        return known and not getattr(sampler, "replacement", False)
 
     @property
     def chosen(self):
@@ -270,7 +289,8 @@ class _Loader:
         if not self._maps():
             raise BadInput(
                 f"{self.who()} chooses which images an epoch has: loader must be a DataLoader with a"
-                " batch_size, of a data set with numbered items"
+                " batch_size and shuffle=True or False, without a sampler of its own, of a data set with"
+                " numbered items"
             )
         if self._indexed is None:
             self._indexed = _indexed(self.loader, self)
@@ -352,9 +372,8 @@ class _Fed:
 
     name, validation, mean, std = "the loop's data", None, None, None
 
-    def __init__(self, batches, model, decide):
+    def __init__(self, batches, model):
         self._batches, self._model = batches, model
-        self.decide = None if decide is None else Split(x=decide[0], y=decide[1])
         self.device, self.dtype = batches.device, next(model.parameters()).dtype
         self.train, self._kept = _Train(self), None
 

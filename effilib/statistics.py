@@ -27,7 +27,6 @@ __all__ = [
     "interval",
     "judge",
     "monotone",
-    "paired_ratio",
     "replication",
     "say_ratio",
     "seeds_to_decide",
@@ -329,18 +328,6 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         return mean, math.nan, math.nan
     half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half
-
-
-def paired_ratio(baseline: Sequence[float], method: Sequence[float]) -> tuple[float, float, float]:
-    """Return (ratio, low, high) of paired costs: how many times as cheap the method is.
-
-    >>> [round(v, 2) for v in paired_ratio([10.0, 12.0, 11.0], [8.0, 10.0, 9.0])]
-    [1.22, 1.16, 1.29]
-    """
-    if len(baseline) != len(method):
-        raise ValueError(f"paired ratio of {len(baseline)} and {len(method)} costs")
-    mean, low, high = interval([math.log(b / m) for b, m in zip(baseline, method, strict=True)])
-    return math.exp(mean), math.exp(low), math.exp(high)
 
 
 @dataclass(frozen=True, kw_only=True)

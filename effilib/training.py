@@ -23,7 +23,7 @@ from torch import nn
 from effilib import checkpoint as checkpoints
 from effilib import convolution, cost, distributed, models, user_files
 from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
-from effilib.data import FLIPS, Dataset
+from effilib.data import FLIPS, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
 from effilib.surgery import undoing
@@ -300,7 +300,6 @@ class Run:
         self.methods, self.seed, self.ranks = methods, seed, ranks
         self.resumed = False  # from a checkpoint: the model has its later shape when methods are set up
         self.device = dataset.device
-        self.decide = dataset.decide  # the split that a method may read
         self.precision = resolve_precision(recipe.precision, self.device)
         self.layout = layout or LAYOUTS[resolve_layout(recipe, self.device, model)]
         self.state = {}  # method -> its state; goes into checkpoints
@@ -337,6 +336,13 @@ class Run:
     @model.setter
     def model(self, model):
         raise BadInput("a hook cannot set run.model: return the new one from run.restructure(change)")
+
+    @property
+    def decide(self) -> Split:
+        """Images that a method may look at, which are not trained on."""
+        if "validation" not in self.dataset.held_out:
+            raise BadInput(f"{self.calling} looks at images that are not trained on; with whole=True all are")
+        return self.dataset.decide
 
     @property
     def lr(self) -> float:
@@ -401,12 +407,13 @@ class Run:
         """Change the structure in mid-training: the one way to do it.
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with
-        exactly the model's parameters, and no state of others. Compiled graphs, the exchange of gradients and
+        exactly the model's parameters, but for those that it did not hold before (fine-tuning), and no state
+        of others. Compiled graphs, the exchange of gradients and
         the count of FLOPs follow here. Timed as "reconfigure", never capped. Call it between steps: at an
         epoch's start or end, or a step's end; with several processes in all of them alike: at an epoch's end
         they are equal to the last bit, so that what is read from the model is too. Raises `ValueError` if the
         optimizer and the model differ afterwards. After an error all is as it was."""
-        before, self.kind = self._kind, "reconfigure"
+        before, self.kind, left_out = self._kind, "reconfigure", self._left_out(self.model)
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
         try:
             with undoing(self.model, self.optimizer):
@@ -414,7 +421,8 @@ class Run:
                 held = [p for group in self.optimizer.param_groups for p in group["params"]]
                 if (
                     len(held) != len(set(held))
-                    or set(held) != set(model.parameters())
+                    or not set(held) <= set(model.parameters())
+                    or not self._left_out(model) <= left_out
                     or not set(self.optimizer.state) <= set(held)
                 ):
                     raise ValueError(
@@ -425,6 +433,11 @@ class Run:
         finally:
             self.settle()
             self.kind = before
+
+    def _left_out(self, model):
+        """Names of the parameters that the optimizer does not hold: it is a user's own that fine-tunes."""
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {name for name, p in model.named_parameters() if p not in held}
 
     def group(self, parameters: Iterable[nn.Parameter], **settings) -> None:
         """Move parameters into an optimizer's group of their own.
@@ -570,7 +583,7 @@ class Run:
         """Let the optimizer step on the gradients, and reset them; the methods' work before and after it."""
         if scaler:
             scaler.unscale_(self.optimizer)
-        self.before_step()
+        self.before_step(scaler)
         if scaler:
             scaler.step(self.optimizer)
             scaler.update()
@@ -579,13 +592,22 @@ class Run:
         self.optimizer.zero_grad()
         self.after_step()
 
-    def before_step(self) -> None:
-        """Let the methods work on the gradients, which are unscaled; set the learning rate."""
-        if self._hooks["on_after_backward"]:
+    def before_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the methods work on the gradients, which are unscaled; set the learning rate.
+
+        scaler: skips the step if a gradient overflowed; the methods do not see such gradients.
+        """
+        scaled = scaler and scaler.is_enabled()
+        if self._hooks["on_after_backward"] and not (scaled and self._overflowed()):
             for hook in self._hooks["on_after_backward"]:
                 hook(self)
             self.align_gradients()
         self.set_lr()
+
+    def _overflowed(self):
+        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        finite = [grad.isfinite().all() for grad in held if grad is not None]
+        return not torch.stack(finite).all()  # waits for the device once
 
     def set_lr(self) -> None:
         """Give the optimizer this step's learning rate."""
@@ -972,11 +994,16 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, precision: str = "f
 
 @torch.no_grad()
 def class_hits(
-    model: nn.Module, dataset: Dataset, split: str, precision: str = "fp32", multi_crop: float = 0.0
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    precision: str = "fp32",
+    multi_crop: float = 0.0,
+    flip: bool = True,
 ) -> list[list[int]]:
     """Return [correct, all] by class, in eval mode, on a split.
 
-    multi_crop: see `Recipe`.
+    multi_crop: see `Recipe`. flip: whether its views are also mirrored, as training images were.
 
     >>> data = load("synthetic")
     >>> correct, images = class_hits(build("convnet", data.classes, data.shape, widths=(4, 8)), data, "test")
@@ -986,7 +1013,7 @@ def class_hits(
     counts = torch.zeros(2, dataset.classes, dtype=torch.long, device=dataset.device)
     with convolution.evaluating(model), autocast(precision, dataset.device):
         for x, y in dataset.batches(getattr(dataset, split)):
-            right = y[crop_logits(model, x, multi_crop, dataset.flip).argmax(1) == y]
+            right = y[crop_logits(model, x, multi_crop, flip).argmax(1) == y]
             counts += torch.stack(
                 [torch.bincount(labels, minlength=dataset.classes) for labels in (right, y)]
             )
@@ -1065,8 +1092,9 @@ def finish(run: Run, history: History) -> History:
     history.events, history.structure = run.events, models.describe(run.model)
 
     def hits(share):
+        how = (run.precision, share, run.dataset.flipped(run.recipe.augmentation))
         return [
-            run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, run.precision, share))
+            run.ranks.first(lambda s=s: class_hits(run.model, run.dataset, s, *how))
             for s in run.dataset.held_out
         ]
 

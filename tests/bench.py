@@ -17,7 +17,28 @@ from effilib import data, tasks, timing
 from effilib.clock import elapsed, interleaved, steady_memory
 from effilib.data import Batches
 from effilib.methods import column_row_sampling
+from effilib.methods.gradient_pruning import GradientPruning
+from effilib.methods.muon import Muon
+from effilib.own_loop import attach
 from effilib.training import autocast, resolve_precision, stream, train
+
+
+def _plain(task, dataset):
+    """(model, optimizer, batches) of a hand-written loop with the settings of `train()`."""
+    model, recipe = task.build(dataset).to(memory_format=torch.channels_last).train(), task.recipe
+    settings = dict(lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), nesterov=True, fused=True, **settings)
+    return model, optimizer, Batches(dataset, recipe.batch_size, stream(0, "data"))
+
+
+def _ratio(words, before, after, aim):
+    """Print the median ratio of two functions' seconds a step, in pairs."""
+    steady_memory()
+    before(), after()
+    pairs = [(before(), after()) if i % 2 else (after(), before())[::-1] for i in range(12)]
+    ratio = stats.median(b / a for a, b in pairs)
+    a, b = (f"{1e3 * stats.median(v):.2f} ms" for v in zip(*pairs, strict=True))
+    print(f"{words.format(a, b)} a step, median ratio {ratio:.3f} (aim <= {aim}, n={len(pairs)} pairs)")
 
 
 def loop():
@@ -29,16 +50,7 @@ def loop():
     precision = resolve_precision(recipe.precision)
 
     def minimal():
-        model = task.build(dataset).to(memory_format=torch.channels_last).train()
-        batches = Batches(dataset, recipe.batch_size, stream(0, "data"))
-        settings = dict(
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=True,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        optimizer = torch.optim.SGD(model.parameters(), **settings)
+        model, optimizer, batches = _plain(task, dataset)
         times, it = [], iter(batches)
         for step in range(len(batches)):
             with elapsed() as seconds:
@@ -55,15 +67,30 @@ def loop():
     def ours():
         return train(task.build(dataset), quiet, recipe, evaluations=1).step_seconds
 
-    steady_memory()
-    minimal(), ours()
-    pairs = [(minimal(), ours()) if i % 2 else (ours(), minimal())[::-1] for i in range(12)]
-    ratio = stats.median(b / a for a, b in pairs)
-    a, b = (1e3 * stats.median(v) for v in zip(*pairs, strict=True))
-    print(
-        f"loop: train() {b:.2f} ms, minimal loop {a:.2f} ms a step, median ratio {ratio:.3f} (aim <= 1.03, "
-        f"n={len(pairs)} pairs)"
-    )
+    _ratio("loop: minimal loop {}, train() {}", minimal, ours, 1.03)
+
+
+def own_loop():
+    """Methods attached to a hand-written loop against the same in `train()`: aim at most 1.05x a step."""
+    task = tasks.task("quick", "mnist5k", epochs=1)
+    dataset, recipe, methods = task.load(), task.recipe, [GradientPruning(), Muon()]
+    quiet = replace(dataset, validation=dataset.validation[:1], test=dataset.test[:1])
+
+    def attached():
+        model, optimizer, batches = _plain(task, dataset)
+        how = dict(recipe=recipe, precision=resolve_precision(recipe.precision))
+        run = attach(model, optimizer, methods, steps=len(batches), loader=batches, **how)
+        for x, y in run.read():
+            with run.autocast():
+                logits = run.model(x)
+            run.add_terms(F.cross_entropy(logits.float(), y), logits).backward()
+            run.update()
+        return run.clock.seconds / run.step
+
+    def ours():
+        return train(task.build(dataset), quiet, recipe, methods, evaluations=1).step_seconds
+
+    _ratio("own_loop: train() {}, attached {}", ours, attached, 1.05)
 
 
 class _Images(torch.utils.data.Dataset):
@@ -257,7 +284,7 @@ def stems():
 
 
 if __name__ == "__main__":
-    known = {"loop": loop, "batches": batches, "import": imports, "series": series}
+    known = {"loop": loop, "own_loop": own_loop, "batches": batches, "import": imports, "series": series}
     known |= {
         "pooling": pooling,
         "sampling": sampling,

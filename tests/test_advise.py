@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 from effilib import __main__ as command
-from effilib import data, paths, tasks, tuning
+from effilib import data, figures, models, paths, search, tasks, tuning
+from effilib.experiment import Arm
 from effilib.methods.data_pruning import DataPruning
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.prune_then_grow import PruneThenGrow
+from effilib.results import compare
 from effilib.workbook import advise, recipes
 from effilib.workbook.advise import make_plan
 
@@ -125,13 +127,13 @@ def test_with_a_recipe_of_ones_own_it_ends_in_a_page_a_recipe_and_a_snippet(
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "tuning" not in said
-    assert "resizing does not apply: kernel rescaling: network" in said
-    assert "Net2Net does not apply: it is more than one training" in said
+    assert "left out: resizing (kernel rescaling: network" in said
+    assert "left out: Net2Net (it is more than one training" in said
     advice = json.loads((tmp_path / "a" / "advice.json").read_text())
     assert advice["answer"] in said
     assert {v["arm"] for v in advice["verdicts"]} == {"data pruning"}
     page = (tmp_path / "a" / "advice.html").read_text()
-    for part in ("<img", "recipe.toml", "snippet.py", "What does not apply, and why", "speed-up", "Net2Net"):
+    for part in ("<img", "recipe.toml", "snippet.py", "What was left out, and why", "speed-up", "Net2Net"):
         assert part in page
     recipe = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
     assert recipe["recipe"]["lr"] == 0.05
@@ -172,6 +174,11 @@ def test_what_cannot_be_advised_on_is_said_in_a_sentence_with_what_there_is(tmp_
     mine = recipes.write(tmp_path / "mine.toml", task.but(epochs=0.1), [])
     words = ["mnist5k", "--recipe", mine, "--out", tmp_path / "d", "--methods", "resizing"]
     assert "a quarter of the 0.1 epochs of your recipe is too short" in say(capsys, *words)[1]
+    words = ["mnist5k", "--minutes", "3", "--out", tmp_path / "f", "--methods", "Tree-CNN"]
+    code, said, _ = say(capsys, *words)
+    assert code == 0
+    assert "no method applies here" in said
+    assert "left out: Tree-CNN (it is more than one training" in said
     for words, wrong in (
         (["mnist5k", "--minutes", "0"], "minutes is 0"),
         (["mnist5k", "--methods", "resize"], "did you mean 'resizing'"),
@@ -224,10 +231,44 @@ def test_a_plan_fits_into_its_time_and_has_enough_steps(tune):
     assert found > 4
 
 
+def test_a_recipe_that_trains_on_all_images_is_compared_without(tmp_path):
+    file = recipes.write(tmp_path / "whole.toml", tasks.task("quick", "synthetic").but(whole=True), [])
+    assert not advise._task("synthetic", "", None, str(file), "cpu")[0].whole
+
+
+def test_the_page_draws_what_is_advised_or_else_all_arms(tmp_path, monkeypatch):
+    task, drawn = tasks.task("smoke", "synthetic", device="cpu", epochs=1), []
+    arms = [search.BASELINE, *(Arm(name=n, changes={"lr": 0.1 + i / 10}) for i, n in enumerate("ab"))]
+    comparison = compare(task, arms, title="advice")
+    own = figures.curves
+    monkeypatch.setattr(figures, "curves", lambda c, arm: drawn.append(arm) or own(c, arm))
+    for name in ("recipe.toml", "snippet.py"):
+        (tmp_path / name).write_text("")
+    for use in ("b", "baseline"):
+        advise._page(tmp_path, task.load(), task, search.Found(), comparison, use, {}, "")
+    assert drawn == ["b", None]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_snippet_has_network_precision_and_layout_as_they_were_measured(precision):
+    task = tasks.task("quick", "synthetic", device="cpu", precision=precision, epochs=1)
+    task = advise._as_task(task, Arm(name="smaller", network={"blocks": (1, 1, 1)}))
+    loaded, names = task.load(), {}
+    exec(advise.snippet(task, loaded, []), names)
+    assert models.describe(names["net"]) == models.describe(task.build(loaded))
+    x, y = loaded.normalize(loaded.train.x[:64]).contiguous(), loaded.train.y[:64]
+    seen = set()
+    names["net"].head.register_forward_hook(lambda m, inputs, output: seen.add(output.dtype))
+    trained = names["train"](names["net"], [(x, y)])
+    convs = [m.weight for m in trained.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convs)
+    assert ({torch.bfloat16} <= seen) == (precision == "bf16")
+
+
 @pytest.mark.parametrize("method", [DataPruning(), KernelRescaling(kernels=False), PruneThenGrow()])
 def test_the_snippet_trains_a_network_of_ones_own(method):
     task = tasks.task("quick", "synthetic", epochs=4, label_smoothing=0.1)
-    code = advise.snippet(task, [method])
+    code = advise.snippet(task, task.load(), [method])
     names = {}
     exec(code, names)
     assert names["methods"] == [method]

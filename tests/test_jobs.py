@@ -58,8 +58,8 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
 def test_without_its_hold_a_job_does_not_begin(job):
     paths.make(job.folder)
     with jobs.hold(job.folder):  # another run's
-        assert jobs.run_one(job).status == "interrupted"
-    assert jobs.run_one(job).status == "interrupted"
+        assert jobs.start_one(job).status == "interrupted"
+    assert jobs.start_one(job).status == "interrupted"
     assert not job.partial.exists()
 
 

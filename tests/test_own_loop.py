@@ -15,9 +15,13 @@ from effilib.methods.freezing import FrozenPrefix
 from effilib.methods.gradient_pruning import GradientPruning
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.mixed_precision import MixedPrecision
+from effilib.methods.muon import Muon
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.methods.prune_train import PruneTrain
+from effilib.methods.ranked_cut import RankedCut
+from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity
+from effilib.methods.whitening import Whitening
 from effilib.own_loop import attach
 from effilib.training import Method, Recipe, stream, train
 
@@ -62,6 +66,11 @@ METHODS = {
     "growth": (Net2Net(at=0.5, wider=1.5),),
     "prune, then grow": (PruneThenGrow(),),
     "several": (RESIZED, CUT),
+    "Muon": (Muon(),),
+    "lookahead": (Lookahead(),),
+    "fast biases": (FastBiases(),),
+    "partial identity": (PartialIdentity(),),
+    "whitening": (Whitening(patches=500, learns=0.5),),
 }
 
 
@@ -178,16 +187,18 @@ def test_a_gradient_scaler_changes_nothing_but_overflow():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # pruned gradients are drawn alike
 
 
-def test_a_step_that_overflows_is_skipped_and_counted():
+@pytest.mark.parametrize("method", [GradientPruning(), Muon(), RankedCut(multiple=1, price="FLOPs")])
+def test_a_step_that_overflows_is_skipped_and_counted(method):
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    run = attach(model, sgd(model), [GradientPruning()], steps=1, loader=loader(batch_size=96))
+    run = attach(model, sgd(model), [method], steps=9, loader=loader(batch_size=96))
     before = [p.clone() for p in model.parameters()]
     for x, y in run.read():
         logits = run.model(x)
         scaler.scale(run.add_terms(1e4 * F.cross_entropy(logits, y), logits)).backward()
         run.update(scaler)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert run.finished
+    assert all(score.isfinite().all() for score in run.state[method].get("scores", {}).values())
+    assert run.step == 1
     assert scaler.get_scale() < 2.0**127
 
 
@@ -213,12 +224,14 @@ def test_data_pruning_chooses_what_a_loader_yields_and_knows_which_images_these_
 
 
 def test_what_a_method_needs_is_asked_for_in_words_and_nothing_has_changed():
+    few = torch.utils.data.SubsetRandomSampler(range(48))
     cases = [
         (dict(methods=[PruneThenGrow()], decide=DECIDE), "PruneThenGrow.* attach\\(recipe="),
         (dict(methods=[FrozenPrefix(anneal=True)]), "FrozenPrefix.* attach\\(recipe="),
         (dict(methods=[PruneTrain(scale="schedule")]), "PruneTrain.* attach\\(recipe="),
         (dict(methods=[PruneThenGrow()], recipe=Recipe()), "PruneThenGrow.* attach\\(decide="),
         (dict(methods=[DataPruning()], loader=[next(iter(loader()))] * 4), "DataPruning.* DataLoader"),
+        (dict(methods=[DataPruning()], loader=loader(shuffle=False, sampler=few)), "DataPruning.* sampler"),
         (dict(methods=[GradientPruning(), MixedPrecision()]), "MixedPrecision.* effilib.train"),
         (dict(methods=[]), "steps is 0"),
         (dict(methods=[], loader=iter(loader())), "anew each time"),
@@ -236,6 +249,79 @@ def test_what_a_method_needs_is_asked_for_in_words_and_nothing_has_changed():
         assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
         assert not optimizer.state
         assert len(optimizer.param_groups) == 1
+
+
+def test_a_loop_may_leave_its_epochs_by_break():
+    model = net()
+    before = str(model)
+    run = attach(model, sgd(model), [FrozenPrefix()], steps=8, loader=loader())
+    for epoch in range(4):
+        assert run.epoch == max(0, epoch - 1)  # the next `read` ends it
+        for i, (x, y) in enumerate(run.read(), 1):
+            logits = run.model(x)
+            run.add_terms(F.cross_entropy(logits, y), logits).backward()
+            run.update()
+            if i == 2:
+                break
+        assert (str(model) != before) == (epoch in (1, 2))
+    assert run.finished
+    assert run.epoch == 4
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [FrozenPrefix(), CUT], ids=["freezing", "PruneTrain"])
+def test_an_optimizer_may_leave_out_what_is_not_fine_tuned(method):
+    model = net()
+    for p in (own := model.get_submodule("stages.0")).parameters():
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    run = loop(attach(model, optimizer, [method], steps=24, loader=loader()), 4)
+    assert any("frozen" in e["text"] or "pruned" in e for e in run.events)
+    held = set(optimizer.param_groups[0]["params"])
+    assert held == {p for p in run.model.parameters() if p.requires_grad}
+    assert not any(p.requires_grad for p in own.parameters())
+
+
+def test_methods_learn_by_a_scheduler_that_warms_up_and_refuse_one_that_was_made_before_their_groups():
+    model, shares = net(), []
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=12)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(BadInput, match=r"FastBiases.* make the scheduler after attach"):
+        attach(model, optimizer, [PartialIdentity(), FastBiases()], steps=12, loader=loader())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    class Look(Method):
+        def on_step_end(self, run):
+            shares.append(run.lr / run.recipe.lr)  # by which Muon multiplies its own
+
+    loop(attach(model, optimizer, [Muon(), Look()], steps=12, loader=loader()), 2, scheduler=scheduler)
+    assert max(shares) == pytest.approx(1, abs=0.05)
+
+
+def test_fast_biases_keep_what_decays_and_what_does_not():
+    model = net()
+    norms = [p for n, p in model.named_parameters() if "bn" in n and "stages" in n]
+    rest = [p for p in model.parameters() if p not in set(norms)]
+    groups = [{"params": rest, "weight_decay": 0.64}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    attach(model, optimizer, [FastBiases()], steps=6, loader=loader())
+    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays[model.bn.bias] == pytest.approx(0.01)
+    assert {decays[p] for p in norms} == {0.0}
+    assert decays[model.stem.weight] == 0.64
+
+
+def test_before_an_evaluation_methods_make_the_model_what_it_expects():
+    model = net()
+    run = attach(model, sgd(model), [*METHODS["column sampling"]], steps=12, loader=loader())
+    loop(run, 1)
+    before, step = model.bn.running_mean.clone(), run.step
+    weights = [p.clone() for p in model.parameters()]
+    run.prepare_evaluation()
+    assert not torch.equal(model.bn.running_mean, before)  # re-estimated, by exact products
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert run.step == step
 
 
 def test_a_loop_that_forgets_a_step_or_goes_on_for_too_long_is_told():

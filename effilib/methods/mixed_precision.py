@@ -158,6 +158,10 @@ class LossScaler:
         self.clean = self.skipped = 0
         self.finite = True
 
+    def is_enabled(self) -> bool:
+        """Return whether it scales: always, where PyTorch's can be switched off."""
+        return True
+
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return S times the loss."""
         return self.S * loss

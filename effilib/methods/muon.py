@@ -91,7 +91,7 @@ class Muon(Method):
     def on_after_backward(self, run: Run) -> None:
         momenta, lr = run.state[self]["momentum"], self.lr * run.lr / run.recipe.lr
         for name, w in _filters(run.model).items():
-            if w.grad is None or (run.scaler.is_enabled() and not w.grad.isfinite().all()):
+            if w.grad is None:
                 continue
             old = momenta.get(name)
             old = momenta[name] = torch.zeros_like(w) if old is None or old.shape != w.shape else old

@@ -129,8 +129,11 @@ class FastBiases(Method):
         norms = self._norms(run.model)
         if not norms:
             raise NoEffect("fast biases: the network has no BatchNorm with a bias that learns")
-        decay = run.recipe.weight_decay / self.factor
-        run.group((m.bias for m in norms), lr_factor=self.factor, weight_decay=decay)
+        biases = {m.bias for m in norms}
+        run.group(biases, lr_factor=self.factor)
+        for group in run.optimizer.param_groups:
+            if biases.issuperset(group["params"]):
+                group["weight_decay"] = group.get("weight_decay", 0.0) / self.factor
         for m in norms if self.frozen else ():
             m.weight.requires_grad_(False)
         scales = ", their scales are frozen" if self.frozen else ""
@@ -178,15 +181,19 @@ class Lookahead(Method):
         return {n: t for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
     def on_fit_start(self, run: Run) -> None:
-        run.state[self] = {"slow": {n: t.detach().clone() for n, t in self._state(run.model).items()}}
+        slow = {n: t.detach().clone() for n, t in self._state(run.model).items()}
+        run.state[self] = {"slow": slow, "averages": 0}
 
     def on_step_end(self, run: Run) -> None:
         if (run.step + 1) % self.every == 0 and run.step + 1 < run.steps:
             share = run.schedule.after / run.schedule.planned
             self._average(run, self.decay**self.every * share**3)
+            run.state[self]["averages"] += 1
 
     def on_fit_end(self, run: Run) -> None:
-        self._average(run, 1.0)
+        if averages := run.state[self]["averages"]:  # else the average still is the initial weights
+            self._average(run, 1.0)
+        run.log(self, f"{averages} averages, one every {self.every} steps")
 
     def _average(self, run, decay):
         slow, fast = run.state[self]["slow"], self._state(run.model)

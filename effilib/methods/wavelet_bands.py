@@ -76,7 +76,7 @@ class BandBatches(Batches):
         super().__init__(unpadded, batch_size, generator, augmentation="none")
         self.dataset = dataset
         self.pad = dataset.pad if augmentation != "none" else 0
-        self.flip = dataset.flip if augmentation == "auto" else augmentation == "crop+flip"
+        self.flip = dataset.flipped(augmentation)
         self.first = self._first_flips(flips)
         if augmentation.startswith("crop") and not dataset.pad:
             raise BadInput(

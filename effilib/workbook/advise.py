@@ -17,6 +17,7 @@ from effilib.caveats import FEW_STEPS
 from effilib.chapters.comparison import CONTENDERS
 from effilib.errors import BadInput, choose, within
 from effilib.experiment import Arm
+from effilib.models import NETWORKS
 from effilib.progress import say_seconds
 from effilib.results import Comparison, compare
 from effilib.search import Found
@@ -42,7 +43,8 @@ JUDGED = (
     statistics.FASTER, statistics.SLOWER, statistics.NO_DIFFERENCE, statistics.UNDECIDED, statistics.DEPENDS,
     statistics.OUT_OF_REACH, statistics.SATURATED, statistics.DIVERGED,
 )  # fmt: skip
-NO_TIME = "no time for it; more --minutes take it in"
+NO_TIME = "not tried, there is no time for it; more --minutes take it in"
+STAGES = "it is more than one training, which a recipe cannot hold; its notebook shows it"
 ASKING = 0.2  # of the time, in which it is seen who can take part
 SHARE = 0.9  # of the time that is planned with
 
@@ -214,7 +216,8 @@ def _task(dataset, network, size, recipe, device):
         data.check_name(dataset)
     else:
         task = tasks.task("quick", dataset, network, device=device, size=size)
-    cut = dict(images=None, validation=1000, lengths=LENGTHS, tuned={})
+    # chosen by validation images, so that none of them is trained on
+    cut = dict(images=None, validation=1000, whole=False, lengths=LENGTHS, tuned={})
     return task.but(**cut), bool(recipe)
 
 
@@ -238,8 +241,8 @@ class _Advice:
             why = f"{n} training images are too few to compare methods, {FEW_IMAGES} or more are needed"
             return self.only_recipe(why)
         able = self.who()
-        plan = None if able is None else self.plan(len(able))
-        if able is None or plan is None:
+        plan = self.plan(len(able)) if able else None
+        if not able or plan is None:
             return self.only_recipe(self.too_short(2 if able is None else len(able)))
         for c in able[plan.contenders :]:
             self.state["left_out"][c.name] = NO_TIME
@@ -261,6 +264,11 @@ class _Advice:
         wanted.sort(key=lambda c: FIRST.index(c.name) if c.name in FIRST else len(FIRST))
         if "able" in self.state:
             return [c for c in wanted if c.name in self.state["able"]]
+        single = [c for c in wanted if not self._stages(c)]
+        self.keep(left_out={c.name: STAGES for c in wanted if c not in single})
+        if not single:
+            self.keep(able=[])
+            return []
         few = self.task.but(epochs=2)
         short = search.few(few)
         for _ in range(2):  # what a process does only once is no part of a training
@@ -274,17 +282,13 @@ class _Advice:
         forward = base.step_seconds / (3 * self.task.recipe.batch_size)
         extra += forward * ((training.EVALUATIONS + 1) * images[0] + images[1])
         self.keep(step=base.step_seconds, extra=extra, asked=self.say.spent)
-        if self.plan(min(2, len(wanted)), self.seconds - self.say.spent) is None:
+        if self.plan(min(2, len(single)), self.seconds - self.say.spent) is None:
             return None  # whoever applies, there is no time for them
-        several = [c for c in wanted if self._stages(c)]
-        single = [c for c in wanted if c not in several]
         some = max(2, int(ASKING * self.seconds / trial))
         asked = f"asking {len(single[:some])} methods if they apply"
         self.say(f"a step takes {1e3 * base.step_seconds:.3g} ms; {asked}")
         able, left_out = search.applicable(few, single[:some], SLOWEST * base.step_seconds)
-        left_out |= {c.name: NO_TIME for c in single[some:]}
-        several_why = "it is more than one training, which a recipe cannot hold; its notebook shows it"
-        left_out |= {c.name: several_why for c in several}
+        left_out |= self.state["left_out"] | {c.name: NO_TIME for c in single[some:]}
         self.keep(able=[c.name for c in able], left_out=left_out, asked=self.say.spent)
         return able
 
@@ -375,7 +379,8 @@ class _Advice:
                 answer = f"No verdict ({whys[0]}); the recipe is the baseline's." if whys else answer
         task = _as_task(self.task, arm)
         self.write(task, arm.methods, answer)
-        _page(self.folder, self.data, self.task, found, comparison, self.state["left_out"], answer)
+        whys = {**self.state["left_out"], **found.left_out}
+        _page(self.folder, self.data, self.task, found, comparison, arm.name, whys, answer)
         record = {"schema": series.SCHEMA, "status": "complete", "answer": answer, "date": clock.date()}
         record |= {"use": arm.name, "seconds": round(self.say.spent, 1), "left_out": self.state["left_out"]}
         record |= {"verdicts": [v.record() for v in comparison.verdicts()] if comparison else []}
@@ -388,14 +393,13 @@ class _Advice:
         (self.folder / "state.json").unlink(missing_ok=True)
         self.say.planned = 0.0
         said = [comparison.say(a.name) for a in comparison.arms[1:]] if comparison else []
-        whys = {**self.state["left_out"], **found.left_out}
-        print(*said, *(f"{name} does not apply: {why}" for name, why in whys.items()), sep="\n")
+        print(*said, *(f"left out: {name} ({why})" for name, why in whys.items()), sep="\n")
         self.say(answer)
         print(f"{self.folder}: advice.html, recipe.toml, snippet.py, history.csv, advice.json")
 
     def write(self, task, methods, comment):
         recipes.write(self.folder / "recipe.toml", task, methods, f"effilib train --recipe FILE\n{comment}")
-        paths.write(self.folder / "snippet.py", snippet(task, methods))
+        paths.write(self.folder / "snippet.py", snippet(task, self.data, methods))
 
     def only_recipe(self, why):
         """Say in a sentence why no more can be said, and write what there is."""
@@ -403,7 +407,7 @@ class _Advice:
         self.write(self.task, (), why)
         self.say(f"{why}.")
         for name, reason in self.state.get("left_out", {}).items():
-            print(f"{name} does not apply: {reason}")
+            print(f"left out: {name} ({reason})")
         print(f"{self.folder}: recipe.toml, snippet.py")
 
 
@@ -413,39 +417,49 @@ def _as_task(task: Task, arm: Arm) -> Task:
     return task.but(widths=task.widths | arm.network)
 
 
-def snippet(task: Task, methods: Sequence[training.Method]) -> str:
-    """Return Python for one's own loop: the methods with their settings, and where they take part.
+def snippet(task: Task, dataset: data.Dataset, methods: Sequence[training.Method]) -> str:
+    """Return Python for one's own loop: network, recipe and methods, and where these take part.
 
     >>> from effilib.methods.freezing import FrozenPrefix
-    >>> print(snippet(tasks.task("smoke", "synthetic"), [FrozenPrefix()]))
+    >>> task = tasks.task("smoke", "synthetic")
+    >>> print(snippet(task, task.load(), [FrozenPrefix()]))
     import torch
+    ...
+    net = build('resnet', 4, (1, 8, 8), widths=(8, 8, 8), blocks=(1, 1, 1))
     ...
     methods = [FrozenPrefix(at=(0.5,), anneal=False)]
     ...
     """
     imports = sorted({f"from {c.__module__} import {c.__name__}" for m in methods for c in _classes(m)})
     r, plain = task.recipe, training.Recipe()
-    changed = [f"{f.name}={getattr(r, f.name)!r}" for f in fields(r)]
-    changed = [
-        c for c, f in zip(changed, fields(r), strict=True) if getattr(r, f.name) != getattr(plain, f.name)
-    ]
+    changed = [f"{f.name}={v!r}" for f in fields(r) if (v := getattr(r, f.name)) != getattr(plain, f.name)]
+    precision = training.resolve_precision(r.precision, task.device)
+    layout = training.resolve_layout(r, task.device, task.build(dataset))
+    settings = "".join(f", {k}={v!r}" for k, v in task.widths.items())
+    ours = task.network in NETWORKS
+    build = f"net = build({task.network!r}, {dataset.classes}, {dataset.shape}{settings})"
+    more = [f"    # measured in {precision}: GradScaler, or switches of PyTorch, are yours to add"]
     decide = any(type(m).__name__ == "PruneThenGrow" for m in methods)  # looks at images apart
     lines = [
         "import torch", "import torch.nn.functional as F", "",
-        "from effilib import Recipe, attach", *imports, "",
+        f"from effilib import Recipe, attach{', build' * ours}", *imports, "",
+        build if ours else f"# net is what {task.network} makes",
         f"recipe = Recipe({', '.join(changed)})  # its schedule sets the learning rate",
         f"methods = [{', '.join(map(repr, methods))}]",
         "", "",
         f"def train(net, loader{', decide' * decide}):  # any network, any DataLoader",
+        f"    net.to({task.device!r}, memory_format=torch.{layout})",
         "    epochs = max(1, round(recipe.epochs))",
         "    how = dict(momentum=recipe.momentum, nesterov=recipe.momentum > 0)",
         "    how |= dict(weight_decay=recipe.weight_decay)",
         "    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, **how)",
-        f"    run = attach(net, optimizer, methods, steps=epochs * len(loader), loader=loader, recipe=recipe"
-        f"{', decide=decide' * decide})",
+        *more * (precision not in ("fp32", "bf16")),
+        f"    how = dict(recipe=recipe, precision={precision!r}{', decide=decide' * decide})",
+        "    run = attach(net, optimizer, methods, steps=epochs * len(loader), loader=loader, **how)",
         "    for _ in range(epochs):",
         "        for x, y in run.read():",
-        "            logits = run.model(x)",
+        "            with run.autocast():",
+        "                logits = run.model(x).float()",
         "            loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)",
         "            run.add_terms(loss, logits).backward()",
         "            run.update()",
@@ -463,8 +477,8 @@ def _classes(value):
     return found
 
 
-def _page(folder, dataset, task, found, comparison, left_out, answer):
-    """Write advice.html: a page as a chapter's, its cells without code."""
+def _page(folder, dataset, task, found, comparison, use, whys, answer):
+    """Write advice.html: a page as a chapter's, its cells without code. use: the arm that is advised."""
     from effilib import figures, notebook
     from effilib.workbook import report
 
@@ -484,7 +498,7 @@ def _page(folder, dataset, task, found, comparison, left_out, answer):
     record = {"status": "complete", "dataset": dataset.name, "network": task.network, "date": clock.date()}
     record |= {"machine": clock.machine(task.device), "schema": series.SCHEMA, "notes": [], "verdicts": []}
     if comparison is not None:
-        arm = comparison.arms[1].name
+        arm = None if use == search.BASELINE.name else use  # else all of them are shown
         png = base64.b64encode(figures.png(figures.curves(comparison, arm))).decode()
         picture = v4.new_output("display_data", data={"image/png": png, "text/plain": ""})
         words = "\n".join(f"- {line}" for line in (comparison.say(a.name) for a in comparison.arms[1:]))
@@ -495,10 +509,9 @@ def _page(folder, dataset, task, found, comparison, left_out, answer):
         cells += [v4.new_markdown_cell(f"## Verdicts\n\n{words}"), cell(table(comparison.table()))]
         record |= {"verdicts": [v.record() for v in comparison.verdicts()], "notes": comparison.notes()}
     cells += [v4.new_markdown_cell("## The search that led there"), cell(table(found.table()))]
-    whys = {**left_out, **found.left_out}
     if whys:
-        frame = pd.DataFrame({"why": whys}).rename_axis("what does not apply")
-        cells += [v4.new_markdown_cell("## What does not apply, and why"), cell(table(frame))]
+        frame = pd.DataFrame({"why": whys}).rename_axis("left out")
+        cells += [v4.new_markdown_cell("## What was left out, and why"), cell(table(frame))]
     for title, name, kind in (
         ("The recipe", "recipe.toml", "toml"),
         ("Your own loop", "snippet.py", "python"),

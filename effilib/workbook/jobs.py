@@ -302,16 +302,6 @@ def end(out: Path) -> None:
 # One job
 
 
-def run_one(job: Job, execute: Callable[[Job], str] = execute) -> Outcome:
-    """Run one notebook, put its results in place and render its report.
-
-    execute: what executes it into `job.partial` and returns the reason of its failure. Raises only `OSError`,
-    when results cannot be written.
-    """
-    ran = start_one(job, execute)
-    return ran if isinstance(ran, Outcome) else finish(job, ran)
-
-
 def start_one(job: Job, execute: Callable[[Job], str] = execute) -> Ran | Outcome:
     """Execute one notebook and put its results in place; `finish` does the rest.
 

@@ -235,6 +235,9 @@ def run(
     folder = Path(out) if out else default_folder(task, words_of(methods, recipe), settings, seed, ranks.size)
     file = Path(checkpoint) if checkpoint else folder / "checkpoint.pt"
     data = load(task, ranks)
+    asked = task.recipe.flips == "alternating" and any(text.startswith("flips") for text in settings)
+    if asked and not data.flipped(task.recipe.augmentation):
+        raise BadInput(f"flips=alternating: {data.name} is not mirrored; augmentation=crop+flip mirrors it")
     named = [task.network, *(words[0] for words in methods)]
     what = {
         "methods": provenance.settings(chosen),
@@ -264,7 +267,7 @@ def run(
         say(f"goes on from {file}")
     begun = clock.now()
     try:
-        model, history = fit(task, data, chosen, seed, file, Epochs(task.recipe.epochs, say))
+        model, history = fit(task, data, chosen, seed, file, Epochs(task.recipe.epochs, say, task.whole))
     except KeyboardInterrupt:
         say(
             f"interrupted; the same command goes on from the last whole epoch ({file})"
@@ -451,14 +454,15 @@ def file_name(*words) -> str:
 class Epochs:
     """Says after every evaluation how far a training has come, and how long the rest takes.
 
-    By what was done in this process.
+    By what was done in this process. whole: the images of these evaluations are trained on.
 
     >>> Epochs(2, print)({"epoch": 1, "train_loss": 0.5, "loss": 0.6, "accuracy": 80.0})
     epoch 1 of 2: training loss 0.5000, validation loss 0.6000, 80.00 %
     """
 
-    def __init__(self, epochs, say):
+    def __init__(self, epochs, say, whole=False):
         self.epochs, self.say, self.first = epochs, say, None
+        self.what = "in evaluation of training images" if whole else "validation loss"
 
     def __call__(self, row):
         now, epoch = clock.now(), row["epoch"]
@@ -466,7 +470,7 @@ class Epochs:
         (begun, start), left = self.first, ""
         if start < epoch < self.epochs:
             left = f"; about {say_seconds((now - begun) / (epoch - start) * (self.epochs - epoch))} left"
-        losses = f"training loss {row['train_loss']:.4f}, validation loss {row['loss']:.4f}"
+        losses = f"training loss {row['train_loss']:.4f}, {self.what} {row['loss']:.4f}"
         whole = max(self.epochs, epoch)  # at least one step is trained
         self.say(f"epoch {epoch:.4g} of {whole:.4g}: {losses}, {row['accuracy']:.2f} %{left}")
 
@@ -484,8 +488,8 @@ def summary(history: History, model: nn.Module, data: Dataset, task: Task) -> di
     'synthetic'
     """
     names = (
-        "accuracy", "test_accuracy", "balanced_accuracy", "held_out", "majority", "diverged", "seconds",
-        "raw_seconds", "steps", "kinds", "flops", "memory", "precision", "structure", "events",
+        "accuracy", "single_crop", "test_accuracy", "balanced_accuracy", "held_out", "majority", "diverged",
+        "seconds", "raw_seconds", "steps", "kinds", "flops", "memory", "precision", "structure", "events",
     )  # fmt: skip
     return {
         "dataset": data.name,
@@ -514,6 +518,8 @@ def headline(record: dict) -> str:
         f"{record['accuracy']:.2f} ± {error:.2f} % of {record['held_out']} held-out images"
         f" ({record['test_accuracy']:.2f} % of those for testing)"
     )
+    if record.get("single_crop") is not None:
+        accuracy += f", {record['single_crop']:.2f} % without the views"
     cost = f"{record['steps']} steps in {say_seconds(record['seconds'])}"
     return f"{end}{accuracy}, {cost}, {record['parameters']:,} parameters"
 

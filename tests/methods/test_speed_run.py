@@ -188,6 +188,27 @@ def test_multi_crop_is_on_the_clock_and_reported_without():
     assert "evaluation" not in plain.kinds
 
 
+def test_views_are_mirrored_where_training_images_were():
+    def views(flip, augmentation):
+        net, seen = network(), []
+        net.register_forward_hook(lambda m, inputs, output: seen.append(m.training))
+        recipe = Recipe(epochs=1, batch_size=32, lr=0.05, multi_crop=1.0, augmentation=augmentation)
+        train(net, replace(DATA, flip=flip), recipe)
+        return seen.count(False)
+
+    mirrored, plain = views(True, "auto"), views(False, "auto")
+    assert views(False, "crop+flip") == mirrored > plain == views(True, "none")
+
+
+def test_on_whole_data_no_images_are_left_for_a_method_to_look_at():
+    class Peek(Method):
+        def on_fit_start(self, run):
+            assert len(run.decide)
+
+    with pytest.raises(BadInput, match=r"Peek\.on_fit_start looks at images that are not trained on"):
+        train(network(), DATA.whole(), RECIPE, [Peek()])
+
+
 def test_whole_data_are_judged_by_the_test_images_alone():
     whole = DATA.whole()
     assert len(whole.train) == sum(len(s) for s in (DATA.train, DATA.validation, DATA.decide))
@@ -300,6 +321,13 @@ def test_after_the_last_step_the_average_stays():
     assert not torch.equal(look.steps[-1]["head.weight"], averaged["head.weight"])
 
 
+def test_lookahead_that_never_comes_to_an_average_leaves_what_was_learned():
+    net, look, history = followed(Lookahead(every=100))
+    assert torch.equal(net.state_dict()["head.weight"], look.steps[-1]["head.weight"])
+    assert not torch.equal(net.state_dict()["head.weight"], network().double().head.weight)
+    assert history.events[-1]["text"] == "0 averages, one every 100 steps"
+
+
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (3, 6, 9)])
 def test_orthogonal_factor_of_an_svd(shape):
     matrix = torch.randn(shape, generator=g(0), dtype=torch.float64)
@@ -407,5 +435,12 @@ def test_the_command_line_runs_our_recipe(tmp_path, capsys):
     assert "Muon" in json.dumps(record["run"]["methods"])
     assert record["run"]["task"]["network"] == "speed_run"
     assert record["run"]["task"]["recipe"]["flips"] == "alternating"
+    said = capsys.readouterr().out
+    assert "validation loss" not in said  # of images that are trained on
+    assert f"{record['single_crop']:.2f} % without the views" in said
+    how["settings"] = [*few, "flips=alternating"]
+    with pytest.raises(BadInput, match="flips=alternating: mnist5k is not mirrored"):
+        train_command.run(**how, out=str(tmp_path / "other"))
+    how["settings"] = few
     with pytest.raises(BadInput, match="--network is said by the preset speed_run"):
         train_command.run(**how, network="vgg")
