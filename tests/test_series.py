@@ -32,7 +32,7 @@ def test_a_chapters_information_is_its_modules_or_none(c):
     assert isinstance(c.info, methods.Info) == written
     if written:
         assert c.info.chapter == c.number
-        assert [k for k, v in vars(c.info).items() if not v] == ["applies"] * (c.number == "11")
+        assert [k for k, v in vars(c.info).items() if not v] == []
 
 
 def test_notebooks_and_chapters_are_one_to_one():

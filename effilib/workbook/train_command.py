@@ -221,9 +221,9 @@ def run(
 
         given = {"method": methods, "network": network, "variant": variant != "base"}
         given["preset"] = recipe and preset
-        what = f"recipe {recipe}" if recipe else "preset speed_run"
+        what = f"--recipe {recipe}" if recipe else f"--preset {preset}"
         for name in (name for name, value in given.items() if value):
-            raise BadInput(f"--{name} is said by the {what}: change it there, or leave one of the two")
+            raise BadInput(f"--{name} and {what} exclude each other")
         task, chosen = recipes.read(recipe, device) if recipe else speed_run.recipe(device)
         task = with_settings(task.but(dataset=dataset) if dataset else task, settings)
         check_name(task.dataset)

@@ -442,5 +442,5 @@ def test_the_command_line_runs_our_recipe(tmp_path, capsys):
     with pytest.raises(BadInput, match="flips=alternating: mnist5k is not mirrored"):
         train_command.run(**how, out=str(tmp_path / "other"))
     how["settings"] = few
-    with pytest.raises(BadInput, match="--network is said by the preset speed_run"):
+    with pytest.raises(BadInput, match="--network and --preset speed_run exclude each other"):
         train_command.run(**how, network="vgg")
