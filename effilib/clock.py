@@ -66,7 +66,7 @@ def date() -> str:
 
 
 def pause(seconds: float) -> None:
-    """Do nothing for so many seconds, such as a slower link would take.
+    """Do nothing for so many seconds, as a slower link would.
 
     >>> with elapsed() as seconds:
     ...     pause(0.01)
@@ -190,16 +190,16 @@ class Stopwatch:
         return after
 
     def mean(self, kind: str) -> float:
-        """Mean seconds of a kind's segments so far; 0 without any."""
+        """Return the mean seconds of a kind's segments, or 0."""
         count, total = self.kinds.get(kind, (0, 0.0))
         return total / count if count else 0.0
 
     def totals(self) -> dict:
-        """Return what was measured in the epochs that have ended, as plain values."""
+        """Return what the epochs that have ended measured, as plain values."""
         return {k: getattr(self, k) for k in ("raw", "seconds", "kinds", "steps")}
 
     def forget(self, **totals) -> None:
-        """Drop the epoch that runs and go on from the `totals` of an earlier run."""
+        """Drop the present epoch; go on from an earlier run's `totals`."""
         self.laps, self.pieces = [], []
         for name, value in totals.items():
             setattr(self, name, value)
@@ -245,7 +245,7 @@ def _children():
 
 
 def unshared(steps: list[list[float]]) -> list[float]:
-    """Return the seconds of each run that no other run has at the same step.
+    """Return each run's seconds that no other has at the step.
 
     Where CPU time says nothing, these are stalls. steps: per run the seconds of its steps. A step stalled
     where it takes more than `EXCESS` times as long as in any other run, and loses what is above the longest
@@ -264,7 +264,7 @@ def unshared(steps: list[list[float]]) -> list[float]:
 
 
 class Measuring:
-    """Hold a note on this machine that a measurement runs, and see the others'.
+    """Hold a note that a measurement runs here; see the others'.
 
     A note is a locked file; the lock of a process that died is free, so that nothing has to be tidied up.
 
@@ -384,7 +384,7 @@ def steady_memory() -> bool:
 
 
 def cores() -> int:
-    """Return how many cores this process may use, by affinity and container's quota.
+    """Return the cores this process may use, by affinity and quota.
 
     >>> 1 <= cores() <= os.cpu_count()
     True

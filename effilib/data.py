@@ -170,7 +170,7 @@ class Dataset:
         return replace(self, train=train, held_out=("test",))
 
     def flipped(self, augmentation: str = "auto") -> bool:
-        """Whether an augmentation, as in `Recipe`, mirrors training images."""
+        """Return whether an augmentation, as in `Recipe`, mirrors training images."""
         return self.flip if augmentation == "auto" else augmentation == "crop+flip"
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:

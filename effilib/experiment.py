@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Contender:
-    """A method, or a control, as it takes part in chapter 10 and in `effilib advise`.
+    """Say how a method takes part in chapter 10 and `advise`.
 
     >>> narrow = Arm(name="", network={"widths": (4, 4, 4)})
     >>> Contender("narrow", "", ("the network",), lambda task: narrow).arm(task("smoke", "synthetic")).name
@@ -296,9 +296,10 @@ def _two_digits(x):
 
 
 def pilot(task: Task, arm: Arm, *, title: str = "pilot") -> History:
-    """Train an arm once at its longest with a seed that is never measured, or take it from the cache.
+    """Train an arm once at its longest, unless it is cached.
 
-    For what has to be known before the run, such as the widths that pruning ends with.
+    With a seed that is never measured. For what has to be known before the run, such as the widths that
+    pruning ends with.
 
     >>> pilot(task("smoke", "synthetic"), Arm(name="pruned")).steps
     pilot: 1 of 1, ...: length 1, seed 2000, pruned: ...
@@ -310,7 +311,7 @@ def pilot(task: Task, arm: Arm, *, title: str = "pilot") -> History:
 
 
 def check_arms(task: Task, arms: Sequence[Arm]) -> None:
-    """Raise `BadInput` unless names are unique and exactly the first arm is the baseline.
+    """Raise `BadInput` unless names are unique and the first is baseline.
 
     >>> check_arms(task("smoke", "synthetic"), [Arm(name="a", role="baseline"), Arm(name="a")])
     Traceback (most recent call last):

@@ -104,7 +104,7 @@ def png(figure: Figure, **metadata: str) -> bytes:
 
 
 def literal(text: object) -> str:
-    """Return a text that matplotlib draws as it stands, also with dollar signs in it.
+    """Return a text that matplotlib draws as it stands, dollars included.
 
     >>> print(literal("$5 and $10"))
     \\$5 and \\$10
@@ -122,7 +122,7 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def plain_log(axis: Axis, *, values: Sequence[float] | None = None) -> None:
-    """Put plain numbers on a logarithmic axis, at the given values if there are few.
+    """Put plain numbers on a logarithmic axis, at few given values.
 
     >>> _, axes = new()
     >>> axes.set_xscale("log")
@@ -180,7 +180,9 @@ def _legend(figure, handles, labels):
 def curves(
     comparison: "Comparison", arm: str | None = None, *, cost: str = "seconds", aim: float | None = None
 ) -> Figure:
-    """Draw accuracy over cost, a mark a training, and the gap at equal accuracy.
+    """Draw accuracy over cost, and the gap at equal accuracy.
+
+    A mark is a training.
 
     arm: is drawn with the baseline alone (default: all arms, and the gap of the first method). cost:
     "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just reach it (default: the

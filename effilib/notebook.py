@@ -146,7 +146,7 @@ class Book:
 
     @cached_property
     def chapter(self) -> series.Chapter:
-        """The notebook's place in the series."""
+        """Return the notebook's place in the series."""
         return series.chapter(self.name)
 
     def settings(self, task: Task | None = None) -> "pd.DataFrame":

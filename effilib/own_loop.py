@@ -39,7 +39,7 @@ def attach(
     precision: str = "fp32",
     seed: int = 0,
 ) -> "Attached":
-    """Give methods a part in a plain PyTorch loop, and return what the loop calls.
+    """Give methods a part in a plain PyTorch loop.
 
     steps: updates of the whole training. loader: what the loop reads, epoch by epoch: a `DataLoader`, or
     anything that can be gone through again and yields (x, y), x (N, C, H, W). accumulate: its batches a step.
@@ -98,7 +98,9 @@ def _try(twin):
 
 
 class Attached(Run):
-    """What a loop of one's own calls, and what methods see of it; `attach` makes it.
+    """Stand between a loop of one's own and its methods.
+
+    `attach` makes it.
 
     `model` is the network as it is now, `events` what methods did. With mixed precision: `update(scaler)`.
     To clip gradients, or in a trainer that steps by itself, call `before_step(scaler)` and `after_step`
@@ -175,7 +177,7 @@ class Attached(Run):
         super().group(parameters, **settings)
 
     def read(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield an epoch's batches, on the model's device, as the methods want them."""
+        """Yield an epoch's batches, as the methods want them."""
         if self.step >= self.steps:
             raise BadInput(f"all {self.steps} steps are done: attach with the steps of the whole training")
         if self._begun is not None and self.step > self._begun:  # the loop left it by `break`
@@ -207,7 +209,7 @@ class Attached(Run):
             group["lr"] = self.schedule.scale * group.get("lr_factor", 1.0) * group["lr"]
 
     def after_step(self) -> None:
-        """Let the methods work on the weights, and go on to the next step; behind the last one, finish."""
+        """Let the methods work on the weights; go on, or finish."""
         if self._own is not None:  # a scheduler goes on from what it had set
             for group, lr in zip(self.optimizer.param_groups, self._own, strict=True):
                 group["lr"] = lr

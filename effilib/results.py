@@ -52,11 +52,12 @@ def compare(
     illustration: bool = False,
     title: str = "runs",
 ) -> "Comparison":
-    """Train the arms (the first is the baseline) at the task's lengths and return the `Comparison`.
+    """Train the arms at the task's lengths, and compare them.
 
-    seeds: cells a length (default: the task's). aim: the speed-up at equal accuracy fixed before running, for
-    every method, or a dict by arm. illustration: a grid that is shown but not judged. title: names the
-    comparison in progress lines and in history.csv. Raises `BadInput` for arms that cannot be compared.
+    arms: the first is the baseline. seeds: cells a length (default: the task's). aim: the speed-up at equal
+    accuracy fixed before running, for every method, or a dict by arm. illustration: a grid that is shown but
+    not judged. title: names the comparison in progress lines and in history.csv. Raises `BadInput` for arms
+    that cannot be compared.
 
     >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
     >>> comparison = compare(task("smoke", "synthetic"), arms)
@@ -208,13 +209,13 @@ class Comparison:
         return ""
 
     def stalled(self, arm: str) -> float:
-        """Return the share of the arm's time that was taken off as stalls."""
+        """Return the share of the arm's time that stalls took."""
         runs = self.histories(arm)
         raw = math.fsum(h.raw_seconds for h in runs)
         return 1 - math.fsum(h.seconds for h in runs) / raw if raw else 0.0
 
     def uneven(self, arm: str) -> str:
-        """Return which of the arm's runs was disturbed by what else ran on the machine, in words, or "".
+        """Return which of the arm's runs was disturbed, or "".
 
         What a neighbour takes of caches and cores is no stall: the process has a processor all the time. A
         run is disturbed whose steps take `UNEVEN` times the median of the other seeds at its length, and that
@@ -234,7 +235,7 @@ class Comparison:
 
     @property
     def held_out(self) -> int:
-        """How many images the accuracies are of, 0 if no run says so."""
+        """Return how many images the accuracies are of, or 0."""
         return max(h.held_out for h in self.histories(self.baseline))
 
     def verdicts(self) -> list[Verdict]:
@@ -318,7 +319,7 @@ class Comparison:
         return frame if by_length else frame.droplevel("length")
 
     def curves(self, cost: str = "seconds") -> pd.DataFrame:
-        """Return the points of all curves, with the standard errors of their accuracies."""
+        """Return all curves' points, with standard errors of the accuracies."""
         rows = []
         for arm in self.arms:
             for length, found in self._ends(arm.name, cost).items():
@@ -405,7 +406,7 @@ class Comparison:
         return [*notes, *self.beware()]
 
     def beware(self) -> list[str]:
-        """Return what must be said wherever accuracies of these runs are shown, in sentences."""
+        """Return sentences that must stand beside these accuracies."""
         runs = [h for c in self.cells for h in c["arms"].values()]
         base = self.histories(self.baseline)
         steps = {} if self.task.preset == "smoke" else {"steps": min(h.steps for h in runs)}

@@ -48,7 +48,7 @@ MET, MISSED, NOT_DECIDED = "met", "missed", "not decided"
 
 
 def binomial_error(accuracy: float, images: int) -> float:
-    """Return the standard error of an accuracy (%) on so many images, in points.
+    """Return an accuracy's standard error on so many images, in points.
 
     It never reaches 0: where all images are right (or wrong), half an image counts as the exception.
 

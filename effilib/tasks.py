@@ -27,7 +27,7 @@ VARIANTS = ("base", "wide")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, network and recipe of the baseline, and the lengths at which it is trained.
+    """Hold the baseline's data, network, recipe and lengths.
 
     lengths: shares of the recipe's epochs, each a training of its own. axis: what a length is a share of,
     "epochs", or "images" at as many updates. tuned: epochs -> settings of the recipe; the nearest number of
@@ -76,7 +76,7 @@ class Task:
                 within(name, getattr(self, name), "a whole number above 0")
 
     def load(self) -> data.Dataset:
-        """Load the data set, cut to the preset's size, on the task's device."""
+        """Load the data set, cut to the preset, on the device."""
         dataset = data.load(self.dataset, device=self.device, size=self.size)
         dataset = replace(dataset, batch=min(dataset.batch, self.recipe.batch_size))
         dataset = dataset.whole() if self.whole else dataset
@@ -88,7 +88,7 @@ class Task:
         return dataset
 
     def beware(self, dataset: data.Dataset) -> list[str]:
-        """Return sentences on a data set too small, or too uneven, for the task.
+        """Return sentences on a data set too small or uneven.
 
         >>> t = task("quick", "synthetic")
         >>> t.beware(t.load())
@@ -127,7 +127,7 @@ class Task:
         return replace(self, recipe=replace(self.recipe, **in_recipe), **rest)
 
     def sized(self, sizes: dict[str, dict]) -> "Task":
-        """Return the task with what a chapter changes of its preset, but for what the user asked for.
+        """Return the task with a chapter's changes, where the user is silent.
 
         sizes: preset -> settings.
         """
@@ -135,7 +135,9 @@ class Task:
         return self.but(**changes)
 
     def wide(self) -> "Task":
-        """Return the task on the wide network, from which pruning starts, with all that the user asked for.
+        """Return the task on the wide network, from which pruning starts.
+
+        With all that the user asked for.
 
         >>> task("quick", "mnist5k", lr=0.3).wide().recipe.lr
         0.3
@@ -143,7 +145,9 @@ class Task:
         return self.on("" if self.network == "resnet" else self.network, "wide")
 
     def on(self, network: str, variant: str = "base") -> "Task":
-        """Return the task as the preset has it for a network, with all else that the user asked for.
+        """Return the preset's task for a network.
+
+        With all else that the user asked for.
 
         >>> task("quick", "mnist5k", "convnet", lr=0.3).on("resnet").recipe.lr
         0.3

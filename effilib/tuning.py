@@ -113,7 +113,9 @@ def sweep(
     report: Callable[[str], object] = print,
     file: Path | None = None,
 ) -> list[dict]:
-    """Run what is missing of arms x lengths x settings x seeds, and return the rows of all.
+    """Run what is missing of a sweep, and return its rows.
+
+    Arms x lengths x settings x seeds.
 
     arm: one, or several, which share the processes. Lengths are the arm's own, else the task's. settings: of
     the recipe (lr, weight_decay) or of the arm's method. Each result is written at once. workers: how many
@@ -163,7 +165,7 @@ def tune_baseline(
     workers: int | None = None,
     report: Callable[[str], object] = print,
 ) -> list[dict]:
-    """Sweep learning rate x weight decay of a task's baseline at its lengths.
+    """Sweep a baseline's learning rate x weight decay at its lengths.
 
     The longest length has the whole grid; at the others the settings next to its best one are tried.
 
@@ -193,7 +195,9 @@ def tune_baseline(
 
 
 def best(rows: list[dict]) -> list[dict]:
-    """Return the setting with the highest mean accuracy at each number of epochs, shortest first.
+    """Return the best setting at each number of epochs, shortest first.
+
+    By mean accuracy.
 
     A setting with a run that diverged is left out, and so is a number of epochs at which all did.
 

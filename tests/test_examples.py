@@ -1,7 +1,7 @@
 """Docstrings: every public name of the library has one, with an example that is run here.
 
 Public are the functions and classes, without an underscore, of all modules but the chapters, which their
-notebooks run and which need a docstring only. Examples are written as behind `from effilib import *`, `import
+notebooks run and which need a docstring only. Examples assume `from effilib import *`, `import
 torch`, `from torch import nn` and `import torch.nn.functional as F`; what else the example's own module knows
 is there too."""
 
@@ -9,6 +9,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 
 import pytest
@@ -78,13 +79,15 @@ def test_every_name_has_an_example_and_types(name):
     thing = NAMES[name]
     assert thing.__doc__
     assert ">>>" in thing.__doc__
-    if inspect.isclass(
-        thing
-    ):  # the fields of dataclasses are typed by being fields; the rest are its methods
+    first = re.split(r"(?<=[.:;])\s", thing.__doc__.strip())[0]
+    assert len([word for word in first.split() if re.search(r"\w", word)]) <= 12, first
+    if inspect.isclass(thing):  # the fields of dataclasses are typed by being fields
         members = {n: m for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith("_")}
         assert not {n: untyped(m) for n, m in members.items() if untyped(m)}
     else:
         assert not untyped(thing)
+        assert first[0].isupper()  # an imperative
+        assert first.split()[0] not in ("The", "A", "An", "What", "Whether", "How", "Which", "Where")
 
 
 @pytest.fixture

@@ -102,9 +102,10 @@ def arms(task: Task) -> tuple[list[Arm], list[Contender], dict[str, str]]:
 
 
 def combinations(task: Task, found: Found, left_out: dict[str, str]) -> list[Arm]:
-    """Return the combination that was searched, without one part each, and the prescribed one.
+    """Return the combinations to judge.
 
-    What of them does not apply goes into `left_out`.
+    The one that was searched, whole and without one part each, and the prescribed one. What of them does not
+    apply goes into `left_out`.
     """
     parts = prescribed()
     arms = [found.best(task), *leave_one_out(task, found.parts)] if len(found.parts) > 1 else []

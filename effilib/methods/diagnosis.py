@@ -65,21 +65,24 @@ class Case:
             raise BadInput(f"times: of 'keep' and of candidates, above 0; got {self.times}")
 
     def price(self, candidate: str) -> float:
-        """Milliseconds that a candidate adds to a step, or takes off; at least a thousandth of the step."""
+        """Return milliseconds that a candidate adds to a step, or saves.
+
+        At least a thousandth of the step.
+        """
         return max(1e-3 * self.times[KEEP], abs(self.times[candidate] - self.times[KEEP]))
 
     def added(self, stage: int) -> int:
-        """Channels that widening a stage (its number) adds inside of its blocks."""
+        """Return the channels that widening a stage (its number) adds."""
         wider = treated(self.model.settings(), f"widen stage {stage + 1}", self.multiple)
         return sum(wider["blocks"][stage]) - sum(block.inner for block in self.model.stages[stage])
 
     @cached_property
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch as in training: x (N, C, H, W), y (N,)."""
+        """Return a batch as in training: x (N, C, H, W), y (N,)."""
         return next(iter(self.batches()))
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """An epoch of training batches, the same at every call."""
+        """Return an epoch of training batches, the same at every call."""
         return iter(self.dataset.shuffled(self.recipe.batch_size, stream(self.seed, "diagnosis")))
 
     def treated(self, candidate: str = KEEP) -> nn.Module:
@@ -101,18 +104,24 @@ class Case:
         order: str = "diagnosis",
         **changes,
     ) -> History:
-        """Train a network in place, on the batches of all with this `order`; changes: of the recipe."""
+        """Train a network in place.
+
+        order: trainings of one order see the same batches. changes: of the recipe.
+        """
         recipe = replace(self.recipe, **{"epochs": epochs, "warmup": 0.0, **changes})
         seed = stream(self.seed, order).initial_seed()
         self.spent.append(train(model, few(self.dataset), recipe, methods, seed, evaluations=1))
         return self.spent[-1]
 
     def loss(self, model: nn.Module, images: int = 1000) -> float:
-        """Mean cross entropy on images of the split that decides, with BatchNorm estimated anew."""
+        """Return the mean cross entropy of `judged`."""
         return self.judged(model, images)[0]
 
     def judged(self, model: nn.Module, images: int = 1000, batches: int = 4) -> tuple[float, float]:
-        """(mean cross entropy, accuracy in %) there, in the same way."""
+        """Return (mean cross entropy, accuracy in %) on images that decide.
+
+        BatchNorm is estimated anew.
+        """
         found = [x for (x, _), _ in zip(self.batches(), range(batches), strict=False)]
         models.reestimate_(model, found)
         decide = replace(self.dataset, decide=self.dataset.decide[:images])

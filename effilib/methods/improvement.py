@@ -211,10 +211,11 @@ class Improvement:
         treat: bool = True,
         methods: tuple[Method, ...] = (),
     ) -> History:
-        """Treat a network, in place, and train it for a share of the last training's time.
+        """Treat a network, in place, and train it.
 
-        part: of a training in several, at the held rate, at whose end nobody looks at the accuracy; None: the
-        last. Each has its own order of images. treat: False where it was done. methods: others.
+        share: of the last training's time. part: of a training in several, at the held rate, at whose end
+        nobody looks at the accuracy; None: the last. Each has its own order of images. treat: False where it
+        was done. methods: others.
         """
         epochs = share * case.recipe.epochs * case.times[KEEP] / step_time(case.times, plan)
         treatment = Treatment(plan=plan, newborn=self.newborn, multiple=self.multiple)
@@ -226,7 +227,7 @@ class Improvement:
         return train(model, case.dataset, recipe, methods, seed, evaluations=1)
 
     def said(self, history: History, plan: Plan, text: str = "", **seen) -> History:
-        """Return a history, of what was done to find a plan, whose only event says which and why."""
+        """Return a history whose only event says the plan and why."""
         event = {"step": 0, "epoch": 0, "method": type(self).__name__, "plan": list(plan), **seen}
         return replace(history, rows=[], events=[event | {"text": f"{' + '.join(plan)}{text}"}])
 

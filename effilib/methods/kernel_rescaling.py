@@ -126,9 +126,9 @@ class KernelRescaling(Method):
             raise BadInput("kernel rescaling: multiple is at least 1, recalibrate at least 0")
 
     def phases(self, shape: tuple[int, ...], steps: int) -> list[tuple]:
-        """Return [(first step, (h, w), factor on the kernels), ...] for a run of so many steps.
+        """Return the phases of a run of so many steps.
 
-        shape: of an image, (C, H, W).
+        [(first step, (h, w), factor on the kernels), ...]. shape: of an image, (C, H, W).
         """
         found, share = [], 0.0
         for row in self.schedule:
@@ -182,7 +182,7 @@ class KernelRescaling(Method):
             run.kind = run.step_kind
 
     def feed(self, run: Run) -> None:
-        """Let the coming batches be cut from a table of images of this phase's size."""
+        """Let batches be cut from a table of this phase's images."""
         batches, size, full = run.batches, tuple(run.state[self]["size"]), tuple(run.dataset.shape[1:])
         if type(batches) is not Batches:
             return  # data of another kind: `on_batch` resizes
@@ -245,7 +245,7 @@ class KernelRescaling(Method):
         return "step" if size == tuple(run.dataset.shape[1:]) else f"step at {size[0]} x {size[1]}"
 
     def follow(self, run: Run, position: float) -> None:
-        """Bring images and kernels to the phase that the step at `position` of the schedule lies in."""
+        """Bring images and kernels to the phase of a schedule's `position`."""
         state, phases = run.state[self], self.phases(run.dataset.shape, run.schedule.planned)
         phase = max(i for i, (start, *_) in enumerate(phases) if start <= position)
         if phase == state["phase"]:

@@ -29,9 +29,9 @@ STEP = (3.4445, -4.7750, 2.0315)  # a, b, c
 
 
 def orthogonalize(g: torch.Tensor, steps: int = 3, eps: float = 1e-7) -> torch.Tensor:
-    """Return about U V^T of g = U S V^T, by Newton-Schulz steps.
+    """Return about U V^T, by Newton-Schulz steps.
 
-    g: (..., M, K); a batch of matrices is worked on at once. The result has its type.
+    g = U S V^T: (..., M, K); a batch of matrices is worked on at once. The result has its type.
 
     >>> g = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
     >>> values = torch.linalg.svdvals(orthogonalize(g, steps=5))
@@ -60,9 +60,10 @@ def _filters(model):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Method):
-    """Train convolutions behind the first one by Muon, all else by the recipe's SGD.
+    """Train convolutions behind the first one by Muon.
 
-    Their learning rate follows the recipe's schedule. There is no weight decay: the norm is held.
+    All else is trained by the recipe's SGD. Their learning rate follows the recipe's schedule. There is no
+    weight decay: the norm is held.
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

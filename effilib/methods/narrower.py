@@ -15,7 +15,7 @@ __all__ = ["Narrower", "narrow", "thin_"]
 
 @torch.no_grad()
 def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tuple[str, int], ...]:
-    """Make a smaller network of the same kind in place, before it is trained.
+    """Narrow an untrained network in place.
 
     Keeps the first channels of every node, `factor` of them in whole multiples. Returns ((node, width
     before), ...), which `Net2Net(wider=...)` takes to make the larger one of it again.
@@ -35,7 +35,7 @@ def thin_(model: nn.Module, factor: float = 0.5, multiple: int = 1) -> tuple[tup
 def narrow(
     task: Task, dataset: Dataset, seed: int, factor: float, multiple: int = 1, **settings
 ) -> tuple[nn.Module, tuple[tuple[str, int], ...]]:
-    """Return (the task's network with narrower layers, its nodes' full widths), see `thin_`.
+    """Return the task's network narrowed, and its nodes' full widths.
 
     It is initialised as it is at these widths. settings: of the network, instead of the task's. A factor of 1
     or more leaves it.

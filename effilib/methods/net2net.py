@@ -114,7 +114,9 @@ def grow_(
 
 
 def fresh(t: torch.Tensor, before: torch.Size | None) -> list[torch.Tensor]:
-    """Return views of what is new in a tensor that had the shape `before`; None: all of it.
+    """Return views of what is new in a tensor.
+
+    before: the shape that it had; None: all of it is new.
 
     >>> [view.tolist() for view in fresh(torch.tensor([[1, 2], [3, 4]]), (1, 1))]
     [[[3, 4]], [[2]]]

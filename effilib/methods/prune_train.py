@@ -97,9 +97,9 @@ def group_weight(W: torch.Tensor, axis: int, per: int = 1, weigh: str = "equal")
 
 
 def group_lasso(groups: list[Group], eps: float = 1e-8, weigh: str = "equal") -> torch.Tensor:
-    """Return G(W) = sum over all groups of sqrt(||W_g||^2 + eps).
+    """Return the group lasso of all groups.
 
-    Differentiable. groups: (W, axis, per) of each layer and side.
+    G(W) = sum_g sqrt(||W_g||^2 + eps), differentiable. groups: (W, axis, per) of each layer and side.
 
     >>> W = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     >>> group_lasso([(W, 0, 1)]).item()  # 5 + 1
@@ -110,9 +110,9 @@ def group_lasso(groups: list[Group], eps: float = 1e-8, weigh: str = "equal") ->
 
 
 def coefficient(ratio: float, loss: float, penalty: float) -> float:
-    """Return lambda = r L / (G (1 - r)), which makes the penalty's share r.
+    """Return lambda, which makes the penalty's share r.
 
-    loss, penalty: L and G, of the first batch.
+    lambda = r L / (G (1 - r)). loss, penalty: L and G, of the first batch.
 
     >>> coefficient(0.2, loss=2.0, penalty=10.0)  # 0.05 x 10 is a fifth of 2 + 0.5
     0.05

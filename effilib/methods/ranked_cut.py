@@ -37,10 +37,11 @@ Scores = dict[str, torch.Tensor]  # a node's name -> (width,)
 
 
 def masks(scores: Scores, prices: dict[str, float], share: float, multiple: int = 1) -> Scores:
-    """Return which channels stay, node -> (width,) bool, if `share` of the price of all is to go.
+    """Return which channels stay, node -> (width,) bool.
 
-    prices: node -> what a channel costs. Each node's channels, the best first, make blocks of `multiple`;
-    blocks go by their score per price, the lowest first, until enough is gone; the first block stays.
+    share: of the price of all, is to go. prices: node -> what a channel costs. Each node's channels, the best
+    first, make blocks of `multiple`; blocks go by their score per price, the lowest first, until enough is
+    gone; the first block stays.
 
     >>> scores = {"a": torch.tensor([9.0, 1.0, 8.0, 2.0]), "b": torch.tensor([7.0, 3.0])}
     >>> kept = masks(scores, {"a": 1.0, "b": 1.0}, share=0.4, multiple=2)  # the lowest block: 1 + 2
@@ -63,7 +64,7 @@ def masks(scores: Scores, prices: dict[str, float], share: float, multiple: int 
 
 
 def distance(a: Scores, b: Scores) -> float:
-    """Return the share of channels on which two masks differ (Early-Bird's distance).
+    """Return Early-Bird's distance: the share on which two masks differ.
 
     >>> distance({"a": torch.tensor([True, False])}, {"a": torch.tensor([True, True])})
     0.5

@@ -54,7 +54,7 @@ def published(batch_size: int = 1024, epochs: float = 9.9) -> Recipe:
 
 @torch.no_grad()
 def identity_(conv: nn.Conv2d, gain: float = 1.0) -> None:
-    """Let the first filters of a convolution pass on its input channels, in place.
+    """Let a convolution's first filters pass on its channels, in place.
 
     Filter i is 1 at the centre of channel i, for as many as there are of both; the rest stay, times gain.
 
@@ -74,7 +74,9 @@ def _plain(conv):
 
 @dataclass(frozen=True, kw_only=True)
 class PartialIdentity(Method):
-    """Begin with convolutions that pass their input on (Jordan 2024, section 3.3).
+    """Begin with convolutions that pass their input on.
+
+    Jordan 2024, section 3.3.
 
     Those behind the first layer that keep the size of maps and have no fewer filters than channels.
 
@@ -105,7 +107,7 @@ class PartialIdentity(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class FastBiases(Method):
-    """Freeze BatchNorm's scales and let its biases learn many times as fast (Page 2019).
+    """Freeze BatchNorm's scales; let its biases learn faster (Page 2019).
 
     A scale does little for a network whose next layer is linear after the activation; the bias decides which
     half of the numbers a ReLU passes. Their decay is per step as before: it is divided by the same factor.
@@ -158,11 +160,11 @@ def _follow_(slow: Iterable[torch.Tensor], fast: Iterable[torch.Tensor], decay: 
 
 @dataclass(frozen=True, kw_only=True)
 class Lookahead(Method):
-    """Set the weights back to their running average every few steps (Zhang et al. 2019, arXiv:1907.08610).
+    """Set weights back to their running average every few steps.
 
-    Every k-th step t of T the average takes 1 - decay^k (t / T)^3 of the weights, and the weights become the
-    average: at the beginning nothing is held back, at the end much. BatchNorm's statistics are averaged too;
-    after the last step the average stays (Jordan 2024, section 3.4).
+    Zhang et al. 2019, arXiv:1907.08610. Every k-th step t of T the average takes 1 - decay^k (t / T)^3 of the
+    weights, and the weights become the average: at the beginning nothing is held back, at the end much.
+    BatchNorm's statistics are averaged too; after the last step the average stays (Jordan 2024, section 3.4).
 
     >>> data = load("synthetic")
     >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))

@@ -186,7 +186,7 @@ class Watch:
         self.handle = layer.register_forward_hook(self.hook)
 
     def hook(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Note the divergence of a layer's output, and let a copy of it go on."""
+        """Note the divergence of a layer's output; pass a copy on."""
         if self.on and layer.training and torch.is_grad_enabled():
             self.terms.append(divergence(output, self.eps))
             return output.clone()

@@ -345,7 +345,10 @@ class S3Pool2d(nn.MaxPool2d):
         return back(torch.cat([self.reduce(y, geometry, starts) for y in parts]))
 
     def starts(self, out: int, stride: int) -> torch.Tensor:
-        """Where windows begin along an axis: a random choice of `out` places, in eval mode all of them."""
+        """Return where windows begin along an axis.
+
+        A random choice of `out` places, in eval mode all of them.
+        """
         grid = self.grid or stride
         if not self.training:
             return torch.arange(out * stride)

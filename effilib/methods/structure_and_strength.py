@@ -234,7 +234,7 @@ class StrengthConv2d(nn.Conv2d):
         return y * t if self.bias is None else torch.addcmul(self.bias.to(y.dtype)[:, None, None], y, t)
 
     def merged(self) -> torch.Tensor:
-        """The weight of the plain convolution that computes the same."""
+        """Return the weight of the plain convolution that computes the same."""
         o, c = self.weight.shape[:2]
         if self.scope == "norm":
             return self.weight
@@ -390,7 +390,7 @@ class StructureAndStrength(Method):
             run.restructure(lambda model, optimizer: self.thaw(run, model, optimizer))
 
     def thaw(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Make the convolutions plain again, and put their weights back into their groups."""
+        """Make the convolutions plain again, their weights in their groups."""
         forget_(
             optimizer, [m.t for m in model.modules() if isinstance(m, StrengthConv2d) and m.scope != "norm"]
         )

@@ -295,7 +295,10 @@ class TreeCNN:
         recipe: Recipe,
         seed: int = 0,
     ) -> History:
-        """Place new classes in the tree and train what changed, in place, all on one clock."""
+        """Place new classes in the tree and train what changed, in place.
+
+        All on one clock.
+        """
         precision, before = resolve_precision(recipe.precision, dataset.device), tree.groups
         watch = Stopwatch(dataset.device)
         watch.start()

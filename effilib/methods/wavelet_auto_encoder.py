@@ -94,7 +94,7 @@ class WAE(nn.Module):
         return (self.decode_low(I_L) + self.decode_high(I_H))[..., : size[0], : size[1]]
 
     def classify(self, I: torch.Tensor) -> torch.Tensor:  # noqa: E741  (the paper's symbol)
-        """Return logits (N, classes) from both images side by side, (N, 2C, h, w)."""
+        """Return logits (N, classes) from both images, (N, 2C, h, w)."""
         I_L, I_H = self.norm(I).chunk(2, 1)
         F_L, F_H = self.low(I_L), self.high(I_H)
         return self.head_low(F_L) + self.head_both(torch.cat([F_L, F_H], 1))
@@ -116,7 +116,7 @@ class WAE(nn.Module):
 
 @torch.no_grad()
 def energy_share(model: WAE, x: torch.Tensor) -> tuple[float, float]:
-    """Return the high image's share of the energy, and the reconstruction in dB.
+    """Return the high image's energy share, and reconstruction in dB.
 
     x: (N, C, H, W). dB: signal-to-noise ratio.
 

@@ -27,7 +27,7 @@ __all__ = ["Whitening", "whiten_stem_", "whitening_filters"]
 def whitening_filters(
     patches: torch.Tensor, filters: int, eps: float = 5e-4, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return the leading whitening filters of patches and their negatives, (filters, d).
+    """Return leading whitening filters and their negatives, (filters, d).
 
     patches: (M, d), normalised pixels. eps: above 0, added to the variances, so that noise is not blown up,
     nor what does not vary at all (in RGB of grey images). Beyond 2 d filters there are no more: the rest are

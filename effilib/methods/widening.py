@@ -28,9 +28,10 @@ def replication(n: int, q: int, generator: torch.Generator | None = None) -> tor
 
 
 def uneven_shares(index: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Return shares of the outgoing weights that add up to 1 over a channel's copies, (q,).
+    """Return copies' shares of the outgoing weights, (q,).
 
-    Drawn from [0.5, 1.5) and scaled. index: (q,), whose copy each channel is.
+    They add up to 1 over a channel's copies. Drawn from [0.5, 1.5) and scaled. index: (q,), whose copy each
+    channel is.
 
     >>> shares = uneven_shares(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
     >>> shares[0].item(), round(shares[1:].sum().item(), 6), (shares[1] == shares[2]).item()
@@ -108,7 +109,7 @@ def _randn(shape, generator, like):
 
 @torch.no_grad()
 def append_(node: surgery.Node, k: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Give a node k channels in place that read and write with zero weights.
+    """Give a node k channels of zero weights, in place.
 
     BatchNorm's values are the first ones of a new layer, momentum is 0.
 

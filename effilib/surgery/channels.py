@@ -86,7 +86,7 @@ class Node:
         return len(m.bias if isinstance(m, Constant) else m.weight)
 
     def layer(self, name: str, model: nn.Module | None = None) -> nn.Module:
-        """The module of that name: of the traced model, or of another with the same names."""
+        """Return the module of that name, of this model or another."""
         return (model or self.model).get_submodule(name)
 
     def __str__(self):
@@ -103,7 +103,7 @@ class Node:
 
 @dataclass(eq=False)
 class Path:
-    """A residual path, added to a shortcut that begins at the same tensor.
+    """A residual path, with the shortcut that it is added to.
 
     layers, shortcut: names, in the order of the pass. plain: whether the sum is `+`, `+=` or `torch.add` of
     the two, in which a plain 0 can stand for the path.
@@ -121,8 +121,9 @@ class Path:
 
     @property
     def in_place(self) -> bool:
-        """Whether the sum may be `out += shortcut`, which a constant cannot take part in: tracing does not
-        tell, only ours is sure.
+        """Return whether the sum may be `out += shortcut`.
+
+        A constant cannot take part in that. Tracing does not tell, only ours is sure.
         """
         return not isinstance(self.model.get_submodule(self.name), Block)
 
@@ -159,14 +160,14 @@ class Structure:
         raise BadInput(unknown("channel node", name, [n.name for n in self.nodes]))
 
     def path(self, name: str) -> Path:
-        """The residual path of the block `name`."""
+        """Return the residual path of the block `name`."""
         for path in self.paths:
             if path.name == name:
                 return path
         raise BadInput(unknown("residual path", name, [p.name for p in self.paths]))
 
     def inner(self, path: Path) -> list:
-        """The nodes that lie wholly inside a path."""
+        """Return the nodes that lie wholly inside a path."""
         return [n for n in self.nodes if set(n.producers) | set(n.consumers) <= set(path.layers)]
 
     def __str__(self):
@@ -271,10 +272,10 @@ class _Tracer(Tracer):
 
 
 def follow(model: nn.Module) -> tuple[fx.Graph, dict[str, str], dict[str, torch.Tensor]]:
-    """Return (graph, opaque modules with the reason, constant tensors) of the forward pass.
+    """Return the forward pass as a graph.
 
-    Opaque modules cannot be followed, and are taken as they are. Raises `BadInput` where the forward pass as
-    a whole cannot be followed.
+    (graph, opaque modules with the reason, constant tensors). Opaque modules cannot be followed, and are
+    taken as they are. Raises `BadInput` where the forward pass as a whole cannot be followed.
 
     >>> graph, opaque, constants = follow(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     >>> [node.name for node in graph.nodes], opaque

@@ -284,7 +284,7 @@ def _resize(m, side, size):
 
 
 def can_remove(path: Path) -> bool:
-    """Return whether a residual path that adds only a constant can be removed.
+    """Return whether a path that adds a constant can be removed.
 
     Its sum must be a plain one, and the constant must have somewhere to go.
 
@@ -389,7 +389,7 @@ def _numbered(holder):
 
 
 def follower(holder: nn.Sequential, place: int, taken: Sequence[str] = ()) -> str:
-    """Return the name of a child that is put behind the one at `place`.
+    """Return the name of a new child behind the one at `place`.
 
     taken: names that are not free.
 
@@ -502,7 +502,7 @@ def insert_layer_(
     *,
     x: torch.Tensor,
 ) -> str:
-    """Put an identity layer behind the ReLU `after` in a Sequential (Net2Deeper).
+    """Put an identity layer behind a Sequential's ReLU (Net2Deeper).
 
     It is a 3x3 convolution, BatchNorm and ReLU. x: (N, C, H, W), images as in training. They tell how many
     channels come out of `after`, and their mean and variance, with which BatchNorm undoes its own

@@ -63,7 +63,7 @@ def find(model: nn.Module, shape: tuple[int, int, int]) -> dict:
 
 
 def names(layout: dict) -> list[str]:
-    """Return what the stages are called, in the order of the forward pass.
+    """Return the stages' names, in the order of the forward pass.
 
     >>> names(find(build("convnet", 4, (1, 8, 8), widths=(4, 8)), (1, 8, 8)))
     ['stage 1', 'stage 2']
@@ -144,7 +144,7 @@ def widenable(structure: Structure, layout: dict, stage: int, trunk: bool = Fals
 
 
 def deepenable(model: nn.Module, layout: dict, stage: int) -> str:
-    """Return the layer or block of a stage that a new one can follow.
+    """Return the layer or block that a new one can follow.
 
     It is the stage's last block, or its last ReLU in a Sequential. Raises `BadInput` if there is none.
 
@@ -219,7 +219,7 @@ def owners(structure: Structure) -> dict:
 
 
 def carry(channels: dict, owners: dict, before: dict, structure: Structure, cuts: dict, epoch: int) -> tuple:
-    """Return the table of channels after surgery, and how many were born in it.
+    """Return the table of channels after surgery, and the births.
 
     owners, before: as the network was before it, see `owners` and `follow`; structure: as it is now. cuts: a
     node's name before it -> the indices kept. Further channels of a node, and those of a new node, were born

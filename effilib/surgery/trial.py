@@ -72,7 +72,7 @@ def keeping(
     optimizer: torch.optim.Optimizer | None = None,
     modes: tuple[str, ...] = ("eval", "training"),
 ) -> Iterator[None]:
-    """Undo and refuse the changes made inside if they change what the network computes.
+    """Undo and refuse changes to what the network computes.
 
     what: the change, in words. x: (N, C, H, W), images to compute, in these modes, dropout off in both; None:
     nothing is compared. Outputs may move by a thousandth of the largest, or three times as far as by other

@@ -239,7 +239,7 @@ def _library():
 
 
 def up_to_date(job: Job) -> bool:
-    """Return whether there is a complete result of this very job, and its report; or it was skipped.
+    """Return whether a job is done, with its report, or skipped.
 
     >>> up_to_date(plan(["02"], preset="smoke")[0])
     False
@@ -251,7 +251,7 @@ def up_to_date(job: Job) -> bool:
 
 
 def expected(job: Job) -> float | None:
-    """Return the seconds that a job will take at most, by earlier runs; None if there was none.
+    """Return a job's seconds at most, by earlier runs, or None.
 
     They are of the same notebook, preset and parameters, in any folder of results or recorded. A run that
     found its measurements in the cache is short: the longest counts.
@@ -482,14 +482,14 @@ def run(
     compare: bool = False,
     notebooks: str | Path | None = None,
 ) -> int:
-    """Run the notebooks that `selectors` name (by default all) and build their report.
+    """Run notebooks and build their report.
 
-    preset: by default `EFFILIB_PRESET`, else "quick". parameters: pairs (name, text) as typed after `-p`.
-    jobs: notebooks at a time on this machine. scheduler: address of a dask scheduler whose workers execute
-    them instead. timeout: seconds for one cell. compare: say whether ratios lie where a repetition of the
-    recorded runs would. notebooks: another folder than that of the series. Returns the exit code: 0 if all
-    are complete, or skipped because their chapter does not apply, 1 if any failed or the scheduler went away,
-    130 if interrupted. Raises `BadInput` before anything runs.
+    selectors: name them; by default all. preset: by default `EFFILIB_PRESET`, else "quick". parameters: pairs
+    (name, text) as typed after `-p`. jobs: notebooks at a time on this machine. scheduler: address of a dask
+    scheduler whose workers execute them instead. timeout: seconds for one cell. compare: say whether ratios
+    lie where a repetition of the recorded runs would. notebooks: another folder than that of the series.
+    Returns the exit code: 0 if all are complete, or skipped because their chapter does not apply, 1 if any
+    failed or the scheduler went away, 130 if interrupted. Raises `BadInput` before anything runs.
 
     >>> run(["02"], preset="quikc")
     Traceback (most recent call last):

@@ -70,7 +70,7 @@ class Chapter:
 
     @property
     def info(self):
-        """The method's `INFO`, or None where the chapter has none or it is not written yet."""
+        """Return the method's `INFO`, or None."""
         if not self.module or not importlib.util.find_spec(f"effilib.methods.{self.module}"):
             return None
         return importlib.import_module(f"effilib.methods.{self.module}").INFO
@@ -121,7 +121,7 @@ CHAPTERS = tuple(
 
 
 def chapter(stem: str) -> Chapter:
-    """Return the chapter of a notebook, also of one that a user added.
+    """Return a notebook's chapter, also of one that a user added.
 
     >>> chapter("06_1_prune_train").title_de
     'Beschneiden während des Trainings'
@@ -198,7 +198,7 @@ def mark_survivors(rows: list[dict]) -> None:
 
 
 def headlines() -> list[dict]:
-    """Return what stands for each chapter that has a verdict, in order, as `figures.scoreboard` draws it.
+    """Return each judged chapter's row, as `figures.scoreboard` draws it.
 
     survives: whether the verdict survives Holm's correction over all of this protocol. older: measured under
     an older one, so that it has no verdict here.
@@ -262,7 +262,7 @@ def update_runs() -> Path:
 
 
 def readme_table() -> str:
-    """Return the README's table of chapters, from here and from the methods' `INFO`, never typed.
+    """Return the README's table of chapters, computed, never typed.
 
     >>> print(readme_table().splitlines()[0])
     | chapter | notebook | attacks | applies to | source | recorded |
@@ -280,7 +280,9 @@ def readme_table() -> str:
 
 
 def answer() -> str:
-    """Return what saves time, from the record of chapter 10, in three lines of Markdown.
+    """Return what saves time, by chapter 10's record, in Markdown.
+
+    Three lines.
 
     >>> answer().count("\\n") in (0, 2)
     True
@@ -308,7 +310,7 @@ def answer() -> str:
 
 
 def with_table(readme: str) -> str:
-    """Return the README's text with its answer and its table of chapters brought up to date.
+    """Return the README's text with answer and table brought up to date.
 
     >>> text = with_table("before <!-- chapters --> stale <!-- /chapters --> after")
     >>> "stale" in text, text.endswith("<!-- /chapters --> after")

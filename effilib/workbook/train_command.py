@@ -68,7 +68,7 @@ def snake(name):
 
 
 def method(name: str, *texts) -> Method:
-    """Return the method of this name with settings such as "ratio=0.2".
+    """Return a method by name, with settings such as "ratio=0.2".
 
     Raises `BadInput` for what is unknown, or of another type.
 
@@ -106,7 +106,7 @@ def name_of(method: Method) -> str:
 
 
 def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> object:
-    """Make an instance of a dataclass with the settings in `texts`, "name=value".
+    """Make a dataclass's instance with settings in `texts`, "name=value".
 
     "name.inner=value" sets what is within another dataclass. base: the instance from which all other settings
     come.
