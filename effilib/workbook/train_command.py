@@ -48,14 +48,10 @@ def methods() -> dict[str, type[Method]]:
     >>> methods()["prune_train"].__name__
     'PruneTrain'
     """
-    modules = [
-        importlib.import_module(f"{package.__name__}.{m.name}")
-        for m in pkgutil.iter_modules(package.__path__)
-    ]
-    found = [
-        c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__
-    ]
-    return {snake(c.__name__): c for c in found if issubclass(c, training.Method)}
+    names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    found = [getattr(m, n) for m in map(importlib.import_module, names) for n in m.__all__]
+    own = [c for c in found if inspect.isclass(c) and c.__module__ in names]
+    return {snake(c.__name__): c for c in own if issubclass(c, training.Method)}
 
 
 def snake(name):
