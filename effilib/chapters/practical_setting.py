@@ -27,7 +27,7 @@ OTHER = 50  # seeds away: none that another cell has, with up to so many cells a
 # Patients are trained for the time that the healthy one takes for `epochs`. That is little, so that batches
 # are small. study: 65 candidates x 5 seeds of about 33 s on one thread: 90 minutes on two cores.
 WARD = {
-    "smoke": dict(images=128, epochs=1.0, batch_size=32),
+    "smoke": dict(images=128, epochs=1.0, batch_size=32, size=14),
     "quick": dict(images=1000, epochs=1.5, batch_size=32, lr=0.1),
     "study": dict(images=10_000, epochs=3.5, batch_size=64, lr=0.2, weight_decay=1e-3),
     "full": dict(epochs=10, batch_size=128, lr=0.4),
