@@ -140,6 +140,14 @@ def test_who_is_too_slow_or_does_not_apply_is_left_out_with_the_reason():
     assert "a step takes" in why["narrow"]
 
 
+def test_what_is_done_once_is_no_part_of_a_step():
+    class Prepared(Method):
+        def on_fit_start(self, run):
+            clock.pause(0.5)
+
+    assert search.why_not(TASK, Arm(name="prepared", methods=(Prepared(),)), most=0.5 / 8) == ""
+
+
 def test_who_needs_more_than_the_short_length_has_goes_on_untried():
     pruned = Contender("data pruning", "5.1", ("images",), lambda t: Arm(name="", methods=(DataPruning(),)))
     narrow = Contender("narrow", "", ("the network",), lambda t: Arm(name="", network={"widths": (4, 4, 4)}))

@@ -38,7 +38,8 @@ STRENGTH, WHITENED = "kmeans, strength only", "whitened first layer"
 
 
 def _strength(task):
-    return Arm(name="", methods=(StructureAndStrength(scope="auto"),))
+    how = dict(structure="kmeans", train="all", scope="auto", patches=PATCHES[task.preset])
+    return Arm(name="", methods=(StructureAndStrength(**how),))
 
 
 def _whitened(task):
