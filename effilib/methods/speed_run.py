@@ -124,27 +124,27 @@ class FastBiases(Method):
     def __post_init__(self):
         within("fast biases: factor", self.factor, "above 0")
 
-    def _norms(self, model) -> list[_BatchNorm]:
-        return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and m.bias.requires_grad]
-
     def on_fit_start(self, run: Run) -> None:
-        run.state[self] = {}
-        norms = self._norms(run.model)
+        named = {name: m for name, m in run.model.named_modules() if isinstance(m, _BatchNorm) and m.affine}
+        norms = [m for m in named.values() if m.bias.requires_grad]
         if not norms:
             raise NoEffect("fast biases: the network has no BatchNorm with a bias that learns")
         biases = {m.bias for m in norms}
+        learnt = [name for name, m in named.items() if m in norms and m.weight.requires_grad]
+        run.state[self] = {"frozen": learnt if self.frozen else []}  # not those that the user had frozen
         run.group(biases, lr_factor=self.factor)
         for group in run.optimizer.param_groups:
             if biases.issuperset(group["params"]):
                 group["weight_decay"] = group.get("weight_decay", 0.0) / self.factor
-        for m in norms if self.frozen else ():
-            m.weight.requires_grad_(False)
+        for name in run.state[self]["frozen"]:
+            named[name].weight.requires_grad_(False)
         scales = ", their scales are frozen" if self.frozen else ""
         run.log(self, f"biases of {len(norms)} BatchNorms learn at {self.factor:g} times the rate{scales}")
 
     def on_fit_end(self, run: Run) -> None:
-        for m in self._norms(run.model):
-            m.weight.requires_grad_(True)
+        for name, m in run.model.named_modules():
+            if name in run.state[self]["frozen"]:
+                m.weight.requires_grad_(True)
 
 
 # Lookahead

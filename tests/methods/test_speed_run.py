@@ -264,6 +264,14 @@ def test_fast_biases_are_sgd_with_groups():
     assert not torch.equal(other.steps[1]["groups.0.2.weight"], start["groups.0.2.weight"])
 
 
+def test_scales_that_a_user_froze_stay_frozen():
+    net = network()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].weight.requires_grad_(False)
+    train(net, DATA, RECIPE, [FastBiases()])
+    assert [m.weight.requires_grad for m in norms] == [False] + [True] * (len(norms) - 1)
+
+
 def test_decay_of_fast_biases_is_per_step_as_before():
     seen = {}
 
