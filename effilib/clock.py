@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 STALL = 0.02  # seconds without CPU time in one segment, below which nothing is taken off
-NOTES = Path("/tmp/effilib-measuring")  # one place for all users, whatever their TMPDIR
+NOTES = Path("/tmp/effilib-measuring")  # POSIX has it: one place for all users, whatever their TMPDIR
 EXCESS = 5  # on CUDA: times the longest of the same step with other seeds, above which a step stalled
 
 
@@ -213,9 +213,7 @@ def _threads():
         for name in os.listdir("/proc/self/task"):
             thread = int(name)
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                found[thread] = time.clock_gettime(
-                    ~thread << 3 | 6
-                )  # a thread's clock: pthread_getcpuclockid(3)
+                found[thread] = time.clock_gettime(~thread << 3 | 6)  # as pthread_getcpuclockid(3) says
     return found
 
 

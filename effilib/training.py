@@ -371,8 +371,8 @@ class Run:
         """Return the method's own random stream, on the CPU.
 
         Its draws do not shift the order of the data. It is the same in all processes, for what they decide
-        alike. share: of draws for single images or
-        activations, of which every process has its own. With one process both are the same stream."""
+        alike. share: of draws for single images or activations, of which every process has its own. With one
+        process both are the same stream."""
         return (self.own if share else self.generators)[method]
 
     def log(self, method: Method, text: str, **values) -> None:
@@ -408,11 +408,11 @@ class Run:
 
         `change(model, optimizer)` works in place or returns a new model; it must leave the optimizer with
         exactly the model's parameters, but for those that it did not hold before (fine-tuning), and no state
-        of others. Compiled graphs, the exchange of gradients and
-        the count of FLOPs follow here. Timed as "reconfigure", never capped. Call it between steps: at an
-        epoch's start or end, or a step's end; with several processes in all of them alike: at an epoch's end
-        they are equal to the last bit, so that what is read from the model is too. Raises `ValueError` if the
-        optimizer and the model differ afterwards. After an error all is as it was."""
+        of others. Compiled graphs, the exchange of gradients and the count of FLOPs follow here. Timed as
+        "reconfigure", never capped. Call it between steps: at an epoch's start or end, or a step's end; with
+        several processes in all of them alike: at an epoch's end they are equal to the last bit, so that what
+        is read from the model is too. Raises `ValueError` if the optimizer and the model differ afterwards.
+        After an error all is as it was."""
         before, self.kind, left_out = self._kind, "reconfigure", self._left_out(self.model)
         distributed.sync_(self.model, on=False)  # surgery knows plain layers
         try:

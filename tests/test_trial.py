@@ -264,23 +264,28 @@ def test_an_optimizer_that_cannot_follow_is_refused_before_anything_changes(kind
     step(model, optimizer, X, Y)
 
 
+def undone(model, optimizer, change):
+    """A change that ends in an error, and is undone."""
+    with surgery.undoing(model, optimizer):
+        change()
+        raise KeyError
+
+
 def test_undoing_brings_back_what_was_changed_in_place():
     model = make("resnet", dtype=torch.float32)
     optimizer = trained(model)
     before = snapshot(model, optimizer)
 
     def change():
-        with surgery.undoing(model, optimizer):
-            with torch.no_grad():
-                model.stem.weight.mul_(2)
-                model.bn.running_mean.add_(1)
-            for node in surgery.nodes(model):
-                surgery.select_(node, [*range(node.width), 0], optimizer)
-            surgery.append_block_(model, "stages.0.0", optimizer, x=None)
-            raise KeyError
+        with torch.no_grad():
+            model.stem.weight.mul_(2)
+            model.bn.running_mean.add_(1)
+        for node in surgery.nodes(model):
+            surgery.select_(node, [*range(node.width), 0], optimizer)
+        surgery.append_block_(model, "stages.0.0", optimizer, x=None)
 
     with pytest.raises(KeyError):
-        change()
+        undone(model, optimizer, change)
     untouched(model, optimizer, before)
     step(model, optimizer, X, Y)
 
@@ -291,13 +296,11 @@ def test_undoing_brings_back_the_optimizers_groups():
     before = snapshot(model, optimizer)
 
     def change():
-        with surgery.undoing(model, optimizer):
-            optimizer.param_groups[0]["lr"] = 9.0
-            optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
-            raise KeyError
+        optimizer.param_groups[0]["lr"] = 9.0
+        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
 
     with pytest.raises(KeyError):
-        change()
+        undone(model, optimizer, change)
     untouched(model, optimizer, before)
     assert [g["lr"] for g in optimizer.param_groups] == [0.01]
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from effilib import surgery
 from effilib.clock import Stopwatch, elapsed
 from effilib.errors import BadInput
 from effilib.methods.diagnosis import Case, Forks, examine, few
@@ -103,9 +102,8 @@ class Treatment(Net2Net):
         """Change the network in place; return the plan."""
         if not self.plan:
             raise BadInput("a treatment needs a plan, such as ('widen stage 1',)")
-        with surgery.undoing(model, optimizer):
-            for candidate in self.plan:
-                treat_(model, candidate, x, optimizer, multiple=self.multiple, generator=generator)
+        for candidate in self.plan:
+            treat_(model, candidate, x, optimizer, multiple=self.multiple, generator=generator)
         return list(self.plan)
 
 
