@@ -9,7 +9,6 @@ samples that are left. What lies above is autograd's. At each *border*, a place 
 those that stay, or None. Gradients are multiplied by their weights there, so that sums stay sums.
 """
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from effilib import convolution as conv
+from effilib import normalization
 from effilib.errors import NoEffect
-from effilib.kernels import compiler
+from effilib.normalization import batch_norm_backward
 from effilib.surgery.channels import ADDITIONS, follow, place_of
 
-__all__ = ["Part", "batch_norm_backward", "partial_backward_", "whole_backward_"]
+__all__ = ["Part", "partial_backward_", "whole_backward_"]
 
 aten = torch.ops.aten
-INSTEAD = "batch normalization of some samples takes more passes"
 Sampler = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 
 
@@ -60,7 +59,7 @@ class _Kept:
 class _Operation:
     def __init__(self, node, module):
         self.name, self.inputs = node.name, [a.name for a in node.all_input_nodes]
-        self.node, self.module = node, module
+        self.node, self.layer, self.module = node, node, module
         self.wants_x = any(a.op != "placeholder" for a in node.all_input_nodes)  # images need no gradient
 
     def parameters(self):
@@ -128,6 +127,40 @@ class _Sum(_Operation):
         return [dy] if len(self.inputs) == 1 else [dy, dy], []
 
 
+class _NormReLU(_Operation):
+    """BatchNorm, perhaps a sum, and ReLU: one kernel where it takes them, else one after the other."""
+
+    def __init__(self, bn, total, relu):
+        super().__init__(relu.node, bn.module)
+        self.layer = bn.node
+        self.inputs = bn.inputs + [name for name in (total.inputs if total else ()) if name != bn.name]
+        self.single = [o for o in (bn, total, relu) if o]
+
+    def forward(self, keep, x, add=None):
+        bn = self.module
+        if normalization.fits(bn, x, add):
+            y, mean, invstd = normalization.forward(bn, x, add)
+            beta = bn.bias.detach().clone()
+            return y, (None, keep(x), None if add is None else keep(y), keep(beta), keep(mean), keep(invstd))
+        notes = []
+        for o in self.single:
+            x, note = o.forward(keep, *((x, add) if isinstance(o, _Sum) else (x,)))
+            notes.append(note)
+        return x, (notes,)
+
+    def backward(self, kept, dy, notes, *places):
+        if notes is None:
+            x, y, beta, mean, invstd = (None if place is None else kept[place] for place in places)
+            numbers = self.module.weight, beta, mean, invstd, self.module.eps
+            dx, dr, *both = normalization.backward(dy, x, y, *numbers, kept.index, kept.weight)
+            return [dx, dr][: len(self.inputs)], both
+        rest = []
+        for o, note in zip(reversed(self.single), reversed(notes), strict=True):
+            (dy, *more), both = o.backward(kept, dy, *note)
+            rest += more
+        return [dy, *rest], both
+
+
 class _Samplewise(_Operation):
     """What treats each sample by itself: it is done again, for the samples that are left."""
 
@@ -182,6 +215,22 @@ def _known(node, model):
     return kind(node, module) if set(tensors) == set(node.all_input_nodes) else None
 
 
+def _fused(operations):
+    """The operations, a BatchNorm as one with the ReLU, or the sum and ReLU, that alone read it."""
+    of, found, within = {o.node: o for o in operations}, {}, set()
+    for relu in operations:
+        if not isinstance(relu, _ReLU):
+            continue
+        [source] = relu.node.all_input_nodes
+        total = of.get(source) if isinstance(of.get(source), _Sum) else None
+        read = source.all_input_nodes if total else [source]
+        bn = next((of[n] for n in read if isinstance(of.get(n), _BatchNorm) and len(n.users) == 1), None)
+        if bn and (not total or (len(read) == 2 and len(source.users) == 1)):
+            found[relu.node] = _NormReLU(bn, total, relu)
+            within |= {bn.node, source}
+    return [found.get(o.node, o) for o in operations if o.node not in within]
+
+
 # The lower part of a network
 
 
@@ -216,7 +265,7 @@ class Part:
                 "not one of the operations that can be undone for some of the samples"
             )
         top = candidates[-1]
-        self.operations = operations[: place[top]]
+        self.operations = _fused(operations[: place[top]])
         lower = [] if top_only else [n for n in candidates[:-1] if self._read_by_conv(n)]
         self.names = {n.name: self._label(n) for n in [*lower, top]}
         self.images, self.top, self.sampler = nodes[0].name, top.name, sampler
@@ -233,7 +282,7 @@ class Part:
         """What a person calls the place behind a node: the layer, or the block that ends there."""
         if node.op == "call_module":
             return node.target
-        layers = [o.node for o in self.operations if o.parameters()]
+        layers = [o.layer for o in self.operations if o.parameters()]
         return place_of(node) or next(n.target for n in reversed(layers) if n < node)
 
     def _read_by_conv(self, node):
@@ -341,80 +390,3 @@ def whole_backward_(model: nn.Module) -> None:
     if isinstance(model, _Partial):
         model.__class__ = type(model).__mro__[2]
         del model.part
-
-
-# Batch normalization, which is the one operation that mixes samples
-
-
-def batch_norm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    invstd: torch.Tensor,
-    gamma: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dX of some samples, dgamma, dbeta of a batch normalization.
-
-    dy: (n, C, H, W), weighted by 1 / p. x: (N, C, H, W), whole; index, weight: (n,). mean, invstd: (C,), of
-    the whole batch.
-
-    The exact dX is gamma / sigma times what is left of dy without its parts along 1 and xhat, over the batch:
-
-        dX = gamma / sigma (dy - a - b xhat),   so that sum dX = sum dX xhat = 0
-
-    and a = sum dy / m, b = sum dy xhat / m, as sum xhat = 0 and sum xhat^2 = m (1 - eps / sigma^2) over the m
-    elements of a channel. With weights w the same is asked of what stayed:
-
-        dX = gamma / sigma (dy - w (a + b xhat)),   (sum w      sum w xhat  ) (a)   (sum dy     )
-                                                    (sum w xhat sum w xhat^2) (b) = (sum dy xhat)
-
-    Dividing by the m of the whole batch would estimate a and b without bias, but dX would no longer add up to
-    0, which dW, a product with inputs that have a mean, amplifies (by a tenth of the noise where we measured
-    it). As quotients a and b have a bias of the order of 1 / n; so has w a anyway, a product of two draws.
-
-    >>> x, dy = torch.randn(4, 2, 3, 3), torch.randn(2, 2, 3, 3)
-    >>> mean, invstd = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0).rsqrt()
-    >>> index, weight = torch.tensor([0, 2]), torch.tensor([1.0, 3.0])
-    >>> dx, dgamma, dbeta = batch_norm_backward(dy, x, index, weight, mean, invstd, torch.ones(2), eps=0.0)
-    >>> torch.allclose(dx.sum((0, 2, 3)), torch.zeros(2), atol=1e-5)
-    True
-    """
-    precise = torch.promote_types(mean.dtype, torch.float32)  # without fp32 parameters they are bf16
-    weight, mean, invstd, gamma = (t.to(precise).contiguous() for t in (weight, mean, invstd, gamma))
-    name = {torch.float32: "batch_norm_rows_float32", torch.bfloat16: "batch_norm_rows_bfloat16"}.get(x.dtype)
-    rows = x.is_cpu and precise == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
-    if name and rows and (kernels := compiler.load("batch_norm_rows", INSTEAD)):
-        dy, index = dy.to(x.dtype).contiguous(memory_format=torch.channels_last), index.long().contiguous()
-        dx, dgamma, dbeta = torch.empty_like(dy), torch.empty_like(mean), torch.empty_like(mean)
-        n, C, H, W = dy.shape
-        tensors = (dy, x, index, weight, mean, invstd, gamma)
-        getattr(kernels, name)(
-            *(ctypes.c_void_p(t.data_ptr()) for t in tensors), ctypes.c_float(eps),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (dx, dgamma, dbeta)),
-            *map(ctypes.c_int64, (n, H * W, C, torch.get_num_threads())),
-        )  # fmt: skip
-        return dx, dgamma, dbeta
-    return _batch_norm_backward(dy, conv.take(x, 0, index), weight, mean, invstd, gamma, eps)
-
-
-def _batch_norm_backward(dy, x, weight, mean, invstd, gamma, eps):
-    """The same by PyTorch's operations; x: (n, C, H, W)."""
-
-    def total(t):  # over samples and pixels, (C,)
-        return t.sum((0, 2, 3))
-
-    def channel(t):
-        return t.view(1, -1, 1, 1)
-
-    g, w = dy.to(mean.dtype), weight.view(-1, 1, 1, 1)
-    xhat = (x.to(mean.dtype) - channel(mean)) * channel(invstd)
-    dbeta, dgamma = total(g), total(g * xhat)
-    s0, s1 = w.sum() * x.shape[2] * x.shape[3], total(w * xhat)
-    s2 = total(w * xhat**2) + s0 * eps * invstd**2  # sigma^2 has eps in it
-    det = s0 * s2 - s1**2
-    a, b = (s2 * dbeta - s1 * dgamma) / det, (s0 * dgamma - s1 * dbeta) / det
-    dx = channel(gamma * invstd) * (g - w * (channel(a) + channel(b) * xhat))
-    return dx.to(dy.dtype), dgamma, dbeta

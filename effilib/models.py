@@ -18,6 +18,7 @@ from torch import nn
 from effilib import user_files
 from effilib.convolution import contiguous_, evaluating, guard_, is_contiguous
 from effilib.errors import BadInput, choose, out_of_memory
+from effilib.normalization import Layers, norm_relu
 
 __all__ = [
     "NETWORKS",
@@ -134,8 +135,8 @@ class Block(nn.Module):
         return len(self.bn2.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), add=self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -184,7 +185,7 @@ class ResNet(nn.Module):
         initialize_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        x = norm_relu(self.bn, self.stem(x))
         for stage in self.stages:
             x = stage(x)
         return self.head(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, classes)
@@ -222,7 +223,7 @@ class VGG(nn.Module):
 
     def __init__(self, classes, channels=3, widths=((32,), (64,), (128, 128)), bn=True, window=2):
         super().__init__()
-        self.features, self.window = nn.Sequential(), window
+        self.features, self.window = Layers(), window
         c = channels
         for i, stage in enumerate(widths):
             if i:

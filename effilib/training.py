@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics as stats
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from effilib.clock import Stopwatch, cpu_flags, elapsed, steady_memory
 from effilib.data import FLIPS, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable, choose, within
 from effilib.models import stream
+from effilib.normalization import fused
 from effilib.surgery import undoing
 
 __all__ = [
@@ -66,6 +67,7 @@ class Recipe:
     precision: str = "auto"
     memory_format: str = "auto"  # channels_last where the kernels read it, else contiguous; or one of the two
     compile: bool = False
+    fused: bool = True  # BatchNorm, a sum and ReLU by one kernel where our networks have them: `norm_relu`
     sync_bn: bool = (
         False  # over several GPUs: BatchNorm's moments of the whole batch; else of each share by itself
     )
@@ -541,9 +543,11 @@ class Run:
             momenta = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
             self.ranks.copy_([*self.model.parameters(), *self.model.buffers(), *momenta])
 
-    def autocast(self) -> torch.autocast:
-        """Return the run's number format, for a `with`."""
-        return autocast(self.precision, self.device)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute inside in the run's number format, and with its kernels."""
+        with autocast(self.precision, self.device), fused(self.recipe.fused):
+            yield
 
     def train_step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
         """Forward, backward, update; the learning rate of this step. A step that is counted is not compiled.

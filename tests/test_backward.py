@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import backward, cost, models
-from effilib.backward import Part, batch_norm_backward, partial_backward_, whole_backward_
+from effilib import cost, models, normalization
+from effilib.backward import Part, partial_backward_, whole_backward_
 from effilib.errors import NoEffect
+from effilib.normalization import batch_norm_backward
 from effilib.training import autocast
 from tests.common import ALL, equal, g, images, make, users
 
@@ -186,7 +187,7 @@ def test_batch_norms_gradient_has_no_part_along_one_and_along_what_it_normalized
 def test_the_compiled_batch_norm_is_the_one_in_many_steps(dtype, close, channels, monkeypatch):
     case = norm_case(channels, dtype)
     found = batch_norm_backward(*case)
-    monkeypatch.setattr(backward.compiler, "load", lambda *words: None)
+    monkeypatch.setattr(normalization.compiler, "load", lambda *words: None)
     expected = batch_norm_backward(*case)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
@@ -227,7 +228,7 @@ def test_statistics_that_are_not_fp32_do_no_harm(network, monkeypatch):
             memory_format=torch.channels_last
         )
         if not kernel:
-            monkeypatch.setattr(backward.compiler, "load", lambda *words: None)
+            monkeypatch.setattr(normalization.compiler, "load", lambda *words: None)
         found.append(gradients(model, x, torch.arange(8) % 4, "bf16" if plain else "fp32")[1])
     assert all(torch.allclose(a, b, rtol=0.03, atol=2e-3) for a, b in zip(*found, strict=True))
 

@@ -1,0 +1,208 @@
+// Batch normalization in as few passes over memory as there can be; see `effilib.normalization`. Images lie as
+// (N, H, W, C). Forward: y = relu(gamma xhat + beta + r) in two passes, of which the first only sums; r may be
+// missing. Backward the same, also for some samples of a batch, each with a weight of its own: these are read
+// where they lie in the whole batch. Sums are taken image by image, so that threads change nothing.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t SHARE = 1 << 17;  // elements below which a thread of its own costs more than it saves
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+Floats load(const float* p, int64_t m = LANES) {
+  Floats f{};
+  std::memcpy(&f, p, m * sizeof *p);
+  return f;
+}
+
+Floats load(const uint16_t* p, int64_t m = LANES) {  // bfloat16
+  Halves h{};
+  std::memcpy(&h, p, m * sizeof *p);
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+void store(float* p, Floats f, int64_t m = LANES) { std::memcpy(p, &f, m * sizeof *p); }
+
+void store(uint16_t* p, Floats f, int64_t m = LANES) {  // rounded to the nearest, ties to even
+  Words w = (Words)f;
+  const Words nan = (Words)(f != f);
+  w = (nan & (w | 0x400000u)) | (~nan & (w + 0x7fffu + ((w >> 16) & 1u)));
+  Halves h = __builtin_convertvector(w >> 16, Halves);
+  std::memcpy(p, &h, m * sizeof *p);
+}
+
+Floats unless_below_0(Floats z, Floats f) {  // f, but 0 where z <= 0; z's NaNs are not below
+  return (Floats)((Words)f & ~(Words)(z <= 0));
+}
+
+// f(channel, number of lanes); all lanes are there but in the last block, which the compiler sees as a constant
+template <class F>
+void blocks(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + LANES <= C; c += LANES) f(c, std::integral_constant<int64_t, LANES>());
+  if (c < C) f(c, C - c);
+}
+
+// By OpenMP, whose threads are PyTorch's: others would compete with these, which wait for work busily.
+template <class F>
+void parallel(int64_t n, int64_t elements, int64_t threads, F f) {
+  threads = std::clamp<int64_t>(elements / SHARE, 1, std::min(threads, n));
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t t = 0; t < threads; ++t)
+    for (int64_t i = t * n / threads; i < (t + 1) * n / threads; ++i) f(i);
+}
+
+// Sums over an image's pixels, K numbers a channel. terms(channel, lanes) returns what adds a pixel's to some sums;
+// there are two of each, for one chain of additions would wait for itself.
+template <int K, class F>
+void sums(int64_t pixels, int64_t C, float* to, F terms) {
+  blocks(C, [&](int64_t c, auto m) {
+    const auto add = terms(c, m);
+    Floats even[K]{}, odd[K]{};
+    int64_t j = c;
+    for (; j + C < pixels * C; j += 2 * C) add(j, even), add(j + C, odd);
+    if (j < pixels * C) add(j, even);
+    for (int k = 0; k < K; ++k) store(to + k * C + c, even[k] + odd[k], m);
+  });
+}
+
+template <bool ADD, class Element>
+void forward(const Element* x, const Element* r, Element* y, const float* gamma, const float* beta, float eps,
+             float* mean, float* var, float* invstd, int64_t n, int64_t pixels, int64_t C, int64_t threads) {
+  std::vector<float> found(n * 2 * C), near(C), scale(C), shift(C);
+  sums<1>(pixels, C, near.data(), [&](int64_t c, auto m) {
+    return [=](int64_t j, Floats* s) { s[0] += load(x + j, m); };
+  });
+  for (float& value : near) value /= pixels;  // squares are taken around the first image's mean: they don't cancel
+
+  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+    const Element* xi = x + i * pixels * C;
+    sums<2>(pixels, C, &found[i * 2 * C], [&](int64_t c, auto m) {
+      return [=, centre = load(&near[c], m)](int64_t j, Floats* s) {
+        const Floats d = load(xi + j, m) - centre;
+        s[0] += d, s[1] += d * d;
+      };
+    });
+  });
+
+  const double count = double(n) * pixels;
+  for (int64_t c = 0; c < C; ++c) {
+    double s = 0, q = 0;
+    for (int64_t i = 0; i < n; ++i) s += found[i * 2 * C + c], q += found[i * 2 * C + C + c];
+    const double v = q / count - s / count * (s / count);
+    mean[c] = near[c] + s / count, var[c] = v < 0 ? 0 : v, invstd[c] = 1 / std::sqrt(double(var[c]) + eps);
+    scale[c] = gamma[c] * invstd[c], shift[c] = beta[c] - mean[c] * scale[c];
+  }
+
+  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+    blocks(C, [&](int64_t c, auto m) {
+      const Floats a = load(&scale[c], m), b = load(&shift[c], m);
+      for (int64_t j = i * pixels * C + c; j < (i + 1) * pixels * C; j += C) {
+        Floats z = a * load(x + j, m) + b;
+        if (ADD) z += load(r + j, m);
+        store(y + j, unless_below_0(z, z), m);
+      }
+    });
+  });
+}
+
+// dX = scale (dY - w (a + b xhat)), w the samples' weights: `effilib.normalization.batch_norm_backward` has the
+// equations. With ADD the ReLU's gradient is what r gets, and lies in dr; without, its place is computed again.
+template <bool ADD, bool RELU, bool WEIGHTED, class Element>
+void backward(const Element* g, const Element* x, const Element* y, const int64_t* index, const float* weight,
+              const float* gamma, const float* beta, const float* mean, const float* invstd, float eps, Element* dx,
+              Element* dr, float* dgamma, float* dbeta, int64_t n, int64_t pixels, int64_t C, int64_t threads) {
+  constexpr int K = WEIGHTED ? 4 : 2;
+  std::vector<float> found(n * K * C), scale(C), shift(C), a(C), b(C);
+  for (int64_t c = 0; c < C; ++c)
+    scale[c] = gamma[c] * invstd[c], shift[c] = RELU && !ADD ? beta[c] - mean[c] * scale[c] : 0;
+  const auto place = [&](int64_t i) { return (index ? index[i] : i) * pixels * C; };
+
+  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+    const Element *gi = g + i * pixels * C, *xi = x + place(i), *yi = ADD ? y + place(i) : nullptr;
+    Element* ri = ADD ? dr + i * pixels * C : nullptr;
+    sums<K>(pixels, C, &found[i * K * C], [&](int64_t c, auto m) {
+      return [=, mu = load(mean + c, m), k = load(&scale[c], m), h = load(&shift[c], m)](int64_t j, Floats* s) {
+        const Floats v = load(xi + j, m), d = v - mu;
+        Floats dy = load(gi + j, m);
+        if (RELU) dy = unless_below_0(ADD ? load(yi + j, m) : k * v + h, dy);
+        if (ADD) store(ri + j, dy, m);
+        s[0] += dy, s[1] += dy * d;
+        if (WEIGHTED) s[2] += d, s[3] += d * d;
+      };
+    });
+  });
+
+  for (int64_t c = 0; c < C; ++c) {
+    const double is = invstd[c], count = double(n) * pixels;
+    double S0 = 0, S1 = 0, S2 = 0, T0 = 0, T1 = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float* of = &found[i * K * C + c];
+      T0 += of[0], T1 += of[C] * is;
+      if (WEIGHTED)
+        S0 += weight[i] * double(pixels), S1 += weight[i] * of[2 * C] * is, S2 += weight[i] * of[3 * C] * is * is;
+    }
+    if (WEIGHTED) {
+      S2 += S0 * eps * is * is;
+      const double det = S0 * S2 - S1 * S1;
+      a[c] = (S2 * T0 - S1 * T1) / det, b[c] = (S0 * T1 - S1 * T0) / det;
+    } else {
+      a[c] = T0 / count, b[c] = T1 / count;
+    }
+    dbeta[c] = T0, dgamma[c] = T1;
+  }
+
+  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+    const Element *gi = (ADD ? dr : g) + i * pixels * C, *xi = x + place(i);
+    Element* to = dx + i * pixels * C;
+    const float w = WEIGHTED ? weight[i] : 1;
+    blocks(C, [&](int64_t c, auto m) {
+      const Floats k = load(&scale[c], m), h = load(&shift[c], m), all = k * w;
+      const Floats slope = load(&b[c], m) * load(invstd + c, m) * all;
+      const Floats constant = load(&a[c], m) * all - slope * load(mean + c, m);
+      for (int64_t j = c; j < pixels * C; j += C) {
+        const Floats v = load(xi + j, m);
+        Floats dy = load(gi + j, m);
+        if (RELU && !ADD) dy = unless_below_0(k * v + h, dy);
+        store(to + j, k * dy - constant - slope * v, m);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+#define DEFINE(NAME, ELEMENT)                                                                                     \
+  void NAME##_forward(const ELEMENT* x, const ELEMENT* r, ELEMENT* y, const float* gamma, const float* beta,      \
+                      float eps, float* mean, float* var, float* invstd, int64_t n, int64_t pixels, int64_t C,    \
+                      int64_t threads) {                                                                          \
+    (r ? forward<true, ELEMENT> : forward<false, ELEMENT>)(x, r, y, gamma, beta, eps, mean, var, invstd, n,       \
+                                                           pixels, C, threads);                                   \
+  }                                                                                                               \
+  void NAME##_backward(const ELEMENT* g, const ELEMENT* x, const ELEMENT* y, const int64_t* index,                \
+                       const float* weight, const float* gamma, const float* beta, const float* mean,             \
+                       const float* invstd, float eps, ELEMENT* dx, ELEMENT* dr, float* dgamma, float* dbeta,     \
+                       int64_t n, int64_t pixels, int64_t C, int64_t threads) {                                   \
+    auto whole = y ? backward<true, true, false, ELEMENT>                                                         \
+                   : beta ? backward<false, true, false, ELEMENT> : backward<false, false, false, ELEMENT>;       \
+    auto some = y ? backward<true, true, true, ELEMENT>                                                           \
+                  : beta ? backward<false, true, true, ELEMENT> : backward<false, false, true, ELEMENT>;          \
+    (weight ? some : whole)(g, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, dgamma, dbeta, n,     \
+                            pixels, C, threads);                                                                  \
+  }
+
+DEFINE(float32, float)
+DEFINE(bfloat16, uint16_t)
+}
