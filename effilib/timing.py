@@ -37,8 +37,9 @@ SECONDS = {"smoke": 1, "quick": 3}  # for all rounds of a table; other presets: 
 class Variant:
     """A way of training a task's network that is timed against others.
 
-    convert: changes the model in place, or returns another one (None: as it is). precision, memory_format: as
-    in `Recipe`; "auto" is the task's. network: settings of the network. methods: take part in the step.
+    convert: changes the model in place, or returns another one (None: as it is). precision, memory_format,
+    fused: as in `Recipe`; "auto" is the task's. network: settings of the network. methods: take part in the
+    step.
 
     >>> Variant("narrow", network={"widths": (4, 4, 4)}).precision
     'auto'
@@ -49,6 +50,7 @@ class Variant:
     convert: Callable[[nn.Module], object] | None = None
     precision: str = "auto"
     memory_format: str = "auto"
+    fused: bool = True
     network: dict = field(default_factory=dict)
     methods: tuple = ()
 
@@ -328,7 +330,8 @@ def _prepare(task, dataset, variant, *last):
     """A variant's `Run`, ready for its first step, and the batch that it trains on."""
     steady_memory()
     own = {k: getattr(variant, k) for k in ("precision", "memory_format") if getattr(variant, k) != "auto"}
-    recipe = replace(task.recipe, compile=False, **own)
+    fused = variant.fused and task.recipe.fused
+    recipe = replace(task.recipe, compile=False, fused=fused, **own)
     model = task.build(dataset, **variant.network)
     changed = variant.convert(model) if variant.convert else None
     model = changed if isinstance(changed, nn.Module) else model

@@ -27,6 +27,7 @@ from effilib.tasks import Task, recorded_tuning
 __all__ = ["best", "read", "sweep", "sweep_file", "tune_baseline", "tuned"]
 
 LRS, DECAYS = (0.1, 0.2, 0.4, 0.8), (2.5e-4, 5e-4, 1e-3, 2e-3)
+NEAR = 6  # settings at least that are tried at the shorter lengths
 SEEDS = (1000, 1001)
 BASELINE = Arm(name="baseline", role="baseline")
 FIELDS = ("arm", "epochs", "setting", "seed", "accuracy", "loss", "train_loss", "diverged")
@@ -167,7 +168,7 @@ def tune_baseline(
 ) -> list[dict]:
     """Sweep a baseline's learning rate x weight decay at its lengths.
 
-    The longest length has the whole grid; at the others the settings next to its best one are tried.
+    The longest length has the whole grid; at the others the settings around its best one are tried.
 
     >>> grid = dict(lrs=(0.1, 0.2), decays=(5e-4,), seeds=(1000,), workers=1, report=lambda line: None)
     >>> rows = tune_baseline(task("smoke", "synthetic", epochs=0.5), **grid)
@@ -181,12 +182,13 @@ def tune_baseline(
         raise BadInput("every setting of the sweep diverged: give smaller learning rates")
     top = found[-1]["setting"]
     i, j = lrs.index(top["lr"]), decays.index(top["weight_decay"])
-    near = [
-        {"lr": lr, "weight_decay": wd}
-        for a, lr in enumerate(lrs)
-        for b, wd in enumerate(decays)
-        if abs(a - i) <= 1 and abs(b - j) <= 1
-    ]
+
+    def steps(setting):  # on the grid, from the best
+        a, b = abs(lrs.index(setting["lr"]) - i), abs(decays.index(setting["weight_decay"]) - j)
+        return max(a, b), a + b
+
+    nearest = sorted(grid, key=steps)
+    near = [s for k, s in enumerate(nearest) if k < NEAR or steps(s)[0] <= 1]
     others = tuple(length for length in task.lengths if length != max(task.lengths))
     if others:
         shorter = task.but(lengths=others)

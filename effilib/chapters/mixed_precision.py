@@ -1,4 +1,4 @@
-"""Chapter 3.2: what is trained: the ladder of number formats, and the paper's four arms in emulated fp16."""
+"""Chapter 3.2: what is trained: the ladder of formats and layouts, and the paper's arms in emulated fp16."""
 
 from effilib.experiment import Arm
 from effilib.methods.mixed_precision import MixedPrecision
@@ -22,8 +22,8 @@ def arms(task: Task) -> list[Arm]:
     """Return the ladder: each rung keeps what the one before it brought.
 
     All rungs take the same steps, so that their curves cover the same accuracies. bf16 is left out where it
-    is not native, the compiled rung where there is no compiler, and in the short presets: compiling takes
-    longer than their whole run.
+    is not native, the fused kernel (of every other chapter's arms) on a GPU, the compiled rung where there is
+    no compiler, and in the short presets: compiling takes longer than their whole run.
     """
     rungs = [
         ("fp32 NCHW", "baseline", dict(precision="fp32", memory_format="contiguous")),
@@ -34,11 +34,13 @@ def arms(task: Task) -> list[Arm]:
         rungs.append(("fp16 channels_last, scaled loss", "method", dict(precision="fp16")))
     if native_bf16(task.device):
         rungs.append(("bf16 channels_last", "method", dict(precision="bf16")))
+    name, _, changes = rungs[-1]
+    if task.device == "cpu":
+        rungs.append((f"{name}, fused", "control", changes | dict(fused=True)))
     if task.preset in ("study", "full") and not can_compile(task.device):
-        name, _, changes = rungs[-1]
         rungs.append((f"{name}, compiled", "control", changes | dict(compile=True)))
-    last = dict(memory_format="channels_last")
-    return [Arm(name=n, role=role, changes=last | c, lengths=task.lengths) for n, role, c in rungs]
+    rest = dict(memory_format="channels_last", fused=False)
+    return [Arm(name=n, role=role, changes=rest | c, lengths=task.lengths) for n, role, c in rungs]
 
 
 def grid(task: Task) -> list[Arm]:

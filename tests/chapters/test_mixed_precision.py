@@ -10,7 +10,8 @@ def test_every_rung_of_the_ladder_keeps_what_the_one_before_it_brought():
     quick, study = task("quick", "synthetic"), task("study", "synthetic")
     arms = chapter.arms(quick)
     check_arms(quick, arms)
-    assert arms[0].changes == {"precision": "fp32", "memory_format": "contiguous"}
+    assert arms[0].changes == {"precision": "fp32", "memory_format": "contiguous", "fused": False}
+    assert [a.changes["fused"] for a in arms] == [False] * (len(arms) - 1) + [True]
     assert {a.changes["memory_format"] for a in arms[1:]} == {"channels_last"}
     assert any(a.changes["precision"] == "bf16" for a in arms) == native_bf16()
     assert not any(a.changes.get("compile") for a in arms)
