@@ -280,9 +280,7 @@ class Groups(nn.Module):
         for width in widths:
             first, second = (nn.BatchNorm2d(width, momentum=0.4) for _ in range(2))
             convs = conv3x3(c, width), conv3x3(width, width)
-            self.groups.append(
-                nn.Sequential(convs[0], nn.MaxPool2d(2), first, act(), convs[1], second, act())
-            )
+            self.groups.append(Layers(convs[0], nn.MaxPool2d(2), first, act(), convs[1], second, act()))
             c = width
         self.head = nn.Linear(c, classes, bias=False)
         initialize_(self)

@@ -10,8 +10,7 @@ where a hook watches the BatchNorm, it is what PyTorch makes of it. Our residual
 
 import contextlib
 import contextvars
-import ctypes
-import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,11 +20,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from effilib import convolution as conv
 from effilib.kernels import compiler
+from effilib.pooling import max_pool, pools
 
 __all__ = ["Layers", "batch_norm_backward", "fused", "norm_relu"]
 
 aten = torch.ops.aten
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+ACTIVATIONS = (None, nn.ReLU, nn.GELU, nn.SiLU)  # by the kernel's number
+SLOPES = {
+    nn.ReLU: lambda z: z > 0,
+    nn.GELU: lambda z: torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+    nn.SiLU: lambda z: z.sigmoid() * (1 + z * (1 - z.sigmoid())),
+}
 INSTEAD = "batch normalization takes more passes"
 SMALLEST = 2**16  # elements; for fewer, calling a kernel costs more than it saves
 _wanted = contextvars.ContextVar("fused", default=True)
@@ -57,39 +62,40 @@ def norm_relu(bn: nn.Module, x: torch.Tensor, add: torch.Tensor | None = None) -
     True
     """
     if fits(bn, x, add):
-        return _NormReLU.apply(x, add, bn.weight, bn.bias, bn)
+        return _Normalized.apply(x, add, bn.weight, bn.bias, bn, nn.ReLU)
     y = bn(x)
     return F.relu(y if add is None else y + add, inplace=True)
 
 
 class Layers(nn.Sequential):
-    """Apply layers one by one, but a BatchNorm and the ReLU behind it as one.
+    """Apply layers, a BatchNorm and its activation as one.
 
-    >>> layers = Layers(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    The activation is the one right behind it. 2x2 max pooling has a kernel, too.
+
+    >>> layers = Layers(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU())
     >>> layers(torch.randn(2, 1, 6, 6)).shape
     torch.Size([2, 4, 4, 4])
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        done = False
-        for layer, behind in itertools.pairwise((*self, None)):
+        layers, done = list(self), False
+        for layer, behind in zip(layers, [*layers[1:], None], strict=True):
             if done:
                 done = False
-                continue
-            done = type(behind) is nn.ReLU and not _watched(behind) and fits(layer, x)
-            x = norm_relu(layer, x) if done else layer(x)
+            elif done := _activates(behind) and fits(layer, x):
+                x = _Normalized.apply(x, None, layer.weight, layer.bias, layer, type(behind))
+            elif _wanted.get() and pools(layer, x) and not _watched(layer):
+                x = max_pool(x)
+            else:
+                x = layer(x)
         return x
 
 
 def fits(bn, x, add=None):
     """Whether the kernel takes this, and nobody would miss the BatchNorm's own call."""
-    if type(x) is not torch.Tensor or type(bn) is not nn.BatchNorm2d or not (bn.training and _wanted.get()):
+    if type(bn) is not nn.BatchNorm2d or not (bn.training and bn.affine and _wanted.get()):
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if not (x.is_cpu and x.dtype in TYPES and x.dim() == 4 and x.numel() >= SMALLEST and bn.affine):
-        return False
-    if x.shape[1] != bn.num_features or not x.is_contiguous(memory_format=torch.channels_last):
+    if not compiler.takes(x, SMALLEST) or x.shape[1] != bn.num_features:
         return False
     if add is not None and (add.dtype, add.shape, add.stride()) != (x.dtype, x.shape, x.stride()):
         return False
@@ -99,19 +105,24 @@ def fits(bn, x, add=None):
     return compiler.load("batch_norm", INSTEAD) is not None
 
 
+def _activates(module):
+    exact = getattr(module, "approximate", "none") == "none"  # GELU has another form
+    return type(module) in ACTIVATIONS and exact and not _watched(module)
+
+
 def _watched(module):
     """Whether somebody would miss a module's own call."""
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(own) or "forward" in vars(module) or _has_any_global_hook()
 
 
-class _NormReLU(torch.autograd.Function):
+class _Normalized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, add, gamma, beta, bn):
-        y, mean, invstd = forward(bn, x, add)
+    def forward(ctx, x, add, gamma, beta, bn, act):
+        y, mean, invstd = forward(bn, x, add, act)
         # a method may move biases within a backward pass: PyTorch's own does not read them
         ctx.save_for_backward(x, None if add is None else y, gamma, beta.clone(), mean, invstd)
-        ctx.eps = bn.eps
+        ctx.eps, ctx.act = bn.eps, act
         return y
 
     @staticmethod
@@ -119,18 +130,18 @@ class _NormReLU(torch.autograd.Function):
         x, y, gamma, beta, mean, invstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # who differentiates this once more needs PyTorch's operations
             z = F.batch_norm(x, None, None, gamma, beta, True, 0.0, ctx.eps) if y is None else y
-            dr, stats = dy * (z > 0), (None, None, mean, invstd)
+            dr, stats = dy * SLOPES[ctx.act](z), (None, None, mean, invstd)
             dx, *both = aten.native_batch_norm_backward(dr, x, gamma, *stats, True, ctx.eps, [True] * 3)
         else:
-            dx, dr, *both = backward(dy, x, y, gamma, beta, mean, invstd, ctx.eps)
-        return dx, None if y is None else dr, *both, None
+            dx, dr, *both = backward(dy, x, y, gamma, beta, mean, invstd, ctx.eps, act=ctx.act)
+        return dx, None if y is None else dr, *both, None, None
 
 
-def forward(bn, x, add=None):
-    """y = relu(bn(x) + add), and the mean and 1 / sigma that were taken; running statistics move."""
+def forward(bn, x, add=None, act=nn.ReLU):
+    """y = act(bn(x) + add), and the mean and 1 / sigma that were taken; running statistics move."""
     y = torch.empty_like(x)
     mean, var, invstd = moments = torch.empty(3, bn.num_features)
-    _run("forward", x, add, y, bn.weight, bn.bias, bn.eps, *moments)
+    _run("forward", act, x, add, y, bn.weight, bn.bias, bn.eps, *moments)
     if bn.running_mean is not None:
         bn.num_batches_tracked.add_(1)
         share = bn.momentum if bn.momentum is not None else 1 / float(bn.num_batches_tracked)
@@ -140,31 +151,25 @@ def forward(bn, x, add=None):
     return y, mean, invstd
 
 
-def backward(dy, x, y, gamma, beta, mean, invstd, eps, index=None, weight=None):
+def backward(dy, x, y, gamma, beta, mean, invstd, eps, index=None, weight=None, act=nn.ReLU):
     """dX, the gradient of what was added (None if y is None), dgamma, dbeta.
 
     dy: (n, C, H, W). y: the outputs, where something was added: they tell where the ReLU let through. Else x
-    and beta do, and without both there was no ReLU. index, weight: as of `batch_norm_backward`.
+    and beta do; without an activation (None) beta is not read. index, weight: as of `batch_norm_backward`.
     """
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     if index is not None:
         index, weight = index.long().contiguous(), weight.to(mean.dtype).contiguous()
     dx, dr, both = torch.empty_like(dy), y if y is None else torch.empty_like(dy), torch.empty(2, len(mean))
-    _run("backward", dy, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, *both)
+    _run("backward", act, dy, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, *both)
     return dx, dr, *both
 
 
-def _run(which, images, *others):
+def _run(which, act, images, *others):
     """Call a kernel for images (n, C, H, W); others: tensors, None, and eps."""
-    kernel = getattr(compiler.load("batch_norm", INSTEAD), f"{TYPES[images.dtype]}_{which}")
     n, C, H, W = images.shape
-    kernel(*map(_as_c, (images, *others)), *map(ctypes.c_int64, (n, H * W, C, torch.get_num_threads())))
-
-
-def _as_c(value):
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
+    kernels = compiler.load("batch_norm", INSTEAD)
+    compiler.call(kernels, which, ACTIVATIONS.index(act), images, *others, n, H * W, C)
 
 
 def batch_norm_backward(
@@ -206,8 +211,8 @@ def batch_norm_backward(
     precise = torch.promote_types(mean.dtype, torch.float32)  # without fp32 parameters they are bf16
     weight, mean, invstd, gamma = (t.to(precise).contiguous() for t in (weight, mean, invstd, gamma))
     rows = x.is_cpu and precise == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
-    if rows and x.dtype in TYPES and compiler.load("batch_norm", INSTEAD):
-        dx, _, *both = backward(dy, x, None, gamma, None, mean, invstd, eps, index, weight)
+    if rows and x.dtype in compiler.TYPES and compiler.load("batch_norm", INSTEAD):
+        dx, _, *both = backward(dy, x, None, gamma, None, mean, invstd, eps, index, weight, act=None)
         return dx, *both
     return _batch_norm_backward(dy, conv.take(x, 0, index), weight, mean, invstd, gamma, eps)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import models, normalization
-from effilib.normalization import Layers, fits, fused, norm_relu
+from effilib.normalization import ACTIVATIONS, Layers, fits, fused, norm_relu
 from effilib.training import autocast
 from tests.common import g
 
@@ -61,7 +61,7 @@ def off(a, b):
 def test_it_is_batch_norm_sum_and_relu_rounded_once(channels, dtype, add, size):
     given = case(channels, dtype, size, add)
     found, name = passes(*given)
-    assert "NormReLU" in name
+    assert "_Normalized" in name
     assert [t.dtype for t in found[:2]] == [dtype] * 2
     if size == (2, 1, 1):  # two values: sigma of a few is all of the gradient's scale
         found, expected = [found[i] for i in (0, 3, 4, 5)], [oracle(*given)[i] for i in (0, 3, 4, 5)]
@@ -69,6 +69,18 @@ def test_it_is_batch_norm_sum_and_relu_rounded_once(channels, dtype, add, size):
         expected = oracle(*given)
     for a, b in zip(found, expected, strict=True):
         assert off(a, b) < CLOSE[dtype] or (a - b).abs().max() < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.SiLU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_put_an_activation_into_the_batch_norm_before_it(act, dtype):
+    bn, x, _, dy = case(24, dtype, (6, 8, 8), add=False)
+    nn.init.uniform_(bn.weight, 2, 6)  # far into both tails
+    found, name = passes(bn, x, None, dy, lambda bn, x, _: Layers(bn, act())(x))
+    assert "_Normalized" in name
+    exact = passes(bn.double(), x.double(), None, dy.double(), lambda bn, x, _: nn.Sequential(bn, act())(x))
+    for a, b in zip(found, exact[0], strict=True):
+        assert off(a, b) < CLOSE[dtype]
 
 
 def test_a_mean_far_from_0_does_not_eat_the_variance():
@@ -159,13 +171,20 @@ def test_a_small_layer_is_left_to_pytorch(monkeypatch):
     assert not fits(bn, x, add)
 
 
-@pytest.mark.parametrize("add", [False, True])
-def test_a_gradient_can_be_differentiated_once_more(add):
-    bn, x, r, dy = case(dtype=torch.float32, add=add)
+def add_relu(bn, x):
+    return norm_relu(bn, x, x.detach() + 1)
+
+
+@pytest.mark.parametrize(
+    "call", [add_relu, *(lambda bn, x, a=a: Layers(bn, a())(x) for a in ACTIVATIONS[1:])]
+)
+def test_a_gradient_can_be_differentiated_once_more(call):
+    bn, x, _, dy = case()
     found = []
-    for call in (norm_relu, lambda bn, x, add: F.relu(bn(x) if add is None else bn(x) + add)):
+    for wanted in (True, False):
         own, t = copy.deepcopy(bn), x.clone().requires_grad_()
-        [dx] = torch.autograd.grad(call(own, t, r), t, dy, create_graph=True)
+        with fused(wanted):
+            [dx] = torch.autograd.grad(call(own, t), t, dy, create_graph=True)
         found.append(torch.autograd.grad(dx.square().sum(), [t, own.weight]))
     assert all(off(a, b) < 1e-4 for a, b in zip(*found, strict=True))
 
@@ -181,10 +200,10 @@ def test_what_moves_a_bias_within_the_backward_pass_changes_nothing():
     assert torch.equal(t.grad, expected)
 
 
-@pytest.mark.parametrize("network", ["resnet", "vgg", "convnet"])
+@pytest.mark.parametrize("network", ["resnet", "vgg", "convnet", "speed_run"])
 def test_a_networks_gradients_are_as_without_it(network):
-    net = models.build(network, 4, (3, 8, 8), seed=0).to(memory_format=LAST).train()
-    x, y = torch.randn(64, 3, 8, 8, generator=g(0)).contiguous(memory_format=LAST), torch.arange(64) % 4
+    net = models.build(network, 4, (3, 16, 16), seed=0).to(memory_format=LAST).train()
+    x, y = torch.randn(32, 3, 16, 16, generator=g(0)).contiguous(memory_format=LAST), torch.arange(32) % 4
     found, names = [], []
     for wanted in (True, False):
         twin = copy.deepcopy(net)
@@ -197,7 +216,7 @@ def test_a_networks_gradients_are_as_without_it(network):
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     shortcuts = [getattr(m, "shortcut", ()) for m in net.modules()]
     kept = sum(len(layers) > 0 for layers in shortcuts)  # their BatchNorm has no ReLU
-    assert [sum("NormReLU" in n for n in ns) for ns in names] == [norms - kept, 0]
+    assert [sum("_Normalized" in n for n in ns) for ns in names] == [norms - kept, 0]
 
 
 def graph(node):
@@ -210,9 +229,8 @@ def graph(node):
     return list(found.values())
 
 
-def test_layers_call_what_is_watched_and_what_is_no_relu():
-    seen = []
-    layers = Layers(nn.BatchNorm2d(16), nn.ReLU(), nn.BatchNorm2d(16), nn.GELU(), nn.BatchNorm2d(16)).train()
+def test_layers_call_what_is_watched_and_what_is_another_activation():
+    seen, layers = [], Layers(nn.BatchNorm2d(16), nn.ReLU(), nn.BatchNorm2d(16), nn.GELU("tanh")).train()
     _, x, _, _ = case()
     plain = nn.Sequential(*copy.deepcopy(layers))
     assert off(layers(x), plain(x)) < 1e-5

@@ -1,7 +1,8 @@
 // Batch normalization in as few passes over memory as there can be; see `effilib.normalization`. Images lie as
 // (N, H, W, C). Forward: y = relu(gamma xhat + beta + r) in two passes, of which the first only sums; r may be
-// missing. Backward the same, also for some samples of a batch, each with a weight of its own: these are read
-// where they lie in the whole batch. Sums are taken image by image, so that threads change nothing.
+// missing, and the ReLU be a GELU, a SiLU or nothing. Backward the same, also for some samples of a batch, each
+// with a weight of its own: these are read where they lie in the whole batch. Sums are taken image by image, so
+// that threads change nothing.
 
 #include <algorithm>
 #include <cmath>
@@ -41,9 +42,52 @@ void store(uint16_t* p, Floats f, int64_t m = LANES) {  // rounded to the neares
   std::memcpy(p, &h, m * sizeof *p);
 }
 
-Floats unless_below_0(Floats z, Floats f) {  // f, but 0 where z <= 0; z's NaNs are not below
-  return (Floats)((Words)f & ~(Words)(z <= 0));
+Floats exponential(Floats x) {  // of x <= 0, to 2e-7 of itself; 0 becomes 1, and what is below -87 1e-38
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const float magic = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
+  const Floats rounded = x * 1.44269504f + magic, k = rounded - magic;
+  const Floats f = x - k * 0.693359375f + k * 2.12194440e-4f;
+  const Floats p = ((((0.00833333f * f + 0.0416667f) * f + 0.1666667f) * f + 0.5f) * f + 1.0f) * f + 1.0f;
+  return p * (Floats)(((Words)rounded - 0x4b400000u + 127u) << 23);
 }
+
+// What follows the sum: its value at z, and a gradient dy times its slope there. NaNs stay.
+struct Nothing {
+  static Floats value(Floats z) { return z; }
+  static Floats gradient(Floats, Floats dy) { return dy; }
+};
+
+struct ReLU {
+  static Floats value(Floats z) { return gradient(z, z); }
+  static Floats gradient(Floats z, Floats dy) { return (Floats)((Words)dy & ~(Words)(z <= 0)); }
+};
+
+struct GELU {  // z Phi(z), Phi by Abramowitz & Stegun 7.1.26, to 1e-7
+  static Floats density(Floats z) { return exponential(-0.5f * z * z); }
+  static Floats share(Floats z, Floats density) {
+    const Floats t = 1.0f / (1.0f + 0.231641888f * (z < 0 ? -z : z));
+    const Floats p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const Floats tail = 0.5f * p * density;
+    return z < 0 ? tail : 1.0f - tail;
+  }
+  static Floats value(Floats z) { return z * share(z, density(z)); }
+  static Floats gradient(Floats z, Floats dy) {
+    const Floats d = density(z);
+    return dy * (share(z, d) + 0.398942280f * z * d);
+  }
+};
+
+struct SiLU {  // z / (1 + exp(-z))
+  static Floats sigmoid(Floats z) {
+    const Floats e = exponential(z < 0 ? z : -z);
+    return (z < 0 ? e : Floats{} + 1.0f) / (1.0f + e);
+  }
+  static Floats value(Floats z) { return z * sigmoid(z); }
+  static Floats gradient(Floats z, Floats dy) {
+    const Floats s = sigmoid(z);
+    return dy * s * (1.0f + z * (1.0f - s));
+  }
+};
 
 // f(channel, number of lanes); all lanes are there but in the last block, which the compiler sees as a constant
 template <class F>
@@ -76,7 +120,7 @@ void sums(int64_t pixels, int64_t C, float* to, F terms) {
   });
 }
 
-template <bool ADD, class Element>
+template <bool ADD, class Act, class Element>
 void forward(const Element* x, const Element* r, Element* y, const float* gamma, const float* beta, float eps,
              float* mean, float* var, float* invstd, int64_t n, int64_t pixels, int64_t C, int64_t threads) {
   std::vector<float> found(n * 2 * C), near(C), scale(C), shift(C);
@@ -110,7 +154,7 @@ void forward(const Element* x, const Element* r, Element* y, const float* gamma,
       for (int64_t j = i * pixels * C + c; j < (i + 1) * pixels * C; j += C) {
         Floats z = a * load(x + j, m) + b;
         if (ADD) z += load(r + j, m);
-        store(y + j, unless_below_0(z, z), m);
+        store(y + j, Act::value(z), m);
       }
     });
   });
@@ -118,14 +162,14 @@ void forward(const Element* x, const Element* r, Element* y, const float* gamma,
 
 // dX = scale (dY - w (a + b xhat)), w the samples' weights: `effilib.normalization.batch_norm_backward` has the
 // equations. With ADD the ReLU's gradient is what r gets, and lies in dr; without, its place is computed again.
-template <bool ADD, bool RELU, bool WEIGHTED, class Element>
+template <bool ADD, class Act, bool WEIGHTED, class Element>
 void backward(const Element* g, const Element* x, const Element* y, const int64_t* index, const float* weight,
               const float* gamma, const float* beta, const float* mean, const float* invstd, float eps, Element* dx,
               Element* dr, float* dgamma, float* dbeta, int64_t n, int64_t pixels, int64_t C, int64_t threads) {
   constexpr int K = WEIGHTED ? 4 : 2;
   std::vector<float> found(n * K * C), scale(C), shift(C), a(C), b(C);
   for (int64_t c = 0; c < C; ++c)
-    scale[c] = gamma[c] * invstd[c], shift[c] = RELU && !ADD ? beta[c] - mean[c] * scale[c] : 0;
+    scale[c] = gamma[c] * invstd[c], shift[c] = beta ? beta[c] - mean[c] * scale[c] : 0;
   const auto place = [&](int64_t i) { return (index ? index[i] : i) * pixels * C; };
 
   parallel(n, n * pixels * C, threads, [&](int64_t i) {
@@ -135,7 +179,7 @@ void backward(const Element* g, const Element* x, const Element* y, const int64_
       return [=, mu = load(mean + c, m), k = load(&scale[c], m), h = load(&shift[c], m)](int64_t j, Floats* s) {
         const Floats v = load(xi + j, m), d = v - mu;
         Floats dy = load(gi + j, m);
-        if (RELU) dy = unless_below_0(ADD ? load(yi + j, m) : k * v + h, dy);
+        dy = Act::gradient(ADD ? load(yi + j, m) : k * v + h, dy);
         if (ADD) store(ri + j, dy, m);
         s[0] += dy, s[1] += dy * d;
         if (WEIGHTED) s[2] += d, s[3] += d * d;
@@ -173,34 +217,45 @@ void backward(const Element* g, const Element* x, const Element* y, const int64_
       for (int64_t j = c; j < pixels * C; j += C) {
         const Floats v = load(xi + j, m);
         Floats dy = load(gi + j, m);
-        if (RELU && !ADD) dy = unless_below_0(k * v + h, dy);
+        if (!ADD) dy = Act::gradient(k * v + h, dy);
         store(to + j, k * dy - constant - slope * v, m);
       }
     });
   });
 }
 
+// f with what follows as a type; with an added r that is a ReLU, whose outputs tell where it let through
+template <class F>
+void choose(int act, bool add, F f) {
+  if (add) return f(std::true_type(), ReLU());
+  if (act == 0) return f(std::false_type(), Nothing());
+  if (act == 1) return f(std::false_type(), ReLU());
+  if (act == 2) return f(std::false_type(), GELU());
+  if (act == 3) return f(std::false_type(), SiLU());
+}
+
 }  // namespace
 
 extern "C" {
 
-#define DEFINE(NAME, ELEMENT)                                                                                     \
-  void NAME##_forward(const ELEMENT* x, const ELEMENT* r, ELEMENT* y, const float* gamma, const float* beta,      \
-                      float eps, float* mean, float* var, float* invstd, int64_t n, int64_t pixels, int64_t C,    \
-                      int64_t threads) {                                                                          \
-    (r ? forward<true, ELEMENT> : forward<false, ELEMENT>)(x, r, y, gamma, beta, eps, mean, var, invstd, n,       \
-                                                           pixels, C, threads);                                   \
-  }                                                                                                               \
-  void NAME##_backward(const ELEMENT* g, const ELEMENT* x, const ELEMENT* y, const int64_t* index,                \
-                       const float* weight, const float* gamma, const float* beta, const float* mean,             \
-                       const float* invstd, float eps, ELEMENT* dx, ELEMENT* dr, float* dgamma, float* dbeta,     \
-                       int64_t n, int64_t pixels, int64_t C, int64_t threads) {                                   \
-    auto whole = y ? backward<true, true, false, ELEMENT>                                                         \
-                   : beta ? backward<false, true, false, ELEMENT> : backward<false, false, false, ELEMENT>;       \
-    auto some = y ? backward<true, true, true, ELEMENT>                                                           \
-                  : beta ? backward<false, true, true, ELEMENT> : backward<false, false, true, ELEMENT>;          \
-    (weight ? some : whole)(g, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, dgamma, dbeta, n,     \
-                            pixels, C, threads);                                                                  \
+#define DEFINE(NAME, ELEMENT)                                                                                        \
+  void NAME##_forward(int act, const ELEMENT* x, const ELEMENT* r, ELEMENT* y, const float* gamma,                   \
+                      const float* beta, float eps, float* mean, float* var, float* invstd, int64_t n,               \
+                      int64_t pixels, int64_t C, int64_t threads) {                                                  \
+    choose(act, r, [&](auto add, auto what) {                                                                        \
+      forward<decltype(add)::value, decltype(what)>(x, r, y, gamma, beta, eps, mean, var, invstd, n, pixels, C,      \
+                                                    threads);                                                        \
+    });                                                                                                              \
+  }                                                                                                                  \
+  void NAME##_backward(int act, const ELEMENT* g, const ELEMENT* x, const ELEMENT* y, const int64_t* index,          \
+                       const float* weight, const float* gamma, const float* beta, const float* mean,                \
+                       const float* invstd, float eps, ELEMENT* dx, ELEMENT* dr, float* dgamma, float* dbeta,        \
+                       int64_t n, int64_t pixels, int64_t C, int64_t threads) {                                      \
+    choose(act, y, [&](auto add, auto what) {                                                                        \
+      auto run = weight ? backward<decltype(add)::value, decltype(what), true, ELEMENT>                              \
+                        : backward<decltype(add)::value, decltype(what), false, ELEMENT>;                            \
+      run(g, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, dgamma, dbeta, n, pixels, C, threads);     \
+    });                                                                                                              \
   }
 
 DEFINE(float32, float)

@@ -9,11 +9,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from effilib import paths
 from effilib.clock import cpu_flags
 
-__all__ = ["load"]
+__all__ = ["call", "load", "takes"]
 
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp", "-w")
 
 
@@ -37,6 +40,45 @@ def load(name: str, instead: str, needs: tuple[str, ...] = ()) -> ctypes.CDLL | 
         why = next((line for line in lines if "error" in line), lines[0])
         print(f"no C++ kernel, {instead}: {why}", flush=True)
         return None
+
+
+def takes(x: torch.Tensor, least: int) -> bool:
+    """Say whether a kernel may read images as (N, H, W, C).
+
+    x: (N, C, H, W). least: elements from which on that pays. It may not where x is followed, not computed.
+
+    >>> takes(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), 96), takes(torch.zeros(2, 3), 0)
+    (True, False)
+    """
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or not (x.is_cpu and x.dtype in TYPES and x.dim() == 4):
+        return False
+    return x.numel() >= max(1, least) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def call(kernels: ctypes.CDLL, name: str, *values: torch.Tensor | float | None) -> None:
+    """Call a kernel, `<type of the first tensor>_<name>`.
+
+    Tensors are given by address (None: 0), whole numbers as int64, others as float; last comes the number
+    of threads.
+
+    >>> x, y, places = torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.zeros(1), torch.zeros(1, dtype=torch.int8)
+    >>> if kernels := load("max_pool", "pooled by PyTorch"):
+    ...     call(kernels, "forward", x, y, places, 1, 2, 2, 1)
+    ...     print(y.item(), places.item())
+    3.0 1
+    """
+    dtype = next(t.dtype for t in values if isinstance(t, torch.Tensor))
+    getattr(kernels, f"{TYPES[dtype]}_{name}")(*map(_as_c, (*values, torch.get_num_threads())))
+
+
+def _as_c(value):
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 def _compiled(source):

@@ -166,12 +166,9 @@ def _precise(dtype):
     return dtype if dtype == torch.float64 else torch.float32
 
 
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
 def _kernel(what, x):
     """The C++ function for this tensor, or None: then the same is done in chunks by PyTorch's operations."""
-    name = TYPES.get(x.dtype)
+    name = compiler.TYPES.get(x.dtype)
     if not name or not x.is_cpu or torch.compiler.is_compiling():
         return None
     kernels = compiler.load("stochastic_pooling", "pooling draws by PyTorch's operations, in about 20 passes")
