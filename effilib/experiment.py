@@ -128,7 +128,7 @@ def key(task: Task, dataset: Dataset, arms: Sequence[Arm]) -> str:
         dataset.digest,
         resolve_precision(task.recipe.precision, dataset.device),
         resolve_layout(task.recipe, dataset.device),
-        {k: clock.machine(dataset.device)[k] for k in ("device", "threads", "torch")},
+        clock.hardware(dataset.device),
     )
 
 

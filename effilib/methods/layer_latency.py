@@ -71,9 +71,8 @@ def latencies(
     >>> list(seconds[site])
     ['conv', 'dwsep']
     """
-    m = clock.machine(setting.device)
     where = {"precision": setting.precision, "layout": setting.layout, "norm": norm}
-    where |= {k: m[k] for k in ("device", "threads", "torch")}
+    where |= clock.hardware(setting.device)
     folder = paths.make(paths.cache() / "latency")
     files = {
         s: folder / f"{provenance.digest(asdict(s), list(names), where)}.json" for s, names in wanted.items()
