@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import effilib
-from effilib.errors import BadInput
+from effilib.errors import BadInput, choose
 
 __all__ = ["main"]
 
@@ -234,10 +234,11 @@ def parser() -> Parser:
 
     tune = commands.add_parser(
         "tune",
-        help="tune a task's baseline: every setting of a grid, several seeds; goes on where it stopped",
-        description="Tune a task's baseline: train every setting of a grid with several seeds, or what is "
-        "missing of it, and say what is best at each length.",
+        help="tune a baseline, or a chapter's arms: a grid, several seeds; goes on where it stopped",
+        description="Tune a task's baseline, or all arms of a chapter alike: train every setting of a grid "
+        "with several seeds, or what is missing of it, and say what is best at each length.",
     )
+    tune.add_argument("chapter", nargs="?", default="", metavar="NN", help="a chapter, such as 04_2")
     _task(tune)
     tune.add_argument(
         "--epochs",
@@ -253,7 +254,7 @@ def parser() -> Parser:
     tune.add_argument(
         "--seeds", type=int, nargs="+", metavar="SEED", help="seeds, which are not those of measurements"
     )
-    tune.set_defaults(call=tune_baseline)
+    tune.set_defaults(call=tune_arms)
     return top
 
 
@@ -370,21 +371,34 @@ def advise_once(**words: Any) -> int:
     return advise.run(**words)
 
 
-def tune_baseline(
-    preset: str, dataset: str, variant: str, size: int | None, epochs: list[float] | None, **grid: Any
+def tune_arms(
+    chapter: str,
+    preset: str,
+    dataset: str,
+    variant: str,
+    size: int | None,
+    epochs: list[float] | None,
+    **grid: Any,
 ) -> int:
     """Run what is missing of a sweep and say what is best at each length: `effilib tune`."""
     _needs_checkout("tune")
     from effilib import tasks, tuning
+    from effilib.workbook import series
 
     task = tasks.task(preset, dataset, variant=variant, size=size)  # complains before anything is written
+    arms, what = [tuning.BASELINE], {}
+    if chapter:
+        sweeps = series.tunable()
+        task = sweeps[choose("chapter to tune", chapter, sweeps)].task(task)
+        arms, what = sweeps[chapter].arms(task), dict(name=chapter)
     if epochs:
         task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))
-    rows = tuning.tune_baseline(task, **{name: values for name, values in grid.items() if values})
-    for row in tuning.best(rows):
-        settings = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
-        accuracy = f"{row['accuracy']:.2f} %, at least {row['low']:.2f} % (n={row['n']})"
-        print(f"{row['epochs']:g} epochs: {accuracy} with {settings}")
+    rows = tuning.tune(task, arms, **what, **{name: values for name, values in grid.items() if values})
+    for arm in arms:
+        for row in tuning.best([r for r in rows if r["arm"] == arm.name]):
+            settings = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
+            accuracy = f"{row['accuracy']:.2f} %, at least {row['low']:.2f} % (n={row['n']})"
+            print(f"{arm.name}, {row['epochs']:g} epochs: {accuracy} with {settings}")
     return 0
 
 

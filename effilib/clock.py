@@ -32,6 +32,7 @@ __all__ = [
     "date",
     "duration",
     "elapsed",
+    "hardware",
     "interleaved",
     "machine",
     "now",
@@ -409,6 +410,15 @@ def _cpu_name():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def hardware(device: str | torch.device = "cpu") -> dict:
+    """Return what times depend on: runs that differ in it are never mixed.
+
+    >>> sorted(hardware())
+    ['bf16', 'device', 'threads', 'torch']
+    """
+    return {k: v for k, v in machine(device).items() if k in ("device", "bf16", "threads", "torch")}
 
 
 def machine(device: str | torch.device = "cpu") -> dict:

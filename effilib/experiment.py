@@ -60,8 +60,9 @@ class Arm:
 
     def task(self, task: Task, length: float = 1.0) -> Task:
         """Return the task as this arm trains it at a length."""
-        if self.tuned:
-            task = task.but(tuned=self.tuned)
+        if self.tuned:  # but for what the user gave
+            tuned = {e: {k: v for k, v in s.items() if k not in task.given} for e, s in self.tuned.items()}
+            task = task.but(tuned=tuned)
         epochs = {k: v for k, v in self.changes.items() if k == "epochs"}
         others = {k: v for k, v in self.changes.items() if k != "epochs"}
         return task.but(**epochs).at(length).but(**others)  # what the arm fixes is not tuned away
@@ -127,7 +128,7 @@ def key(task: Task, dataset: Dataset, arms: Sequence[Arm]) -> str:
         dataset.digest,
         resolve_precision(task.recipe.precision, dataset.device),
         resolve_layout(task.recipe, dataset.device),
-        {k: clock.machine(dataset.device)[k] for k in ("device", "threads", "torch")},
+        clock.hardware(dataset.device),
     )
 
 

@@ -2,7 +2,8 @@
 
 Only accuracies count here, so runs go side by side, one thread each. A sweep is a CSV, one row a run, and
 goes on where it was interrupted; its seeds are never measured, and it reads the validation images only.
-`effilib tune` tunes the baselines; `tasks.TUNED` holds what came out.
+`effilib tune` tunes the baselines, and `tasks.TUNED` holds what came out; `effilib tune 04_2` tunes the arms
+of a chapter, which read what came out (`settled`).
 """
 
 import csv
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,13 +26,27 @@ from effilib.experiment import Arm
 from effilib.progress import say_seconds
 from effilib.tasks import Task, recorded_tuning
 
-__all__ = ["best", "read", "sweep", "sweep_file", "tune_baseline", "tuned"]
+__all__ = ["Sweep", "best", "read", "settled", "sweep", "sweep_file", "tune", "tuned"]
 
 LRS, DECAYS = (0.1, 0.2, 0.4, 0.8), (2.5e-4, 5e-4, 1e-3, 2e-3)
 NEAR = 6  # settings at least that are tried at the shorter lengths
 SEEDS = (1000, 1001)
 BASELINE = Arm(name="baseline", role="baseline")
 FIELDS = ("arm", "epochs", "setting", "seed", "accuracy", "loss", "train_loss", "diverged")
+
+
+class Sweep(NamedTuple):
+    """Say what of a chapter is tuned: its sweep's name, and from a preset's task its own, and its arms.
+
+    >>> from effilib.chapters.gradient_pruning import SWEEP
+    >>> quick = task("quick", "mnist5k")
+    >>> [arm.name for arm in SWEEP.arms(SWEEP.task(quick))]
+    ['exact', 'pruned, p = 90%', 'samples by norm', 'smaller network, exact']
+    """
+
+    name: str
+    task: Callable[[Task], Task]
+    arms: Callable[[Task], list[Arm]]
 
 
 def _run_one(task: Task, arm: Arm, length: float, setting: dict, seed: int) -> dict:
@@ -157,43 +173,58 @@ def _key(row):
     return row["arm"], row["epochs"], _name(row["setting"]), row["seed"]
 
 
-def tune_baseline(
+def tune(
     task: Task,
+    arms: Sequence[Arm] = (BASELINE,),
     *,
+    name: str = "",
     lrs: Sequence[float] = LRS,
     decays: Sequence[float] = DECAYS,
     seeds: Sequence[int] = SEEDS,
     workers: int | None = None,
     report: Callable[[str], object] = print,
 ) -> list[dict]:
-    """Sweep a baseline's learning rate x weight decay at its lengths.
+    """Sweep learning rate x weight decay of arms, all alike, at their lengths.
 
-    The longest length has the whole grid; at the others the settings around its best one are tried.
+    The longest length has the whole grid; at the others the settings around its best one are tried. name: as
+    of `sweep_file`.
 
     >>> grid = dict(lrs=(0.1, 0.2), decays=(5e-4,), seeds=(1000,), workers=1, report=lambda line: None)
-    >>> rows = tune_baseline(task("smoke", "synthetic", epochs=0.5), **grid)
+    >>> rows = tune(task("smoke", "synthetic", epochs=0.5), **grid)
     >>> len(rows), sorted({row["epochs"] for row in rows})
     (4, [0.25, 0.5])
     """
-    longest = task.but(lengths=(max(task.lengths),))
     grid = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(lrs, decays)]
-    rows = sweep(longest, BASELINE, grid, seeds=seeds, workers=workers, report=report)
-    if not (found := best(rows)):
-        raise BadInput("every setting of the sweep diverged: give smaller learning rates")
-    top = found[-1]["setting"]
-    i, j = lrs.index(top["lr"]), decays.index(top["weight_decay"])
+    how = dict(name=name, seeds=seeds, workers=workers, report=report)
+    longest = [replace(a, lengths=(max(a.lengths or task.lengths),)) for a in arms]
+    rows = sweep(task, longest, grid, **how)
+    for arm, top in zip(arms, longest, strict=True):
+        if not (found := best([r for r in rows if r["arm"] == arm.name])):
+            raise BadInput(f"{arm.name}: every setting of the sweep diverged: give smaller learning rates")
+        i, j = lrs.index(found[-1]["setting"]["lr"]), decays.index(found[-1]["setting"]["weight_decay"])
 
-    def steps(setting):  # on the grid, from the best
-        a, b = abs(lrs.index(setting["lr"]) - i), abs(decays.index(setting["weight_decay"]) - j)
-        return max(a, b), a + b
+        def steps(setting, i=i, j=j):  # on the grid, from the best
+            a, b = abs(lrs.index(setting["lr"]) - i), abs(decays.index(setting["weight_decay"]) - j)
+            return max(a, b), a + b
 
-    nearest = sorted(grid, key=steps)
-    near = [s for k, s in enumerate(nearest) if k < NEAR or steps(s)[0] <= 1]
-    others = tuple(length for length in task.lengths if length != max(task.lengths))
-    if others:
-        shorter = task.but(lengths=others)
-        rows += sweep(shorter, BASELINE, near, seeds=seeds, workers=workers, report=report)
+        near = [s for k, s in enumerate(sorted(grid, key=steps)) if k < NEAR or steps(s)[0] <= 1]
+        if others := tuple(n for n in arm.lengths or task.lengths if n not in top.lengths):
+            rows += sweep(task, replace(arm, lengths=others), near, **how)
     return rows
+
+
+def settled(task: Task, arms: Sequence[Arm], name: str) -> list[Arm]:
+    """Return arms at the best settings of their recorded sweep.
+
+    name: as of `sweep_file`. Those that it does not have are as they are, and so are all on another network
+    than the chapter's.
+
+    >>> [arm.tuned for arm in settled(task("smoke", "synthetic"), [BASELINE], "nobody's")]
+    [{}]
+    """
+    rows = [] if "network" in task.given else read(sweep_file(task, name))
+    found = {a.name: tuned([r for r in rows if r["arm"] == a.name]) for a in arms}
+    return [replace(a, tuned=found[a.name] or a.tuned) for a in arms]
 
 
 def best(rows: list[dict]) -> list[dict]:

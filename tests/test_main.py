@@ -106,7 +106,7 @@ def test_tune(tmp_path, monkeypatch, capsys):
     assert [row.split()[0] for row in said[:-2]] == ["1/2", "2/2", "1/2", "2/2"]
     for row, epochs in zip(said[-2:], ("0.25", "0.5"), strict=True):
         best = r"[\d.]+ %, at least [\d.]+ % \(n=1\) with lr 0\.[12], weight_decay 0\.0005"
-        assert re.fullmatch(f"{re.escape(epochs)} epochs: {best}", row)
+        assert re.fullmatch(f"baseline, {re.escape(epochs)} epochs: {best}", row)
     (file,) = (tmp_path / "tuning").glob("smoke-mnist5k*.csv")
     assert len(file.read_text().splitlines()) == 5
     assert command.main(line) == 0
@@ -119,6 +119,7 @@ def test_tune(tmp_path, monkeypatch, capsys):
         (["--preset", "studdy"], "unknown preset 'studdy'"),
         (["--dataset", "mnist6k"], "unknown data set 'mnist6k'"),
         (["--variant", "deep"], "unknown variant 'deep': choose one of base, wide"),
+        (["04_9"], "unknown chapter to tune '04_9': choose one of 03_4, 04_1, 04_2"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     ],
 )

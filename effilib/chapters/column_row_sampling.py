@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from effilib import tuning
 from effilib.experiment import Arm, Contender
 from effilib.methods.column_row_sampling import ChannelSampling, ColumnRowSampling
 from effilib.tasks import Task
@@ -16,9 +17,7 @@ WIDE = {
     "study": ((32,), (128,), (256, 256)),
     "full": ((128, 128), (256, 256), (256, 256)),
 }
-# epochs -> recipe of this network at this chapter's lengths; empty: not swept yet, the task's own
-TUNED: dict[str, dict[float, dict]] = {}
-SIZES = {p: dict(network="vgg", widths={"widths": w}, tuned=TUNED.get(p, {})) for p, w in WIDE.items()}
+SIZES = {p: dict(network="vgg", widths={"widths": w}) for p, w in WIDE.items()}
 SIZES["quick"] |= dict(epochs=1)
 SIZES["study"] |= dict(
     epochs=2.5
@@ -30,8 +29,6 @@ GRID["study"] |= dict(epochs=1)
 # runs of 156 steps with a seed that is not measured, where drawing anew in every step lost 12 points (n = 1).
 UNTIL = 0.6
 SETTINGS = {f"{r:.0%} of the channels": ChannelSampling(ratio=r, until=UNTIL) for r in RATIOS}
-# arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
-RATES: dict[str, dict[float, dict]] = {}
 CONTENDERS = (
     Contender(
         "column-row sampling",
@@ -46,9 +43,9 @@ CONTENDERS = (
 def arms(task: Task) -> list[Arm]:
     """Return exact training, all ratios (quick: half), and for each an exact network of as many products."""
     methods = {n: m for n, m in SETTINGS.items() if n == HALF or task.preset in ("study", "full")}
-    sampled = [Arm(name=n, methods=(m,), tuned=RATES.get(n, {})) for n, m in methods.items()]
+    sampled = [Arm(name=n, methods=(m,)) for n, m in methods.items()]
     controls = [arm for m in methods.values() for arm in narrower(task, m.ratio)]
-    return [Arm(name="exact", role="baseline"), *sampled, *controls]
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *sampled, *controls], "03_4")
 
 
 def narrower(task: Task, ratio: float = 0.5) -> list[Arm]:
@@ -59,7 +56,7 @@ def narrower(task: Task, ratio: float = 0.5) -> list[Arm]:
         tuple(max(8, round(c * NARROWER[ratio] / 16) * 16) for c in stage) for stage in task.widths["widths"]
     )
     name = f"narrower network, {ratio:.0%} of the products"
-    return [Arm(name=name, role="control", network={"widths": widths}, tuned=RATES.get(name, {}))]
+    return [Arm(name=name, role="control", network={"widths": widths})]
 
 
 def grid(task: Task) -> list[Arm]:
@@ -85,3 +82,6 @@ def grid(task: Task) -> list[Arm]:
         Arm(name="exact", role="baseline"),
         *(Arm(name=n, methods=(m,), lengths=task.lengths) for n, m in methods.items()),
     ]
+
+
+SWEEP = tuning.Sweep("03_4", lambda t: t.sized(SIZES), arms)

@@ -1,5 +1,6 @@
 """Chapter 4.2: what is trained: a prefix that freezes, replaced weight gradients, a smaller exact network."""
 
+from effilib import tuning
 from effilib.chapters.gradient_pruning import smaller
 from effilib.experiment import Arm, Contender
 from effilib.methods.freezing import FrozenPrefix
@@ -9,11 +10,9 @@ from effilib.tasks import Task
 FROZEN, ZERO = "frozen prefix", "zero, S1"
 SCHEDULES = ("S1", "S2", "S3")
 RESNET_20 = {"widths": (16, 32, 64), "blocks": (3, 3, 3)}  # published, with ResNet-14 beside it
-# epochs -> recipe of ResNet-20 at this chapter's lengths; empty: not swept yet, the task's own
-TUNED: dict[float, dict] = {}
 SIZES = {
     "quick": dict(epochs=0.7),
-    "study": dict(epochs=2, widths=RESNET_20, tuned=TUNED),
+    "study": dict(epochs=2, widths=RESNET_20),
 }
 GRID = {  # of what is only shown
     "quick": dict(epochs=0.4),
@@ -26,8 +25,6 @@ SETTINGS = {
     FROZEN: FrozenPrefix(at=(0.5,)),
     ZERO: GradientApproximation(how="zero", schedule="S1"),
 }
-# arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
-RATES: dict[str, dict[float, dict]] = {}
 CONTENDERS = (
     Contender(
         "gradient approximation",
@@ -42,8 +39,8 @@ CONTENDERS = (
 def arms(task: Task) -> list[Arm]:
     """Return exact training, the frozen prefix, zero gradients (not in quick), and the smaller network."""
     names = (FROZEN,) if task.preset == "quick" else (FROZEN, ZERO)
-    methods = [Arm(name=n, methods=(SETTINGS[n],), tuned=RATES.get(n, {})) for n in names]
-    return [Arm(name="exact", role="baseline"), *methods, *control(task)]
+    methods = [Arm(name=n, methods=(SETTINGS[n],)) for n in names]
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *control(task)], "04_2")
 
 
 def control(task: Task) -> list[Arm]:
@@ -70,3 +67,6 @@ def grid(task: Task) -> list[Arm]:
         Arm(name="exact", role="baseline"),
         *(Arm(name=n, methods=(m,), lengths=task.lengths) for n, m in methods.items()),
     ]
+
+
+SWEEP = tuning.Sweep("04_2", lambda t: t.sized(SIZES), arms)

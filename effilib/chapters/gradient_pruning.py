@@ -1,5 +1,6 @@
 """Chapter 4.1: what is trained: pruned gradients, backward passes on some samples, a smaller network."""
 
+from effilib import tuning
 from effilib.experiment import Arm, Contender
 from effilib.methods.backward_sampling import BackwardSampling
 from effilib.methods.gradient_pruning import GradientPruning, zero_fraction
@@ -24,8 +25,6 @@ SETTINGS = {
     # As many samples as train fastest, which are fewer and fewer; in the beginning, when they are alike, all.
     SAMPLED: BackwardSampling(begin=0.25),
 }
-# arm -> epochs -> settings of the recipe, for arms whose best are not the baseline's
-TUNED: dict[str, dict[float, dict]] = {}
 CONTENDERS = (
     Contender(
         "sampled backward passes",
@@ -39,8 +38,8 @@ CONTENDERS = (
 
 def arms(task: Task) -> list[Arm]:
     """Return exact training, pruned gradients, sampled backward passes, and the smaller network."""
-    methods = [Arm(name=n, methods=(m,), tuned=TUNED.get(n, {})) for n, m in SETTINGS.items()]
-    return [Arm(name="exact", role="baseline"), *methods, *smaller(task)]
+    methods = [Arm(name=n, methods=(m,)) for n, m in SETTINGS.items()]
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *smaller(task)], "04_1")
 
 
 def smaller(task: Task) -> list[Arm]:
@@ -53,7 +52,7 @@ def smaller(task: Task) -> list[Arm]:
     if blocks[deepest] > 1:
         blocks[deepest] -= 1
         network = {"blocks": tuple(blocks)}
-    return [Arm(name=SMALLER, role="control", network=network, tuned=TUNED.get(SMALLER, {}))]
+    return [Arm(name=SMALLER, role="control", network=network)]
 
 
 def grid(task: Task) -> list[Arm]:
@@ -84,3 +83,6 @@ def subsets(keep: float = 0.5) -> dict[str, GradientSubsets]:
         "samples for dX and dW": GradientSubsets(keep=keep, dx="samples", dw="samples"),
         "samples for dW, dX exact": GradientSubsets(keep=keep, dx=None, dw="samples"),
     }
+
+
+SWEEP = tuning.Sweep("04_1", lambda t: t.sized(SIZES), arms)

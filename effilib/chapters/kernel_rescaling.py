@@ -1,5 +1,6 @@
 """Chapter 6.3: what is trained: images that begin small, kernels that do, patches."""
 
+from effilib import tuning
 from effilib.data import Dataset
 from effilib.experiment import Arm, Contender
 from effilib.methods.kernel_rescaling import KernelRescaling
@@ -71,7 +72,7 @@ def arms(task: Task) -> list[Arm]:
     dataset, own, found = task.load(), SETTINGS.get(task.preset, {}), [Arm(name=FULL, role="baseline")]
     for name, how in {IMAGES: {}, WEAK: WEAKER, PARTS: WEAKER | CUT}.items():
         found.append(Arm(name=name, methods=(method(task, dataset, kernels=False, **own, **how),)))
-    return found if task.preset in ("study", "full") else found[:3]
+    return tuning.settled(task, found if task.preset in ("study", "full") else found[:3], "06_3")
 
 
 def grid(task: Task) -> list[Arm]:
@@ -129,3 +130,6 @@ def patch_arms(task: Task) -> list[Arm]:
     for name, k in zip(names, (False, True), strict=True):
         found.append(Arm(name=name, methods=(KernelRescaling(**how, kernels=k),), lengths=task.lengths))
     return found
+
+
+SWEEP = tuning.Sweep("06_3", lambda t: t.sized(SIZES), arms)

@@ -1,6 +1,6 @@
 """Chapter 6.4, the word taken literally: what is trained: layers chosen under a budget, uniform narrowing."""
 
-from effilib import surgery
+from effilib import surgery, tuning
 from effilib.errors import BadInput
 from effilib.experiment import Arm, Contender
 from effilib.methods.layer_candidates import CANDIDATES
@@ -54,8 +54,8 @@ def arms(task: Task) -> list[Arm]:
     try:
         surgery.nodes(task.build(task.load()))
     except BadInput:  # its widths cannot be changed
-        return found[:2]
-    return found
+        found = found[:2]
+    return tuning.settled(task, found, "06_4")
 
 
 def grid(task: Task) -> list[Arm]:
@@ -68,3 +68,6 @@ def grid(task: Task) -> list[Arm]:
     fits |= {f"budget {b:g}": method(task.preset, b) for b in BUDGETS if b != BUDGET}
     made = [Arm(name=name, fit=fit, lengths=task.lengths) for name, fit in fits.items()]
     return [Arm(name=DENSE, role="baseline"), *made]
+
+
+SWEEP = tuning.Sweep("06_4", wide, arms)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from effilib import models, surgery
+from effilib import models, surgery, tuning
 from effilib.chapters import kernel_rescaling
 from effilib.data import Dataset
 from effilib.experiment import Arm, Contender
@@ -99,7 +99,7 @@ def arms(task: Task) -> list[Arm]:
         )
         found.append(one_run(task, HALVED, methods=(resize,)))
         found.append(Arm(name=RESIZED, role="control", methods=(resize,)))
-    return found
+    return tuning.settled(task, found, "06_2")
 
 
 def grid(task: Task, places: tuple[str, ...]) -> list[Arm]:
@@ -139,3 +139,6 @@ def deeper_places(task: Task, dataset: Dataset) -> tuple[str, ...]:
         if isinstance(h, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in h)
     ]
     return tuple([*blocks[-1:], *convs[-1:]][:1])
+
+
+SWEEP = tuning.Sweep("06_2", deep, arms)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from effilib import experiment
+from effilib import experiment, tuning
 from effilib.chapters import kernel_rescaling
 from effilib.experiment import Arm, Contender
 from effilib.methods.prune_train import PruneTrain, Smaller
@@ -99,7 +99,7 @@ def arms(task: Task, pilot: History) -> list[Arm]:
         half = ((at, 0.5), (1 - at, 1.0))
         resize = kernel_rescaling.method(task, task.load(), kernels=False, schedule=half)
         found.append(Arm(name=HALVED, methods=(resize, replace(cut, first=at))))
-    return found
+    return tuning.settled(task, found, "06_1")
 
 
 def grid(task: Task) -> list[Arm]:
@@ -108,3 +108,6 @@ def grid(task: Task) -> list[Arm]:
     ratios = [factor * SETTINGS[task.preset]["ratio"] for factor in factors]
     pruned = [Arm(name=f"r = {r:g}", methods=(method(task.preset, r),), lengths=task.lengths) for r in ratios]
     return [Arm(name=DENSE, role="baseline"), *pruned]
+
+
+SWEEP = tuning.Sweep("06_1", wide, lambda t: arms(t, pilot(t)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from effilib import models
+from effilib import models, tuning
 from effilib.data import Dataset
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm, Contender
@@ -91,7 +91,7 @@ def arms(task: Task, dataset: Dataset, kinds: Sequence[str] = ()) -> list[Arm]:
     for kind in kinds:  # of one length there is no curve: then all have as many epochs
         role = "control" if kind in CONTROLS else "method"
         found.append(Arm(name=kind, role=role, lengths=own, **made[kind]))
-    return found
+    return tuning.settled(task, found, "07_3")
 
 
 def wider(task: Task, dataset: Dataset) -> dict:
@@ -128,3 +128,6 @@ def every_arm(task: Task, dataset: Dataset) -> tuple[list[Arm], list[str]]:
         names = f"{PHASE}, {WIDE}, {READY}, {JOINT} and {STAGED}"
         left_out.append(f"Left out: {names}, which are built for our networks, whose widths are lists.")
     return arms(task, dataset, kinds), left_out
+
+
+SWEEP = tuning.Sweep("07_3", lambda t: t.sized(SIZES), lambda t: arms(t, t.load()))

@@ -14,6 +14,7 @@ from torch import nn
 
 from effilib.convolution import guard_
 from effilib.errors import BadInput, choose
+from effilib.normalization import Layers
 
 __all__ = [
     "CANDIDATES", "ORIGINAL", "Replacement", "Site", "factors", "fits", "parts", "passes", "replacement",
@@ -143,7 +144,7 @@ def passes(candidate: str, site: Site) -> float:
     return min(1.0, min(written for _, written, *_ in parts(candidate, site)) / min(site.C, site.O))
 
 
-class Replacement(nn.Sequential):
+class Replacement(Layers):
     """Stand for a convolution; read and write the same channels.
 
     >>> module = Replacement(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 8, 1))

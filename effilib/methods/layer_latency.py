@@ -17,6 +17,7 @@ from torch import nn
 from effilib import clock, paths, provenance
 from effilib.clock import Stopwatch, interleaved
 from effilib.methods.layer_candidates import Site, replacement
+from effilib.normalization import Layers
 from effilib.training import LAYOUTS, Recipe, autocast, resolve_layout, resolve_precision, stream
 
 __all__ = ["Setting", "between", "latencies", "train_step"]
@@ -70,9 +71,8 @@ def latencies(
     >>> list(seconds[site])
     ['conv', 'dwsep']
     """
-    m = clock.machine(setting.device)
     where = {"precision": setting.precision, "layout": setting.layout, "norm": norm}
-    where |= {k: m[k] for k in ("device", "threads", "torch")}
+    where |= clock.hardware(setting.device)
     folder = paths.make(paths.cache() / "latency")
     files = {
         s: folder / f"{provenance.digest(asdict(s), list(names), where)}.json" for s, names in wanted.items()
@@ -98,7 +98,7 @@ def _step(candidate, site, setting, norm):
     """Forward, backward and update of one candidate on images like those that it meets, as a function."""
     g, layout = stream(0, "latency"), LAYOUTS[setting.layout]
     behind = [nn.BatchNorm2d(site.O)] * norm + [nn.ReLU(inplace=True)]
-    module = nn.Sequential(replacement(candidate, site, g, norm=norm), *behind)
+    module = Layers(replacement(candidate, site, g, norm=norm), *behind)
     module.to(setting.device, memory_format=layout)
     x = torch.randn(site.N, site.C, site.H, site.W, generator=g).to(
         setting.device, getattr(torch, site.dtype)

@@ -26,6 +26,7 @@ from effilib.errors import BadInput, NoEffect, within
 from effilib.inspection import followers
 from effilib.methods import Info
 from effilib.methods.other_norms import NORMS, Bias, replace_norms_
+from effilib.normalization import Layers
 from effilib.surgery import forget_
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, train
@@ -402,7 +403,7 @@ def cnn(classes: int, channels: int = 1) -> nn.Sequential:
         norm.weight.requires_grad_(False)
         layers += [nn.Conv2d(c, width, 5, stride=2, padding=2, bias=False), norm, nn.ReLU(inplace=True)]
         c = width
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * c, classes))
+    model = Layers(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * c, classes))
     for m in model.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(m.weight)

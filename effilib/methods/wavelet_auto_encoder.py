@@ -20,6 +20,7 @@ from effilib.data import Dataset
 from effilib.errors import BadInput
 from effilib.methods.wavelet_stem import keep_sizes_
 from effilib.models import conv3x3
+from effilib.normalization import norm_relu
 from effilib.tasks import Task
 from effilib.training import History, Method, Run, autocast, stream, train
 
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
         self.out = conv3x3(width, channels, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(F.relu(self.norm(self.up(x)), inplace=True))
+        return self.out(norm_relu(self.norm, self.up(x)))
 
 
 class WAE(nn.Module):

@@ -14,6 +14,8 @@ from effilib import paths, provenance
 if TYPE_CHECKING:
     import pandas as pd
 
+    from effilib.tuning import Sweep
+
 __all__ = [
     "ATTACKS",
     "CHAPTERS",
@@ -31,6 +33,7 @@ __all__ = [
     "recorded",
     "runs",
     "say",
+    "tunable",
     "update",
     "update_picture",
     "update_runs",
@@ -128,6 +131,17 @@ def chapter(stem: str) -> Chapter:
     """
     found = next((c for c in CHAPTERS if c.stem == stem), None)
     return found or Chapter(stem=stem, number=stem.split("_")[0], title=stem.replace("_", " "), title_de="")
+
+
+def tunable() -> dict[str, Sweep]:
+    """Return what of the chapters is tuned, by name.
+
+    >>> list(tunable())[:2]
+    ['03_4', '04_1']
+    """
+    named = [c.module for c in CHAPTERS if c.module]
+    modules = [importlib.import_module(f"effilib.chapters.{name}") for name in named]
+    return {m.SWEEP.name: m.SWEEP for m in modules if hasattr(m, "SWEEP")}
 
 
 def recorded() -> dict[str, list[dict]]:

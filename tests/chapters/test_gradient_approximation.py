@@ -25,14 +25,6 @@ def test_the_control_is_the_published_one_in_the_study():
     assert not chapter.control(task("quick", "synthetic", "convnet"))
 
 
-def test_what_was_tuned_for_resnet_20_is_its_own(monkeypatch):
-    monkeypatch.setitem(chapter.SIZES["study"], "tuned", {2.0: {"lr": 0.3}})
-    study = task("study", "synthetic").sized(chapter.SIZES)
-    assert study.at(1.0).recipe.lr == 0.3
-    monkeypatch.setitem(chapter.RATES, chapter.FROZEN, {2.0: {"lr": 0.7}})
-    assert [a.task(study).recipe.lr for a in chapter.arms(study)] == [0.3, 0.7, 0.3, 0.3]
-
-
 def test_the_grid_compares_at_equal_steps_and_has_no_two_arms_alike():
     for preset, count in (("quick", 4), ("study", 19)):
         t = task(preset, "synthetic", lengths=(1.0,))
