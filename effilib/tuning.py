@@ -184,7 +184,7 @@ def tune(
     workers: int | None = None,
     report: Callable[[str], object] = print,
 ) -> list[dict]:
-    """Sweep learning rate x weight decay of arms, all alike, at their lengths.
+    """Sweep learning rate x weight decay of arms, all alike.
 
     The longest length has the whole grid; at the others the settings around its best one are tried. name: as
     of `sweep_file`.

@@ -151,7 +151,7 @@ def test_failed_run_gives_1(notebooks, capsys):
         (["train", "--help"], "speed_run: chapter 11's own network and recipe, which excludes --network"),
         (["predict", "--help"], "Classify new pictures with a trained network. "),
         (["advise", "--help"], "Find which methods save time on your images, network and machine: "),
-        (["tune", "--help"], "Tune a task's baseline: train every setting "),
+        (["tune", "--help"], "Tune a task's baseline, or all arms of a chapter alike: "),
     ],
 )
 def test_help_says_what_a_command_does(capsys, arguments, says):

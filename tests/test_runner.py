@@ -487,6 +487,7 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
     for changes, reason in (
         ({"schema": 1}, "older protocol"),
         ({"shared_machine": True}, "not a measurement .from a shared machine."),
+        ({"preset": "study"}, "holds preset study on mnist5k: give --preset study -p dataset mnist5k, too"),
         ({"parameters": {"dataset": "/b/photos"}}, "recorded from another data set of this name, /a/photos"),
     ):
         paths.write(place / "record.json", good | changes)
@@ -497,7 +498,7 @@ def test_only_whole_measurements_are_recorded(notebooks, results, run, tmp_path,
     study.mkdir(parents=True)
     for commit, reason in ((None, "outside of a checkout"), ("abc1234+", "with changed files")):
         paths.write(study / "run.json", {"status": "complete"})
-        paths.write(study / "record.json", good | {"commit": commit})
+        paths.write(study / "record.json", good | {"commit": commit, "preset": "study"})
         with pytest.raises(BadInput, match=f"was measured {reason}"):
             runner.keep(**which | {"preset": "study", "parameters": [("dataset", "mnist5k")]})
     assert not (tmp_path / "recorded" / "study-mnist5k").exists()

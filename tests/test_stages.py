@@ -116,7 +116,7 @@ def test_a_stage_whose_paths_are_gone_keeps_its_place_and_can_still_become_deepe
     surgery.remove_path_(surgery.trace(model).path("stages.2.0"))
     later, found = stages.follow(layout, before, model), surgery.trace(model)
     (trunk,) = stages.members(found, later, 2)
-    assert trunk.name == "stages.2.0.bn2"  # a constant, which is no layer of the layout
+    assert trunk.name == "stages.2.0.shortcut.0"  # its first producer is a constant, no layer of the layout
     assert stages.depth(found, later, 2) == 0
     assert stages.widenable(found, later, 2) == []
     net2net.deepen_(model, stages.deepenable(model, later, 2), x=X)

@@ -461,6 +461,10 @@ def _check_kept(job):
         raise BadInput(f"{job.results} is not a measurement ({why})")
     if series.older(record):
         raise BadInput(f"{job.results} was measured under an older protocol: run it again")
+    found = record["preset"], data.label(record["dataset"])
+    if found != (job.preset, job.dataset):
+        how = f"--preset {found[0]} -p dataset {record['dataset']}"
+        raise BadInput(f"{job.results} holds preset {found[0]} on {found[1]}: give {how}, too")
     commit = record.get("commit") or ""
     if job.preset in ("study", "full") and (not commit or commit.endswith("+")):
         how = "with changed files" if commit else "outside of a checkout"
