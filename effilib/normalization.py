@@ -93,14 +93,14 @@ class Layers(nn.Sequential):
 
 def fits(bn, x, add=None):
     """Whether the kernel takes this, and nobody would miss the BatchNorm's own call."""
-    if type(bn) is not nn.BatchNorm2d or not (bn.training and bn.affine and _wanted.get()):
+    if type(bn) is not nn.BatchNorm2d or not (bn.training and bn.affine and bn.eps > 0 and _wanted.get()):
         return False
-    if not compiler.takes(x, SMALLEST) or x.shape[1] != bn.num_features:
+    if not compiler.takes(x, SMALLEST) or not x.numel() > x.shape[1] == bn.num_features:
         return False
     if add is not None and (add.dtype, add.shape, add.stride()) != (x.dtype, x.shape, x.stride()):
         return False
-    numbers = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    if any(t is not None and t.dtype != torch.float32 for t in numbers) or _watched(bn):
+    numbers = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in numbers) or _watched(bn):
         return False
     return compiler.load("batch_norm", INSTEAD) is not None
 
@@ -141,8 +141,8 @@ def forward(bn, x, add=None, act=nn.ReLU):
     """y = act(bn(x) + add), and the mean and 1 / sigma that were taken; running statistics move."""
     y = torch.empty_like(x)
     mean, var, invstd = moments = torch.empty(3, bn.num_features)
-    _run("forward", act, x, add, y, bn.weight, bn.bias, bn.eps, *moments)
-    if bn.running_mean is not None:
+    _run("forward", act, x, add, y, bn.weight, bn.bias, float(bn.eps), *moments)
+    if bn.track_running_stats and bn.running_mean is not None:
         bn.num_batches_tracked.add_(1)
         share = bn.momentum if bn.momentum is not None else 1 / float(bn.num_batches_tracked)
         m = x.numel() // x.shape[1]
@@ -161,7 +161,7 @@ def backward(dy, x, y, gamma, beta, mean, invstd, eps, index=None, weight=None, 
     if index is not None:
         index, weight = index.long().contiguous(), weight.to(mean.dtype).contiguous()
     dx, dr, both = torch.empty_like(dy), y if y is None else torch.empty_like(dy), torch.empty(2, len(mean))
-    _run("backward", act, dy, x, y, index, weight, gamma, beta, mean, invstd, eps, dx, dr, *both)
+    _run("backward", act, dy, x, y, index, weight, gamma, beta, mean, invstd, float(eps), dx, dr, *both)
     return dx, dr, *both
 
 

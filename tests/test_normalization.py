@@ -136,11 +136,15 @@ def half(bn, x, add):
     bn.bfloat16()
 
 
+def strided(bn, x, add):
+    bn.weight = nn.Parameter(torch.rand(32)[::2])
+
+
 class Own(nn.BatchNorm2d):
     pass
 
 
-@pytest.mark.parametrize("change", [watched, evaluating, half])
+@pytest.mark.parametrize("change", [watched, evaluating, half, strided])
 def test_it_stands_back_where_the_layers_own_call_counts(change):
     bn, x, add, _ = case()
     assert fits(bn, x, add)
@@ -163,6 +167,17 @@ def test_it_stands_back_from_what_it_does_not_know():
     assert fits(untracked, x, add)
     [y] = torch.func.vmap(lambda t: norm_relu(untracked, t))(x[None])
     assert torch.allclose(y, norm_relu(untracked, x), atol=1e-5)
+
+
+def test_settings_of_the_layer_count_as_in_pytorch():
+    bn, x, add, dy = case()
+    bn.eps, bn.track_running_stats = 1, False  # the buffers are there, and stay
+    found, name = passes(bn, x, add, dy)
+    assert "_Normalized" in name
+    for a, b in zip(found, oracle(bn, x, add, dy), strict=True):
+        assert off(a, b) < CLOSE[torch.float32] or torch.equal(a.double(), b)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(bn, x[:1, :, :1, :1].contiguous(memory_format=LAST))
 
 
 def test_a_small_layer_is_left_to_pytorch(monkeypatch):
