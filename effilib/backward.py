@@ -18,7 +18,6 @@ from torch import fx, nn
 from effilib import convolution as conv
 from effilib import normalization
 from effilib.errors import NoEffect
-from effilib.normalization import batch_norm_backward
 from effilib.surgery.channels import ADDITIONS, follow, place_of
 
 __all__ = ["Part", "partial_backward_", "whole_backward_"]
@@ -106,7 +105,9 @@ class _BatchNorm(_Operation):
             dx, *both = aten.native_batch_norm_backward(dy, x, m.weight, *stats, True, m.eps, mask)
         else:
             gamma = m.weight if affine else torch.ones_like(mean)
-            dx, *both = batch_norm_backward(dy, x, kept.index, kept.weight, mean, invstd, gamma, m.eps)
+            dx, *both = normalization.batch_norm_backward(
+                dy, x, kept.index, kept.weight, mean, invstd, gamma, m.eps
+            )
         return [dx], both
 
 

@@ -32,7 +32,6 @@ SLOPES = {
     nn.SiLU: lambda z: z.sigmoid() * (1 + z * (1 - z.sigmoid())),
 }
 INSTEAD = "batch normalization takes more passes"
-SMALLEST = 2**16  # elements; for fewer, calling a kernel costs more than it saves
 _wanted = contextvars.ContextVar("fused", default=True)
 
 
@@ -95,7 +94,7 @@ def fits(bn, x, add=None):
     """Whether the kernel takes this, and nobody would miss the BatchNorm's own call."""
     if type(bn) is not nn.BatchNorm2d or not (bn.training and bn.affine and bn.eps > 0 and _wanted.get()):
         return False
-    if not compiler.takes(x, SMALLEST) or not x.numel() > x.shape[1] == bn.num_features:
+    if not compiler.takes(x) or not x.numel() > x.shape[1] == bn.num_features:
         return False
     if add is not None and (add.dtype, add.shape, add.stride()) != (x.dtype, x.shape, x.stride()):
         return False

@@ -13,7 +13,6 @@ from effilib.kernels import compiler
 __all__ = ["max_pool", "pools"]
 
 INSTEAD = "max pooling takes more passes"
-SMALLEST = 2**16  # elements; for fewer, calling a kernel costs more than it saves
 
 
 def pools(layer: nn.Module, x: torch.Tensor) -> bool:
@@ -30,11 +29,7 @@ def pools(layer: nn.Module, x: torch.Tensor) -> bool:
     sides = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     if [s if isinstance(s, tuple) else (s, s) for s in sides] != [(2, 2), (2, 2), (0, 0), (1, 1)]:
         return False
-    return (
-        compiler.takes(x, SMALLEST)
-        and min(x.shape[2:]) > 1
-        and compiler.load("max_pool", INSTEAD) is not None
-    )
+    return compiler.takes(x) and min(x.shape[2:]) > 1 and compiler.load("max_pool", INSTEAD) is not None
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor:

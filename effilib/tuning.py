@@ -201,16 +201,22 @@ def tune(
     for arm, top in zip(arms, longest, strict=True):
         if not (found := best([r for r in rows if r["arm"] == arm.name])):
             raise BadInput(f"{arm.name}: every setting of the sweep diverged: give smaller learning rates")
-        i, j = lrs.index(found[-1]["setting"]["lr"]), decays.index(found[-1]["setting"]["weight_decay"])
-
-        def steps(setting, i=i, j=j):  # on the grid, from the best
-            a, b = abs(lrs.index(setting["lr"]) - i), abs(decays.index(setting["weight_decay"]) - j)
-            return max(a, b), a + b
-
-        near = [s for k, s in enumerate(sorted(grid, key=steps)) if k < NEAR or steps(s)[0] <= 1]
+        near = _around(found[-1]["setting"], grid)
         if others := tuple(n for n in arm.lengths or task.lengths if n not in top.lengths):
             rows += sweep(task, replace(arm, lengths=others), near, **how)
     return rows
+
+
+def _around(top, grid):
+    """The settings of a grid around its best one: all that are next to it, and `NEAR` at least."""
+    axes = {k: list(dict.fromkeys(setting[k] for setting in grid)) for k in top}
+
+    def steps(setting):
+        far = [abs(axis.index(setting[k]) - axis.index(top[k])) for k, axis in axes.items()]
+        return max(far), sum(far)
+
+    nearest = sorted(grid, key=steps)
+    return [s for i, s in enumerate(nearest) if i < NEAR or steps(s)[0] <= 1]
 
 
 def settled(task: Task, arms: Sequence[Arm], name: str) -> list[Arm]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models, normalization
+from effilib import models
+from effilib.kernels import compiler
 from effilib.normalization import ACTIVATIONS, Layers, fits, fused, norm_relu
 from effilib.training import autocast
 from tests.common import g
@@ -18,7 +19,7 @@ CLOSE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}  # of rounding, relative
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    monkeypatch.setattr(normalization, "SMALLEST", 0)
+    monkeypatch.setattr(compiler, "SMALLEST", 0)
 
 
 def case(channels=16, dtype=torch.float32, size=(6, 5, 7), add=True):
@@ -182,7 +183,7 @@ def test_settings_of_the_layer_count_as_in_pytorch():
 
 def test_a_small_layer_is_left_to_pytorch(monkeypatch):
     bn, x, add, _ = case()
-    monkeypatch.setattr(normalization, "SMALLEST", x.numel() + 1)
+    monkeypatch.setattr(compiler, "SMALLEST", x.numel() + 1)
     assert not fits(bn, x, add)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import pooling
+from effilib.kernels import compiler
 from effilib.normalization import Layers, fused
 from effilib.pooling import max_pool, pools
 from tests.common import g
@@ -15,7 +15,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    monkeypatch.setattr(pooling, "SMALLEST", 0)
+    monkeypatch.setattr(compiler, "SMALLEST", 0)
 
 
 def both(x, pool):

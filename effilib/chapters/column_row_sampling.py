@@ -45,7 +45,7 @@ def arms(task: Task) -> list[Arm]:
     methods = {n: m for n, m in SETTINGS.items() if n == HALF or task.preset in ("study", "full")}
     sampled = [Arm(name=n, methods=(m,)) for n, m in methods.items()]
     controls = [arm for m in methods.values() for arm in narrower(task, m.ratio)]
-    return tuning.settled(task, [Arm(name="exact", role="baseline"), *sampled, *controls], "03_4")
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *sampled, *controls], SWEEP.name)
 
 
 def narrower(task: Task, ratio: float = 0.5) -> list[Arm]:

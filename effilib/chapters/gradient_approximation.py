@@ -40,7 +40,7 @@ def arms(task: Task) -> list[Arm]:
     """Return exact training, the frozen prefix, zero gradients (not in quick), and the smaller network."""
     names = (FROZEN,) if task.preset == "quick" else (FROZEN, ZERO)
     methods = [Arm(name=n, methods=(SETTINGS[n],)) for n in names]
-    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *control(task)], "04_2")
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *control(task)], SWEEP.name)
 
 
 def control(task: Task) -> list[Arm]:

@@ -39,7 +39,7 @@ CONTENDERS = (
 def arms(task: Task) -> list[Arm]:
     """Return exact training, pruned gradients, sampled backward passes, and the smaller network."""
     methods = [Arm(name=n, methods=(m,)) for n, m in SETTINGS.items()]
-    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *smaller(task)], "04_1")
+    return tuning.settled(task, [Arm(name="exact", role="baseline"), *methods, *smaller(task)], SWEEP.name)
 
 
 def smaller(task: Task) -> list[Arm]:

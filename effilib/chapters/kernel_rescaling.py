@@ -72,7 +72,7 @@ def arms(task: Task) -> list[Arm]:
     dataset, own, found = task.load(), SETTINGS.get(task.preset, {}), [Arm(name=FULL, role="baseline")]
     for name, how in {IMAGES: {}, WEAK: WEAKER, PARTS: WEAKER | CUT}.items():
         found.append(Arm(name=name, methods=(method(task, dataset, kernels=False, **own, **how),)))
-    return tuning.settled(task, found if task.preset in ("study", "full") else found[:3], "06_3")
+    return tuning.settled(task, found if task.preset in ("study", "full") else found[:3], SWEEP.name)
 
 
 def grid(task: Task) -> list[Arm]:

@@ -55,7 +55,7 @@ def arms(task: Task) -> list[Arm]:
         surgery.nodes(task.build(task.load()))
     except BadInput:  # its widths cannot be changed
         found = found[:2]
-    return tuning.settled(task, found, "06_4")
+    return tuning.settled(task, found, SWEEP.name)
 
 
 def grid(task: Task) -> list[Arm]:

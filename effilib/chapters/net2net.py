@@ -99,7 +99,7 @@ def arms(task: Task) -> list[Arm]:
         )
         found.append(one_run(task, HALVED, methods=(resize,)))
         found.append(Arm(name=RESIZED, role="control", methods=(resize,)))
-    return tuning.settled(task, found, "06_2")
+    return tuning.settled(task, found, SWEEP.name)
 
 
 def grid(task: Task, places: tuple[str, ...]) -> list[Arm]:

@@ -99,7 +99,7 @@ def arms(task: Task, pilot: History) -> list[Arm]:
         half = ((at, 0.5), (1 - at, 1.0))
         resize = kernel_rescaling.method(task, task.load(), kernels=False, schedule=half)
         found.append(Arm(name=HALVED, methods=(resize, replace(cut, first=at))))
-    return tuning.settled(task, found, "06_1")
+    return tuning.settled(task, found, SWEEP.name)
 
 
 def grid(task: Task) -> list[Arm]:

@@ -91,7 +91,7 @@ def arms(task: Task, dataset: Dataset, kinds: Sequence[str] = ()) -> list[Arm]:
     for kind in kinds:  # of one length there is no curve: then all have as many epochs
         role = "control" if kind in CONTROLS else "method"
         found.append(Arm(name=kind, role=role, lengths=own, **made[kind]))
-    return tuning.settled(task, found, "07_3")
+    return tuning.settled(task, found, SWEEP.name)
 
 
 def wider(task: Task, dataset: Dataset) -> dict:

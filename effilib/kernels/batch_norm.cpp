@@ -226,7 +226,7 @@ void backward(const Element* g, const Element* x, const Element* y, const int64_
 
 // f with what follows as a type; with an added r that is a ReLU, whose outputs tell where it let through
 template <class F>
-void choose(int act, bool add, F f) {
+void choose(int64_t act, bool add, F f) {
   if (add) return f(std::true_type(), ReLU());
   if (act == 0) return f(std::false_type(), Nothing());
   if (act == 1) return f(std::false_type(), ReLU());
@@ -239,7 +239,7 @@ void choose(int act, bool add, F f) {
 extern "C" {
 
 #define DEFINE(NAME, ELEMENT)                                                                                        \
-  void NAME##_forward(int act, const ELEMENT* x, const ELEMENT* r, ELEMENT* y, const float* gamma,                   \
+  void NAME##_forward(int64_t act, const ELEMENT* x, const ELEMENT* r, ELEMENT* y, const float* gamma,                   \
                       const float* beta, float eps, float* mean, float* var, float* invstd, int64_t n,               \
                       int64_t pixels, int64_t C, int64_t threads) {                                                  \
     choose(act, r, [&](auto add, auto what) {                                                                        \
@@ -247,7 +247,7 @@ extern "C" {
                                                     threads);                                                        \
     });                                                                                                              \
   }                                                                                                                  \
-  void NAME##_backward(int act, const ELEMENT* g, const ELEMENT* x, const ELEMENT* y, const int64_t* index,          \
+  void NAME##_backward(int64_t act, const ELEMENT* g, const ELEMENT* x, const ELEMENT* y, const int64_t* index,          \
                        const float* weight, const float* gamma, const float* beta, const float* mean,                \
                        const float* invstd, float eps, ELEMENT* dx, ELEMENT* dr, float* dgamma, float* dbeta,        \
                        int64_t n, int64_t pixels, int64_t C, int64_t threads) {                                      \

@@ -17,6 +17,7 @@ from effilib.clock import cpu_flags
 __all__ = ["call", "load", "takes"]
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+SMALLEST = 2**16  # elements; for fewer, calling a kernel costs more than it saves
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp", "-w")
 
 
@@ -42,19 +43,19 @@ def load(name: str, instead: str, needs: tuple[str, ...] = ()) -> ctypes.CDLL | 
         return None
 
 
-def takes(x: torch.Tensor, least: int) -> bool:
+def takes(x: torch.Tensor) -> bool:
     """Say whether a kernel may read images as (N, H, W, C).
 
-    x: (N, C, H, W). least: elements from which on that pays. It may not where x is followed, not computed.
+    x: (N, C, H, W). It may not where x is followed, not computed, or too small for that to pay.
 
-    >>> takes(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), 96), takes(torch.zeros(2, 3), 0)
+    >>> takes(torch.zeros(64, 8, 16, 16).to(memory_format=torch.channels_last)), takes(torch.zeros(64, 8))
     (True, False)
     """
     if type(x) is not torch.Tensor or torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or not (x.is_cpu and x.dtype in TYPES and x.dim() == 4):
         return False
-    return x.numel() >= max(1, least) and x.is_contiguous(memory_format=torch.channels_last)
+    return x.numel() >= max(1, SMALLEST) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def call(kernels: ctypes.CDLL, name: str, *values: torch.Tensor | float | None) -> None:
