@@ -4,43 +4,12 @@
 // with a weight of its own: these are read where they lie in the whole batch. Sums are taken image by image, so
 // that threads change nothing.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
-
-constexpr int LANES = 16;
-constexpr int64_t SHARE = 1 << 17;  // elements below which a thread of its own costs more than it saves
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-Floats load(const float* p, int64_t m = LANES) {
-  Floats f{};
-  std::memcpy(&f, p, m * sizeof *p);
-  return f;
-}
-
-Floats load(const uint16_t* p, int64_t m = LANES) {  // bfloat16
-  Halves h{};
-  std::memcpy(&h, p, m * sizeof *p);
-  return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
-
-void store(float* p, Floats f, int64_t m = LANES) { std::memcpy(p, &f, m * sizeof *p); }
-
-void store(uint16_t* p, Floats f, int64_t m = LANES) {  // rounded to the nearest, ties to even
-  Words w = (Words)f;
-  const Words nan = (Words)(f != f);
-  w = (nan & (w | 0x400000u)) | (~nan & (w + 0x7fffu + ((w >> 16) & 1u)));
-  Halves h = __builtin_convertvector(w >> 16, Halves);
-  std::memcpy(p, &h, m * sizeof *p);
-}
 
 Floats exponential(Floats x) {  // of x <= 0, to 2e-7 of itself; 0 becomes 1, and what is below -87 1e-38
   x = x < -87.0f ? Floats{} - 87.0f : x;
@@ -89,23 +58,6 @@ struct SiLU {  // z / (1 + exp(-z))
   }
 };
 
-// f(channel, number of lanes); all lanes are there but in the last block, which the compiler sees as a constant
-template <class F>
-void blocks(int64_t C, F f) {
-  int64_t c = 0;
-  for (; c + LANES <= C; c += LANES) f(c, std::integral_constant<int64_t, LANES>());
-  if (c < C) f(c, C - c);
-}
-
-// By OpenMP, whose threads are PyTorch's: others would compete with these, which wait for work busily.
-template <class F>
-void parallel(int64_t n, int64_t elements, int64_t threads, F f) {
-  threads = std::clamp<int64_t>(elements / SHARE, 1, std::min(threads, n));
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t t = 0; t < threads; ++t)
-    for (int64_t i = t * n / threads; i < (t + 1) * n / threads; ++i) f(i);
-}
-
 // Sums over an image's pixels, K numbers a channel. terms(channel, lanes) returns what adds a pixel's to some sums;
 // there are two of each, for one chain of additions would wait for itself.
 template <int K, class F>
@@ -129,7 +81,7 @@ void forward(const Element* x, const Element* r, Element* y, const float* gamma,
   });
   for (float& value : near) value /= pixels;  // squares are taken around the first image's mean: they don't cancel
 
-  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+  each(n, n * pixels * C, threads, [&](int64_t i) {
     const Element* xi = x + i * pixels * C;
     sums<2>(pixels, C, &found[i * 2 * C], [&](int64_t c, auto m) {
       return [=, centre = load(&near[c], m)](int64_t j, Floats* s) {
@@ -148,7 +100,7 @@ void forward(const Element* x, const Element* r, Element* y, const float* gamma,
     scale[c] = gamma[c] * invstd[c], shift[c] = beta[c] - mean[c] * scale[c];
   }
 
-  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+  each(n, n * pixels * C, threads, [&](int64_t i) {
     blocks(C, [&](int64_t c, auto m) {
       const Floats a = load(&scale[c], m), b = load(&shift[c], m);
       for (int64_t j = i * pixels * C + c; j < (i + 1) * pixels * C; j += C) {
@@ -172,7 +124,7 @@ void backward(const Element* g, const Element* x, const Element* y, const int64_
     scale[c] = gamma[c] * invstd[c], shift[c] = beta ? beta[c] - mean[c] * scale[c] : 0;
   const auto place = [&](int64_t i) { return (index ? index[i] : i) * pixels * C; };
 
-  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+  each(n, n * pixels * C, threads, [&](int64_t i) {
     const Element *gi = g + i * pixels * C, *xi = x + place(i), *yi = ADD ? y + place(i) : nullptr;
     Element* ri = ADD ? dr + i * pixels * C : nullptr;
     sums<K>(pixels, C, &found[i * K * C], [&](int64_t c, auto m) {
@@ -206,7 +158,7 @@ void backward(const Element* g, const Element* x, const Element* y, const int64_
     dbeta[c] = T0, dgamma[c] = T1;
   }
 
-  parallel(n, n * pixels * C, threads, [&](int64_t i) {
+  each(n, n * pixels * C, threads, [&](int64_t i) {
     const Element *gi = (ADD ? dr : g) + i * pixels * C, *xi = x + place(i);
     Element* to = dx + i * pixels * C;
     const float w = WEIGHTED ? weight[i] : 1;

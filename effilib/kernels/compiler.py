@@ -88,7 +88,8 @@ def _compiled(source):
     Its name ends in the digest of its content: a damaged one would end the process when it is loaded.
     """
     command = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
-    key = source.read_bytes() + " ".join([*command, *sorted(cpu_flags())]).encode()
+    headers = b"".join(file.read_bytes() for file in sorted(source.parent.glob("*.h")))
+    key = source.read_bytes() + headers + " ".join([*command, *sorted(cpu_flags())]).encode()
     folder, name = paths.kernels(), f"{source.stem}-{_digest(key)}"
     for file in folder.glob(f"{name}-*.so"):
         if file.stem == f"{name}-{_digest(file.read_bytes())}":

@@ -3,22 +3,13 @@
 // once, and their running sums stay in the cache. Backward gathers: every pixel is written once, with the
 // gradients of those windows that have drawn it, so that nothing is set to 0 before.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
 #include <vector>
+
+#include "lanes.h"
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int64_t SHARE = 1 << 16;  // elements below which a thread of its own costs more than it saves
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 
 Shorts load(const int16_t* p, int64_t m) {
   Shorts s{};
@@ -26,39 +17,9 @@ Shorts load(const int16_t* p, int64_t m) {
   return s;
 }
 
-Floats load(const float* p, int64_t m) {
-  Floats f{};
-  std::memcpy(&f, p, m * sizeof *p);
-  return f;
-}
-
-Floats load(const uint16_t* p, int64_t m) {  // bfloat16
-  Halves h{};
-  std::memcpy(&h, p, m * sizeof *p);
-  return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
-
-void store(float* p, Floats f, int64_t m) { std::memcpy(p, &f, m * sizeof *p); }
-
 void store(int16_t* p, Ints i, int64_t m) {
   const Shorts s = __builtin_convertvector(i, Shorts);
   std::memcpy(p, &s, m * sizeof *p);
-}
-
-void store(uint16_t* p, Floats f, int64_t m) {  // rounded to the nearest, ties to even
-  Words w = (Words)f;
-  const Words nan = (Words)(f != f);
-  w = (nan & (w | 0x400000u)) | (~nan & (w + 0x7fffu + ((w >> 16) & 1u)));
-  const Halves h = __builtin_convertvector(w >> 16, Halves);
-  std::memcpy(p, &h, m * sizeof *p);
-}
-
-// f(channel, number of lanes); all lanes are there but in the last block, which the compiler sees as a constant
-template <class F>
-void blocks(int64_t C, F f) {
-  int64_t c = 0;
-  for (; c + LANES <= C; c += LANES) f(c, std::integral_constant<int64_t, LANES>());
-  if (c < C) f(c, C - c);
 }
 
 struct Axis {  // one side of the geometry
@@ -69,13 +30,6 @@ struct Axis {  // one side of the geometry
 struct Place {  // where an element of a window lies, or what drew a pixel
   int64_t at, number;
 };
-
-template <class F>
-void parallel(int64_t n, int64_t elements, int64_t threads, F f) {  // by OpenMP, whose threads are PyTorch's
-  threads = std::clamp<int64_t>(elements / SHARE, 1, std::max<int64_t>(1, std::min(threads, n)));
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t t = 0; t < threads; ++t) f(t * n / threads, (t + 1) * n / threads);
-}
 
 // Returns whether an element is negative.
 template <class Element>
