@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from effilib import convolution, models, paths, provenance, surgery
-from effilib.data import LARGEST, Batches, Dataset
+from effilib import convolution, models, networks, paths, provenance, seeds, surgery
+from effilib.data import LARGEST
+from effilib.dataset import Batches, Dataset
 from effilib.distributed import Ranks
 from effilib.errors import BadInput
 
 if TYPE_CHECKING:
-    from effilib.training import History, Method, Recipe, Run
+    from effilib.history import History
+    from effilib.hooks import Method
+    from effilib.recipe import Recipe
+    from effilib.run import Run
 
 __all__ = [
     "identity", "load_images", "load_model", "operate_again_", "read", "restore", "save", "save_model",
@@ -68,7 +72,7 @@ def _answer(model, shape):
     """Logits (2, classes) of two pictures of waves, in eval mode: layers without weights show only here."""
     like = next(model.parameters())
     waves = torch.arange(2 * torch.Size(shape).numel(), dtype=torch.float64).pow(1.5).sin()
-    with convolution.evaluating(model), models.seeded(0, like.device):
+    with convolution.evaluating(model), seeds.seeded(0, like.device):
         return model(waves.view(2, *shape).to(like)).double().cpu()
 
 
@@ -124,10 +128,10 @@ def load_model(path: Path | str, network: str | None = None) -> nn.Module:
             saved["architecture"][k] for k in ("network", "classes", "shape", "settings")
         )
         tensors = dict(saved["model"])
-        models.NETWORKS.get(name)
+        networks.NETWORKS.get(name)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is not a checkpoint of a network") from error
-    if name not in models.NETWORKS and network is None:
+    if name not in networks.NETWORKS and network is None:
         raise BadInput(
             f"{path} holds a network that {name} makes, which would be imported and called: if you trust"
             f" it, name it: load_model(..., network={name!r}), or --network {name}"
@@ -365,7 +369,7 @@ def operate_again_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         name: t.shape for name, t in tensors.items()
     }:
         return
-    with contextlib.suppress(BadInput), models.seeded(0):  # what cannot be followed stays, and does not fit
+    with contextlib.suppress(BadInput), seeds.seeded(0):  # what cannot be followed stays, and does not fit
         for name, blocks in list(model.named_modules()):
             inside = f"{name}." if name else ""
             places = {key.removeprefix(inside).partition(".")[0] for key in tensors if key.startswith(inside)}

@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import torch
 
 from effilib import clock, distributed, paths, provenance
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput
+from effilib.history import History
+from effilib.hooks import check_methods
 from effilib.progress import Progress
+from effilib.recipe import resolve_layout, resolve_precision
 from effilib.tasks import Task
-from effilib.training import History, check_methods, resolve_layout, resolve_precision, train
+from effilib.training import train
 
 __all__ = ["Arm", "Contender", "cells", "check_arms", "find_lengths", "key", "measure", "order", "pilot"]
 

@@ -184,10 +184,10 @@ def curves(
 
     A mark is a training.
 
-    arm: is drawn with the baseline alone (default: all arms, and the gap of the first method). cost:
-    "seconds", "flops" or "images". aim: a speed-up, drawn as the curve that would just reach it (default: the
-    comparison's). Large marks are means over the seeds of a length; lines join them where accuracy rises, and
-    lie between them where it falls.
+    arm: is drawn with the baseline alone (default: all arms, and the gap of the first one that has an aim of
+    its own, else of the first method). cost: "seconds", "flops" or "images". aim: a speed-up, drawn as the
+    curve that would just reach it (default: the comparison's). Large marks are means over the seeds of a
+    length; lines join them where accuracy rises, and lie between them where it falls.
 
     >>> arms = [Arm(name="baseline", role="baseline"), Arm(name="narrow", network={"widths": (4, 4, 8)})]
     >>> comparison = compare(task("smoke", "synthetic"), arms)
@@ -197,7 +197,8 @@ def curves(
     'accuracy at the end of a training (%)'
     """
     names = [a.name for a in comparison.arms]
-    judged = arm or next((a.name for a in comparison.arms if a.role == "method"), names[-1])
+    methods = [a.name for a in comparison.arms if a.role == "method"]
+    judged = arm or [*(comparison.aim if isinstance(comparison.aim, dict) else ()), *methods, names[-1]][0]
     shown = [names[0], judged] if arm else names
     figure, axes = new(height=5.0)
     found = {name: comparison.curve(name, cost) for name in shown}

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effilib import clock, experiment, figures, paths, provenance
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, choose
+from effilib.recipe import Recipe, resolve_layout, resolve_precision
 from effilib.tasks import Task
 from effilib.tasks import task as make_task
-from effilib.training import Recipe, resolve_layout, resolve_precision
 from effilib.workbook import series
 
 if TYPE_CHECKING:  # they take a second

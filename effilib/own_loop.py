@@ -13,10 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from effilib import convolution, distributed, models
-from effilib.data import Batches, Split
+from effilib import convolution, distributed, seeds
+from effilib.dataset import Batches, Split
 from effilib.errors import BadInput, within
-from effilib.training import Method, Recipe, Run, check_methods, stream
+from effilib.hooks import Method, check_methods
+from effilib.recipe import Recipe
+from effilib.run import Run
+from effilib.seeds import stream
 
 __all__ = ["Attached", "attach"]
 
@@ -88,7 +91,7 @@ def _try(twin):
     twin.batches = copy.copy(twin.batches)
     if isinstance(twin.batches, Batches):
         twin.batches.generator = stream(0, "trial")
-    with models.seeded(0, twin.device):
+    with seeds.seeded(0, twin.device):
         for x, _ in itertools.islice(twin.read(), 1):
             with twin.autocast():
                 logits = twin.model(x)

@@ -14,6 +14,7 @@ from effilib import user_files
 from effilib.caveats import caveats
 from effilib.errors import BadInput, choose
 from effilib.experiment import Arm, check_arms, find_lengths, measure
+from effilib.history import History
 from effilib.statistics import (
     DIVERGED,
     FLAT,
@@ -34,7 +35,6 @@ from effilib.statistics import (
     judge,
 )
 from effilib.tasks import Task
-from effilib.training import History
 
 __all__ = ["COSTS", "Comparison", "compare"]
 

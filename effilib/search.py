@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from effilib import models
+from effilib import networks
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm, Contender, measure
+from effilib.history import History
 from effilib.progress import say_seconds
 from effilib.statistics import FLAT
 from effilib.tasks import Task
-from effilib.training import History
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def why_not(task: Task, arm: Arm, most: float = math.inf) -> str:
     except (BadInput, NoEffect) as error:
         return str(error)
     except Exception as error:
-        if task.network in models.NETWORKS:
+        if task.network in networks.NETWORKS:
             raise
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     often = [k["seconds"] for k in history.kinds.values() if 2 * k["count"] >= history.steps]  # no set-up

@@ -15,8 +15,10 @@ from torch import nn
 
 from effilib import data, distributed, models, paths
 from effilib.caveats import caveats
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, choose, within
-from effilib.training import Recipe, stream
+from effilib.recipe import Recipe
+from effilib.seeds import stream
 
 __all__ = ["PRESETS", "TUNED", "Task", "pick_device", "recorded_tuning", "task"]
 
@@ -75,7 +77,7 @@ class Task:
             if getattr(self, name) is not None:
                 within(name, getattr(self, name), "a whole number above 0")
 
-    def load(self) -> data.Dataset:
+    def load(self) -> Dataset:
         """Load the data set, cut to the preset, on the device."""
         dataset = data.load(self.dataset, device=self.device, size=self.size)
         dataset = replace(dataset, batch=min(dataset.batch, self.recipe.batch_size))
@@ -87,7 +89,7 @@ class Task:
             dataset = replace(dataset, validation=dataset.validation[:n], test=dataset.test[: 3 * n])
         return dataset
 
-    def beware(self, dataset: data.Dataset) -> list[str]:
+    def beware(self, dataset: Dataset) -> list[str]:
         """Return sentences on a data set too small or uneven.
 
         >>> t = task("quick", "synthetic")
@@ -103,7 +105,7 @@ class Task:
         largest = 100 * Counter(held).most_common(1)[0][1] / len(held)
         return caveats(steps=min(steps), held_out=len(held), majority=largest, classes=dataset.classes)
 
-    def build(self, dataset: data.Dataset, seed: int = 0, **settings) -> nn.Module:
+    def build(self, dataset: Dataset, seed: int = 0, **settings) -> nn.Module:
         """Build the baseline's network with the seed's initial weights; settings replace widths or depths."""
         init = stream(seed, "initial weights").initial_seed()
         settings = self.widths | settings

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import convolution, cost, models
+from effilib import convolution, cost, models, seeds
 from effilib.clock import elapsed, interleaved, now, steady_memory, synchronize
 from effilib.convolution import EXACT, Approximation, approx_conv2d
 from effilib.cost import Conv
-from effilib.data import Batches, Dataset
+from effilib.dataset import Batches, Dataset
 from effilib.errors import BadInput
+from effilib.hooks import Method
+from effilib.recipe import LAYOUTS, backend, native_bf16, resolve_layout
+from effilib.run import Run
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import LAYOUTS, Method, Run, backend, native_bf16, resolve_layout, stream
 
 __all__ = [
     "PARTS", "Variant", "batch", "breakdown", "formats", "layer_times", "layers_of", "pass_times", "say_conv",
@@ -88,7 +91,7 @@ def step_times(
     [1.0, 3.9]
     """
     steps, flops = _steps(task, dataset, variants), {}
-    with models.seeded(0, dataset.device):
+    with seeds.seeded(0, dataset.device):
         for name, step in steps.items():
             flops[name] = cost.count_flops(step)
         times = interleaved(
@@ -125,7 +128,7 @@ def pass_times(
     """
     note, rows = _Note(dataset.device), {v.name: [] for v in variants}
     steps = _steps(task, dataset, variants, note)
-    with models.seeded(0, dataset.device):
+    with seeds.seeded(0, dataset.device):
         for counts in _rounds(_few(task, repeats), _spend(task, seconds)):
             for name, step in steps.items():
                 note.begin()
@@ -211,7 +214,7 @@ def breakdown(task: Task, dataset: Dataset, *, repeats: int = 25, seconds: float
         "both": both,
         "optimizer": run.optimizer.step,
     }
-    with models.seeded(0, dataset.device), backend(run.recipe, dataset.device):
+    with seeds.seeded(0, dataset.device), backend(run.recipe, dataset.device):
         ms = _medians(interleaved(parts, repeats=repeats, device=dataset.device, seconds=seconds))
         table = cost.latency_table(
             run.model, x, dtype=DTYPES.get(run.precision, torch.float32), repeats=repeats, seconds=seconds,

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 
 from effilib import data, tasks, timing
 from effilib.clock import elapsed, interleaved, steady_memory
-from effilib.data import Batches
+from effilib.dataset import Batches
 from effilib.methods import column_row_sampling
 from effilib.methods.gradient_pruning import GradientPruning
 from effilib.methods.muon import Muon
 from effilib.own_loop import attach
-from effilib.training import autocast, resolve_precision, stream, train
+from effilib.recipe import autocast, resolve_precision
+from effilib.seeds import stream
+from effilib.training import train
 
 
 def _plain(task, dataset):
@@ -184,7 +186,8 @@ def pooling():
     """Forward and backward of stochastic pooling against `max_pool2d`, 2 x 2: aim at most 3.5x; S3Pool beside
     it.
     """
-    from effilib.methods.stochastic_pooling import S3Pool2d, StochasticPool2d
+    from effilib.methods.s3_pooling import S3Pool2d
+    from effilib.methods.stochastic_pooling import StochasticPool2d
 
     def both(layer, x, dy):
         x.grad = None

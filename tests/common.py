@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
-from effilib.training import Method, train
+from effilib import models, networks, seeds
+from effilib.hooks import Method
+from effilib.training import train
 
 OURS = {
     "resnet": ("resnet", {"widths": (4, 6, 8), "blocks": (1, 2, [3, 5])}),
@@ -67,7 +68,7 @@ class Users(nn.Module):
 
 
 def users(seed=5):
-    with models.seeded(seed):
+    with seeds.seeded(seed):
         return Users()
 
 
@@ -96,7 +97,7 @@ class Flat(nn.Module):
 
 def make(name, seed=0, dtype=torch.float64):
     if name == "flat":
-        with models.seeded(seed):
+        with seeds.seeded(seed):
             model = Flat()
     else:
         network, kwargs = OURS[name]
@@ -108,10 +109,10 @@ def shake(model, seed=0):
     """BatchNorms that do something: scales, shifts and running statistics away from their first values."""
     g = torch.Generator().manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | models.Constant):
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | networks.Constant):
             with torch.no_grad():
                 m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=g))
-                if not isinstance(m, models.Constant):
+                if not isinstance(m, networks.Constant):
                     m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=g))
                     m.running_mean.copy_(0.3 * torch.randn(m.weight.shape, generator=g))
                     m.running_var.copy_(0.5 + torch.rand(m.weight.shape, generator=g))

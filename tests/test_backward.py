@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models, normalization
+from effilib import cost, models, normalization, seeds
 from effilib.backward import Part, partial_backward_, whole_backward_
 from effilib.errors import NoEffect
 from effilib.normalization import batch_norm_backward
-from effilib.training import autocast
+from effilib.recipe import autocast
 from tests.common import ALL, equal, g, images, make, users
 
 NETWORKS = [n for n in ALL if n != "flat" and "gone" not in n]
@@ -35,7 +35,7 @@ def batch(name, dtype=torch.float64):
 
 
 def gradients(model, x, y, precision="fp64"):
-    with models.seeded(3), autocast(precision, "cpu"):  # dropout above the part
+    with seeds.seeded(3), autocast(precision, "cpu"):  # dropout above the part
         loss = F.cross_entropy(model(x).to(torch.promote_types(x.dtype, torch.float32)), y)
     model.zero_grad()
     loss.backward()
@@ -84,7 +84,7 @@ class Plain(nn.Module):
 
 
 def test_gradients_below_a_border_are_those_of_the_weighted_samples_that_stay():
-    with models.seeded(0):
+    with seeds.seeded(0):
         exact = Plain().double()
     mine, (x, y) = copy.deepcopy(exact), batch("plain")
     index, weight = torch.tensor([6, 1, 2]), torch.tensor([2.0, 0.5, 3.0], dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_gradients_below_a_border_are_those_of_the_weighted_samples_that_stay():
 
 
 def test_further_down_fewer_samples_are_left_with_the_product_of_their_weights():
-    with models.seeded(0):
+    with seeds.seeded(0):
         exact = Plain().double()
     mine, (x, y), seen = copy.deepcopy(exact), batch("plain"), {}
     draws = {
@@ -218,7 +218,7 @@ def test_statistics_that_are_not_fp32_do_no_harm(network, monkeypatch):
     found, plain = [], network == "without parameters"
     index, weight = torch.arange(8)[::2], torch.full((4,), 2.0)
     for kernel in (True, False):
-        with models.seeded(0):
+        with seeds.seeded(0):
             model = Odd().train()
         if plain:
             model.norm = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
@@ -285,7 +285,7 @@ def test_what_is_kept_for_the_backward_pass_is_counted_and_no_more_than_autograd
 @pytest.mark.parametrize("act", [nn.SiLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, nn.ReLU])
 def test_activations_in_place_change_nothing(act):
     def network(in_place):
-        with models.seeded(0):
+        with seeds.seeded(0):
             return nn.Sequential(
                 nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act(inplace=in_place), nn.Conv2d(4, 4, 3),
                 act(inplace=in_place), nn.Flatten(), nn.Linear(64, 4),
@@ -306,7 +306,7 @@ class Preactivated(Plain):
 
 
 def test_where_others_read_what_an_activation_overwrites_it_is_not_known():
-    with models.seeded(0):
+    with seeds.seeded(0):
         exact = Preactivated().double()
     mine, (x, y) = copy.deepcopy(exact), batch("overwritten")
     assert partial_backward_(mine, everything).above == "relu"
@@ -329,7 +329,7 @@ class Odd(nn.Module):
 
 
 def test_what_is_not_known_stays_above_and_where_nothing_is_known_it_is_named():
-    with models.seeded(0):
+    with seeds.seeded(0):
         exact = Odd().double()
     mine, (x, y) = copy.deepcopy(exact), batch("odd")
     part = partial_backward_(mine, everything)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from effilib import models
+from effilib import models, networks, seeds
 from effilib.errors import BadInput
 from effilib.surgery import select_
 from effilib.surgery.channels import LAYERS, nodes, trace
@@ -88,7 +88,7 @@ def test_an_optional_cross_check_with_torch_pruning():
         models.build("torchvision.models:resnet18", 5, (3, 32, 32)),
     ):
         names = {m: n for n, m in model.named_modules()}
-        shape = SHAPE if isinstance(model, models.ResNet) else (3, 32, 32)
+        shape = SHAPE if isinstance(model, networks.ResNet) else (3, 32, 32)
         graph = pruning.DependencyGraph().build_dependency(model, torch.randn(1, *shape))
         for node in nodes(model):
             group = graph.get_pruning_group(
@@ -200,7 +200,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_handled_is_named_and_the_rest_stays_usable(what):
     odd, words = REFUSED[what]
-    with models.seeded(0):
+    with seeds.seeded(0):
         model = Net(odd(), out={"slice": 2, "cat": 8, "channel pad": 6}.get(what))
     found = trace(model)
     refused = next(n for n in found.refused if n.name == "first")

@@ -21,12 +21,14 @@ import pytest
 import torch
 from torch import nn
 
-from effilib import checkpoint, models, paths, surgery
+from effilib import checkpoint, models, paths, seeds, surgery
 from effilib.data import synthetic
 from effilib.errors import BadInput
+from effilib.hooks import Method
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_train import PruneTrain
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import users
 
 RECIPE = Recipe(epochs=4, batch_size=32, precision="fp32")
@@ -39,7 +41,7 @@ def network(seed=0, **settings):
 
 
 def with_dropout():
-    with models.seeded(5):
+    with seeds.seeded(5):
         return nn.Sequential(
             nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, 4)
         )
@@ -91,7 +93,7 @@ class Widen(Method):
         if run.epoch == 1:
 
             def change(model, optimizer):
-                with models.seeded(int(torch.randint(1000, (), generator=run.generator(self)))):
+                with seeds.seeded(int(torch.randint(1000, (), generator=run.generator(self)))):
                     block = model.stages[0][0]
                     inner = block.conv1.out_channels + 4
                     swap(model, optimizer, "stages.0.0.conv1", nn.Conv2d(8, inner, 3, padding=1, bias=False))
@@ -387,7 +389,7 @@ def test_all_that_differs_is_named(written):
 OWN = """
 from dataclasses import dataclass
 import own_helper
-from effilib.training import Method
+from effilib.hooks import Method
 
 @dataclass(frozen=True)
 class Own(Method):
@@ -424,7 +426,7 @@ def test_an_interrupted_run_does_not_go_on_with_edited_code(tmp_path, monkeypatc
 
 def test_a_network_of_other_strides_is_another_one(tmp_path):
     def net(stride):
-        with models.seeded(0):
+        with seeds.seeded(0):
             return nn.Sequential(
                 nn.Conv2d(1, 4, 3, stride), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
             )
@@ -624,7 +626,7 @@ def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_l
             if run.epoch == 0:
 
                 def change(model, optimizer):
-                    with models.seeded(1):
+                    with seeds.seeded(1):
                         swap(model, optimizer, "0", nn.Conv2d(1, 12, 3))
                         swap(model, optimizer, "3", nn.Linear(12 * 36, 4))
 
@@ -640,7 +642,7 @@ def test_a_users_network_is_built_anew_whoever_changed_its_widths_but_not_with_l
                 )
 
     def net():
-        with models.seeded(0):
+        with seeds.seeded(0):
             return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 
     def start(method, stop, path=None):

@@ -15,7 +15,9 @@ from torch._dynamo.utils import counters
 from effilib import models, surgery
 from effilib.data import synthetic
 from effilib.errors import NoEffect
-from effilib.training import Method, Recipe, train
+from effilib.hooks import Method
+from effilib.recipe import Recipe
+from effilib.training import train
 
 pytestmark = pytest.mark.slow
 

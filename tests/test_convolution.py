@@ -33,7 +33,8 @@ from effilib.methods.dynamic_fixed_point import DynamicFixedPoint
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.gradient_pruning import GradientPruning
 from effilib.methods.gradient_subsets import GradientSubsets
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import g
 
 GEOMETRIES = {

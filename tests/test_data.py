@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from effilib import data
-from effilib.data import ARRAYS, DEBIAN, IDX, Batches
+from effilib import data, dataset
+from effilib.data import ARRAYS, DEBIAN, IDX
+from effilib.dataset import Batches
 from effilib.errors import BadInput
 
 SPLITS = ("train", "decide", "validation", "test")
@@ -181,7 +182,7 @@ def test_batches_on_a_gpu_wait_for_no_copy():
 def test_more_than_2_to_the_31_pixels_are_padded_on_a_gpu():
     x = torch.zeros(2**31 // (256 * 256 * 3) + 10, 256, 256, 3, dtype=torch.uint8, device="cuda")
     x[-1, 0, 1] = 7
-    padded = data._reflected(x, 1)
+    padded = dataset._reflected(x, 1)
     assert padded[-1, :3, :3, 0].tolist() == [[0, 0, 0], [7, 0, 7], [0, 0, 0]]
 
 

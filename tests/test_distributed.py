@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import distributed, models, paths
-from effilib.data import Batches, synthetic
+from effilib.data import synthetic
+from effilib.dataset import Batches
 from effilib.distributed import ALONE, Ranks
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm
+from effilib.hooks import Method
 from effilib.methods.column_row_sampling import ChannelSampling
 from effilib.methods.gradient_approximation import GradientApproximation
 from effilib.methods.improvement import Treatment
@@ -32,9 +34,10 @@ from effilib.methods.ranked_cut import RankedCut
 from effilib.methods.stochastic_pooling import StochasticPooling
 from effilib.methods.structure_and_strength import StructureAndStrength
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder
+from effilib.recipe import Recipe
 from effilib.results import compare
 from effilib.tasks import task
-from effilib.training import Method, Recipe, train
+from effilib.training import train
 from effilib.workbook.train_command import methods as all_methods
 from tests.common import users
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import effilib
-from effilib import models, paths
+from effilib import paths, seeds
 from effilib.kernels import integers
 
 MODULES = sorted(
@@ -114,7 +114,7 @@ def test_examples_are_right(name, elsewhere):
     examples = doctest.DocTestFinder().find(module, name, globs={**KNOWN, **vars(module)})
     runner, report = doctest.DocTestRunner(optionflags=FLAGS, verbose=False), []
     for example in examples:
-        with models.seeded(0):
+        with seeds.seeded(0):
             runner.run(example, out=report.append)
     assert not runner.failures, "".join(report)
     written = {f"{name}.{n}" for n in public(name)}

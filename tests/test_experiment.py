@@ -15,9 +15,12 @@ import torch
 from effilib import clock, experiment, paths
 from effilib.errors import BadInput
 from effilib.experiment import Arm, cells, find_lengths, key, measure, order
+from effilib.history import History
+from effilib.hooks import Method
+from effilib.recipe import Recipe
 from effilib.results import compare
 from effilib.tasks import Task
-from effilib.training import History, Method, Recipe, train
+from effilib.training import train
 
 RECIPE = Recipe(epochs=1, batch_size=64, precision="fp32")
 TASK = Task(
@@ -368,7 +371,7 @@ def test_more_threads_are_other_conditions():
 
 METHOD = '''
 from dataclasses import dataclass
-from effilib.training import Method
+from effilib.hooks import Method
 
 @dataclass(frozen=True)
 class Mine(Method):
@@ -469,7 +472,7 @@ from dataclasses import dataclass
 sys.path.insert(0, {here!r})
 import test_experiment as t
 from effilib import Arm, compare
-from effilib.training import Method
+from effilib.hooks import Method
 
 @dataclass(frozen=True)
 class Notes(Method):

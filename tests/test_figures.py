@@ -16,9 +16,9 @@ from PIL import Image
 from effilib import figures, paths, statistics
 from effilib.errors import BadInput
 from effilib.experiment import SEEDS, Arm
+from effilib.history import History
 from effilib.results import Comparison
 from effilib.tasks import task
-from effilib.training import History
 
 
 def drawn(figure):

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from effilib import cost, models, surgery
 from effilib.data import synthetic
-from effilib.training import Method, Recipe, train
+from effilib.hooks import Method
+from effilib.recipe import Recipe
+from effilib.training import train
 
 DATA = synthetic(images=200)  # 140 to train on: 4 batches an epoch
 RECIPE = Recipe(epochs=4, batch_size=32, precision="fp32")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from effilib import data, images, paths, tasks
-from effilib.data import ARRAYS, Batches
+from effilib.data import ARRAYS
+from effilib.dataset import Batches
 from effilib.errors import BadInput
 from effilib.progress import ticked
 from effilib.workbook import runner

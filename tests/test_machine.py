@@ -13,7 +13,7 @@ import torch
 
 import effilib
 from effilib import __main__ as main
-from effilib import clock, models, paths
+from effilib import clock, paths, seeds
 from effilib.distributed import processes
 from effilib.errors import BadInput
 from effilib.workbook import jobs, runner
@@ -169,7 +169,7 @@ def test_what_cannot_work_on_windows_says_so(command, monkeypatch, capsys):
 def test_the_second_gpu_draws_from_its_own_seed():
     drawn = []
     for _ in range(2):
-        with models.seeded(3, "cuda:1"):
+        with seeds.seeded(3, "cuda:1"):
             drawn.append(torch.randn(4, device="cuda:1"))
     assert torch.equal(*drawn)
 

@@ -4,6 +4,7 @@ get wrong.
 
 import copy
 import json
+import shutil
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import models, training
+from effilib import models, networks, seeds
 from effilib.data import load
 from effilib.errors import BadInput, NotApplicable
+from effilib.evaluation import evaluate
 from effilib.models import build, describe
-from effilib.training import Recipe, evaluate, train
+from effilib.recipe import Recipe, resolve_layout
+from effilib.training import train
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 9, 12)]  # 9: less would shrink to nothing in the speed run's
 OWN = '''
@@ -109,7 +112,7 @@ def weights(model):
 # --- our own
 
 
-@pytest.mark.parametrize("network", models.NETWORKS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("classes", [2, 10])
 def test_networks_take_images_to_logits(network, shape, classes):
@@ -218,19 +221,19 @@ def test_shortcuts_are_convolutions_where_the_shape_changes_and_nothing_elsewher
 
 
 def test_a_block_is_what_the_paper_says():
-    block = models.Block(4, 4).eval()
+    block = networks.Block(4, 4).eval()
     x = torch.randn(2, 4, 6, 6)
     f = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
     assert_close(block(x), torch.relu(x + f))
 
 
-@pytest.mark.parametrize("network", models.NETWORKS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 def test_the_first_signal_neither_vanishes_nor_explodes(network):
     logits = build(network, 10, (3, 32, 32))(torch.randn(64, 3, 32, 32))
     assert 0.05 < logits.std() < 20
 
 
-@pytest.mark.parametrize("network", [*models.NETWORKS, "own"])
+@pytest.mark.parametrize("network", [*networks.NETWORKS, "own"])
 def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouched(network, own):
     network = own + "by_position" if network == "own" else network
     torch.manual_seed(3)
@@ -247,10 +250,10 @@ def test_seeded_gives_the_generator_back_also_where_something_fails():
     with pytest.raises(BadInput):
         build("resnet", 10, (3, 32, 32), widths=(8, 8), blocks=(1,))
     assert torch.equal(torch.get_rng_state(), before)
-    with models.seeded(5):
+    with seeds.seeded(5):
         inside = torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
-    with models.seeded(5):
+    with seeds.seeded(5):
         assert torch.equal(torch.rand(3), inside)
 
 
@@ -422,7 +425,7 @@ def test_what_a_network_returns_is_checked_in_both_modes(answer, sentence):
     ],
 )
 def test_a_network_trains_or_one_sentence_says_why_not(change, recipe, sentence, monkeypatch):
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)  # no compiler
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no compiler
     data = load("synthetic").limit(16)
     net = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4))
     with pytest.raises(BadInput, match=sentence) if sentence else nullcontext() as error:
@@ -442,7 +445,7 @@ def test_view_on_feature_maps_trains_in_the_contiguous_layout_and_says_so(tmp_pa
         history = train(nets[0], data, recipe)
     assert history.steps == 5
     evaluate(nets[0], data, "test")
-    assert training.resolve_layout(recipe, "cpu", nets[0]) == "contiguous"
+    assert resolve_layout(recipe, "cpu", nets[0]) == "contiguous"
     flat = Own()
     flat.load_state_dict(nets[1].state_dict())
     train(flat, data, replace(recipe, memory_format="contiguous"))
@@ -453,7 +456,7 @@ def test_view_on_feature_maps_trains_in_the_contiguous_layout_and_says_so(tmp_pa
     ):
         train(lenet(), data, replace(recipe, memory_format="channels_last"))
     with pytest.raises(NotApplicable, match="cannot run in channels_last"):  # where it is timed, too
-        training.resolve_layout(replace(recipe, memory_format="channels_last"), "cpu", nets[0])
+        resolve_layout(replace(recipe, memory_format="channels_last"), "cpu", nets[0])
     broken = lenet(answer=lambda self, logits: logits[:, :1])
     with pytest.raises(BadInput, match="expected logits"):
         models.fits(broken, "net", 4, (1, 8, 8))

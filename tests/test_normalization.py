@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import models, seeds
 from effilib.kernels import compiler
 from effilib.normalization import ACTIVATIONS, Layers, fits, fused, norm_relu
-from effilib.training import autocast
+from effilib.recipe import autocast
 from tests.common import g
 
 LAST = torch.channels_last
@@ -28,7 +28,7 @@ def case(channels=16, dtype=torch.float32, size=(6, 5, 7), add=True):
         torch.randn(n, channels, H, W, generator=g(i)).to(dtype).contiguous(memory_format=LAST)
         for i in range(3)
     )
-    with models.seeded(0):
+    with seeds.seeded(0):
         bn = nn.BatchNorm2d(channels, momentum=0.3)
         nn.init.uniform_(bn.weight, 0.5, 2)
         nn.init.normal_(bn.bias)

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from effilib import figures, notebook, paths
 from effilib.errors import BadInput
 from effilib.experiment import Arm
+from effilib.history import History
 from effilib.results import COLUMNS, compare
 from effilib.statistics import SHARED, SMOKE
-from effilib.training import History
 
 NAME = "03_2_mixed_precision"
 PARAMETERS = """

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from effilib import data, models
 from effilib.errors import BadInput
+from effilib.hooks import Method
 from effilib.methods.column_row_sampling import ColumnRowSampling
 from effilib.methods.data_pruning import DataPruning
 from effilib.methods.freezing import FrozenPrefix
@@ -23,7 +24,9 @@ from effilib.methods.ranked_cut import RankedCut
 from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity
 from effilib.methods.whitening import Whitening
 from effilib.own_loop import attach
-from effilib.training import Method, Recipe, stream, train
+from effilib.recipe import Recipe
+from effilib.seeds import stream
+from effilib.training import train
 
 RECIPE = Recipe(epochs=4, batch_size=32, lr=0.1, precision="fp64")
 RESIZED = KernelRescaling(schedule=((0.5, 0.5), (0.5, 1.0)), kernels=False)

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import effilib
-from effilib import models, paths, provenance
+from effilib import models, paths, provenance, seeds
 from effilib.errors import BadInput
 from effilib.experiment import Arm
-from effilib.training import Method, Recipe
+from effilib.hooks import Method
+from effilib.recipe import Recipe
 
 CODE = '''
 """Module docstring."""
@@ -169,7 +170,7 @@ def half(x):
 
 
 def networks(seed):
-    with models.seeded(seed):
+    with seeds.seeded(seed):
         return nn.Linear(2, 2)
 
 
@@ -318,10 +319,10 @@ def test_a_function_with_a_name_that_is_not_yet_bound_has_settings():
 def test_settings_do_not_depend_on_the_process():
     code = (
         "from effilib import provenance; from effilib.experiment import Arm\n"
-        "from effilib.training import Recipe\n"
+        "from effilib.recipe import Recipe\n"
         "def fit(task, seed):\n    return {'a', 'b', 'c'} and seed in {'x', 'y', 'z'}\n"
         "f = eval(\"lambda task, seed: seed in {'x', 'y', 'z'}\")\n"
-        "from effilib.training import Method\n"
+        "from effilib.hooks import Method\n"
         "class Mine(Method):\n    def __init__(self, act): self.act = act\n"
         "own = (Mine(fit), Mine(lambda x: x + 1), Mine({'x', 'y', 'z'}))\n"
         "arms = [Arm(name='a', fit=fit, changes={'lr': 1}), Arm(name='b', fit=f), Recipe(), own]\n"

@@ -12,7 +12,8 @@ from torch import nn
 
 from effilib.data import load
 from effilib.errors import BadInput
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 
 pytestmark = pytest.mark.slow
 

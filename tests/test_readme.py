@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import effilib
-from effilib import paths, provenance, statistics, training
+from effilib import hooks, paths, provenance, statistics
 from effilib.workbook import recipes, series
 
 CONTRIBUTING = (paths.root() / "CONTRIBUTING.md").read_text()
@@ -76,7 +76,7 @@ def test_its_code_runs_as_it_stands(code, tmp_path):
 
 def test_it_names_every_hook():
     named = README.split("with hooks: `")[1].split("`")[0].replace("\n", " ").split(", ")
-    assert named == training.HOOKS
+    assert named == hooks.HOOKS
 
 
 def test_its_table_of_modules_is_the_tree():

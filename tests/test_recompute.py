@@ -14,9 +14,10 @@ from scipy.stats import t
 
 from effilib import clock, notebook, paths
 from effilib.experiment import Arm
+from effilib.history import History
+from effilib.recipe import Recipe
 from effilib.results import Comparison, compare
 from effilib.tasks import Task, task
-from effilib.training import History, Recipe
 
 # --- from here
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from effilib import paths, statistics
 from effilib.errors import BadInput
-from effilib.workbook import report
+from effilib.workbook import records, report
+from effilib.workbook.formulas import hide_formulas, mathml
 from tests.browser import complaints, keep
 
 PICTURE = "data:image/png;base64,"
@@ -87,7 +88,7 @@ def nothing_recorded(tmp_path_factory, monkeypatch):
 
 
 def record(name, headline, **changes):
-    chapter = report._from_name(name)["chapter"]
+    chapter = records.from_name(name)["chapter"]
     text = {
         "notebook": name,
         "chapter": chapter,
@@ -182,7 +183,7 @@ def assert_self_contained(path):
     ],
 )
 def test_formula_becomes_mathml(latex, parts):
-    html = report.mathml(latex)
+    html = mathml(latex)
     assert html.startswith("<math")
     for part in parts:
         assert part in html
@@ -190,7 +191,7 @@ def test_formula_becomes_mathml(latex, parts):
 
 
 def test_display_puts_limits_below():
-    html = report.mathml(r"\sum_{i=1}^n x_i + \max_w f", display=True)
+    html = mathml(r"\sum_{i=1}^n x_i + \max_w f", display=True)
     assert 'display="block"' in html
     assert "<munderover>" in html
     assert "<munder>" in html
@@ -201,7 +202,7 @@ def test_display_puts_limits_below():
     [r"\unknownmacro{x}", r"\frac{a", r"x_", r"\left( x", "", r"\text{<img src=x>}", r"a & b", r"a \\ b"],
 )
 def test_formula_not_understood_is_shown_as_code(latex):
-    assert report.mathml(latex) == f'<code class="latex">{markup.escape(latex)}</code>'
+    assert mathml(latex) == f'<code class="latex">{markup.escape(latex)}</code>'
 
 
 # One report
@@ -334,11 +335,10 @@ def test_code_and_money_are_no_formulas():
         "from $5 to `$x`",
         "a $ b $ c",
     ):
-        assert report._hide_formulas(text, formulas) == text
+        assert hide_formulas(text, formulas) == text
     assert not formulas
     assert (
-        report._hide_formulas("a ` b\n\n$x$ and $y$ ` c", formulas)
-        == "a ` b\n\n\ue0000\ue001 and \ue0001\ue001 ` c"
+        hide_formulas("a ` b\n\n$x$ and $y$ ` c", formulas) == "a ` b\n\n\ue0000\ue001 and \ue0001\ue001 ` c"
     )
 
 
@@ -439,7 +439,7 @@ def folder(tmp_path):
 
 
 def test_rows(folder):
-    rows = report.scoreboard_rows(folder, ["03_2_mixed_precision", "03_10_made_up"])
+    rows = records.scoreboard_rows(folder, ["03_2_mixed_precision", "03_10_made_up"])
     by_name = {row["notebook"]: row for row in rows}
     assert list(by_name)[:3] == ["02_overview", "03_2_mixed_precision", "03_10_made_up"]
     assert list(by_name)[-1] == "10_comparison"
@@ -484,7 +484,7 @@ def test_rows(folder):
 def test_no_record_breaks_the_index(tmp_path, content):
     put(tmp_path, "03_2_x", content.encode("latin-1"))
     put(tmp_path, "04_1_y", record("04_1_y", verdict()))
-    rows = report.scoreboard_rows(tmp_path)
+    rows = records.scoreboard_rows(tmp_path)
     assert [row["status"] for row in rows] == ["unreadable", "complete"]
     assert rows[0]["reason"]
     assert "1 failed" in soup(report.index(tmp_path)).get_text()
@@ -609,7 +609,7 @@ def test_an_older_protocol_is_named_and_in_no_correction(tmp_path):
     put(tmp_path, "03_2_x", record("03_2_x", OLD, schema=1))
     put(tmp_path, "03_3_y", record("03_3_y", OLD | {"ratio": None, "text": "0 of 5 reached"}, schema=1))
     put(tmp_path, "04_1_z", record("04_1_z", verdict(p=0.04)))
-    rows = {row["notebook"]: row for row in report.scoreboard_rows(tmp_path)}
+    rows = {row["notebook"]: row for row in records.scoreboard_rows(tmp_path)}
     assert rows["04_1_z"]["survives"] is True  # it is the only test
     assert [rows[name]["survives"] for name in ("03_2_x", "03_3_y")] == [None, None]
     page = soup(report.index(tmp_path))
@@ -633,7 +633,7 @@ def test_holms_correction(tmp_path):
         put(tmp_path, name, record(name, verdict(word, p=p)))
     put(tmp_path, "04_4", record("04_4", verdict("shared machine: no verdict", p=1e-9)))
     put(tmp_path, "04_5", record("04_5", verdict("out of reach: at most 0.41x", kind="at most", p=None)))
-    rows = report.scoreboard_rows(tmp_path)
+    rows = records.scoreboard_rows(tmp_path)
     assert [row["survives"] for row in rows] == [True, False, False, None, None]
     page = soup(report.index(tmp_path))
     assert [("★" in row.get_text()) for row in page.select("tbody tr")] == [True, False, False, False, False]

@@ -9,10 +9,11 @@ import pytest
 from effilib import clock, figures, paths
 from effilib.errors import BadInput
 from effilib.experiment import Arm
+from effilib.history import History
+from effilib.recipe import Recipe
 from effilib.results import COLUMNS, Comparison, compare
 from effilib.statistics import SHARED, SMOKE
 from effilib.tasks import Task
-from effilib.training import History, Recipe
 
 TASK = Task(preset="quick", dataset="synthetic", recipe=Recipe(epochs=1), lengths=(0.5, 0.71, 1.0), seeds=3)
 

@@ -8,9 +8,10 @@ import pytest
 from effilib import clock, search
 from effilib.errors import BadInput
 from effilib.experiment import Arm, Contender
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods.data_pruning import DataPruning
 from effilib.tasks import task
-from effilib.training import History, Method
 
 TASK = task("smoke", "synthetic", device="cpu")
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models, surgery
+from effilib import cost, models, networks, surgery
 from effilib.errors import BadInput
 from effilib.methods import net2net, widening
 from effilib.methods.prune_train import prune_
@@ -156,7 +156,7 @@ def test_where_nothing_can_follow_is_bad_input():
             super().__init__()
             self.stem, self.blocks, self.head = (
                 nn.Conv2d(1, 4, 3),
-                nn.ModuleList([models.Block(4, 4)]),
+                nn.ModuleList([networks.Block(4, 4)]),
                 nn.Linear(4, 4),
             )
 

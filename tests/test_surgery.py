@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import models
+from effilib import models, networks
 from effilib.errors import BadInput
+from effilib.hooks import Method
+from effilib.recipe import Recipe
 from effilib.surgery import (
     append_block_,
     insert_layer_,
@@ -22,7 +24,7 @@ from effilib.surgery import (
 )
 from effilib.surgery.channels import nodes, trace
 from effilib.tasks import task
-from effilib.training import Method, Recipe, train
+from effilib.training import train
 from tests.common import ALL, both, every, exactly, images, make, shake, step
 
 
@@ -146,7 +148,7 @@ def test_random_plans_keep_the_function_and_the_optimizer(data):
         assert_close(both(model, x), before, atol=1e-10, rtol=0)
         exactly(optimizer, model)
         assert [n.width for n in nodes(model) if n.name == node.name] == [len(kept)]
-    if isinstance(model, models.ResNet | models.VGG):
+    if isinstance(model, networks.ResNet | networks.VGG):
         again = type(model)(5, 3, **models.describe(model))
         again.load_state_dict(model.state_dict())
     step(model, optimizer, x, torch.arange(3))
@@ -333,7 +335,7 @@ def test_a_dead_residual_path_is_removed_exactly(name):
     assert torch.equal(optimizer.state[block.bn2.bias]["momentum_buffer"], momentum)
     description = models.describe(model)
     assert [b for stage in description["blocks"] for b in stage].count(0) == 1
-    again = models.ResNet(5, 3, **description).double()
+    again = networks.ResNet(5, 3, **description).double()
     again.load_state_dict(model.state_dict())
     assert_close(both(again, x), before, atol=1e-10, rtol=0)
     for node in nodes(model):  # the constant belongs to its trunk
@@ -374,7 +376,7 @@ def test_an_identity_layer_changes_nothing_and_can_be_taken_out_again(name):
     assert_close(both(model, x)[0], before, atol=1e-10, rtol=0)
     exactly(optimizer, model)
     assert len(nodes(model)) == len(nodes(make(name))) + 1
-    again = models.VGG(5, 3, **models.describe(model))
+    again = networks.VGG(5, 3, **models.describe(model))
     again.load_state_dict(model.state_dict())
     step(model, optimizer, x, torch.arange(6) % 5)
     remove_layer_(model, new, optimizer, x=None)

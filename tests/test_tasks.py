@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from effilib import data, paths, tasks, tuning
 from effilib.errors import BadInput
+from effilib.recipe import Recipe
+from effilib.seeds import stream
 from effilib.tasks import PRESETS, task
-from effilib.training import Recipe, stream
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from effilib import clock, cost, timing
 from effilib.convolution import Approximation
 from effilib.cost import Conv
 from effilib.errors import BadInput
+from effilib.hooks import Method
 from effilib.tasks import task
 from effilib.timing import Variant
-from effilib.training import Method
 
 TASK = task("smoke", "synthetic", device="cpu")
 DATA = TASK.load()

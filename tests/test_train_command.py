@@ -17,11 +17,11 @@ import pytest
 from effilib import __main__ as command
 from effilib import checkpoint, paths, tasks
 from effilib.data import ARRAYS, synthetic
+from effilib.hooks import Method
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.net2net import Net2Net
 from effilib.methods.prune_then_grow import PruneThenGrow
 from effilib.methods.prune_train import PruneTrain
-from effilib.training import Method
 from effilib.workbook import train_command
 from tests.common import equal
 from tests.test_distributed import torchrun

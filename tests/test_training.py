@@ -11,24 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models
-from effilib.data import Batches, synthetic
+from effilib import cost, models, seeds
+from effilib.data import synthetic
+from effilib.dataset import Batches
 from effilib.errors import BadInput
+from effilib.evaluation import evaluate
 from effilib.experiment import Arm
-from effilib.training import (
-    HOOKS,
-    History,
-    Method,
-    Recipe,
-    Schedule,
-    can_compile,
-    evaluate,
-    native_bf16,
-    resolve_layout,
-    resolve_precision,
-    stream,
-    train,
-)
+from effilib.history import History
+from effilib.hooks import HOOKS, Method
+from effilib.recipe import Recipe, Schedule, can_compile, native_bf16, resolve_layout, resolve_precision
+from effilib.seeds import stream
+from effilib.training import train
 from tests.common import work
 
 FP32 = Recipe(epochs=2, batch_size=32, precision="fp32")
@@ -168,7 +161,7 @@ def test_what_is_judged_are_all_held_out_images_each_class_counted():
 
 def test_dropout_is_deterministic_and_the_global_generators_stay_as_they_were():
     def net():
-        with models.seeded(5):
+        with seeds.seeded(5):
             return nn.Sequential(
                 nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4)
             )
@@ -846,7 +839,7 @@ class Widen(Method):
 
     def work(self, run, hook):
         if hook == self.hook and run.step == self.step:
-            with models.seeded(0):
+            with seeds.seeded(0):
                 run.restructure(widen)
 
     def on_epoch_start(self, run):
@@ -920,7 +913,7 @@ def test_a_restructured_run_goes_on_with_the_new_network():
         optimizer.step()
         optimizer.zero_grad()
         if step == 5:
-            with models.seeded(0):
+            with seeds.seeded(0):
                 widen(by_hand, optimizer)
     assert same(model, by_hand)
 
@@ -945,7 +938,7 @@ def test_new_parameters_may_come_without_momentum():
             for p in model.head.parameters():
                 params[:] = [q for q in params if q is not p]
                 del optimizer.state[p]
-            with models.seeded(0):
+            with seeds.seeded(0):
                 model.head = nn.Linear(8, 4)
             params += list(model.head.parameters())
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models, surgery
+from effilib import models, seeds, surgery
 from effilib.errors import BadInput
 from effilib.methods.net2net import deepen_, grow_
 from effilib.methods.prune_train import dead_paths
@@ -41,7 +41,7 @@ class Residual(nn.Module):
 
 
 def net(make_block):
-    with models.seeded(0):
+    with seeds.seeded(0):
         blocks = nn.Sequential(make_block(), make_block())
         head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)]
         return shake(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), blocks, *head))
@@ -183,7 +183,7 @@ def test_training_mode_counts_too():
 
 
 def behind(*layers):
-    with models.seeded(0):
+    with seeds.seeded(0):
         return shake(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *layers))
 
 
@@ -219,7 +219,7 @@ def test_no_layer_is_inserted_behind_a_flatten():
 
 def test_names_of_ones_own_stay():
     def named():
-        with models.seeded(0):
+        with seeds.seeded(0):
             layers = OrderedDict(conv=nn.Conv2d(3, 4, 3, padding=1), bn=nn.BatchNorm2d(4), relu=nn.ReLU())
             blocks = OrderedDict(block0=block(), block1=block())
             parts = OrderedDict(stem=nn.Sequential(layers), trunk=nn.Sequential(blocks))

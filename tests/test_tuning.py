@@ -10,8 +10,9 @@ import torch
 from effilib import tuning
 from effilib.errors import BadInput
 from effilib.experiment import Arm
+from effilib.hooks import Method
 from effilib.tasks import task
-from effilib.training import Method, train
+from effilib.training import train
 from effilib.workbook import series
 
 

@@ -19,9 +19,9 @@ from effilib.chapters import (
 )
 from effilib.errors import BadInput
 from effilib.experiment import Arm, Contender
+from effilib.recipe import resolve_precision
 from effilib.search import Found, applicable, combined, leave_one_out, why_not
 from effilib.tasks import Task
-from effilib.training import resolve_precision
 
 __all__ = ["CONTENDERS", "PRESCRIBED", "SEARCH", "SIZES", "arms", "combinations", "contenders", "elsewhere"]
 

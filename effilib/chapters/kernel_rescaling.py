@@ -1,7 +1,7 @@
 """Chapter 6.3: what is trained: images that begin small, kernels that do, patches."""
 
 from effilib import tuning
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.experiment import Arm, Contender
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.rescaled_kernels import kernels

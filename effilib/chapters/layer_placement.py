@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from effilib import models
-from effilib.data import Batches, Dataset
+from effilib import models, networks
+from effilib.dataset import Batches, Dataset
 from effilib.methods.layer_chain import Chain, measure, profile
 from effilib.methods.layer_placement import Layer
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import stream
 
 # images a worker
 PUBLISHED = {"VGG-16": ("vgg16", 32), "AlexNet": ("alexnet", 128), "ResNet-50": ("resnet50", 32)}
@@ -65,7 +65,7 @@ def fat_head(classes: int, channels: int = 3, width: int = 32) -> nn.Sequential:
     ]
     features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
     model = nn.Sequential(OrderedDict(features=features, head=nn.Sequential(*head)))
-    models.initialize_(model)
+    networks.initialize_(model)
     return model
 
 

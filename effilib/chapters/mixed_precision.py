@@ -2,8 +2,8 @@
 
 from effilib.experiment import Arm
 from effilib.methods.mixed_precision import MixedPrecision
+from effilib.recipe import can_compile, native_bf16
 from effilib.tasks import WIDE, Task
-from effilib.training import can_compile, native_bf16
 
 # The judged network is as wide as the thesis' ones: in a narrow one the products are a small part of a step.
 SIZES = {

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from effilib import models, surgery, tuning
+from effilib import networks, surgery, tuning
 from effilib.chapters import kernel_rescaling
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.experiment import Arm, Contender
 from effilib.methods import narrower
 from effilib.methods.narrower import Narrower
@@ -125,7 +125,7 @@ def deeper_places(task: Task, dataset: Dataset) -> tuple[str, ...]:
     Behind the last block whose copy would fit, else behind the last ReLU in a Sequential.
     """
     model = task.build(dataset)
-    if isinstance(model, models.ResNet):
+    if isinstance(model, networks.ResNet):
         return (f"stages.{len(model.stages) - 1}.{len(model.stages[-1]) - 1}",)
     blocks = [p.name for p in surgery.trace(model).paths if not p.shortcut]
     holders = {

@@ -17,9 +17,10 @@ import torch
 
 from effilib import paths, tuning
 from effilib.experiment import Arm
+from effilib.history import History
 from effilib.methods.patients import HEALTHY, KEEP, PATIENTS, Patient, candidates, step_times
 from effilib.tasks import Task, task
-from effilib.training import History, train
+from effilib.training import train
 
 SIZES = {"quick": dict(epochs=1.6)}  # both arms are the baseline: the same noise shows in less time
 OTHER = 50  # seeds away: none that another cell has, with up to so many cells a length

@@ -5,10 +5,11 @@ from dataclasses import replace
 from effilib import experiment, tuning
 from effilib.chapters import kernel_rescaling
 from effilib.experiment import Arm, Contender
-from effilib.methods.prune_train import PruneTrain, Smaller
+from effilib.history import History
+from effilib.methods.narrower import Smaller
+from effilib.methods.prune_train import PruneTrain
 from effilib.methods.ranked_cut import RankedCut
 from effilib.tasks import Task
-from effilib.training import History
 
 DENSE, PRUNED, RANKED = "dense", "PruneTrain", "one cut by ranking"
 SMALLER, HALVED = "the ranked network from scratch", "one cut by ranking, half the side until then"

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from effilib.experiment import Arm
+from effilib.hooks import Method
 from effilib.methods.data_pruning import DataPruning
 from effilib.methods.kernel_rescaling import KernelRescaling
 from effilib.methods.muon import Muon
 from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity, published
 from effilib.methods.whitening import Whitening
 from effilib.tasks import Task, task
-from effilib.training import Method
 
 NETWORK = "speed_run"
 PEER, OURS = "published", "ours"

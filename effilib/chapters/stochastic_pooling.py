@@ -3,7 +3,8 @@
 from effilib.chapters import convnet_tuning as convnet
 from effilib.experiment import Arm, Contender
 from effilib.methods.data_pruning import DataPruning
-from effilib.methods.stochastic_pooling import StochasticPooling, TrainingAccuracy
+from effilib.methods.stochastic_pooling import StochasticPooling
+from effilib.methods.training_accuracy import TrainingAccuracy
 from effilib.tasks import Task
 
 # What a regulariser saves is images. Nothing else regularises, as in the paper: no augmentation, and no

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.experiment import Arm, Contender
 from effilib.methods.class_arrival import Flat, Growing
 from effilib.methods.fine_tuning import layers

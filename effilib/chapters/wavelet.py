@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from effilib import models, tuning
-from effilib.data import Dataset
+from effilib import networks, tuning
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, NoEffect
 from effilib.experiment import Arm, Contender
 from effilib.inspection import first_convolution
@@ -47,7 +47,7 @@ CONTENDERS = (
 
 def ours(task: Task) -> bool:
     """Return whether the task's network is one of ours, whose widths the chapter can set."""
-    return task.network in models.NETWORKS
+    return task.network in networks.NETWORKS
 
 
 def why_not(task: Task, dataset: Dataset, kind: str = "bands", keep: bool = True) -> str:

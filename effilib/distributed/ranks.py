@@ -28,7 +28,7 @@ from effilib.distributed.processes import loopback
 from effilib.errors import BadInput, NoEffect, NotApplicable
 
 if TYPE_CHECKING:
-    from effilib.data import Batches
+    from effilib.dataset import Batches
 
 __all__ = ["ALONE", "Ranks", "gpu", "ranks", "several", "sync_"]
 

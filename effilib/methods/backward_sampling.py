@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 from effilib.backward import partial_backward_, whole_backward_
 from effilib.errors import BadInput, within
+from effilib.hooks import Method
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = [
     "INFO", "BackwardSampling", "added_variance", "fewest", "most_efficient", "probabilities", "systematic",

@@ -15,13 +15,15 @@ from torch import nn
 
 from effilib import cost, models
 from effilib.clock import interleaved
-from effilib.data import HELD_OUT, Dataset
+from effilib.dataset import HELD_OUT, Dataset
 from effilib.errors import NotApplicable
+from effilib.history import History
 from effilib.methods.fine_tuning import FineTune, weights
 from effilib.methods.tree_cnn import Tree, TreeCNN, fitting, relabel, transferred
-from effilib.models import stream
+from effilib.recipe import Recipe, autocast, resolve_precision
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import History, Recipe, autocast, resolve_precision, train
+from effilib.training import train
 
 __all__ = ["Flat", "Growing", "makers", "stages"]
 

@@ -23,10 +23,13 @@ from effilib import convolution as conv
 from effilib import surgery
 from effilib.convolution import Approximation
 from effilib.errors import NoEffect, choose, within
+from effilib.evaluation import evaluate
+from effilib.hooks import Method
 from effilib.methods import Info
 from effilib.methods.sampled_terms import blocks, choose_terms, how_many, norms, rectified, rectified_energy
 from effilib.models import reestimate_
-from effilib.training import Method, Run, evaluate, stream
+from effilib.run import Run
+from effilib.seeds import stream
 
 __all__ = [
     "INFO", "ChannelSampling", "ColumnRowSampling", "backward_sampling", "exact_channels_",

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from effilib.errors import BadInput, NoEffect
-from effilib.training import Method, Run, at_least_fp32
+from effilib.hooks import Method
+from effilib.recipe import at_least_fp32
+from effilib.run import Run
 
 __all__ = ["DataPruning", "keep_images"]
 

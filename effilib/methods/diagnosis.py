@@ -16,16 +16,21 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from effilib import models
+from effilib import models, networks
 from effilib.clock import elapsed
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput
+from effilib.evaluation import evaluate
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods.growth import step_flops
 from effilib.methods.net2net import grow_
 from effilib.methods.patients import KEEP, candidates, parsed, treat_, treated
 from effilib.methods.pressure import Pressure, norms, survival
 from effilib.methods.prune_then_grow import PruneThenGrow
-from effilib.training import History, Method, Recipe, evaluate, stream, train
+from effilib.recipe import Recipe
+from effilib.seeds import stream
+from effilib.training import train
 
 __all__ = [
     "Buds", "Case", "CheapestFlop", "Forks", "PricedPenalty", "PruningRate", "RandomChoice", "examine",
@@ -380,7 +385,7 @@ class CheapestFlop:
         """Score the candidates: one over the billions of FLOPs that a training step gains."""
         shape, batch = case.dataset.shape, case.recipe.batch_size
         flops = {
-            n: step_flops(models.ResNet(case.dataset.classes, shape[0], **s), shape, batch) / 1e9
+            n: step_flops(networks.ResNet(case.dataset.classes, shape[0], **s), shape, batch) / 1e9
             for n, s in candidates(case.model.settings(), case.multiple).items()
             if n in case.times
         }

@@ -22,9 +22,10 @@ import torch
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, choose
+from effilib.hooks import Method
 from effilib.kernels import integers
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = [
     "DFP", "INFO", "DynamicFixedPoint", "EightBits", "dequantise", "eight_bits", "fixed_point", "quantise",

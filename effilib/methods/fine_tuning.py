@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from effilib.convolution import probe
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import NoEffect
-from effilib.training import Method, Run
+from effilib.hooks import Method
+from effilib.run import Run
 
 __all__ = ["FineTune", "layers", "weights"]
 

@@ -18,9 +18,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from effilib import convolution as conv
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.inspection import followers
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["INFO", "FrozenPrefix", "freeze_", "prefix", "thaw_"]
 

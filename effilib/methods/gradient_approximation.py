@@ -20,8 +20,9 @@ from torch import nn
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, choose
+from effilib.hooks import Method
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["INFO", "GradientApproximation", "dw_at", "locations", "replacement", "scheduled"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import models, networks
 from effilib.convolution import evaluating
 from effilib.methods.diagnosis import Case, ranked
 from effilib.methods.patients import FACTOR, KEEP
@@ -104,10 +104,10 @@ def _gradients(model, x, y):
     """
     seen, hooks = {}, []
     for name, m in model.named_modules():
-        if isinstance(m, nn.Conv2d | models.Block):
+        if isinstance(m, nn.Conv2d | networks.Block):
 
             def keep(m, inputs, output, name=name):
-                first = output if isinstance(m, models.Block) else inputs[0]
+                first = output if isinstance(m, networks.Block) else inputs[0]
                 seen[name] = [first.detach().clone(), None]
                 output.register_hook(lambda dy: seen[name].__setitem__(1, dy.detach()))
 
@@ -121,6 +121,6 @@ def _gradients(model, x, y):
         for h in hooks:
             h.remove()
     squares = {n: g.double().square().sum().item() for n, g in zip(named, found, strict=True)}
-    blocks = {n for n, m in model.named_modules() if isinstance(m, models.Block)}
+    blocks = {n for n, m in model.named_modules() if isinstance(m, networks.Block)}
     inside = {b: sum(squares.get(f"{b}.{c}.weight", 0.0) for c in ("conv1", "conv2")) for b in blocks}
     return seen, {**inside, "all": sum(squares.values())}

@@ -23,10 +23,11 @@ from torch import nn
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.hooks import Method
 from effilib.inspection import followers
 from effilib.kernels import compiler
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = [
     "INFO", "GradientPruning", "Pruner", "lognormal_threshold", "placements", "prune", "prune_by_steps",

@@ -12,7 +12,8 @@ from torch import nn
 from effilib import convolution as conv
 from effilib.convolution import Approximation
 from effilib.errors import choose, within
-from effilib.training import Method, Run
+from effilib.hooks import Method
+from effilib.run import Run
 
 __all__ = ["GradientSubsets", "subset_gradients_"]
 

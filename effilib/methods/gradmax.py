@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models, surgery
+from effilib import seeds, surgery
 from effilib.convolution import evaluating
 from effilib.errors import BadInput
 from effilib.methods.widening import append_
@@ -44,7 +44,7 @@ def gradmax_directions(M: torch.Tensor, k: int, k1: int, k2: int, stride: int = 
 def _leading(A, k):
     """The k right singular vectors of A with the largest singular values, (k, columns)."""
     if min(A.shape) > LARGE:
-        with models.seeded(0, A.device):  # a randomised start (Halko et al. 2011, arXiv:0909.4061)
+        with seeds.seeded(0, A.device):  # a randomised start (Halko et al. 2011, arXiv:0909.4061)
             return torch.svd_lowrank(A, q=min(k + 16, *A.shape), niter=4)[2][:, :k].T
     A = A.double()
     if A.shape[1] <= A.shape[0]:

@@ -15,9 +15,10 @@ from effilib.convolution import evaluating
 from effilib.errors import BadInput, choose
 from effilib.methods import net2net
 from effilib.methods.decision import GROWTH
-from effilib.methods.prune_train import group_norms, group_weight, places, weights
+from effilib.methods.group_lasso import group_norms, group_weight, places, weights
+from effilib.recipe import at_least_fp32, autocast
+from effilib.run import Run
 from effilib.surgery import stages
-from effilib.training import Run, at_least_fp32, autocast
 
 __all__ = ["going", "grow_", "price", "step_flops", "strengths", "validate"]
 
@@ -27,7 +28,7 @@ def price(steps: float, norm: float, lr: float, momentum: float = 0.9, weight_de
 
     Returns its coefficient. norm: of the group. This is `shrink_steps` solved for lambda.
 
-    >>> from effilib.methods.prune_train import shrink_steps
+    >>> from effilib.methods.group_lasso import shrink_steps
     >>> round(shrink_steps(norm=1.0, lam=price(steps=100, norm=1.0, lr=0.1), lr=0.1), 3)
     100.0
     """
@@ -119,7 +120,7 @@ def validate(run: Run, images: int, size: tuple[int, int]) -> tuple[float, float
     Mean cross entropy, and %, of the split's first images. size: (H, W) to which they are resized, as those
     of the training are.
 
-    >>> from effilib.training import Run
+    >>> from effilib.run import Run
     >>> data = load("synthetic")
     >>> run = Run(build("convnet", data.classes, data.shape, widths=(4, 8)), data, Recipe(), (), seed=0)
     >>> loss, accuracy = validate(run, 20, (6, 6))

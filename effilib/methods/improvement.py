@@ -25,12 +25,16 @@ from torch import nn
 
 from effilib.clock import Stopwatch, elapsed
 from effilib.errors import BadInput
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods.diagnosis import Case, Forks, examine, few
 from effilib.methods.kernel_rescaling import shrunk
 from effilib.methods.net2net import Net2Net, fresh
 from effilib.methods.patients import KEEP, treat_, treated
+from effilib.run import Run
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import History, Method, Run, stream, train
+from effilib.training import train
 
 __all__ = ["AllTried", "Diagnosed", "Halving", "Improvement", "Oracle", "Treatment", "planned", "step_time"]
 

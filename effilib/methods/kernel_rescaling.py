@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from effilib import models
-from effilib.data import Batches, Dataset, Split
+from effilib.dataset import Batches, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable, within
+from effilib.hooks import Method
 from effilib.methods import Info
 from effilib.methods.rescaled_kernels import SMALLEST, kernels, rescale_, resize, scaled
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["KernelRescaling", "shrunk"]
 

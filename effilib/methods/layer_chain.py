@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from effilib import cost, models
+from effilib import cost, seeds
 from effilib.clock import interleaved
 from effilib.errors import BadInput
 from effilib.methods.layer_placement import Layer
@@ -183,7 +183,7 @@ def measure(
     True
     """
     functions = {}
-    with models.seeded(0, x.device):  # dropout draws from the global generator
+    with seeds.seeded(0, x.device):  # dropout draws from the global generator
         for i in range(len(chain)):
             part = copy.deepcopy(chain.part(i, i + 1)).train()  # BatchNorm's statistics stay as they are
 

@@ -18,7 +18,8 @@ from effilib import clock, paths, provenance
 from effilib.clock import Stopwatch, interleaved
 from effilib.methods.layer_candidates import Site, replacement
 from effilib.normalization import Layers
-from effilib.training import LAYOUTS, Recipe, autocast, resolve_layout, resolve_precision, stream
+from effilib.recipe import LAYOUTS, Recipe, autocast, resolve_layout, resolve_precision
+from effilib.seeds import stream
 
 __all__ = ["Setting", "between", "latencies", "train_step"]
 

@@ -16,17 +16,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from effilib import models
+from effilib import models, seeds
 from effilib.clock import Stopwatch
-from effilib.data import Batches, Dataset
+from effilib.dataset import Batches, Dataset
 from effilib.errors import BadInput
+from effilib.history import History
 from effilib.methods import Info
 from effilib.methods.layer_candidates import CANDIDATES
 from effilib.methods.layer_latency import Setting, train_step
 from effilib.methods.layer_search import pick, survey
 from effilib.methods.layer_sites import replace_, swap_
+from effilib.recipe import LAYOUTS, Recipe
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import LAYOUTS, History, Recipe, stream, train
+from effilib.training import train
 
 __all__ = ["LayerReplacement", "guard", "say"]
 
@@ -96,7 +99,7 @@ def guard(
             t = {k: min(v) for k, v in times.items()}  # disturbances only ever add
             return t["rebuilt"] / t["original"], {n: t[n] - t["rebuilt"] for n in without}
 
-        with models.seeded(stream(seed, "guard").initial_seed(), setting.device):
+        with seeds.seeded(stream(seed, "guard").initial_seed(), setting.device):
             share, _ = measured()
             if kept and share > plan["foreseen"] + least:
                 share, gains = measured(*kept)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import seeds
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.layer_candidates import CANDIDATES, ORIGINAL, fits, passes, replacement
 from effilib.methods.layer_latency import Setting, between, latencies, train_step
 from effilib.methods.layer_sites import cuttable, sites, swap_
-from effilib.training import LAYOUTS, stream
+from effilib.recipe import LAYOUTS
+from effilib.seeds import stream
 
 __all__ = ["fisher_potential", "foresee", "pick", "potentials", "survey"]
 
@@ -117,7 +118,7 @@ def survey(
         wanted.setdefault(s, [ORIGINAL])
     seconds, cached = latencies(wanted, setting, norm=norm)
     few = x[:64], y[:64]
-    with models.seeded(stream(seed, "survey").initial_seed(), setting.device):  # dropout draws globally
+    with seeds.seeded(stream(seed, "survey").initial_seed(), setting.device):  # dropout draws globally
         before = potentials(net, list(found), *few, setting.context)
         whole = sum(before.values()) or 1.0
         layers = {}

@@ -11,7 +11,7 @@ from torch import nn
 from effilib import surgery
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.layer_candidates import CANDIDATES, Site, fits, parts, replacement, site_of, why_left
-from effilib.training import stream
+from effilib.seeds import stream
 
 __all__ = ["cuttable", "replace_", "sites", "swap_"]
 

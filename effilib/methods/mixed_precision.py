@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from effilib.errors import BadInput, NoEffect, within
+from effilib.hooks import Method
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["INFO", "HalfConv2d", "LossScaler", "MixedPrecision", "Round", "emulate_fp16_", "round_to"]
 

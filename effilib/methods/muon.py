@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from effilib.errors import NoEffect, within
-from effilib.training import Method, Run
+from effilib.hooks import Method
+from effilib.run import Run
 
 __all__ = ["Muon", "orthogonalize"]
 STEP = (3.4445, -4.7750, 2.0315)  # a, b, c

@@ -1,16 +1,18 @@
-"""The control that many chapters have: the same network, narrower, trained from scratch."""
+"""Train the control that many chapters have: the same network, narrower, from scratch."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from effilib import models, surgery
-from effilib.data import Dataset
+from effilib import networks, surgery
+from effilib.dataset import Dataset
+from effilib.history import History
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import History, stream, train
+from effilib.training import train
 
-__all__ = ["Narrower", "narrow", "thin_"]
+__all__ = ["Narrower", "Smaller", "narrow", "thin_"]
 
 
 @torch.no_grad()
@@ -46,8 +48,8 @@ def narrow(
     """
     model = task.build(dataset, seed, **settings)
     before = thin_(model, factor, multiple) if factor < 1 else ()
-    if before and task.network in models.NETWORKS:
-        models.initialize_(model, stream(seed, "initial weights").initial_seed())
+    if before and task.network in networks.NETWORKS:
+        networks.initialize_(model, stream(seed, "initial weights").initial_seed())
     return model, before
 
 
@@ -68,4 +70,31 @@ class Narrower:
     def __call__(self, task: Task, seed: int) -> History:
         dataset = task.load()
         model, _ = narrow(task, dataset, seed, self.factor, self.multiple)
+        return train(model, dataset, task.recipe, (), seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """Train from scratch a network that is cut before its first step.
+
+    For networks that have no settings of their own: (task, seed) -> `History`. widths: (node, width) of each
+    node; removed: residual paths that are taken out first.
+
+    >>> t = task("smoke", "synthetic")
+    >>> Smaller(widths=(("stem", 4),))(t, seed=0).structure["widths"][0]
+    4
+    """
+
+    widths: tuple[tuple[str, int], ...]
+    removed: tuple[str, ...] = ()
+
+    def __call__(self, task: Task, seed: int) -> History:
+        """Train it at the task's length."""
+        dataset = task.load()
+        model = task.build(dataset, seed)
+        for path in self.removed:
+            surgery.remove_path_(surgery.trace(model).path(path))
+        found = surgery.trace(model)
+        for node, width in self.widths:
+            surgery.select_(found[node], range(width))
         return train(model, dataset, task.recipe, (), seed)

@@ -15,14 +15,18 @@ import torch
 from torch import nn
 
 from effilib import surgery
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods import Info
 from effilib.methods.gradmax import gradmax_
 from effilib.methods.narrower import narrow
 from effilib.methods.widening import BREAKERS, jitter_, widen_
+from effilib.recipe import Recipe
+from effilib.run import Run
 from effilib.tasks import Task
-from effilib.training import History, Method, Recipe, Run, train
+from effilib.training import train
 
 __all__ = ["Grown", "Net2Net", "OneRun", "deepen_", "fresh", "grow_"]
 

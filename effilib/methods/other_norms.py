@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from effilib.errors import NoEffect, choose, within
+from effilib.hooks import Method
+from effilib.run import Run
 from effilib.surgery import adopt_, forget_
-from effilib.training import Method, Run
 
 __all__ = ["Bias", "OtherNorm", "replace_norms_"]
 

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from effilib import clock, surgery
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, choose
 from effilib.methods.growth import strengths
 from effilib.methods.net2net import grow_
-from effilib.models import ResNet
+from effilib.networks import ResNet
+from effilib.recipe import LAYOUTS, resolve_layout
+from effilib.run import Run
 from effilib.tasks import Task
-from effilib.training import LAYOUTS, Run, resolve_layout
 
 __all__ = [
     "ACTIONS", "KEEP", "PATIENTS", "Patient", "candidates", "step_times", "treat_", "treated",

@@ -21,9 +21,10 @@ from typing import cast
 import torch
 
 from effilib.errors import BadInput, within
-from effilib.methods.prune_train import Group, group_norms, shrink_
-from effilib.models import Block, ResNet
-from effilib.training import Method, Run
+from effilib.hooks import Method
+from effilib.methods.group_lasso import Group, group_norms, shrink_
+from effilib.networks import Block, ResNet
+from effilib.run import Run
 
 __all__ = ["Pressure", "norms", "parts", "strength", "survival"]
 

@@ -18,26 +18,18 @@ from functools import partial
 
 import torch
 
-from effilib import models, surgery
+from effilib import seeds, surgery
 from effilib.errors import BadInput, choose
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods import Info
 from effilib.methods.decision import GROWTH, KINDS, Action, Epoch, Policy, Stage, Trace, decide
+from effilib.methods.group_lasso import group_norms, group_weight, places, shrink_, shrink_steps, weights
 from effilib.methods.growth import going, grow_, price, step_flops, strengths, validate
-from effilib.methods.prune_train import (
-    PruneTrain,
-    anything_dead,
-    group_norms,
-    group_weight,
-    live,
-    places,
-    prune_,
-    shrink_,
-    shrink_steps,
-    weights,
-)
+from effilib.methods.prune_train import PruneTrain, anything_dead, live, prune_
 from effilib.methods.widening import BREAKERS
+from effilib.run import Run
 from effilib.surgery import stages
-from effilib.training import History, Method, Run
 
 __all__ = ["GENTLE", "PruneThenGrow", "decisions"]
 
@@ -412,7 +404,7 @@ class PruneThenGrow(Policy, Method):
         """
         twin, shape = copy.deepcopy(model), x.shape[1:]
         try:
-            with models.seeded(0):  # draws of constructors must not shift those of the run
+            with seeds.seeded(0):  # draws of constructors must not shift those of the run
                 how = dict(multiple=multiple, breaker="none", generator=torch.Generator(), x=x)
                 self._enlarge(twin, layout, stage, growth, **how)
         except BadInput:

@@ -15,8 +15,9 @@ import torch
 
 from effilib import cost, surgery
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.hooks import Method
 from effilib.methods import Info
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["RankedCut", "block_prices", "distance", "masks"]
 

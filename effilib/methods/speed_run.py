@@ -1,7 +1,7 @@
 """Tricks of the CIFAR-10 speed runs, each a method of its own (Jordan 2024, arXiv:2404.00498; Page 2019).
 
 They are about optimisation: none makes a step cheaper, together they need a third of the steps. What else the
-speed runs do stands where it belongs: the network and its scaled logits in `models.Groups`, the whitening
+speed runs do stands where it belongs: the network and its scaled logits in `networks.Groups`, the whitening
 stem in `whitening`, alternating flips and the multi-crop evaluation in `Recipe`, Muon in `muon`.
 """
 
@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effilib.errors import NoEffect, within
+from effilib.hooks import Method
 from effilib.methods import Info
-from effilib.training import Method, Recipe, Run
+from effilib.recipe import Recipe
+from effilib.run import Run
 
 __all__ = ["INFO", "FastBiases", "Lookahead", "PartialIdentity", "identity_", "published"]
 

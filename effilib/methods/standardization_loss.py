@@ -23,13 +23,16 @@ from torch.autograd.function import once_differentiable
 
 from effilib import surgery
 from effilib.errors import BadInput, NoEffect, within
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.inspection import followers
 from effilib.methods import Info
 from effilib.methods.other_norms import NORMS, Bias, replace_norms_
 from effilib.normalization import Layers
+from effilib.run import Run
 from effilib.surgery import forget_
 from effilib.tasks import Task
-from effilib.training import History, Method, Run, train
+from effilib.training import train
 
 __all__ = [
     "Divergence", "StandardizationLoss", "Standardized", "Unstandardized", "Watch", "cnn", "collect_",

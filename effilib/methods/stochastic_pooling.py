@@ -11,10 +11,8 @@ c_(K-1) < c_r. An element of 0 is therefore never drawn, and padding, which is 0
 """
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from itertools import accumulate
 
 import torch
@@ -24,13 +22,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.hooks import Method
 from effilib.kernels import compiler
 from effilib.methods import Info
-from effilib.training import History, Method, Run, evaluate
+from effilib.methods.pooling_windows import Geometry, chunks, flatten
+from effilib.methods.s3_pooling import S3Pool2d
+from effilib.run import Run
 
 __all__ = [
-    "AveragePool2d", "Draw", "S3Pool2d", "StochasticPool2d", "StochasticPooling", "TrainingAccuracy", "draw",
-    "expected", "replace_pools_", "training_accuracy",
+    "AveragePool2d", "Draw", "StochasticPool2d", "StochasticPooling", "draw", "expected", "replace_pools_",
 ]  # fmt: skip
 
 INFO = Info(
@@ -44,67 +44,6 @@ INFO = Info(
     "images or fewer steps suffice.",
     applies="networks with max pooling, and few images",
 )
-
-CHUNK = 2**17  # windows at a time: what is computed in between stays in the processor's cache
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Windows of (kh, kw) at steps of (sh, sw) over an image padded by 0, with the shapes of `max_pool2d`."""
-
-    size: tuple
-    kernel: tuple
-    stride: tuple
-    padding: tuple
-    dilation: tuple
-    ceil: bool
-
-    @property
-    def spans(self):
-        """Pixels from a window's first row (column) to its last."""
-        return [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-
-    @property
-    def out(self):
-        """(H', W'): rounded up with `ceil`, but no window begins in the padding behind the image."""
-        sizes = []
-        for n, span, s, p in zip(self.size, self.spans, self.stride, self.padding, strict=True):
-            out = (n + 2 * p - span + (s - 1 if self.ceil else 0)) // s + 1
-            sizes.append(out - (self.ceil and (out - 1) * s >= n + p))
-        if min(sizes) < 1:
-            raise BadInput(
-                f"pooling: windows of {self.kernel} do not fit into images of {self.size}, padded by "
-                f"{self.padding}"
-            )
-        return tuple(sizes)
-
-    @property
-    def behind(self):
-        """Rows and columns of 0 that the last windows need behind the image, beyond what is there."""
-        sides = zip(self.out, self.size, self.spans, self.stride, self.padding, strict=True)
-        return tuple(max(0, (o - 1) * s + span - n - p) for o, n, span, s, p in sides)
-
-    @property
-    def sides(self):
-        """What the kernel wants: per side its size, number of windows, kernel, stride, padding, dilation."""
-        parts = (self.size, self.out, self.kernel, self.stride, self.padding, self.dilation)
-        return (ctypes.c_int64 * 12)(*(n for side in zip(*parts, strict=True) for n in side))
-
-    @property
-    def padded(self):
-        """(H, W) of the image with all zeros around it."""
-        return tuple(n + p + b for n, p, b in zip(self.size, self.padding, self.behind, strict=True))
-
-    def pad(self, x):
-        """(B, H, W, C) -> with zeros around, as far as windows reach."""
-        (top, left), (bottom, right) = self.padding, self.behind
-        return F.pad(x, (0, 0, left, right, top, bottom)) if top or left or bottom or right else x
-
-    def windows(self, x):
-        """The K = kh kw elements of all windows, as strided views (B, H', W', C) of the padded x."""
-        (h, w), (sh, sw), (dh, dw) = self.out, self.stride, self.dilation
-        corners = [(i * dh, j * dw) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
-        return [x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w - 1) + 1 : sw] for i, j in corners]
 
 
 def draw(a: list[torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,14 +91,6 @@ def uniform(shape, device, generator=None):
         -(2**63), None, generator=generator
     )
     return bits.view(torch.int16)[:n].view(shape).to(device)
-
-
-def _flat(x):
-    """(N, C, H, W) -> (B, H, W, C') without a copy, and the way back: what lies side by side comes last."""
-    n, c = x.shape[:2]
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return x.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)
-    return x.contiguous().flatten(0, 1).unsqueeze(-1), lambda y: y.squeeze(-1).unflatten(0, (n, c))
 
 
 def _precise(dtype):
@@ -240,12 +171,6 @@ class Draw(torch.autograd.Function):
         return dx, None, None, None
 
 
-def chunks(shape):
-    """Slices of the first dimension with about `CHUNK` windows each, of `shape` (B, H', W', C)."""
-    size = max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
-    return [slice(i, i + size) for i in range(0, max(1, shape[0]), size)]
-
-
 class StochasticPool2d(nn.MaxPool2d):
     """Draw from each window in training; geometry as in `nn.MaxPool2d`.
 
@@ -272,7 +197,7 @@ class StochasticPool2d(nn.MaxPool2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        flat, back = _flat(x)
+        flat, back = flatten(x)
         parts = (self.kernel_size, self.stride, self.padding, self.dilation)
         geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
         if self.training:
@@ -280,92 +205,6 @@ class StochasticPool2d(nn.MaxPool2d):
         _refuse(flat, _negative(flat), self.layer)
         parts = [flat[i].to(_precise(x.dtype)) for i in chunks((len(flat), *geometry.out, flat.shape[-1]))]
         return back(torch.cat([expected(geometry.windows(geometry.pad(a))).to(x.dtype) for a in parts]))
-
-
-class Maximum(torch.autograd.Function):
-    """max(a, b), with the gradient for a where they are equal; PyTorch's own is several times as slow."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a)))
-        return torch.maximum(a, b)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (first,) = ctx.saved_tensors
-        da = dy * first
-        return da, dy - da
-
-
-def pick(n, grid, keep, generator=None):
-    """A sorted random choice of `keep` per `grid` of 0 ... n - 1 (fewer in a smaller last grid)."""
-    chosen = []
-    for o in range(0, n, grid):
-        here = min(grid, n - o)
-        chosen.append(o + torch.randperm(here, generator=generator)[: here * keep // grid].sort().values)
-    return torch.cat(chosen)
-
-
-class S3Pool2d(nn.MaxPool2d):
-    """Take maxima at stride 1, then random rows and columns.
-
-    S3Pool, Zhai et al. 2017. Train: the map of maxima is cut into grids of `grid` rows (and columns); from
-    each, grid / stride are kept, drawn without replacement and sorted, the same for all images and channels.
-    Eval: the mean of each stride x stride cell of that map. Shapes are those of `nn.MaxPool2d` in both modes.
-    grid: pixels, a multiple of the stride; None is the stride itself, the weakest distortion. generator: on
-    the CPU. Raises `BadInput` for a grid that is no multiple of the stride, and for dilation.
-
-    >>> S3Pool2d(2, grid=4)(torch.rand(1, 3, 8, 8)).shape
-    torch.Size([1, 3, 4, 4])
-    """
-
-    def __init__(
-        self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, *, grid=None, generator=None
-    ):
-        super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
-        self.grid, self.generator = grid, generator
-        if _pair(dilation) != (1, 1):
-            raise BadInput(f"S3Pool: dilation {dilation} has no meaning here, only 1")
-        if grid is not None and any(grid < s or grid % s for s in _pair(self.stride)):
-            raise BadInput(f"S3Pool: grid {grid} is no multiple of the stride {self.stride}")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 3:
-            return self.forward(x[None])[0]
-        parts = (self.kernel_size, self.stride, self.padding, self.dilation)
-        geometry = Geometry(tuple(x.shape[2:]), *map(_pair, parts), self.ceil_mode)
-        flat, back = _flat(x)
-        starts = [self.starts(out, s) for out, s in zip(geometry.out, geometry.stride, strict=True)]
-        if self.training:
-            return back(self.reduce(flat, geometry, starts))
-        parts = [flat[i] for i in chunks((len(flat), *geometry.size, flat.shape[-1]))]
-        return back(torch.cat([self.reduce(y, geometry, starts) for y in parts]))
-
-    def starts(self, out: int, stride: int) -> torch.Tensor:
-        """Return where windows begin along an axis.
-
-        A random choice of `out` places, in eval mode all of them.
-        """
-        grid = self.grid or stride
-        if not self.training:
-            return torch.arange(out * stride)
-        return pick(out * stride, grid, grid // stride, self.generator)
-
-    def reduce(self, y: torch.Tensor, geometry: Geometry, starts: list[torch.Tensor]) -> torch.Tensor:
-        """Maxima of y: (B, H, W, C) along rows, then columns: windows are separable."""
-        for dim in (1, 2):
-            kernel, padding, last = geometry.kernel[dim - 1], geometry.padding[dim - 1], y.shape[dim] - 1
-            # windows that reach beyond the image see its border again, which changes no maximum
-            lines = [(starts[dim - 1] + d - padding).clamp_(0, last).to(y.device) for d in range(kernel)]
-            y = reduce(Maximum.apply, [y.index_select(dim, line) for line in lines])
-        if self.training:
-            return y
-        (h, w), (sh, sw) = geometry.out, geometry.stride
-        # only after both: a mean and a maximum do not commute
-        return y.reshape(len(y), h, sh, w, sw, y.shape[-1]).mean((2, 4))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, grid={self.grid}"
 
 
 class AveragePool2d(nn.MaxPool2d):
@@ -449,38 +288,3 @@ class StochasticPooling(Method):
             return AveragePool2d(*parts, ceil_mode=pool.ceil_mode)
 
         run.log(self, f"{replace_pools_(run.model, make)} pooling layers are now {self.kind}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingAccuracy(Method):
-    """Note the accuracy on training images at the end.
-
-    In eval mode, off the clock.
-
-    >>> data = load("synthetic")
-    >>> net = build("convnet", data.classes, data.shape, widths=(4, 8))
-    >>> history = train(net, data, Recipe(epochs=1), [TrainingAccuracy()])
-    >>> training_accuracy(history) == evaluate(net, data, "train")[1]
-    True
-    """
-
-    images: int = 1000  # at most: the first ones
-
-    def __post_init__(self):
-        within("training accuracy: images", self.images, "a whole number above 0")
-
-    def on_fit_end(self, run: Run) -> None:
-        with run.clock.paused():
-            few = run.dataset.limit(min(self.images, len(run.dataset.train)))
-            accuracy = evaluate(run.model, few, "train", run.precision)[1]
-        run.log(self, f"{accuracy:.2f} % of the training images", training_accuracy=accuracy)
-
-
-def training_accuracy(history: History) -> float:
-    """Return what `TrainingAccuracy` noted, in %; nan where it did not.
-
-    >>> training_accuracy(History())
-    nan
-    """
-    noted = [e["training_accuracy"] for e in history.events if "training_accuracy" in e]
-    return noted[-1] if noted else math.nan

@@ -22,10 +22,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from effilib import cost
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.hooks import Method
 from effilib.inspection import cut_patches, followers
 from effilib.methods import Info
+from effilib.run import Run
 from effilib.surgery import forget_
-from effilib.training import Method, Run
 
 __all__ = [
     "StrengthConv2d", "StructureAndStrength", "dictionary", "he_gain", "kmeans", "learn_filters",

@@ -19,12 +19,14 @@ from torch import nn
 
 from effilib import cost
 from effilib.clock import Stopwatch
-from effilib.data import HELD_OUT, Dataset, Split
+from effilib.dataset import HELD_OUT, Dataset, Split
 from effilib.errors import BadInput, NoEffect, NotApplicable
+from effilib.history import History, judge_
 from effilib.methods import Info
 from effilib.methods.fine_tuning import FineTune, weights
 from effilib.methods.tree_growth import Growth, grow, likelihood
-from effilib.training import History, Recipe, autocast, judge_, resolve_precision, train
+from effilib.recipe import Recipe, autocast, resolve_precision
+from effilib.training import train
 
 __all__ = ["Tree", "TreeCNN", "effort", "fitting", "hits", "rebuild_", "relabel", "transferred"]
 
@@ -209,7 +211,7 @@ def fitting(recipe: Recipe, dataset: Dataset) -> Recipe:
 def hits(tree: Tree, dataset: Dataset, split: str, precision: str = "fp32") -> list[list[int]]:
     """Return [correct, all] by class of the tree on a split.
 
-    As `training.class_hits` does. Images of classes that have not come yet count as misclassified. The tree
+    As `evaluation.class_hits` does. Images of classes that have not come yet count as misclassified. The tree
     is left in eval mode.
 
     >>> data = load("synthetic")

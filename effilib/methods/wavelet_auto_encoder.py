@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import models, networks, seeds
 from effilib.convolution import evaluating
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput
+from effilib.history import History
+from effilib.hooks import Method
 from effilib.methods.wavelet_stem import keep_sizes_
-from effilib.models import conv3x3
+from effilib.networks import conv3x3
 from effilib.normalization import norm_relu
+from effilib.recipe import autocast
+from effilib.run import Run
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import History, Method, Run, autocast, stream, train
+from effilib.training import train
 
 __all__ = ["WAE", "AutoEncoder", "Decoder", "WaveletAutoEncoder", "energy_share", "wae_of"]
 
@@ -215,7 +220,7 @@ def wae_of(task: Task, dataset: Dataset, seed: int = 0) -> WAE:
     >>> wae_of(t, t.load()).high.settings()["widths"]
     [4, 4]
     """
-    if task.network not in models.NETWORKS:
+    if task.network not in networks.NETWORKS:
         raise BadInput(f"wavelet-like auto-encoder: nobody knows how to make {task.network} narrower")
     c, height, width = dataset.shape
     half = (c, (height + 1) // 2, (width + 1) // 2)
@@ -232,7 +237,7 @@ def wae_of(task: Task, dataset: Dataset, seed: int = 0) -> WAE:
 
     low, F_L = trunk(task.widths)
     high, F_H = trunk(task.widths | {"widths": quarter(low.settings()["widths"])})
-    with models.seeded(init):
+    with seeds.seeded(init):
         return WAE(c, dataset.classes, low, high, (F_L, F_H)).to(dataset.device)
 
 

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import networks
 from effilib.clock import Stopwatch
-from effilib.data import Batches, Dataset, Split, moments
+from effilib.dataset import Batches, Dataset, Split, moments
 from effilib.errors import BadInput
+from effilib.history import History
 from effilib.inspection import first_convolution
 from effilib.methods.wavelet import butterfly, even
 from effilib.methods.wavelet_stem import keep_sizes_
+from effilib.seeds import stream
 from effilib.tasks import Task
-from effilib.training import History, stream, train
+from effilib.training import train
 
 __all__ = ["BandBatches", "Bands", "Precomputed", "precompute"]
 
@@ -163,7 +165,7 @@ def _stem_for_(model, shape, seed):
     bands.
     """
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    conv = models.conv3x3(shape[0], old.out_channels, bias=old.bias is not None)
+    conv = networks.conv3x3(shape[0], old.out_channels, bias=old.bias is not None)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=stream(seed, "stem"))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

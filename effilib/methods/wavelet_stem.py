@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from effilib.convolution import probe
-from effilib.data import Dataset
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, NoEffect, choose, within
+from effilib.hooks import Method
 from effilib.inspection import first_convolution
 from effilib.methods.wavelet import even, haar, wavelet_pool
+from effilib.run import Run
 from effilib.surgery import adopt_, forget_
-from effilib.training import Method, Run
 
 __all__ = [
     "FrontEnd", "WaveletStem", "haar_matrix", "halve_again_", "keep_sizes_", "moments", "space_to_depth",

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from effilib.errors import BadInput, choose, within
+from effilib.hooks import Method
 from effilib.inspection import cut_patches, first_convolution, followers
-from effilib.training import Method, Run
+from effilib.run import Run
 
 __all__ = ["Whitening", "whiten_stem_", "whitening_filters"]
 

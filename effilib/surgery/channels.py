@@ -18,7 +18,7 @@ from torch import fx, nn
 from effilib import models
 from effilib.convolution import evaluating
 from effilib.errors import BadInput, NotApplicable, choose
-from effilib.models import Block, Constant, Gone
+from effilib.networks import Block, Constant, Gone
 
 __all__ = [
     "CONVS", "LAYERS", "NORMS", "Node", "Path", "Structure", "checked", "follow", "nodes", "place_of",

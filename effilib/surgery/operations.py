@@ -17,9 +17,9 @@ from itertools import count
 import torch
 from torch import nn
 
-from effilib import models
+from effilib import models, seeds
 from effilib.errors import BadInput
-from effilib.models import Block, Constant, Gone
+from effilib.networks import Block, Constant, Gone
 from effilib.surgery.channels import CONVS, NORMS, Node, Path, checked, trace, unknown
 from effilib.surgery.trial import keeping
 
@@ -432,7 +432,7 @@ def append_block_(
     holder, place = _sequential(model, name)
     old = holder[place]
     if isinstance(old, Block):
-        with models.seeded(0):  # a constructor's draws, which are not used, shift nobody's
+        with seeds.seeded(0):  # a constructor's draws, which are not used, shift nobody's
             new, last = Block(old.width, old.width, kernels=old.kernels), "bn2"
     else:
         path = trace(model).path(name)
@@ -530,7 +530,7 @@ def insert_layer_(
         raise BadInput(f"{after}: what comes out of it is no map (N, C, H, W), but {tuple(h.shape)}")
     c, like = h.shape[1], next((p for p in reversed(weights) if p.dim() == 4), weights[-1])
     with_bn = isinstance([m for m in own if next(m.parameters(recurse=False), None) is not None][-1], NORMS)
-    with models.seeded(0):  # a constructor's draws, which are not used, shift nobody's
+    with seeds.seeded(0):  # a constructor's draws, which are not used, shift nobody's
         conv, bn = nn.Conv2d(c, c, 3, padding=1, bias=not with_bn), nn.BatchNorm2d(c)
     new = [conv, bn, nn.ReLU(inplace=relu.inplace)] if with_bn else [conv, nn.ReLU(inplace=relu.inplace)]
     for m in new:
@@ -554,7 +554,7 @@ def _output(model, name, x):
     seen = []
     hook = model.get_submodule(name).register_forward_hook(lambda m, inputs, y: seen.append(y.clone()))
     try:
-        with models.untouched(model), models.seeded(0, x.device):
+        with models.untouched(model), seeds.seeded(0, x.device):
             model(x)
     finally:
         hook.remove()

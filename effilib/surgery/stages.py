@@ -14,7 +14,7 @@ from torch import nn
 from effilib import cost, surgery
 from effilib.convolution import probe
 from effilib.errors import BadInput
-from effilib.models import Constant
+from effilib.networks import Constant
 from effilib.surgery.channels import Node, Structure
 
 __all__ = [

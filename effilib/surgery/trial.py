@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from effilib import models
+from effilib import models, seeds
 from effilib.convolution import evaluating
 from effilib.errors import BadInput
 
@@ -114,7 +114,7 @@ def _computed(model, x, mode, nudge=0.0):
     """
     with (
         models.untouched(model) if mode == "training" else evaluating(model),
-        models.seeded(int(nudge > 0), x.device),
+        seeds.seeded(int(nudge > 0), x.device),
         _fp32(),
     ):
         for m in model.modules():

@@ -15,10 +15,13 @@ from pathlib import Path
 from effilib import clock, data, distributed, paths, provenance, search, statistics, tasks, training, tuning
 from effilib.caveats import FEW_STEPS
 from effilib.chapters.comparison import CONTENDERS
+from effilib.dataset import Dataset
 from effilib.errors import BadInput, choose, within
 from effilib.experiment import Arm
-from effilib.models import NETWORKS
+from effilib.hooks import Method
+from effilib.networks import NETWORKS
 from effilib.progress import say_seconds
+from effilib.recipe import Recipe, resolve_layout, resolve_precision
 from effilib.results import Comparison, compare
 from effilib.search import Found
 from effilib.tasks import Task
@@ -417,7 +420,7 @@ def _as_task(task: Task, arm: Arm) -> Task:
     return task.but(widths=task.widths | arm.network)
 
 
-def snippet(task: Task, dataset: data.Dataset, methods: Sequence[training.Method]) -> str:
+def snippet(task: Task, dataset: Dataset, methods: Sequence[Method]) -> str:
     """Return Python for one's own loop: network, recipe and methods, and where these take part.
 
     >>> from effilib.methods.freezing import FrozenPrefix
@@ -431,10 +434,10 @@ def snippet(task: Task, dataset: data.Dataset, methods: Sequence[training.Method
     ...
     """
     imports = sorted({f"from {c.__module__} import {c.__name__}" for m in methods for c in _classes(m)})
-    r, plain = task.recipe, training.Recipe()
+    r, plain = task.recipe, Recipe()
     changed = [f"{f.name}={v!r}" for f in fields(r) if (v := getattr(r, f.name)) != getattr(plain, f.name)]
-    precision = training.resolve_precision(r.precision, task.device)
-    layout = training.resolve_layout(r, task.device, task.build(dataset))
+    precision = resolve_precision(r.precision, task.device)
+    layout = resolve_layout(r, task.device, task.build(dataset))
     settings = "".join(f", {k}={v!r}" for k, v in task.widths.items())
     ours = task.network in NETWORKS
     build = f"net = build({task.network!r}, {dataset.classes}, {dataset.shape}{settings})"

@@ -33,7 +33,7 @@ from pathlib import Path
 from effilib import paths
 from effilib.errors import BadInput
 from effilib.workbook import report
-from effilib.workbook.report import SKIPPED
+from effilib.workbook.records import SKIPPED
 
 __all__ = ["Job", "Outcome", "executed", "hold", "listing", "saved", "sentence"]
 

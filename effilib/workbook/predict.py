@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from effilib import checkpoint, data, figures, images, paths
+from effilib import checkpoint, figures, images, paths
+from effilib.dataset import normalize
 from effilib.errors import BadInput
 from effilib.progress import ticked
 
@@ -112,9 +113,7 @@ def predict(model: nn.Module, known: dict, files: Iterable[Path], bad: list[str]
 
     pictures = readable()
     while part := list(islice(pictures, BATCH)):
-        x = data.normalize(
-            torch.from_numpy(np.stack([p for _, p in part])), known["mean"], known["std"], dtype
-        )
+        x = normalize(torch.from_numpy(np.stack([p for _, p in part])), known["mean"], known["std"], dtype)
         likely = model(x.contiguous()).softmax(1).sort(descending=True)  # every network takes contiguous
         for (file, pixels), p, order in zip(
             part, likely.values.tolist(), likely.indices.tolist(), strict=True

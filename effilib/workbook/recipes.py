@@ -24,8 +24,9 @@ from pathlib import Path
 
 from effilib import data, paths, tasks
 from effilib.errors import BadInput, choose
+from effilib.hooks import Method
+from effilib.recipe import Recipe
 from effilib.tasks import Task
-from effilib.training import Method, Recipe
 from effilib.workbook.train_command import make, method, methods, name_of
 
 __all__ = ["read", "text", "write"]

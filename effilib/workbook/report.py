@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
-import html as markup
 import io
 import math
 import os
@@ -20,16 +19,14 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import effilib
 from effilib import paths
 from effilib.errors import BadInput
-from effilib.workbook import series
+from effilib.workbook import records, series
+from effilib.workbook.formulas import hide_formulas, show_formulas
 
-__all__ = [
-    "filled", "index", "light_imports", "mathml", "recorded_index", "render", "scoreboard_rows", "speedup",
-]  # fmt: skip
+__all__ = ["filled", "index", "light_imports", "recorded_index", "render"]
 
 # The scoreboard
 
@@ -55,8 +52,6 @@ BADGES = {  # how a verdict or status begins -> tone (its colour in style.css), 
     "not run": ("none", "○"),
     "not recorded": ("none", "○"),
 }
-EQUAL = {"seconds": "time", "flops": "FLOPs"}
-SKIPPED = "skipped: "  # how the reason begins of a notebook that does not apply to the network or the data
 SMOKE = "Preset smoke: this shows that every cell runs. It is not a measurement."
 SHARED = "Shared machine: something else was measured at the same time, so there is no verdict on times."
 HOLM = (
@@ -64,193 +59,6 @@ HOLM = (
     "(Holm's correction at 5 %)."
 )
 ALONE = "★ marks what is significant at 5 %; this page has one test, so that there is nothing to correct for."
-
-RECORD_TEXT = ("chapter", "title", "title_de", "paper", "claim", "preset", "dataset", "network", "commit")
-RECORD_TEXT = (*RECORD_TEXT, "date", "caption")
-VERDICT_TEXT = ("arm", "against", "verdict", "aim_verdict", "text", "kind", "cost")
-VERDICT_NUMBERS = ("ratio", "low", "high", "n", "lengths", "points", "points_low", "points_high", "aim", "p")
-EMPTY = {
-    **dict.fromkeys(("notebook", "status", "reason", "report", *RECORD_TEXT, "machine", *VERDICT_TEXT), ""),
-    **dict.fromkeys((*VERDICT_NUMBERS, "seconds", "range", "survives")),
-    **dict.fromkeys(("shared_machine", "older"), False),
-    "notes": (),
-    "beware": (),
-}
-UNEXPECTED = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    OverflowError,
-)  # what values of the wrong type raise here
-
-
-def scoreboard_rows(folder: str | Path, notebooks: Any = ()) -> list[dict]:
-    """Return what a folder of results knows of each notebook.
-
-    folder: holds `<notebook>/record.json` and, where the runner wrote it, `<notebook>/run.json`. notebooks:
-    names that get a row even where nothing was run. Returns flat dicts with the same keys, ready for
-    `pandas.DataFrame`. `status` is "complete", "skipped", "failed", "unreadable" or "not run", and `reason`
-    says why it is not complete; `survives` whether a verdict survives Holm's correction over all rows.
-    Nothing that a file contains raises.
-
-    >>> rows = scoreboard_rows("nothing was run here", ["03_2_mixed_precision"])
-    >>> rows[0]["chapter"], rows[0]["status"]
-    ('3.2', 'not run')
-    """
-    folder = Path(folder)
-    found = {file.parent.name for name in ("record.json", "run.json") for file in folder.glob(f"*/{name}")}
-    rows = [_row(folder / name) for name in sorted(found | set(notebooks), key=_chapter_order)]
-    series.mark_survivors(rows)
-    return rows
-
-
-def speedup(row: dict) -> str:
-    """Return a row's measured ratio as text, "" where there is none.
-
-    >>> speedup({"ratio": 1.342, "low": 1.291, "high": 1.4, "kind": "gap"})
-    '1.34x [1.29, 1.40]'
-    >>> speedup({"ratio": 0.41, "low": None, "high": None, "kind": "at most"})
-    'at most 0.41x'
-    """
-    if row["ratio"] is None:
-        return ""
-    bound = f"{row['kind']} " if row["kind"].startswith("at ") else ""
-    interval = "" if None in (row["low"], row["high"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{bound}{row['ratio']:.2f}x{interval}"
-
-
-def _conditions(row):
-    """Under what a ratio was measured, in a line; what is said where there is none."""
-    where = []
-    if row["range"]:
-        low, high = row["range"]
-        digits = 0 if high - low >= 2 else 1
-        where.append(f"at {low:.{digits}f}–{high:.{digits}f} % accuracy")
-    if row["ratio"] is None and row["text"]:
-        where.append(row["text"])
-    elif row["n"]:
-        where.append(f"n = {row['n']} × {row['lengths']}")
-        where += [f"by {row['cost']}"] * (row["cost"] != "seconds")
-    return ", ".join(where)
-
-
-def _points(row):
-    """Accuracy above the baseline's at equal cost, and its interval, a line each; empty where unknown."""
-    if row["points"] is None:
-        return []
-    values = [row["points"], row["points_low"], row["points_high"]]
-    mean, low, high = (None if v is None else f"{v:+.2f}".replace("-", "−") for v in values)
-    return [f"{mean} points"] + ([f"[{low}, {high}]"] if low and high else [])
-
-
-def _equal(row):
-    """At equal what the points are."""
-    return f"at equal {EQUAL.get(row['cost'], row['cost'])}"
-
-
-def _aim(row):
-    return f"aim {row['aim']:g}x: {row['aim_verdict']}" if row["aim"] is not None else ""
-
-
-def _chapter_order(name):
-    """`03_2_x` before `03_10_y` before `10_z`: by the numbers that a notebook's name begins with."""
-    return [int(number) for number in re.findall(r"\d+", re.match(r"[\d_]*", name)[0])] or [math.inf], name
-
-
-def _from_name(name):
-    """What a notebook's name alone tells: `03_2_mixed_precision` is chapter 3.2, "Mixed precision"."""
-    number, title = re.match(r"([\d_]*)(.*)", name).groups()
-    chapter = ".".join(str(int(n)) for n in re.findall(r"\d+", number))
-    return {"notebook": name, "chapter": chapter, "title": title.replace("_", " ").capitalize() or name}
-
-
-def _row(folder):
-    """One row. Its files may be missing, half-written or nonsense: then the row says so."""
-    row = EMPTY | _from_name(folder.name)
-    try:
-        row |= _read(folder)
-    except UNEXPECTED as error:
-        row |= {"status": "unreadable", "reason": _unexpected(error)}
-    # Where an earlier complete result was kept, the last run has its report beside it.
-    places = [f"failed/{folder.name}"] * (row["status"] in ("failed", "skipped")) + [folder.name]
-    reports = (f"{place}/report.html" for place in places)
-    return row | {"report": next((report for report in reports if (folder.parent / report).exists()), "")}
-
-
-def _unexpected(error):
-    if isinstance(error, BadInput):
-        return str(error)
-    return f"record.json does not hold what was expected: {error}"
-
-
-def _read(folder):
-    """What `run.json` and `record.json` say. The run's word comes first: a failed run left no result."""
-    run, record = _json(folder / "run.json"), _json(folder / "record.json")
-    if run is None and record is None:
-        return {"status": "not run", "reason": "not run"}
-    if run is not None and run.get("status") != "complete":
-        reason = _text(run.get("reason")) or "no reason given"
-        status = "skipped" if run.get("status") == "skipped" else "failed"
-        return {"status": status, "reason": reason, "date": _text(run.get("date"))}
-    if record is None:
-        raise BadInput("record.json is missing, though the run ended well")
-    if record.get("schema") not in (1, series.SCHEMA):
-        raise BadInput(
-            f"record.json has schema {record.get('schema')!r}; this effilib reads schema {series.SCHEMA}"
-        )
-    if record.get("status") != "complete":
-        reason = "record.json does not say complete: the notebook did not reach its end"
-        return {"status": "failed", "reason": reason}
-    return {
-        "status": "complete",
-        **_facts(record),
-        **_verdict(record.get("headline") or {}, series.older(record)),
-    }
-
-
-def _json(file):
-    """A JSON object, None where there is no such file. Raises `BadInput` where it is damaged."""
-    content = paths.read_json(file)
-    if file.exists() and not isinstance(content, dict):
-        raise BadInput(f"{file.name} is damaged or only half-written")
-    return content
-
-
-def _facts(record):
-    machine = record.get("machine") or {}
-    return {
-        **{key: _text(record[key]) for key in RECORD_TEXT if record.get(key)},
-        "machine": _text(machine.get("summary")),
-        "seconds": _number(record.get("duration_s")),
-        "shared_machine": bool(record.get("shared_machine")),
-        "beware": [_text(note) for note in record.get("beware") or ()],
-    }
-
-
-def _verdict(verdict, older=False):
-    """A record's headline, or one of its verdicts, as plain columns: text, and finite numbers or None.
-
-    Of an older protocol there is no verdict, and no ratio that could be compared, but what was said of it.
-    """
-    if older:
-        text = _text(verdict.get("text")) if verdict.get("ratio") else ""
-        return {"older": True, "verdict": series.OLDER, "text": text} if verdict else {}
-    row = {key: _text(verdict.get(key)) for key in VERDICT_TEXT}
-    row |= {key: _number(verdict.get(key)) for key in VERDICT_NUMBERS}
-    row["notes"] = [_text(note) for note in verdict.get("notes") or ()]
-    row["range"] = verdict.get("range") and [float(a) for a in verdict["range"]]
-    if any(row[key] is not None and row[key] <= 0 for key in ("ratio", "low", "high")):
-        raise BadInput(f"record.json has a speed-up that is not a positive factor: {speedup(row)}")
-    whole = {key: row[key] and int(row[key]) for key in ("n", "lengths")}
-    return row | whole | {"p": None if row["p"] is None else min(max(row["p"], 0.0), 1.0)}
-
-
-def _text(value):
-    return "" if value is None else str(value)
-
-
-def _number(value):
-    return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
 def index(folder: str | Path, notebooks: Any = ()) -> Path:
@@ -263,7 +71,7 @@ def index(folder: str | Path, notebooks: Any = ()) -> Path:
     True
     """
     folder = Path(folder)
-    rows, recorded = scoreboard_rows(folder, notebooks), series.recorded()
+    rows, recorded = records.scoreboard_rows(folder, notebooks), series.recorded()
     for row in rows:
         row["recorded"] = _recorded(recorded.get(row["notebook"]), row["date"], folder)
     return _scoreboard(folder, rows, {row["notebook"]: folder / row["notebook"] for row in rows})
@@ -278,17 +86,17 @@ def recorded_index(folder: str | Path | None = None, links: dict[str, str] | Non
     >>> "Mixed precision" in recorded_index().read_text()
     True
     """
-    places = {stem: records[-1]["folder"] for stem, records in series.recorded().items()}
+    places = {stem: found[-1]["folder"] for stem, found in series.recorded().items()}
     there = [chapter for chapter in series.CHAPTERS if chapter.exists and chapter.stem not in places]
     rows = []
     for place in places.values():
-        row = _row(place)
+        row = records.read_row(place)
         rows.append(row | {"report": row["report"] and f"{place.parent.name}/{row['report']}"})
     for chapter in there:
         row = {"notebook": chapter.stem, "chapter": chapter.number, "title": chapter.title}
         row |= {"title_de": chapter.title_de, "status": "not run", "verdict": "not recorded"}
-        rows.append(EMPTY | row)
-    rows.sort(key=lambda row: _chapter_order(row["notebook"]))
+        rows.append(records.EMPTY | row)
+    rows.sort(key=lambda row: records.chapter_order(row["notebook"]))
     series.mark_survivors(rows)
     notes = [series.OLDER_NOTE.replace("*", "")] if any(row["older"] for row in rows) else []
     found = sorted({row["commit"] for row in rows if row["status"] == "complete" and not row["older"]})
@@ -334,10 +142,10 @@ def _badge(row):
     return {"tone": tone, "symbol": symbol}
 
 
-def _recorded(records, date, folder, width=320):
+def _recorded(found, date, folder, width=320):
     """What was recorded of a chapter, to stand beside a new run; None if nothing was, or this very run."""
-    record = (records or [{}])[-1]
-    said = series.say(record) or _text(record.get("caption"))
+    record = (found or [{}])[-1]
+    said = series.say(record) or records.as_text(record.get("caption"))
     if not said or record.get("date") == date:
         return None
     report, link = record["folder"] / "report.html", ""
@@ -345,7 +153,7 @@ def _recorded(records, date, folder, width=320):
         link = Path(os.path.relpath(report, folder)).as_posix() if report.exists() else ""
     return {
         "text": said,
-        "from": ", ".join(_text(record.get(key)) for key in ("preset", "dataset")),
+        "from": ", ".join(records.as_text(record.get(key)) for key in ("preset", "dataset")),
         "thumbnail": "" if series.older(record) else _thumbnail(record["folder"] / "figure.png", width),
         "link": link,
     }
@@ -456,7 +264,10 @@ def _templates():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.globals |= {"conditions": _conditions, "points": _points, "equal": _equal, "aim": _aim}
+    pages.globals |= {
+        "conditions": records.conditions, "points": records.points, "equal": records.at_equal,
+        "aim": records.aim_words,
+    }  # fmt: skip
     return pages
 
 
@@ -525,18 +336,21 @@ def render(
         executed = nbformat.v4.new_notebook(
             cells=[nbformat.v4.new_markdown_cell("*The executed notebook could not be read.*")]
         )
-    row, warnings, notes, verdicts = EMPTY | _from_name(html.parent.name), [], [], []
-    if skipped := (failure or "").startswith(SKIPPED):
+    row, warnings, notes, verdicts = records.EMPTY | records.from_name(html.parent.name), [], [], []
+    if skipped := (failure or "").startswith(records.SKIPPED):
         for cell in executed.cells:  # the sentence on top stands for the traceback
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
     heading = _take_heading(executed, row["chapter"])
     try:
-        row |= {"title": heading or row["title"], **_facts(record or {})}
-        notes = [_text(note) for note in (record or {}).get("notes") or []]
-        verdicts = [EMPTY | _verdict(verdict, series.older(record)) for verdict in _verdicts(record or {})]
-    except UNEXPECTED as error:
-        warnings.append(_unexpected(error))
+        row |= {"title": heading or row["title"], **records.fact_columns(record or {})}
+        notes = [records.as_text(note) for note in (record or {}).get("notes") or []]
+        verdicts = [
+            records.EMPTY | records.verdict_columns(verdict, series.older(record))
+            for verdict in _verdicts(record or {})
+        ]
+    except records.UNEXPECTED as error:
+        warnings.append(records.unexpected(error))
     # From here to the results' folder; the report of a failed run lies in `failed/<notebook>` if there is a
     # complete result.
     up = "../.." if kept or html.parent.parent.name == "failed" else ".."
@@ -550,7 +364,7 @@ def render(
         alone=alone,
         title=row["title"],
         facts=_run_facts(row) or [html.parent.parent.name],
-        failure=(failure or "").removeprefix(SKIPPED),
+        failure=(failure or "").removeprefix(records.SKIPPED),
         skipped=skipped,
         warnings=[*_warnings([row]), *warnings],
         notes=notes,
@@ -621,13 +435,13 @@ def _cells(notebook, folder, others):
     formulas = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _hide_formulas(cell.source, formulas)
+            cell.source = hide_formulas(cell.source, formulas)
         for output in cell.get("outputs", []):
             for kind in ("text/markdown", "text/latex"):
                 if kind in output.get("data", {}):
-                    output.data[kind] = _hide_formulas(output.data[kind], formulas)
+                    output.data[kind] = hide_formulas(output.data[kind], formulas)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder)}})
-    return Markup(_offline(_show_formulas(body, formulas), others))
+    return Markup(_offline(show_formulas(body, formulas), others))
 
 
 def _offline(html, others):
@@ -675,122 +489,3 @@ def _offline_style(css):
 
 
 # Formulas
-
-# Code comes first, so that a dollar sign in it is never taken for a formula; so does an escaped one.
-FORMULA = re.compile(
-    r"""
-      (?P<fence>^[ \t>]*(?P<marks>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t>]*(?P=marks)|\Z))
-    | (?P<span>(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`))
-    | (?P<escaped>\\\$)
-    | \$\$(?P<dollars>.+?)\$\$
-    | \\{1,2}\[(?P<brackets>(?:(?!\n\s*\n).)+?)\\{1,2}\]
-    | (?P<environment>\\begin\{(?P<name>[a-z]+\*?)\}.+?\\end\{(?P=name)\})
-    | \\{1,2}\((?P<parentheses>(?:(?!\n\s*\n).)+?)\\{1,2}\)
-    | \$(?![\s$])(?P<dollar>(?:[^$\\`\n]|\\.|\n(?!\s*\n))+?)(?<!\s)\$(?!\d)
-    """,
-    re.DOTALL | re.MULTILINE | re.VERBOSE,
-)
-HIDDEN = "\ue000{}\ue001"  # private characters, which Markdown leaves alone
-
-
-def _hide_formulas(text, formulas):
-    """Replace each formula of a Markdown text by a placeholder: its underscores are no Markdown."""
-
-    def hide(match):
-        if match["fence"] or match["span"] or match["escaped"]:
-            return match[0]
-        formulas.append((match[0], match))
-        return HIDDEN.format(len(formulas) - 1)
-
-    return FORMULA.sub(hide, text)
-
-
-def _show_formulas(html, formulas):
-    """Put MathML for the placeholders; in code and inside tags the formula's source."""
-
-    def show(match):
-        if not match["number"]:
-            return re.sub(
-                "\ue000(\\d+)\ue001", lambda hidden: markup.escape(formulas[int(hidden[1])][0]), match[0]
-            )
-        found = formulas[int(match["number"])][1]
-        block = found["dollars"] or found["brackets"] or found["environment"]
-        return mathml(block or found["parentheses"] or found["dollar"], display=bool(block))
-
-    return re.sub("(?s)<pre.*?</pre>|<code.*?</code>|<[^>]*>|\ue000(?P<number>\\d+)\ue001", show, html)
-
-
-BIG = r"(\\(?:big|Big|bigg|Bigg)[lrm]?)"
-REWRITES = (  # what latex2mathml does not know, in words that it does
-    (r"\\label\{[^}]*\}|\\(?:nonumber|notag)\b", ""),
-    (r"\\(begin|end)\{(?:aligned|split|align|eqnarray|equation)\*?\}(?:\[[tbc]\])?", r"\\\1{align*}"),
-    (r"\\(begin|end)\{(?:gathered|gather|multline)\*?\}", r"\\\1{matrix}"),
-    (r"\\(?:operatorname\*?|mathrm)\s*\{([^{}\\]*)\}", r"\\text{\1}"),
-    (r"\\operatorname\*?\s*\{arg\\[,;]\s*(max|min)\}", r"\\arg\1"),
-    (rf"{BIG}\\[lr]?(?:Vert|\|)", r"\1‖"),
-    (rf"{BIG}\\[lr]?vert", r"\1|"),
-    (r"\\mathbb\s*\{?1\}?", "\U0001d7d9"),
-)
-CHILDREN = dict(mfrac=2, msub=2, msup=2, mover=2, munder=2, mroot=2, msubsup=3, munderover=3)
-LIMITS = {
-    "max",
-    "min",
-    "sup",
-    "inf",
-    "lim",
-    "arg\u2009max",
-    "arg\u2009min",
-}  # what stands under them in a display
-
-
-def mathml(latex: str, display: bool = False) -> str:
-    """Return LaTeX as MathML, as a block of its own if `display`.
-
-    What can't be converted is shown as code, never lost.
-
-    >>> mathml("x^2")
-    '<math display="inline" alttext="x^2"><mrow><msup><mi>x</mi><mn>2</mn></msup></mrow></math>'
-    """
-    from latex2mathml.converter import convert
-
-    source = latex.strip()
-    for pattern, replacement in REWRITES:
-        source = re.sub(pattern, replacement, source)
-    try:
-        text = convert(source, display="block" if display else "inline")
-        math = ElementTree.fromstring(text.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', ""))
-        for element in math.iter():
-            _mend(element, display)
-    except Exception:  # latex2mathml stumbles in many ways
-        html = f'<code class="latex">{markup.escape(latex.strip())}</code>'
-    else:
-        math.set("alttext", latex.strip())
-        html = ElementTree.tostring(math, encoding="unicode")
-    return f'<span class="formula">{html}</span>' if display else html
-
-
-def _mend(element, display):
-    """Correct what browsers show badly of latex2mathml. Raises ValueError where a formula is not whole."""
-    text = element.text or ""
-    if len(element) != CHILDREN.get(element.tag, len(element)) or "\\" in text or element.get("linebreak"):
-        raise ValueError(f"<{element.tag}> is not whole")
-    if element.tag == "mo" and len(element):  # \mathop{...}
-        element.tag = "mrow"
-    if display and element.tag in ("msub", "msup") and element[0].text in LIMITS:
-        element.tag = {"msub": "munder", "msup": "mover"}[element.tag]
-    # norms: no space inside, and tall only where \left or \big asks for it
-    if element.tag == "mo" and text in ("‖", "|"):
-        element.attrib.update(lspace="0", rspace="0", stretchy=element.get("stretchy", "false"))
-    if element.tag == "mover" and element[1].text == "\u2015":  # \overline: few fonts stretch the bar
-        element.tag = "mrow"
-        element.set("class", "overline")
-        del element[1]
-    if element.tag == "mi" and text == "~":  # \sim
-        element.tag, element.text = "mo", "\u223c"
-    if element.tag == "mi" and "\u27f0" <= text <= "\u27ff":  # \iff and other long arrows
-        element.tag = "mo"
-    if element.tag in ("mi", "mo") and len(text) > 1 and text.replace("\u2009", "").isalpha():  # \log, \max
-        element.tag = "mi"
-        element.set("class", "function")
-    if element.get("width") == "negativethinmathspace":
-        element.set("width", "-0.167em")

@@ -26,7 +26,7 @@ from effilib import clock, data, images, models, paths, provenance, tasks
 from effilib.errors import BadInput, choose
 from effilib.progress import say_seconds
 from effilib.statistics import replication
-from effilib.workbook import cluster, report, series
+from effilib.workbook import cluster, records, report, series
 from effilib.workbook.jobs import (
     TICK,
     Job,
@@ -391,14 +391,14 @@ def comparison(jobs: list[Job]) -> str:
     """
     names = [job.name for job in jobs]
     rows, recorded = (
-        {row["notebook"]: row for row in report.scoreboard_rows(folder, names)}
+        {row["notebook"]: row for row in records.scoreboard_rows(folder, names)}
         for folder in (jobs[0].folder, jobs[0].recorded.parent)
     )
     table = [("notebook", "this run", "recorded", "a repetition", "inside?")]
     for name in names:
         row, then = rows[name], recorded[name]
-        if said := report.speedup(row) or row["verdict"]:
-            earlier = report.speedup(then) or then["verdict"] or "not recorded"
+        if said := records.speedup(row) or row["verdict"]:
+            earlier = records.speedup(then) or then["verdict"] or "not recorded"
             table.append((name, said, earlier, *_inside(row, then)))
     if len(table) == 1:
         return "no ratio to compare: these notebooks have no headline"

@@ -27,13 +27,16 @@ from effilib import checkpoint, clock, distributed, models, paths, provenance, t
 from effilib import methods as package
 from effilib.caveats import LOPSIDED, caveats
 from effilib.chapters import speed_run
-from effilib.data import Dataset, check_name, folder_name
+from effilib.data import check_name, folder_name
+from effilib.dataset import Dataset
 from effilib.distributed import Ranks
 from effilib.errors import BadInput, NoEffect, choose, out_of_memory
+from effilib.history import History
+from effilib.hooks import Method, check_methods
 from effilib.progress import say_seconds
+from effilib.recipe import Recipe, resolve_layout
 from effilib.statistics import binomial_error
 from effilib.tasks import Task
-from effilib.training import History, Method
 
 __all__ = ["cautions", "make", "make_task", "method", "methods", "name_of", "run"]
 
@@ -51,7 +54,7 @@ def methods() -> dict[str, type[Method]]:
     names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
     found = [getattr(m, n) for m in map(importlib.import_module, names) for n in m.__all__]
     own = [c for c in found if inspect.isclass(c) and c.__module__ in names]
-    return {snake(c.__name__): c for c in own if issubclass(c, training.Method)}
+    return {snake(c.__name__): c for c in own if issubclass(c, Method)}
 
 
 def snake(name):
@@ -73,7 +76,7 @@ def method(name: str, *texts) -> Method:
     """
     if ":" in name:
         cls = models.find(name, "method")
-        if not (inspect.isclass(cls) and issubclass(cls, training.Method)):
+        if not (inspect.isclass(cls) and issubclass(cls, Method)):
             raise BadInput(f"{name} is no effilib.Method")
     else:
         known = methods()
@@ -86,7 +89,7 @@ def method(name: str, *texts) -> Method:
             )
             raise BadInput(f"{name} is no method: {choices}")
         cls = known[choose("method", name, known)]
-    return training.check_methods([make(cls, name, texts)])[0]
+    return check_methods([make(cls, name, texts)])[0]
 
 
 def name_of(method: Method) -> str:
@@ -107,7 +110,7 @@ def make(cls: type, what: str, texts: Sequence[str], base: object = None) -> obj
     "name.inner=value" sets what is within another dataclass. base: the instance from which all other settings
     come.
 
-    >>> make(training.Recipe, "the recipe", ["lr=0.5", "precision=fp32"]).lr
+    >>> make(Recipe, "the recipe", ["lr=0.5", "precision=fp32"]).lr
     0.5
     """
     fields = [f.name for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
@@ -423,9 +426,7 @@ OWN = ("images", "size", "validation", "widths")  # settings of the task; all ot
 def check_settings(settings):
     """Raise `BadInput` for a setting that is neither the task's nor its recipe's."""
     for text in settings:
-        choose(
-            "setting", text.partition("=")[0], [*OWN, *(f.name for f in dataclasses.fields(training.Recipe))]
-        )
+        choose("setting", text.partition("=")[0], [*OWN, *(f.name for f in dataclasses.fields(Recipe))])
 
 
 def with_settings(task, settings):
@@ -434,7 +435,7 @@ def with_settings(task, settings):
     own = [text for text in settings if text.partition("=")[0] in OWN]
     task = make(tasks.Task, "the task", own, task)
     rest = [text for text in settings if text not in own]
-    return dataclasses.replace(task, recipe=make(training.Recipe, "the recipe", rest, task.recipe))
+    return dataclasses.replace(task, recipe=make(Recipe, "the recipe", rest, task.recipe))
 
 
 def file_name(*words) -> str:
@@ -556,7 +557,7 @@ def write(folder: Path, record: dict, history: History, model: nn.Module, data: 
     columns = ["step", "epoch", "seconds", "lr", "train_loss", "loss", "accuracy"]
     pd.DataFrame(history.rows)[columns].to_csv(table, index=False, float_format="%.6g")
     paths.write(folder / "history.csv", table.getvalue())
-    layout = training.resolve_layout(task.recipe, data.device)
+    layout = resolve_layout(task.recipe, data.device)
     checkpoint.save_model(folder / "model.pt", model, task.network, data, layout=layout)
     paths.write(folder / "record.json", record)
     try:

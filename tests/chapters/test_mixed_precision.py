@@ -2,8 +2,8 @@
 
 from effilib.chapters import mixed_precision as chapter
 from effilib.experiment import check_arms
+from effilib.recipe import can_compile, native_bf16
 from effilib.tasks import WIDE, task
-from effilib.training import can_compile, native_bf16
 
 
 def test_every_rung_of_the_ladder_keeps_what_the_one_before_it_brought():

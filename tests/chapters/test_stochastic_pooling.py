@@ -5,7 +5,7 @@ import pytest
 from effilib.chapters import stochastic_pooling as chapter
 from effilib.errors import NoEffect
 from effilib.experiment import check_arms
-from effilib.methods.stochastic_pooling import training_accuracy
+from effilib.methods.training_accuracy import training_accuracy
 from effilib.tasks import task
 
 TASK = task("smoke", "synthetic", "convnet", precision="fp32")

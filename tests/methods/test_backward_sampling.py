@@ -10,6 +10,7 @@ import torch
 from effilib import models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods.backward_sampling import (
     INFO,
     BackwardSampling,
@@ -19,8 +20,9 @@ from effilib.methods.backward_sampling import (
     probabilities,
     systematic,
 )
+from effilib.recipe import Recipe
 from effilib.surgery import select_, trace
-from effilib.training import Method, Recipe, train
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)

@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 from effilib import models
-from effilib.data import Split, synthetic
+from effilib.data import synthetic
+from effilib.dataset import Split
 from effilib.errors import BadInput, NoEffect
+from effilib.evaluation import class_hits
 from effilib.methods import class_arrival as arrival
 from effilib.methods import fine_tuning as tuning
 from effilib.methods.class_arrival import Flat, Growing
 from effilib.methods.fine_tuning import FineTune
 from effilib.methods.tree_cnn import TreeCNN, hits
 from effilib.tasks import task
-from effilib.training import class_hits, train
+from effilib.training import train
 
 TASK = task("smoke", "synthetic")
 DATA = TASK.load()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import cost, models, surgery
+from effilib import cost, models, networks, surgery
 from effilib.convolution import (
     ApproxConv2d,
     Approximation,
@@ -22,6 +22,7 @@ from effilib.convolution import (
 )
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods import column_row_sampling as crs
 from effilib.methods import sampled_terms as which
 from effilib.methods.column_row_sampling import (
@@ -34,7 +35,8 @@ from effilib.methods.column_row_sampling import (
     sample_columns_,
 )
 from effilib.methods.sampled_terms import choose_terms, how_many, inclusion, norms, squared_error
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole, shake, users
 
 DATA = synthetic(images=300)
@@ -521,7 +523,7 @@ def test_a_copy_under_sampling_follows_its_own_weights():
     assert model.features[0].weight.grad is None
     assert [str(n) for n in surgery.trace(twin).nodes] == [str(n) for n in surgery.trace(model).nodes]
     exact_channels_(twin)
-    assert type(twin) is models.VGG
+    assert type(twin) is networks.VGG
 
 
 def test_a_fixed_choice_trains_always_the_same_channels():

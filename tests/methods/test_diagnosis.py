@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from effilib import data, models
+from effilib import data, models, networks
 from effilib.errors import BadInput
+from effilib.evaluation import evaluate
 from effilib.methods.diagnosis import (
     Buds,
     Case,
@@ -23,7 +24,9 @@ from effilib.methods.diagnosis import (
 )
 from effilib.methods.gradient_diagnosis import GradMax, _gradients, leading_values
 from effilib.methods.patients import KEEP, candidates, treated
-from effilib.training import Recipe, evaluate, stream, train
+from effilib.recipe import Recipe
+from effilib.seeds import stream
+from effilib.training import train
 from tests.common import equal, shake
 
 SHAPE = (1, 8, 8)
@@ -143,7 +146,7 @@ def test_forks_are_separate_trainings_bit_for_bit():
         forked, loss = Forks(steps=6).after(mine, name)
         alone = mine.treated(name)
         assert models.describe(alone) == models.describe(
-            models.ResNet(4, 1, **treated(mine.model.settings(), name, 4))
+            networks.ResNet(4, 1, **treated(mine.model.settings(), name, 4))
         )
         per_epoch = len(DATA.train) // RECIPE.batch_size
         recipe = replace(RECIPE, epochs=steps / per_epoch, warmup=0.0, schedule="linear")

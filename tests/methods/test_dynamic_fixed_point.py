@@ -13,6 +13,7 @@ from effilib import convolution, models
 from effilib.convolution import ApproxConv2d, Convolution, approx_conv2d
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods import dynamic_fixed_point as dfp
 from effilib.methods.dynamic_fixed_point import (
     DFP,
@@ -24,7 +25,8 @@ from effilib.methods.dynamic_fixed_point import (
     quantise,
     use_fixed_point_,
 )
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)

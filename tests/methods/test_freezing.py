@@ -11,8 +11,10 @@ from torch import nn
 from effilib import cost, models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods.freezing import INFO, PLAIN, FrozenPrefix, freeze_, prefix, thaw_
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, images, make, resumed_and_whole, shake, users
 
 DATA = synthetic(images=300)

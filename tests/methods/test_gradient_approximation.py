@@ -13,6 +13,7 @@ from effilib import cost, models
 from effilib.convolution import ApproxConv2d, Convolution, approx_conv2d
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods.gradient_approximation import (
     INFO,
     REPLACEMENTS,
@@ -23,7 +24,8 @@ from effilib.methods.gradient_approximation import (
     replacement,
     scheduled,
 )
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)

@@ -33,7 +33,8 @@ from effilib.methods.gradient_pruning import (
     zero_fraction,
 )
 from effilib.methods.gradient_subsets import SUBSETS, GradientSubsets, random_subset, subset_gradients_
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)

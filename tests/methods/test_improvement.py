@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from effilib.errors import BadInput
+from effilib.hooks import Method
 from effilib.methods.diagnosis import Case, RandomChoice, examine
 from effilib.methods.improvement import (
     AllTried,
@@ -22,8 +23,9 @@ from effilib.methods.improvement import (
     step_time,
 )
 from effilib.methods.patients import KEEP, treat_, treated
+from effilib.seeds import stream
 from effilib.tasks import task
-from effilib.training import Method, stream, train
+from effilib.training import train
 from tests.common import equal, work
 
 TASK = task("smoke", "synthetic").but(batch_size=20, epochs=2.0, precision="fp32", images=120)

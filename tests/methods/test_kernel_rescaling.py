@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import models
+from effilib import models, seeds
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.evaluation import evaluate
+from effilib.hooks import Method
 from effilib.methods.kernel_rescaling import KernelRescaling, shrunk
 from effilib.methods.rescaled_kernels import (
     kernels,
@@ -28,7 +30,8 @@ from effilib.methods.rescaled_kernels import (
     resize,
     scaled,
 )
-from effilib.training import Method, Recipe, evaluate, train
+from effilib.recipe import Recipe
+from effilib.training import train
 
 DATA = synthetic(images=200)  # 8 x 8; 4 batches of 32 an epoch
 RECIPE = Recipe(epochs=5, batch_size=32, precision="fp32")  # 20 steps
@@ -66,7 +69,7 @@ class Own(nn.Module):
 
 
 def own():
-    with models.seeded(3):
+    with seeds.seeded(3):
         return Own()
 
 

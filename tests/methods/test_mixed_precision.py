@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import models, seeds
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods.mixed_precision import (
     INFO,
     HalfBatchNorm2d,
@@ -25,7 +26,8 @@ from effilib.methods.mixed_precision import (
     emulate_fp16_,
     round_to,
 )
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
@@ -145,7 +147,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES.keys())
 def test_the_emulated_convolution_is_that_of_the_slow_oracle(settings):
-    with models.seeded(1):
+    with seeds.seeded(1):
         layer = HalfConv2d(**settings)
         full = nn.Conv2d(**settings)
     full.load_state_dict(layer.state_dict())
@@ -172,7 +174,7 @@ def test_the_emulated_convolution_is_that_of_the_slow_oracle(settings):
 
 
 def test_the_emulated_linear_layer_is_that_of_the_slow_oracle():
-    with models.seeded(1):
+    with seeds.seeded(1):
         layer = HalfLinear(20, 5)
     x, dy = torch.randn(7, 20, generator=g()), torch.randn(7, 5, generator=g(1)) * 1e-3
     mine, exact = by_layer(layer, x, dy), oracle(x, layer.weight.detach(), layer.bias.detach(), dy, F.linear)

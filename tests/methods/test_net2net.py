@@ -12,13 +12,16 @@ from torch.testing import assert_close
 
 from effilib import models, surgery
 from effilib.errors import BadInput, NoEffect
+from effilib.evaluation import evaluate
+from effilib.hooks import Method
 from effilib.methods import gradmax, net2net
 from effilib.methods.gradmax import gradmax_, gradmax_directions
 from effilib.methods.narrower import thin_
 from effilib.methods.net2net import Grown, Net2Net, deepen_
 from effilib.methods.widening import BREAKERS, replication, uneven_shares, widen_
+from effilib.recipe import Recipe
 from effilib.tasks import task
-from effilib.training import Method, Recipe, evaluate, train
+from effilib.training import train
 
 DATA = task("smoke", "synthetic").load()
 RECIPE = Recipe(epochs=2, batch_size=32, precision="fp32")

@@ -8,9 +8,10 @@ import torch
 
 from effilib import data, models
 from effilib.errors import BadInput
+from effilib.methods.group_lasso import group_norms, shrink_
 from effilib.methods.pressure import Pressure, norms, parts, strength, survival
-from effilib.methods.prune_train import group_norms, shrink_
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, resumed_and_whole
 
 SHAPE = (1, 8, 8)

@@ -15,12 +15,16 @@ from torch.testing import assert_close
 
 from effilib import cost, data, models, surgery
 from effilib.errors import BadInput
+from effilib.evaluation import evaluate
+from effilib.hooks import Method
 from effilib.methods.decision import GROWTH, MODES
+from effilib.methods.group_lasso import shrink_steps
 from effilib.methods.growth import going, grow_, price, step_flops, strengths, validate
 from effilib.methods.prune_then_grow import PruneThenGrow, decisions
-from effilib.methods.prune_train import PruneTrain, shrink_steps
+from effilib.methods.prune_train import PruneTrain
+from effilib.recipe import Recipe
 from effilib.surgery import stages
-from effilib.training import Method, Recipe, evaluate, train
+from effilib.training import train
 from tests.common import both, equal, exactly, g, images, resumed_and_whole, shake, step
 
 SHAPE = (1, 8, 8)

@@ -11,25 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from effilib import cost, models, surgery
+from effilib import cost, models, seeds, surgery
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
+from effilib.methods import narrower
 from effilib.methods import prune_train as pt
-from effilib.methods.prune_train import (
-    PruneTrain,
-    anything_dead,
+from effilib.methods.group_lasso import (
     coefficient,
     group_lasso,
     group_norms,
-    kept,
-    live,
     places,
-    prune_,
     shrink_,
     shrink_steps,
     weights,
 )
+from effilib.methods.prune_train import PruneTrain, anything_dead, kept, live, prune_
+from effilib.recipe import Recipe
 from effilib.tasks import task
-from effilib.training import Method, Recipe, train
+from effilib.training import train
 from tests.common import equal, resumed_and_whole
 
 TASK = task("smoke", "synthetic")
@@ -316,7 +315,7 @@ class Bottleneck(nn.Module):
 @pytest.mark.parametrize(("dead", "done"), [(0, "1.convs.0 4 -> 1"), (1, "residual path 1 removed")])
 @pytest.mark.parametrize("norms", [True, False])
 def test_a_path_goes_only_where_what_its_last_layer_reads_is_dead(norms, dead, done):
-    with models.seeded(0):
+    with seeds.seeded(0):
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
         model = nn.Sequential(nn.Conv2d(1, 4, 3), Bottleneck(norms), *head)
         for norm in model[1].norms:
@@ -536,7 +535,8 @@ def test_a_network_without_channels_to_cut_is_no_effect():
 
 def test_a_users_network_is_cut_before_its_first_step():
     node, *_ = surgery.nodes(network())
-    whole, small = pt.Smaller(widths=()), pt.Smaller(widths=((node.name, 2),), removed=("stages.1.0",))
+    whole = narrower.Smaller(widths=())
+    small = narrower.Smaller(widths=((node.name, 2),), removed=("stages.1.0",))
     data = TASK.load()
     assert small(TASK, 0).flops < whole(TASK, 0).flops
     assert small(TASK, 0).structure["widths"][0] == 2

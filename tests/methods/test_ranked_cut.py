@@ -8,10 +8,12 @@ from torch import nn
 
 from effilib import cost, models, surgery
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.methods.ranked_cut import RankedCut, block_prices, distance, masks
 from effilib.methods.speed_run import FastBiases
+from effilib.recipe import Recipe
 from effilib.tasks import task
-from effilib.training import Method, Recipe, train
+from effilib.training import train
 from tests.common import equal, resumed_and_whole
 
 DATA = task("smoke", "synthetic").load()

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effilib import models
+from effilib import models, networks
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.evaluation import crop_logits
+from effilib.hooks import Method
 from effilib.methods.muon import Muon, orthogonalize
 from effilib.methods.speed_run import FastBiases, Lookahead, PartialIdentity, identity_, published
 from effilib.methods.whitening import Whitening
-from effilib.training import Method, Recipe, crop_logits, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from effilib.workbook import train_command
 from tests.common import equal, g, resumed_and_whole
 
@@ -52,7 +55,7 @@ def followed(*methods, recipe=RECIPE, seed=0, **settings):
 
 
 def test_network_pools_before_it_normalizes():
-    net = models.speed_run(10, widths=(16, 32)).eval()
+    net = networks.speed_run(10, widths=(16, 32)).eval()
     x = torch.randn(2, 3, 24, 24, generator=g(0))
     y = F.gelu(F.conv2d(x, net.stem.weight, net.stem.bias))
     for i, size in enumerate((11, 5)):
@@ -67,12 +70,12 @@ def test_network_pools_before_it_normalizes():
 
 @pytest.mark.parametrize("size", [16, 20, 24, 28, 32])
 def test_network_takes_the_sizes_of_progressive_resizing(size):
-    assert models.speed_run(10, widths=(16, 16, 16))(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    assert networks.speed_run(10, widths=(16, 16, 16))(torch.zeros(2, 3, size, size)).shape == (2, 10)
 
 
 def test_network_is_rebuilt_from_its_settings():
-    net = models.speed_run(4, 1, widths=(8, 12), stem=6, kernel=3, scale=0.5, activation="silu")
-    again = models.speed_run(4, 1, **net.settings())
+    net = networks.speed_run(4, 1, widths=(8, 12), stem=6, kernel=3, scale=0.5, activation="silu")
+    again = networks.speed_run(4, 1, **net.settings())
     assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]
     assert again.settings() == net.settings()
 

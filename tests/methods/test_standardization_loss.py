@@ -30,7 +30,8 @@ from effilib.methods.standardization_loss import (
     plain_,
     standardize_,
 )
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 
 DATA = synthetic(images=300)
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="fp32")

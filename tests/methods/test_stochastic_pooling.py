@@ -16,21 +16,24 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import nn
 
-from effilib import checkpoint, models
+from effilib import checkpoint, models, seeds
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.evaluation import evaluate
+from effilib.hooks import Method
+from effilib.methods import pooling_windows, s3_pooling
 from effilib.methods import stochastic_pooling as sp
+from effilib.methods.s3_pooling import S3Pool2d
 from effilib.methods.stochastic_pooling import (
     INFO,
     AveragePool2d,
-    S3Pool2d,
     StochasticPool2d,
     StochasticPooling,
-    TrainingAccuracy,
     replace_pools_,
-    training_accuracy,
 )
-from effilib.training import Method, Recipe, evaluate, train
+from effilib.methods.training_accuracy import TrainingAccuracy, training_accuracy
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
@@ -176,7 +179,7 @@ def test_chunks_make_no_difference(monkeypatch):
     whole = StochasticPool2d(3, 2, 1, generator=g())(x)
     whole.square().sum().backward()
     dx, x.grad = x.grad, None
-    monkeypatch.setattr(sp, "CHUNK", 1)
+    monkeypatch.setattr(pooling_windows, "CHUNK", 1)
     parts = StochasticPool2d(3, 2, 1, generator=g())(x)
     parts.square().sum().backward()
     assert torch.equal(parts, whole)
@@ -322,9 +325,9 @@ def test_the_generator_decides_and_the_global_one_is_left_alone():
         assert torch.equal(layer(2, generator=g(1))(x), layer(2, generator=g(1))(x))
         assert not torch.equal(layer(2, generator=g(1))(x), layer(2, generator=g(2))(x))
     assert torch.equal(torch.get_rng_state(), before)
-    with models.seeded(5):
+    with seeds.seeded(5):
         a = StochasticPool2d(2)(x)
-    with models.seeded(5):
+    with seeds.seeded(5):
         assert torch.equal(StochasticPool2d(2)(x), a)
     for layer in (StochasticPool2d(2), S3Pool2d(2), AveragePool2d(2)):
         layer.eval()
@@ -379,7 +382,7 @@ def test_s3pool_keeps_rows_and_columns_of_the_map_of_maxima():
     y = S3Pool2d(2, grid=4, generator=g())(x)
     whole = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 2, 1)
     draws = g()
-    rows, columns = (sp.pick(8, 4, 2, draws) for _ in range(2))
+    rows, columns = (s3_pooling.pick(8, 4, 2, draws) for _ in range(2))
     assert torch.equal(y, whole[:, :, rows][:, :, :, columns])
     y.square().sum().backward()
     dx, x.grad = x.grad, None
@@ -397,7 +400,7 @@ def test_s3pools_eval_mode_averages_the_map_of_maxima_and_is_the_mean_of_the_wea
 
 
 def test_s3pools_choice_is_sorted_without_replacement_and_uniform():
-    picks = [sp.pick(10, 4, 2, g(s)) for s in range(3000)]
+    picks = [s3_pooling.pick(10, 4, 2, g(s)) for s in range(3000)]
     for p in picks[:50]:
         assert len(p) == 5
         assert (p.diff() > 0).all()
@@ -424,7 +427,7 @@ def test_s3pool_refuses_what_has_no_meaning(words, message):
 
 def test_maximum_is_pytorchs_and_its_gradient_too():
     a, b = image(50, seed=1), image(50, seed=2)
-    sp.Maximum.apply(a, b).square().sum().backward()
+    s3_pooling.Maximum.apply(a, b).square().sum().backward()
     grads, a.grad, b.grad = (a.grad, b.grad), None, None
     torch.maximum(a, b).square().sum().backward()
     assert torch.equal(a.grad, grads[0])
@@ -467,7 +470,7 @@ def test_stochastic_pooling_learns():
 def test_torchvisions_networks_are_taken_as_they_are():
     import torchvision
 
-    with models.seeded(0):
+    with seeds.seeded(0):
         model = torchvision.models.vgg11_bn(num_classes=4)
         resnet = torchvision.models.resnet18(num_classes=4)
         inception = torchvision.models.googlenet(num_classes=4, init_weights=False, aux_logits=False)

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from effilib import cost, models
-from effilib.data import Split, synthetic
+from effilib import cost, models, seeds
+from effilib.data import synthetic
+from effilib.dataset import Split
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.inspection import cut_patches
 from effilib.methods import structure_and_strength as ss
 from effilib.methods.structure_and_strength import (
@@ -28,7 +30,8 @@ from effilib.methods.structure_and_strength import (
     whiten,
 )
 from effilib.own_loop import attach
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
@@ -41,7 +44,7 @@ def network(seed=0, bn=False):
 
 
 def stack(*layers, seed=0):
-    with models.seeded(seed):
+    with seeds.seeded(seed):
         return nn.Sequential(*(layer() for layer in layers))
 
 
@@ -258,7 +261,7 @@ def test_activations_keep_the_variance_that_hes_filters_would_give_them():
 def test_networks_with_groups_shortcuts_and_dropout_are_learned_whole():
     import torchvision
 
-    with models.seeded(0):
+    with seeds.seeded(0):
         model = torchvision.models.mobilenet_v3_small(num_classes=4)
     convs = sum(type(m) is nn.Conv2d for m in model.modules())
     assert (
@@ -460,7 +463,7 @@ def test_a_relu_or_a_sum_between_convolution_and_normalisation_is_no_obstacle():
         def forward(self, x):
             return self.norm(x + self.a(x))
 
-    with models.seeded(0):
+    with seeds.seeded(0):
         model = Residual()
     assert strengthen_(model, X[:2], "filter") == {"a": "filter"}
     (model(X) * torch.randn(5, 4, 8, 8, generator=g(4))).mean().backward()
@@ -470,7 +473,7 @@ def test_a_relu_or_a_sum_between_convolution_and_normalisation_is_no_obstacle():
 def test_torchvisions_networks_are_read_right():
     import torchvision
 
-    with models.seeded(0):
+    with seeds.seeded(0):
         resnet, vgg = torchvision.models.resnet18(num_classes=4), torchvision.models.vgg11(num_classes=4)
     scopes = strengthen_(resnet, torch.randn(2, 3, 32, 32), "auto")
     assert set(scopes.values()) == {"norm"}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effilib import models
-from effilib.data import Split, synthetic
+from effilib.data import synthetic
+from effilib.dataset import Split
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.fine_tuning import weights
 from effilib.methods.tree_cnn import (
@@ -25,7 +26,7 @@ from effilib.methods.tree_cnn import (
     transferred,
 )
 from effilib.methods.tree_growth import Growth, grow, likelihood
-from effilib.training import Recipe
+from effilib.recipe import Recipe
 
 DATA = synthetic(images=400, classes=6)
 RECIPE = Recipe(epochs=12, batch_size=32, lr=0.1, precision="fp32")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from effilib import models
-from effilib.data import Batches, synthetic
+from effilib.data import synthetic
+from effilib.dataset import Batches
 from effilib.errors import BadInput, NoEffect
 from effilib.methods.wavelet import (
     FILTERS,
@@ -40,7 +41,8 @@ from effilib.methods.wavelet_stem import (
     space_to_depth,
     wavelet_stem_,
 )  # fmt: skip
-from effilib.training import Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 
 WAVELETS = pytest.mark.parametrize("name", FILTERS)
 LONGER = Recipe(epochs=10, batch_size=32, lr=0.05, precision="fp32")

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from effilib.data import Split, synthetic
+from effilib.data import synthetic
+from effilib.dataset import Split
 from effilib.errors import BadInput
+from effilib.hooks import Method
 from effilib.methods.wavelet_auto_encoder import WAE, WaveletAutoEncoder, energy_share
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 
 DATA = synthetic(images=300)
 LONGER = Recipe(epochs=30, batch_size=32, lr=0.05, precision="fp32")

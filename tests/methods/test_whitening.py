@@ -9,9 +9,11 @@ from torch import nn
 from effilib import models
 from effilib.data import synthetic
 from effilib.errors import BadInput, NoEffect
+from effilib.hooks import Method
 from effilib.inspection import cut_patches
 from effilib.methods.whitening import Whitening, unshift_, whiten_stem_, whitening_filters
-from effilib.training import Method, Recipe, train
+from effilib.recipe import Recipe
+from effilib.training import train
 from tests.common import equal, g, resumed_and_whole
 
 DATA = synthetic(images=300)
