@@ -93,7 +93,7 @@ def test_a_kept_report_is_small_and_leads_to_the_scoreboard(tmp_path):
 @pytest.mark.parametrize("width", [390, 1440])
 def test_all_pages_are_readable(browser, site, width):
     text = (site / "api.html").read_text(encoding="utf-8")
-    opened = re.sub(r'(<details)( class="\w+" id="(module-)?effilib\.run[".])', r"\1 open\2", text)
+    opened = re.sub(r'(<details)( class="\w+" id="(module-)?effilib\.recipe[".])', r"\1 open\2", text)
     assert opened.count("<details open") > 5
     for file in (site / "index.html", site / "api.html", paths.write(site / "opened.html", opened)):
         page = browser.open(file, width)
