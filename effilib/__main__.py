@@ -236,7 +236,8 @@ def parser() -> Parser:
         "tune",
         help="tune a baseline, or a chapter's arms: a grid, several seeds; goes on where it stopped",
         description="Tune a task's baseline, or all arms of a chapter alike: train every setting of a grid "
-        "with several seeds, or what is missing of it, and say what is best at each length.",
+        "with several seeds, or what is missing of it, and say what is best at each length. The baseline's "
+        "grid has 16 learning rates x weight decays, a chapter's half, once and twice the baseline's rate.",
     )
     tune.add_argument("chapter", nargs="?", default="", metavar="NN", help="a chapter, such as 04_2")
     _task(tune)
@@ -390,10 +391,12 @@ def tune_arms(
     if chapter:
         sweeps = series.tunable()
         task = sweeps[choose("chapter to tune", chapter, sweeps)].task(task)
-        arms, what = sweeps[chapter].arms(task), dict(name=chapter)
+        rates = [factor * task.recipe.lr for factor in tuning.FACTORS]
+        what = dict(name=chapter, lrs=rates, decays=[task.recipe.weight_decay])
+        arms = sweeps[chapter].arms(task)
     if epochs:
         task = task.but(epochs=max(epochs), lengths=tuple(e / max(epochs) for e in sorted(epochs)))
-    rows = tuning.tune(task, arms, **what, **{name: values for name, values in grid.items() if values})
+    rows = tuning.tune(task, arms, **what | {name: values for name, values in grid.items() if values})
     for arm in arms:
         for row in tuning.best([r for r in rows if r["arm"] == arm.name]):
             settings = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())

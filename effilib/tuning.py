@@ -29,6 +29,7 @@ from effilib.tasks import Task, recorded_tuning
 __all__ = ["Sweep", "best", "read", "settled", "sweep", "sweep_file", "tune", "tuned"]
 
 LRS, DECAYS = (0.1, 0.2, 0.4, 0.8), (2.5e-4, 5e-4, 1e-3, 2e-3)
+FACTORS = (0.5, 1.0, 2.0)  # on the baseline's rate, for a chapter's arms; what counts is rate x weight decay
 NEAR = 6  # settings at least that are tried at the shorter lengths
 SEEDS = (1000, 1001)
 BASELINE = Arm(name="baseline", role="baseline")

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from effilib import __main__ as command
-from effilib import __version__, paths
+from effilib import __version__, paths, tuning
 
 
 @pytest.fixture
@@ -111,6 +111,29 @@ def test_tune(tmp_path, monkeypatch, capsys):
     assert len(file.read_text().splitlines()) == 5
     assert command.main(line) == 0
     assert capsys.readouterr().out.splitlines() == said[-2:]  # nothing is left to run
+
+
+def test_a_chapters_arms_are_tuned_around_the_baselines_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "recorded", lambda: tmp_path)
+    line = [
+        "tune",
+        "04_2",
+        "--preset",
+        "smoke",
+        "--dataset",
+        "synthetic",
+        "--epochs",
+        "0.5",
+        "--seeds",
+        "1000",
+    ]
+    assert command.main(line) == 0
+    (file,) = (tmp_path / "tuning").glob("*.csv")
+    rates = {}
+    for row in tuning.read(file):
+        rates.setdefault(row["arm"], []).append(row["setting"]["lr"])
+    assert len(rates) > 2
+    assert all(sorted(found) == [0.05, 0.1, 0.2] for found in rates.values())
 
 
 @pytest.mark.parametrize(

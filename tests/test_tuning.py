@@ -122,6 +122,7 @@ def test_every_chapters_sweep_finds_its_arms_again(name, folder):
     rows = [f'"{a.name}",{epochs},"{{""lr"": 0.07}}",1000,50,1,1,0' for a in arms]
     file.write_text("\n".join([",".join(tuning.FIELDS), *rows]) + "\n")
     assert [a.tuned for a in sweep.arms(mine)] == [{epochs: {"lr": 0.07}}] * len(arms)
+    assert {a.task(mine).recipe.lr for a in sweep.arms(mine)} == {0.07}
 
 
 def test_the_sweep_of_a_users_own_data_lies_in_the_folder_too(folder, tmp_path):

@@ -2,17 +2,18 @@
 
 The task's ResNet has no pooling layer between its stages and needs its BatchNorm, so that neither chapter can
 use it. Every arm was tuned by itself, with as many runs as the baseline: `python -m
-effilib.chapters.convnet_tuning study cifar10` runs what is missing in `results/recorded/tuning` and prints
-the outcome, which stands in `LR`.
+effilib.chapters.convnet_tuning study cifar10` runs what is missing in `results/recorded/tuning`, from which
+arms take the rate with the best mean accuracy.
 """
 
+import math
 import statistics as stats
 import sys
 from dataclasses import replace
 
 from effilib import tuning
 from effilib.experiment import Arm
-from effilib.tasks import Task, task
+from effilib.tasks import Task, recorded_tuning, task
 
 NETWORK = "convnet"
 # Lengths are shares of the images at equal numbers of updates. Numbers of images are multiples of the batch,
@@ -26,61 +27,19 @@ SIZES = {
 WITH_BN = ("convnet", "vgg")  # networks that can be built with and without it
 # rates tried: of all weights without BatchNorm, which diverge early, and of all else
 LOW, HIGH = (0.02, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
-# preset -> arm -> the rate with the best mean accuracy over lengths and seeds (kinds of pooling: with windows
-# of 3 x 3; of the others, but for the whitened layer, quick's are of 6.25 and 50 epochs)
-LR = {
-    "quick": {
-        "max": 0.02,
-        "stochastic": 0.05,
-        "S3Pool": 0.02,
-        "average": 0.1,
-        "max, BatchNorm": 0.8,
-        "stochastic, BatchNorm": 0.4,
-        "S3Pool, BatchNorm": 0.4,
-        "average, BatchNorm": 0.4,
-        "random, all weights": 0.05,
-        "random, strength only": 0.4,
-        "dictionary, all weights": 0.1,
-        "dictionary, strength only": 0.2,
-        "kmeans, all weights": 0.05,
-        "whitened first layer": 0.05,
-        "kmeans, strength only": 0.4,
-        "BatchNorm only": 0.8,
-    },
-    # not swept yet at these sizes: what was best on Fashion-MNIST with 2000 images
-    "study": {
-        "max": 0.1,
-        "stochastic": 0.1,
-        "S3Pool": 0.1,
-        "average": 0.1,
-        "max, BatchNorm": 0.4,
-        "stochastic, BatchNorm": 0.4,
-        "S3Pool, BatchNorm": 0.4,
-        "average, BatchNorm": 0.4,
-        "random, all weights": 0.1,
-        "random, strength only": 0.2,
-        "dictionary, all weights": 0.1,
-        "dictionary, strength only": 0.2,
-        "kmeans, all weights": 0.1,
-        "whitened first layer": 0.1,
-        "kmeans, strength only": 0.2,
-        "BatchNorm only": 0.8,
-    },
-}
-
-
-# What is known of the rates, for the chapters to say.
-TUNING = {
-    "study": "not swept yet at these sizes: the rates are what was best on Fashion-MNIST with 2000 images",
-    "quick": "swept with as many runs an arm (`results/recorded/tuning`), on seeds that are not measured",
-}
+GUESSED = {LOW: 0.1, HIGH: 0.4}  # of what nobody has swept
+LONG = ("study", "full")  # presets that take the rates of the study's sweep
 
 
 def tuning_says(task: Task) -> str:
     """Return how the arms' learning rates were found, in a sentence."""
     if task.network != NETWORK or "lr" in task.given:
         return "Learning rates: the task's, for all arms alike."
-    return f"Learning rates: {TUNING[_sweep(task)]}."
+    if not _rows(task):
+        guess = f"{GUESSED[LOW]} without BatchNorm, else {GUESSED[HIGH]}"
+        return f"Learning rates: not swept yet at these sizes: {guess}."
+    swept = "swept with as many runs an arm (`results/recorded/tuning`), on seeds that are not measured"
+    return f"Learning rates: {swept}."
 
 
 def network(task: Task, bn: bool) -> dict:
@@ -93,33 +52,44 @@ def on_own_network(task: Task) -> Task:
     return task.on("" if task.network == NETWORK else task.network)
 
 
-def _sweep(task):
-    """Which sweep's outcome a preset takes."""
-    return "study" if task.preset in ("study", "full") else "quick"
-
-
 def arm(task: Task, name: str, role: str, methods: tuple = (), *, bn: bool = False, **settings) -> Arm:
     """Return an arm at its tuned learning rate; at the task's in another network, which nobody tuned.
 
     settings: of the plain network.
     """
-    rates = LR[_sweep(task)]
-    changes = (
-        {"lr": rates[name]} if task.network == NETWORK and name in rates and "lr" not in task.given else {}
-    )
-    built = network(task, bn)
-    return Arm(name=name, role=role, methods=methods, changes=changes, network=built and built | settings)
+    made = Arm(name=name, role=role, methods=methods, network=network(task, bn))
+    if made.network:
+        made = replace(made, network=made.network | settings)
+    if task.network != NETWORK or "lr" in task.given:
+        return made
+    rows = [r for r in _rows(task) if r["arm"] == name]
+    return replace(made, changes={"lr": best_rate(rows) or GUESSED[rates(made)]})
 
 
-def sweep(task: Task, arms: list[Arm], **options) -> dict[str, float]:
-    """Run what is missing of arms x rates at the task's lengths. Returns arm -> its best learning rate."""
+def _rows(task):
+    swept = "study-cifar10" if task.preset in LONG else "quick-mnist5k"
+    return tuning.read(recorded_tuning() / f"{swept}-{NETWORK}.csv")
+
+
+def rates(arm: Arm) -> tuple[float, ...]:
+    """Return the learning rates that are tried for an arm."""
+    return LOW if arm.network.get("bn") is False and "strength" not in arm.name else HIGH
+
+
+def best_rate(rows: list[dict]) -> float | None:
+    """Return the rate with the best mean accuracy of an arm's rows; None where every rate diverged."""
     found = {}
-    for a in arms:
-        rates = LOW if a.network.get("bn") is False and "strength" not in a.name else HIGH
-        rows = tuning.sweep(task, a, [{"lr": lr} for lr in rates], name=NETWORK, **options)
-        means = {lr: stats.fmean(r["accuracy"] for r in rows if r["setting"]["lr"] == lr) for lr in rates}
-        found[a.name] = max(means, key=means.get)
-    return found
+    for r in rows:
+        found.setdefault(r["setting"]["lr"], []).append(math.nan if r["diverged"] else r["accuracy"])
+    means = {lr: stats.fmean(ends) for lr, ends in found.items() if all(map(math.isfinite, ends))}
+    return max(means, key=means.get, default=None)
+
+
+def sweep(task: Task, arms: list[Arm], **options) -> dict[str, float | None]:
+    """Run what is missing of arms x rates, at the shortest and longest length; return arm -> best rate."""
+    ends = task.but(lengths=(min(task.lengths), max(task.lengths)))
+    settings = {a.name: [{"lr": lr} for lr in rates(a)] for a in arms}
+    return {a.name: best_rate(tuning.sweep(ends, a, settings[a.name], name=NETWORK, **options)) for a in arms}
 
 
 if __name__ == "__main__":

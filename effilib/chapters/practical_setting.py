@@ -22,7 +22,7 @@ from effilib.methods.patients import HEALTHY, KEEP, PATIENTS, Patient, candidate
 from effilib.tasks import Task, task
 from effilib.training import train
 
-SIZES = {"quick": dict(epochs=1.6)}  # both arms are the baseline: the same noise shows in less time
+SIZES = {"quick": dict(epochs=0.8)}  # both arms are the baseline: the same noise shows in less time
 OTHER = 50  # seeds away: none that another cell has, with up to so many cells a length
 
 # Patients are trained for the time that the healthy one takes for `epochs`. That is little, so that batches

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from effilib import data
+from effilib import data, tuning
 from effilib.experiment import Arm, Contender
 from effilib.methods.other_norms import NORMS, OtherNorm
 from effilib.methods.standardization_loss import StandardizationLoss, Unstandardized
@@ -30,8 +30,8 @@ UPDATES = {  # batch size -> updates, about equal seconds: the learning rates we
 }
 # Highest learning rates, and lambda with them: from trials of four rates (lambda 0.01 and 0.1) with one seed
 # that is not measured, the lower rate where two lie within half a point. They are not recorded, and were made
-# before the loss's gradient had a bound: a sweep for study is open. A batch size between two of them takes
-# what lies between their rates, on log scales.
+# before the loss's gradient had a bound: what `effilib tune 07_2` finds for the headline's batch size comes
+# before them. A batch size between two of them takes what lies between their rates, on log scales.
 LR = {
     "quick": {
         NONE: {2: 0.005, 32: 0.05, 128: 0.05},
@@ -121,7 +121,11 @@ def arms(task: Task, batch: int = 0) -> list[Arm]:
     elif task.preset in ("study", "full") and batch == judged(task):
         roles[SPARSE] = "method"
     own = task.lengths if len(task.lengths) == 1 else ()
-    return [replace(arm(task, kind, batch, role, normalized), lengths=own) for kind, role in roles.items()]
+    found = [replace(arm(task, kind, batch, role, normalized), lengths=own) for kind, role in roles.items()]
+    if task.network != NETWORK or batch != judged(task):
+        return found
+    swept = tuning.settled(replace(task, given=()), found, SWEEP.name)
+    return [replace(a, changes={}) if a.tuned else a for a in swept]  # what was swept, not the trials' rates
 
 
 def on_ours(task: Task) -> dict[str, Task]:
@@ -169,3 +173,6 @@ def paper_arms(task: Task) -> list[Arm]:
         Arm(name=name, role=role, fit=Unstandardized(methods=what), lengths=task.lengths)
         for name, (role, what) in wanted.items()
     ]
+
+
+SWEEP = tuning.Sweep("07_2", lambda t: at_batch(t.on(NETWORK)), arms)
