@@ -449,7 +449,13 @@ def test_captions_columns_and_docstrings_are_in_no_key_and_what_trains_is_in_tho
     assert all(len(set(keys)) == len(keys) > 1 for keys in before.values())
     edit(checkout / "results.py", '"speed-up"', '"times as fast"')  # a column of the verdict table
     drawn = ["figures", "notebook", "results", "timing", "progress", "__main__", "__init__"]
-    drawn += ["workbook/report", "workbook/runner", "workbook/series"]
+    drawn += [
+        "workbook/report",
+        "workbook/records",
+        "workbook/formulas",
+        "workbook/runner",
+        "workbook/series",
+    ]
     chapters = sorted((checkout / "chapters").glob("*.py"))
     for file in [*(checkout / f"{name}.py" for name in drawn), *chapters]:
         add(file, "\ndef caption():\n    return 'Another caption'\n")
@@ -551,44 +557,52 @@ def users(tmp_path):
 
 
 OWN = """
-import json, sys
+import json, multiprocessing, sys
+from pathlib import Path
 from effilib import Arm, experiment, models, provenance, tasks
-sys.path[:0] = [{here!r}, {here!r} + "/elsewhere"]
-from mine import Mine
-task = tasks.task("smoke", "synthetic")
-method = [provenance.source(Mine()), provenance.source([Mine(rate=0.1)])]
-method.append(provenance.named_source("mine:Mine"))
-file = provenance.named_source({here!r} + "/elsewhere/mine.py:net")
-first = provenance.named_source("mylib.nets:net"), provenance.source(Mine)
-net = models.build("mylib.nets:net", 4, (1, 8, 8))  # now all is loaded
-assert first == (provenance.named_source("mylib.nets:net"), provenance.source(Mine))
-arms = [Arm(name="baseline", role="baseline", methods=(Mine(),))]
-key = experiment.key(task.but(network="mylib.nets:net", widths={{}}), task.load(), arms)
-print(json.dumps({{"net": first[0], "method": method, "file": file, "key": key}}))
+here = Path({here!r})
+sys.path[:0] = [str(here), str(here / "elsewhere")]
+
+def digests(file, old, new):
+    (here / file).write_text((here / file).read_text().replace(old, new, 1))
+    from mine import Mine
+    task = tasks.task("smoke", "synthetic")
+    method = [provenance.source(Mine()), provenance.source([Mine(rate=0.1)])]
+    method.append(provenance.named_source("mine:Mine"))
+    own = provenance.named_source(str(here / "elsewhere" / "mine.py:net"))
+    first = provenance.named_source("mylib.nets:net"), provenance.source(Mine)
+    net = models.build("mylib.nets:net", 4, (1, 8, 8))  # now all is loaded
+    assert first == (provenance.named_source("mylib.nets:net"), provenance.source(Mine))
+    arms = [Arm(name="baseline", role="baseline", methods=(Mine(),))]
+    key = experiment.key(task.but(network="mylib.nets:net", widths={{}}), task.load(), arms)
+    return {{"net": first[0], "method": method, "file": own, "key": key}}
+
+# a process for each edit, in which nothing of the user's is loaded yet
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    for edit in json.loads(sys.stdin.read()):
+        kept = (here / edit[0]).read_text()
+        print(json.dumps(pool.apply(digests, edit)), flush=True)
+        (here / edit[0]).write_text(kept)
 """
 
 
-def digests(folder, environment=()):
-    """What a fresh process finds: name -> digest of the user's network, method, and network in a file."""
+def test_whatever_a_users_network_or_method_imports_counts(users):
+    (users / "notes.txt").write_text("")
+    nothing = ("notes.txt", "", "")
+    edits = [nothing, *(edit[:3] for edit in EDITS), nothing]
     done = subprocess.run(
-        [sys.executable, "-c", OWN.format(here=str(folder))],
+        [sys.executable, "-c", OWN.format(here=str(users))],
+        input=json.dumps(edits),
         env={**os.environ, "PYTHONPATH": str(paths.root()), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )
     assert not done.returncode, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_whatever_a_users_network_or_method_imports_counts(users):
-    before = digests(users)
+    before, *found, again = map(json.loads, done.stdout.splitlines())
     assert len({str(v) for v in before.values()}) == 4
-    for file, old, new, changes in EDITS:
-        (users / file).write_text((text := (users / file).read_text()).replace(old, new, 1))
-        after = digests(users)
+    for (file, old, _, changes), after in zip(EDITS, found, strict=True):
         assert {name for name in before if after[name] != before[name]} == {*changes.split()}, (file, old)
-        (users / file).write_text(text)
-    assert digests(users) == before
+    assert again == before
 
 
 def test_what_was_edited_after_it_was_loaded_does_not_count_before_it_is_loaded_anew(users, monkeypatch):
