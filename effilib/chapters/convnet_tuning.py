@@ -87,7 +87,7 @@ def best_rate(rows: list[dict]) -> float | None:
 
 def sweep(task: Task, arms: list[Arm], **options) -> dict[str, float | None]:
     """Run what is missing of arms x rates, at the shortest and longest length; return arm -> best rate."""
-    ends = task.but(lengths=(min(task.lengths), max(task.lengths)))
+    ends = task.but(lengths=tuple(sorted({min(task.lengths), max(task.lengths)})))
     settings = {a.name: [{"lr": lr} for lr in rates(a)] for a in arms}
     return {a.name: best_rate(tuning.sweep(ends, a, settings[a.name], name=NETWORK, **options)) for a in arms}
 
