@@ -171,6 +171,8 @@ def _legend(figure, handles, labels):
     if once:
         longest = max(map(len, once)) + 6
         columns = max(1, min(len(once), int(11.5 * figure.get_figwidth() / longest)))
+        rows = math.ceil(len(once) / columns)
+        figure.set_figheight(figure.get_figheight() + 0.25 * max(0, rows - 3))  # not the axes' room
         figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
 
 
